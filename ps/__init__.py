@@ -1,0 +1,1 @@
+"""The parameter server: layout, reduction, clip, optimizer, step state machine, checkpoint."""

@@ -1,0 +1,33 @@
+"""The Ray actor around one server."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import ray
+import torch
+
+from ps.config import JobConfig
+from ps.server import ParameterServer
+
+
+@ray.remote
+class ServerActor:
+    """One parameter server shard in a process of its own."""
+
+    def __init__(self, config: JobConfig, index: int, bind: str) -> None:
+        torch.set_num_threads(1)
+        self._server = ParameterServer(config, index, bind or ray.util.get_node_ip_address())
+
+    def describe(self) -> tuple[str, int, str]:
+        """(address, pid, host name)."""
+        return self._server.address, os.getpid(), socket.gethostname()
+
+    def connect(self, leader_address: str) -> None:
+        """Enlist a follower."""
+        self._server.connect(leader_address)
+
+    def stop(self) -> None:
+        """End all streams."""
+        self._server.stop()

@@ -1,0 +1,163 @@
+"""The flat order of all parameters, cut in blocks; shards own whole blocks.
+
+Every parameter starts on a 64-byte line. Each decay group starts and ends on a 256-byte line, so that no vectorized
+kernel ever has a scalar tail: where a shard ends can then not show in the bits. All offsets count elements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+
+from ps.model import ModelDescription
+
+BLOCK_NUMEL = 65_536
+PARAMETER_ALIGNMENT_BYTES = 64
+GROUP_ALIGNMENT_BYTES = 256
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def align(offset: int, multiple: int) -> int:
+    """The smallest multiple that is not below `offset`."""
+    return -(-offset // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A parameter at its place."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    numel: int
+    decayed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRange:
+    """The range of one optimizer parameter group, or a shard's part of it."""
+
+    decayed: bool
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every parameter lies. Depends on the model and on which parameters decay, never on placement."""
+
+    dtype: torch.dtype
+    parameters: tuple[Placed, ...]
+    groups: tuple[GroupRange, ...]
+    numel: int
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element."""
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole layout."""
+        return self.numel * self.itemsize
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks; the last may be short."""
+        return -(-self.numel // BLOCK_NUMEL)
+
+    @cached_property
+    def segment_owners(self) -> tuple[int, ...]:
+        """For every segment of the layout in order, the index of its parameter in `parameters`."""
+        return tuple(
+            index
+            for index, p in enumerate(self.parameters)
+            for _ in range(p.offset // BLOCK_NUMEL, (p.offset + max(p.numel, 1) - 1) // BLOCK_NUMEL + 1)
+        )
+
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Each parameter's own shape over `flat`, which holds the whole layout."""
+        return [flat[p.offset : p.offset + p.numel].view(p.shape) for p in self.parameters]
+
+
+def build_layout(model: ModelDescription, *, decay_biases_and_norms: bool = True) -> Layout:
+    """Place every parameter.
+
+    decay_biases_and_norms: False puts parameters of fewer than two dimensions in a group of their own, without
+    weight decay.
+
+    Raises ValueError for a model without parameters or with a dtype that is not float32 or float64, or mixed ones.
+    """
+    if not model.parameters:
+        raise ValueError("the model has no trainable parameters")
+    dtypes = {p.dtype for p in model.parameters}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        raise ValueError(f"parameters must be all float32 or all float64; the model has {', '.join(sorted(dtypes))}")
+    dtype = DTYPES[dtypes.pop()]
+    parameter_alignment = PARAMETER_ALIGNMENT_BYTES // dtype.itemsize
+    group_alignment = GROUP_ALIGNMENT_BYTES // dtype.itemsize
+    placed: list[Placed] = []
+    groups: list[GroupRange] = []
+    offset = 0
+    for decayed in (True, False):
+        start = offset
+        for p in model.parameters:
+            if (decay_biases_and_norms or len(p.shape) >= 2) == decayed:
+                placed.append(Placed(p.name, p.shape, offset, p.numel, decayed))
+                offset = align(offset + p.numel, parameter_alignment)
+        offset = align(offset, group_alignment)
+        if offset > start:
+            groups.append(GroupRange(decayed, start, offset))
+    return Layout(dtype, tuple(placed), tuple(groups), offset)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The blocks one server owns: elements [start, stop) of the layout."""
+
+    layout: Layout
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+    @cached_property
+    def groups(self) -> tuple[GroupRange, ...]:
+        """The shard's part of each optimizer group, in layout offsets."""
+        parts = (GroupRange(g.decayed, max(g.start, self.start), min(g.stop, self.stop)) for g in self.layout.groups)
+        return tuple(g for g in parts if g.start < g.stop)
+
+    @cached_property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """The (start, stop) of each block, in layout offsets."""
+        edges = [*range(self.start, self.stop, BLOCK_NUMEL), self.stop]
+        return tuple(pairwise(edges))
+
+    @cached_property
+    def segment_starts(self) -> tuple[tuple[int, ...], ...]:
+        """For each block, where its segments start, relative to the block.
+
+        A segment is one parameter's part of one block; it runs to the next one's start, over zero padding.
+        """
+        starts: dict[int, list[int]] = {block: [] for block, _ in self.blocks}
+        for p in self.layout.parameters:
+            for block in range(p.offset // BLOCK_NUMEL, (p.offset + max(p.numel, 1) - 1) // BLOCK_NUMEL + 1):
+                begin = block * BLOCK_NUMEL
+                if begin in starts:
+                    starts[begin].append(max(p.offset, begin) - begin)
+        return tuple(tuple(starts[block]) for block, _ in self.blocks)
+
+
+def shards(layout: Layout, num_servers: int) -> tuple[Shard, ...]:
+    """Cut the layout for `num_servers`; with fewer blocks than servers, some own nothing."""
+    # Rounded up, so that the empty shards come last and server 0, which leads, is never one of them.
+    bounds = [min(-(-layout.num_blocks * i // num_servers) * BLOCK_NUMEL, layout.numel) for i in range(num_servers + 1)]
+    return tuple(Shard(layout, i, start, stop) for i, (start, stop) in enumerate(pairwise(bounds)))

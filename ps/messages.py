@@ -1,0 +1,109 @@
+"""What workers, servers and the controller say to each other, as plain values. `ps.convert` puts them on the wire."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+PROTOCOL = 1
+
+
+class Round(StrEnum):
+    """What a round of work is for."""
+
+    INITIALIZE = "initialize"  # one worker sends the initial parameters
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+    DIAGNOSE = "diagnose"  # recompute a step whose sum was not finite, to find the micro-batch
+
+
+@dataclass(frozen=True, slots=True)
+class PushedNode:
+    """A node of the canonical tree and the slot its sum lies in; None: it had no samples."""
+
+    low: int
+    high: int
+    slot: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class LeafResult:
+    """What a worker measured in one micro-batch: the loss sum, its weight, and metric sums in an evaluation.
+
+    nonfinite: the first parameter with a non-finite gradient; only a diagnosis looks for one.
+    """
+
+    index: int
+    loss: float
+    weight: float
+    samples: int
+    values: tuple[float, ...] = ()
+    nonfinite: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Ranges of micro-batches to compute at version `step`."""
+
+    step: int
+    kind: Round
+    ranges: tuple[tuple[int, int], ...]
+    buffers: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """A worker's answer to one Assign."""
+
+    step: int
+    kind: Round
+    nodes: tuple[PushedNode, ...]
+    leaves: tuple[LeafResult, ...]
+    buffers: bytes | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """User code or data failed in a way that ends the job. `reason` is a stable word, `message` a sentence."""
+
+    step: int
+    micro_batch: int
+    reason: str
+    message: str
+    traceback: str = ""
+    kind: Round = Round.TRAIN
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One decision for all shards: the step's gradient is sum / divisor * coefficient, applied with `lr`, or not at all."""
+
+    step: int
+    kind: Round
+    apply: bool
+    divisor: float = 1.0
+    coefficient: float = 1.0
+    lr: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What the leader saw in one step. Norms are of the mean gradient; times are in seconds."""
+
+    step: int
+    time: float
+    loss: float
+    lr: float
+    weight: float
+    samples: int
+    gradient_norm: float
+    clipped_norm: float
+    clip_coefficient: float
+    clipped: bool
+    skipped: bool
+    workers: int
+    step_seconds: float
+    compute_seconds: float
+    reduce_seconds: float
+    apply_seconds: float

@@ -1,0 +1,74 @@
+"""Memory that processes of one host share, without a name that could outlive them.
+
+A segment is an anonymous memory file (`memfd_create(2)`): a peer opens it as /proc/PID/fd/N and checks a nonce in its
+first page. The kernel frees it when the last process that maps it ends, however it ends, and the size limit of /dev/shm
+does not apply. Pages that nobody touched take no memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+HEADER_BYTES = mmap.PAGESIZE
+NONCE_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentReference:
+    """What a peer on the same host needs to map a segment. size: bytes, header included."""
+
+    pid: int
+    descriptor: int
+    size: int
+    nonce: bytes
+
+
+class Segment:
+    """A mapped region, writable by all its peers."""
+
+    def __init__(self, reference: SegmentReference, descriptor: int, *, owned: bool) -> None:
+        self.reference = reference
+        self._descriptor = descriptor if owned else -1
+        self._map = mmap.mmap(descriptor, reference.size)
+
+    @classmethod
+    def create(cls, nbytes: int, label: str) -> Self:
+        """A new segment with `nbytes` of zeros. label: shown by /proc/PID/maps."""
+        descriptor = os.memfd_create(f"steepest-{label}")
+        size = HEADER_BYTES + max(nbytes, 1)
+        os.ftruncate(descriptor, size)
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        os.pwrite(descriptor, nonce, 0)
+        return cls(SegmentReference(os.getpid(), descriptor, size, nonce), descriptor, owned=True)
+
+    @classmethod
+    def open(cls, reference: SegmentReference) -> Self | None:
+        """Map a peer's segment, or None when it is not on this host."""
+        try:
+            descriptor = os.open(f"/proc/{reference.pid}/fd/{reference.descriptor}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            if os.fstat(descriptor).st_size != reference.size:
+                return None
+            if os.pread(descriptor, NONCE_BYTES, 0) != reference.nonce:
+                return None
+            return cls(reference, descriptor, owned=False)
+        finally:
+            os.close(descriptor)
+
+    def tensor(self, dtype: torch.dtype, numel: int, *, offset: int = 0) -> torch.Tensor:
+        """A flat tensor over the region. offset: in elements."""
+        return torch.frombuffer(self._map, dtype=dtype, count=numel, offset=HEADER_BYTES + offset * dtype.itemsize)
+
+    def close(self) -> None:
+        """Give up the descriptor. The mapping goes with the last tensor over it."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

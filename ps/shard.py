@@ -1,0 +1,122 @@
+"""One shard of the parameter server, as a deterministic state machine: collect, reduce, apply.
+
+It knows nothing of workers: it holds nodes of the canonical tree for the round it is in. A node that comes twice or too
+late is an outcome, not an error, and never reaches the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ps.layout import Shard
+from ps.messages import Decision, Round
+from ps.optimizer import ShardOptimizer
+from ps.reduction import Measurer, reduce_and_measure
+from ps.tree import Node, addition_plan, is_covered
+from steepest.spec import OptimizerSpec
+
+
+class Outcome(StrEnum):
+    """What became of a push."""
+
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"  # every node of it was held already
+    LATE = "late"  # of a round that is over
+    AHEAD = "ahead"  # of a round this shard has not reached: a fault of the sender
+
+
+class ShardServer:
+    """The state of one shard.
+
+    parameters: the shard's part of the layout, shape (shard.numel,), written in place.
+    num_leaves: micro-batches of a training step.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        parameters: torch.Tensor,
+        optimizer: OptimizerSpec,
+        *,
+        num_leaves: int,
+        max_value: float | None,
+        step: int = 0,
+        initialized: bool = False,
+    ) -> None:
+        self.shard = shard
+        self.parameters = parameters
+        self.optimizer = ShardOptimizer(optimizer, shard, parameters)
+        self.step = step
+        self.initialized = initialized
+        self._num_leaves = num_leaves
+        self._max_value = max_value
+        self._held: dict[Node, torch.Tensor | None] = {}
+        self._sum: torch.Tensor | None = None
+        self._reduced = False
+        self._measurer = Measurer()
+
+    @property
+    def _root(self) -> Node:
+        return Node(0, self._num_leaves if self.initialized else 1)
+
+    def _is_current(self, step: int, kind: Round) -> bool:
+        expected = Round.TRAIN if self.initialized else Round.INITIALIZE
+        return step == self.step and kind == expected
+
+    def accept(self, step: int, kind: Round, nodes: Iterable[tuple[Node, torch.Tensor | None]]) -> Outcome:
+        """Hold nodes of the round in progress; each tensor is the shard's part, shape (shard.numel,), and may be changed."""
+        if step > self.step:
+            return Outcome.AHEAD
+        if not self._is_current(step, kind) or self._reduced:
+            return Outcome.LATE
+        fresh = [(node, value) for node, value in nodes if not is_covered(node, self._held)]
+        self._held.update(fresh)
+        return Outcome.ACCEPTED if fresh else Outcome.DUPLICATE
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the round's sum can be made, and has not been."""
+        return not self._reduced and is_covered(self._root, self._held)
+
+    def reduce(self) -> NDArray[np.float64]:
+        """Add up the round and return the sum of squares of each segment of the shard."""
+        plan, root = addition_plan(self._root, {node: value is not None for node, value in self._held.items()})
+        values = {node: value for node, value in self._held.items() if value is not None}
+        sums = reduce_and_measure(self.shard, plan, root, values, self._measurer)
+        self._sum = values[root] if root is not None else None
+        self._reduced = True
+        return sums
+
+    def apply(self, decision: Decision) -> float:
+        """Carry out the leader's decision and end the round.
+
+        Returns the sum of squares of the gradient after a clip by value, else 0.0. Raises ValueError for a decision of
+        another round: that is a fault of the leader, and nothing is applied.
+        """
+        if not self._is_current(decision.step, decision.kind) or not self._reduced:
+            raise ValueError(f"shard {self.shard.index} at step {self.step} cannot apply {decision}")
+        clamped = 0.0
+        if decision.kind == Round.INITIALIZE:
+            if self._sum is None:
+                raise ValueError("the initial parameters are absent")
+            self.parameters.copy_(self._sum)
+            self.initialized = True
+        else:
+            if decision.apply and self._sum is not None:
+                clamped = self.optimizer.step(
+                    self._sum,
+                    lr=decision.lr,
+                    divisor=decision.divisor,
+                    coefficient=decision.coefficient,
+                    max_value=self._max_value,
+                )
+            self.step += 1
+        self._held.clear()
+        self._sum = None
+        self._reduced = False
+        return clamped

@@ -1,0 +1,86 @@
+"""Between the flat layout and named tensors: how a job's state goes into a checkpoint and comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from ps.checkpoint import State
+from ps.layout import Layout
+from ps.model import ModelDescription
+from ps.optimizer import StatePart
+
+
+def pack_buffers(tensors: Iterable[torch.Tensor]) -> bytes:
+    """Buffers one after another, raw little-endian."""
+    return b"".join(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors)
+
+
+def unpack_buffers(model: ModelDescription, packed: bytes) -> dict[str, torch.Tensor]:
+    """The inverse of `pack_buffers`. Raises ValueError when the length is wrong."""
+    data = bytearray(packed)
+    result: dict[str, torch.Tensor] = {}
+    offset = 0
+    for b in model.buffers:
+        dtype = getattr(torch, b.dtype)
+        nbytes = b.numel * dtype.itemsize
+        if nbytes:
+            result[b.name] = torch.frombuffer(data, dtype=dtype, count=b.numel, offset=offset).view(b.shape)
+        else:
+            result[b.name] = torch.empty(b.shape, dtype=dtype)
+        offset += nbytes
+    if offset != len(data):
+        raise ValueError(f"buffers are {len(data)} bytes; the model's are {offset}")
+    return result
+
+
+def assemble(
+    model: ModelDescription,
+    layout: Layout,
+    flat: torch.Tensor,
+    buffers: bytes,
+    optimizer: Iterable[StatePart],
+    *,
+    step: int,
+    updates: int,
+) -> State:
+    """The state of all shards as named tensors. flat: the whole layout, shape (layout.numel,)."""
+    named = {p.name: view for p, view in zip(layout.parameters, layout.views(flat), strict=True)}
+    named.update(unpack_buffers(model, buffers))
+    shown = dict(model.state_names)
+    shapes = {p.name: p.shape for p in model.parameters}
+    states: dict[str, torch.Tensor] = {}
+    for part in optimizer:
+        key = f"{part.parameter}.{part.state}"
+        if part.state == "step":
+            states[key] = part.values.reshape(())
+            continue
+        if key not in states:
+            states[key] = torch.zeros(shapes[part.parameter], dtype=part.values.dtype)
+        states[key].view(-1)[part.offset : part.offset + part.values.numel()] = part.values
+    return State(
+        step=step,
+        updates=updates,
+        model={key: named[name] for key, name in shown.items()},
+        optimizer=states,
+        extra={b.name: named[b.name] for b in model.buffers if b.name not in set(shown.values())},
+    )
+
+
+def flatten(model: ModelDescription, layout: Layout, state: State) -> tuple[torch.Tensor, bytes]:
+    """The flat parameters, shape (layout.numel,), and the packed buffers of a state. Raises KeyError for a missing name."""
+    by_name: dict[str, torch.Tensor] = dict(state.extra)
+    for key, name in model.state_names:
+        by_name[name] = state.model[key]
+    flat = torch.zeros(layout.numel, dtype=layout.dtype)
+    for p, view in zip(layout.parameters, layout.views(flat), strict=True):
+        view.copy_(_checked(by_name, p.name, p.shape))
+    return flat, pack_buffers(_checked(by_name, b.name, b.shape) for b in model.buffers)
+
+
+def _checked(tensors: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    tensor = tensors[name]
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)} in the checkpoint and {shape} in the model")
+    return tensor

@@ -1,0 +1,215 @@
+"""The job spec: everything a job is. Checked once, on construction.
+
+`spec_from_dict` turns any nested mapping into a `TrainingJobSpec` or raises a SpecError that names every bad field.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from steepest.errors import SpecError, Violation
+
+OPTIMIZER_NAMES = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw")
+SCHEDULE_NAMES = ("constant", "linear", "cosine", "step", "exponential")
+
+PositiveInt = Annotated[int, Field(gt=0, le=2**53)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=2**53)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+UnitFloat = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+# Which hyper-parameters each optimizer takes besides lr and weight_decay: torch.optim's own names.
+HYPER_PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    "sgd": ("momentum", "dampening"),
+    "momentum": ("momentum", "dampening"),
+    "nesterov": ("momentum",),
+    "adagrad": ("lr_decay", "initial_accumulator_value", "eps"),
+    "rmsprop": ("alpha", "eps", "momentum", "centered"),
+    "adam": ("betas", "eps", "amsgrad"),
+    "adamw": ("betas", "eps", "amsgrad"),
+}
+DEFAULT_LR: Mapping[str, float] = {"adagrad": 1e-2, "rmsprop": 1e-2}
+DEFAULT_LR_OTHERWISE = 1e-3
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TaskReference(_Model):
+    """The user's function that builds a task. code_bundle: codeBundles/{sha256}, empty for installed code."""
+
+    module: str
+    function: str
+    arguments: dict[str, JsonValue] = {}
+    code_bundle: str = ""
+
+
+class DataSpec(_Model):
+    """How the data are cut. micro_batch: default ceil(global_batch / 8), whatever the number of workers."""
+
+    global_batch: PositiveInt = 64
+    micro_batch: PositiveInt | None = None
+    shuffle: bool = True
+    evaluation_batch: PositiveInt = 256
+
+    @model_validator(mode="after")
+    def _micro_within_global(self) -> Self:
+        if self.micro_batch is not None and self.micro_batch > self.global_batch:
+            raise ValueError(
+                f"micro_batch = {self.micro_batch} is larger than global_batch = {self.global_batch}; "
+                f"allowed: 1 to {self.global_batch}"
+            )
+        return self
+
+    @property
+    def micro_batch_size(self) -> int:
+        """B, the samples of a micro-batch."""
+        return self.micro_batch or math.ceil(self.global_batch / 8)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """M, the micro-batches of a step."""
+        return math.ceil(self.global_batch / self.micro_batch_size)
+
+
+class OptimizerSpec(_Model):
+    """Which optimizer. What is None is torch.optim's default (momentum: 0.9 for `momentum` and `nesterov`)."""
+
+    name: Literal["sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw"] = "adamw"
+    lr: PositiveFloat | None = None
+    momentum: UnitFloat | None = None
+    dampening: NonNegativeFloat | None = None
+    weight_decay: NonNegativeFloat | None = None
+    betas: tuple[UnitFloat, UnitFloat] | None = None
+    eps: PositiveFloat | None = None
+    alpha: UnitFloat | None = None
+    centered: bool | None = None
+    amsgrad: bool | None = None
+    lr_decay: NonNegativeFloat | None = None
+    initial_accumulator_value: NonNegativeFloat | None = None
+    decay_biases_and_norms: bool = True
+
+    @model_validator(mode="after")
+    def _only_own_hyper_parameters(self) -> Self:
+        own = HYPER_PARAMETERS[self.name]
+        for names in HYPER_PARAMETERS.values():
+            for name in names:
+                if name not in own and getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is no hyper-parameter of {self.name}; allowed: lr, weight_decay, {', '.join(own)}"
+                    )
+        if self.name == "nesterov" and self.momentum == 0:
+            raise ValueError("momentum = 0: nesterov needs a momentum greater than 0")
+        return self
+
+    @property
+    def base_lr(self) -> float:
+        """The learning rate before any schedule."""
+        return self.lr if self.lr is not None else DEFAULT_LR.get(self.name, DEFAULT_LR_OTHERWISE)
+
+
+class ScheduleSpec(_Model):
+    """How the learning rate moves; see ps.schedule. final_factor: linear and cosine; step_size: step; gamma: step, exponential."""
+
+    name: Literal["constant", "linear", "cosine", "step", "exponential"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    final_factor: NonNegativeFloat = 0.0
+    step_size: PositiveInt = 100
+    gamma: PositiveFloat = 0.1
+
+
+class ClipSpec(_Model):
+    """Clipping of the aggregated gradient: by its global L2 norm, or each element to [-value, value]."""
+
+    norm: PositiveFloat | None = None
+    value: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.norm is not None and self.value is not None:
+            raise ValueError(f"norm = {self.norm} and value = {self.value} are both given; allowed: at most one")
+        return self
+
+
+class SyncSpec(_Model):
+    """When the servers apply a push. This version applies every step as a whole: `sync`."""
+
+    mode: Literal["sync"] = "sync"
+
+
+class PlacementSpec(_Model):
+    """Where a job runs; never changes the result (but for threads_per_worker and the type of the device)."""
+
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
+    servers: Annotated[int, Field(ge=1, le=256)] = 1
+    threads_per_worker: Annotated[int, Field(ge=1, le=1024)] = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    transport: Literal["auto", "inline"] = "auto"
+    worker_timeout_seconds: PositiveFloat = 300.0
+    max_worker_restarts: NonNegativeInt = 3
+
+
+class TrainingJobSpec(_Model):
+    """Everything a job is."""
+
+    task: TaskReference
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    steps: PositiveInt | None = None
+    epochs: PositiveInt | None = None
+    data: DataSpec = DataSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    clip: ClipSpec = ClipSpec()
+    sync: SyncSpec = SyncSpec()
+    checkpoint_every: NonNegativeInt = 0
+    eval_every: NonNegativeInt = 0
+    on_nonfinite: Literal["fail", "skip"] = "fail"
+    placement: PlacementSpec = PlacementSpec()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            given = "neither is" if self.steps is None else f"steps = {self.steps} and epochs = {self.epochs} are both"
+            raise ValueError(f"steps, epochs: {given} given; allowed: exactly one of the two")
+        if self.steps is not None and self.schedule.warmup_steps >= self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps = {self.schedule.warmup_steps} leaves nothing of steps = {self.steps}; "
+                f"allowed: 0 to {self.steps - 1}"
+            )
+        return self
+
+    def total_steps(self, num_samples: int) -> int:
+        """The length of the job in steps, for a training set of `num_samples`."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None  # noqa: S101  # one of the two is set
+        return self.epochs * math.ceil(num_samples / self.data.global_batch)
+
+
+def spec_from_dict(raw: Mapping[str, Any]) -> TrainingJobSpec:
+    """Check a spec. Raises SpecError with one violation for every bad field."""
+    try:
+        return TrainingJobSpec.model_validate(raw)
+    except ValidationError as error:
+        raise SpecError([_violation(dict(e)) for e in error.errors(include_url=False)]) from None
+
+
+def _violation(error: dict[str, Any]) -> Violation:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "value_error":  # from a validator of ours, whose message is complete
+        return Violation(path or "spec", str(error["ctx"]["error"]))
+    if error["type"] == "extra_forbidden":
+        parent = TrainingJobSpec
+        for part in error["loc"][:-1]:
+            annotation = parent.model_fields[str(part)].annotation
+            parent = annotation if isinstance(annotation, type) else parent  # type: ignore[assignment]
+        return Violation(path, f"no such field; allowed: {', '.join(parent.model_fields)}")
+    if error["type"] == "missing":
+        return Violation(path, "is required")
+    message = error["msg"].replace("Input should be", "must be")
+    return Violation(path, f"{error['input']!r} {message[:1].lower()}{message[1:]}")

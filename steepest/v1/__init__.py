@@ -1,0 +1,1 @@
+"""Generated protobuf and gRPC stubs. Made by `make proto`; never edited."""
