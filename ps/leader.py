@@ -141,6 +141,7 @@ class _Member:
     since: float = 0.0
     retiring: bool = False
     duplicated: bool = False
+    buffers: bytes | None = None  # the newest it was sent
 
 
 @dataclass(slots=True)
@@ -206,10 +207,11 @@ class Leader:
             return []
         current = self._round
         if current is not None and current.decision is None:
+            # What another worker has been given too, it has delivered or will deliver to every shard.
             lost = set(member.leaves)
             if current.kind in (Round.TRAIN, Round.INITIALIZE) and len(current.reports) < self.plan.num_servers:
-                # A push may have reached some shards and not others; the same leaves again are harmless duplicates.
-                lost |= {leaf for leaf in member.taken if leaf not in self._leaves_of_others(worker)}
+                lost |= member.taken  # a push may have reached some shards and not others; duplicates are harmless
+            lost -= {leaf for other in self.members.values() for leaf in other.taken}
             current.pending |= lost
         effects = self._deal(now)
         if not self.members and self.phase == Phase.WORKING and (current is None or current.decision is None):
@@ -410,7 +412,9 @@ class Leader:
             member.taken |= own
             member.in_flight += 1
             member.since = now
-            effects.append(Send(worker, Assign(self.step, current.kind, tuple(parts), self.buffers)))
+            buffers = None if member.buffers is self.buffers else self.buffers
+            member.buffers = self.buffers
+            effects.append(Send(worker, Assign(self.step, current.kind, tuple(parts), buffers)))
         return effects
 
     def _advance(self, now: float) -> list[Effect]:
@@ -561,9 +565,6 @@ class Leader:
             effects.append(Dismiss(name, "scaled down"))
             effects += self.leave(name, now)
         return effects
-
-    def _leaves_of_others(self, worker: str) -> set[int]:
-        return {leaf for name, m in self.members.items() if name != worker for leaf in m.taken}
 
     def _typical_speed(self) -> float:
         speeds = sorted(m.speed for m in self.members.values())

@@ -43,7 +43,7 @@ class LeafResult:
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """Ranges of micro-batches to compute at version `step`."""
+    """Ranges of micro-batches to compute at version `step`. buffers: None when they are as in the last assignment."""
 
     step: int
     kind: Round
@@ -53,7 +53,7 @@ class Assign:
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """A worker's answer to one Assign."""
+    """A worker's answer to one Assign. buffers: as micro-batch 0 left them, if it is among the leaves and changed them."""
 
     step: int
     kind: Round

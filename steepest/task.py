@@ -1,0 +1,97 @@
+"""What a user writes: a task says what is trained, on what, towards what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+
+class ArrayData:
+    """Arrays (NumPy or torch) of equal length whose rows are the samples; the fast path for data that fit in memory.
+
+    A batch is a tuple with the rows of each array, or the rows themselves when there is one array.
+
+    Raises ValueError for no arrays, for scalars, or for arrays of unequal lengths.
+    """
+
+    def __init__(self, *arrays: Any) -> None:
+        if not arrays:
+            raise ValueError("ArrayData needs at least one array")
+        if any(getattr(a, "ndim", 0) == 0 for a in arrays):
+            raise ValueError("ArrayData takes NumPy arrays or torch tensors with at least one dimension")
+        lengths = [len(a) for a in arrays]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"ArrayData needs arrays of equal length; these have {', '.join(map(str, lengths))} rows")
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        return len(self.arrays[0])
+
+    def __getitem__(self, index: int) -> Any:
+        rows = tuple(a[index] for a in self.arrays)
+        return rows if len(rows) > 1 else rows[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A model, its data and its loss.
+
+    model: trained with its parameters that require gradients, all float32 or all float64.
+    loss: `loss(model(inputs), targets)` -> scalar, the mean over the samples of a batch of pairs (inputs, targets).
+    batch_loss: instead of `loss`: `batch_loss(model, batch)` -> a scalar (mean over the samples), or (sum, weight).
+    train_data, eval_data: a map-style torch Dataset, or ArrayData.
+    metrics: name -> `metric(model(inputs), targets)` -> mean over the samples; computed on eval_data.
+    collate: list of samples -> batch; default: torch.utils.data.default_collate. Not for ArrayData.
+
+    Raises ValueError unless exactly one of loss and batch_loss is given.
+    """
+
+    model: nn.Module
+    train_data: Any
+    eval_data: Any = None
+    loss: Callable[[Any, Any], Any] | None = None
+    batch_loss: Callable[[Any, Any], Any] | None = None
+    metrics: Mapping[str, Callable[[Any, Any], Any]] = field(default_factory=dict)
+    collate: Callable[[Sequence[Any]], Any] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.loss is None) == (self.batch_loss is None):
+            given = "neither is" if self.loss is None else "both are"
+            raise ValueError(f"loss, batch_loss: {given} given; a Task has exactly one of the two")
+        if getattr(self.loss, "reduction", "mean") != "mean":
+            reduction = getattr(self.loss, "reduction", None)
+            raise ValueError(
+                f"loss has reduction={reduction!r}; allowed: 'mean' (for a sum, give batch_loss and return (sum, weight))"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyticTask:
+    """A task without torch: NumPy parameters, and a gradient derived by hand.
+
+    parameters: name -> initial value, all float32 or all float64.
+    gradient: `gradient(parameters, batch)` -> (loss sum, weight, {name: gradient of the loss sum}).
+    train_data, eval_data: ArrayData.
+    predict: `predict(parameters, inputs)` -> outputs; needed for metrics.
+    metrics: name -> `metric(outputs, targets)` -> mean over the samples.
+
+    Raises ValueError when there are metrics but no `predict`.
+    """
+
+    parameters: Mapping[str, NDArray[np.floating[Any]]]
+    gradient: Callable[[Mapping[str, Any], Any], tuple[float, float, Mapping[str, Any]]]
+    train_data: ArrayData
+    eval_data: ArrayData | None = None
+    predict: Callable[[Mapping[str, Any], Any], Any] | None = None
+    metrics: Mapping[str, Callable[[Any, Any], Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.metrics and self.predict is None:
+            raise ValueError("metrics need predict(parameters, inputs), which is not given")

@@ -1,0 +1,1 @@
+"""The Ray workers: they compute gradients of their share of every step."""

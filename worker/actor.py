@@ -1,0 +1,43 @@
+"""The Ray actor around one worker."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+
+from ps.config import JobConfig
+from worker.load import TaskError, unpack_code
+from worker.loop import WorkerLoop
+
+
+def code_directory() -> Path:
+    """Where this host keeps unpacked code bundles; only its user may read it."""
+    directory = Path(tempfile.gettempdir()) / f"steepest-code-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    return directory
+
+
+@ray.remote
+class WorkerActor:
+    """One worker in a process of its own. Its methods run one after another, so `describe` answers before `run` blocks."""
+
+    def describe(self) -> tuple[int, str]:
+        """(pid, host name)."""
+        return os.getpid(), socket.gethostname()
+
+    def run(
+        self, config: JobConfig, worker: str, generation: int, code: bytes, addresses: Sequence[str]
+    ) -> tuple[str, str] | None:
+        """Work until dismissed. Returns (message, traceback) when the user's code cannot be loaded, else None."""
+        try:
+            directory = unpack_code(code, code_directory()) if code else None
+            loop = WorkerLoop(config, worker, generation, directory)
+        except TaskError as error:
+            return error.message, error.traceback
+        loop.run(addresses)
+        return None

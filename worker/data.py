@@ -1,0 +1,82 @@
+"""From sample numbers to batches: whole-batch indexing for arrays, one sample at a time for other Datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import TensorDataset, default_collate
+
+from steepest.task import ArrayData
+
+
+class Source(Protocol):
+    """Gives batches by sample numbers."""
+
+    random: bool  # whether user code runs in `batch`, so that the random generators must be seeded for it
+
+    def batch(self, indices: NDArray[np.int64]) -> Any:
+        """The batch of these samples."""
+
+
+class ArraySource:
+    """Arrays in memory. as_numpy: give NumPy rows, for a task without torch."""
+
+    random = False
+
+    def __init__(self, arrays: Sequence[Any], *, as_numpy: bool = False) -> None:
+        self._as_numpy = as_numpy
+        convert = np.asarray if as_numpy else torch.as_tensor
+        self._arrays = [convert(a) for a in arrays]
+
+    def batch(self, indices: NDArray[np.int64]) -> Any:
+        """Rows of each array; one gather each."""
+        if self._as_numpy:
+            rows = tuple(a[indices] for a in self._arrays)
+        else:
+            chosen = torch.from_numpy(indices)
+            rows = tuple(a.index_select(0, chosen) for a in self._arrays)
+        return rows if len(rows) > 1 else rows[0]
+
+
+class DatasetSource:
+    """A map-style Dataset: `__getitems__` where it has one, else a sample at a time; then the collate function."""
+
+    random = True
+
+    def __init__(self, dataset: Any, collate: Callable[[Sequence[Any]], Any] | None) -> None:
+        self._dataset = dataset
+        self._collate = collate or default_collate
+        self._get_items = getattr(dataset, "__getitems__", None)
+
+    def batch(self, indices: NDArray[np.int64]) -> Any:
+        """Fetch and collate."""
+        numbers = indices.tolist()
+        if self._get_items is not None:
+            return self._collate(self._get_items(numbers))
+        return self._collate([self._dataset[i] for i in numbers])
+
+
+def source_of(data: Any, collate: Callable[[Sequence[Any]], Any] | None = None) -> Source:
+    """The fastest source for what a user gave."""
+    if isinstance(data, ArrayData):
+        return ArraySource(data.arrays)
+    if type(data) is TensorDataset and collate is None:
+        return ArraySource(data.tensors) if len(data.tensors) > 1 else DatasetSource(data, None)
+    return DatasetSource(data, collate)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch (tensors in tuples, lists and dicts) on another device; anything else is passed through."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch

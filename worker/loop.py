@@ -1,0 +1,106 @@
+"""A worker's life: join, then answer assignments until dismissed."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from ps.config import JobConfig
+from ps.messages import Assign, Failure
+from ps.segment import Segment
+from steepest.task import AnalyticTask
+from worker.analytic import AnalyticEngine
+from worker.compute import Computer, MicroBatchError, Slots, num_slots
+from worker.engine import LossError, TorchEngine
+from worker.exchange import Exchange
+from worker.load import load_task, user_traceback
+
+DISMISSED_GRACE_SECONDS = 0.2
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of large tensors for the next step, which saves a page fault for every 4 KiB of it.
+
+    Measured by benchmarks/step_time.py. Other C libraries are left alone.
+    """
+    trim_threshold, mmap_max = -1, -4  # mallopt(3)
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+    except (OSError, AttributeError):
+        return
+
+
+class WorkerLoop:
+    """One worker of a job. code: where the job's code bundle is unpacked."""
+
+    def __init__(self, config: JobConfig, worker: str, generation: int, code: Path | None) -> None:
+        keep_freed_memory()
+        threads = config.spec.placement.threads_per_worker
+        torch.set_num_threads(threads)
+        threadpool_limits(threads)
+        self._config = config
+        self._worker = worker
+        self._generation = generation
+        task = load_task(config.spec.task, code, config.spec.seed)
+        self._layout = config.layout()
+        if isinstance(task, AnalyticTask):
+            self._engine: TorchEngine | AnalyticEngine = AnalyticEngine(task, self._layout)
+        else:
+            device = torch.device(config.spec.placement.device)
+            self._engine = TorchEngine(task, config.model, self._layout, device)
+        self._initial_buffers = self._engine.initial_buffers()
+        slots = num_slots(config.spec.data.num_micro_batches)
+        self._segment = Segment.create(slots * self._layout.nbytes, f"gradients-{config.job}")
+        self._slots = self._segment.tensor(self._layout.dtype, slots * self._layout.numel).view(slots, -1)
+        self._computer = Computer(
+            config.spec,
+            self._engine,
+            self._layout,
+            Slots(self._slots, self._layout, self._engine.device),
+            num_samples=config.num_samples,
+            num_evaluation_samples=config.num_evaluation_samples,
+        )
+
+    def run(self, addresses: Sequence[str]) -> None:
+        """Work until dismissed. addresses: of the servers, the leader first.
+
+        Raises ConnectionError when a server is gone, RefusedError when one says no."""
+        exchange = Exchange(self._config, self._worker, self._generation, addresses, self._segment)
+        bound = False
+        version = -1
+        try:
+            for assign in exchange.assignments():
+                if not bound and assign.kind != "initialize":
+                    self._engine.bind(exchange.parameters)
+                    bound = True
+                if assign.step != version and bound:
+                    self._engine.refresh()
+                    version = assign.step
+                self._answer(exchange, assign)
+        finally:
+            time.sleep(DISMISSED_GRACE_SECONDS)  # lets a last message out
+            exchange.close()
+
+    def _answer(self, exchange: Exchange, assign: Assign) -> None:
+        try:
+            push = self._computer.answer(assign, self._initial_buffers)
+        except MicroBatchError as error:
+            exchange.fail(self._failure(assign, error))
+            return
+        exchange.push(push, self._slots)
+        self._computer.prefetch(assign)
+
+    def _failure(self, assign: Assign, error: MicroBatchError) -> Failure:
+        cause = error.__cause__
+        assert cause is not None  # noqa: S101  # Computer always chains the cause
+        where = f"at step {assign.step}, worker {self._worker}, micro-batch {error.micro_batch}"
+        reason = "bad_loss" if isinstance(cause, LossError) else "user_code_raised"
+        said = str(cause) if isinstance(cause, LossError) else f"{type(cause).__name__}: {cause}"
+        return Failure(assign.step, error.micro_batch, reason, f"{said} ({where})", user_traceback(cause), assign.kind)

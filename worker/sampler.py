@@ -1,0 +1,44 @@
+"""Which samples belong to which micro-batch: a pure function of (seed, epoch, step, micro-batch)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steepest.spec import DataSpec
+
+
+class Sampler:
+    """Cuts a data set of `num_samples` into steps and micro-batches; remembers the order of one epoch."""
+
+    def __init__(self, num_samples: int, data: DataSpec, seed: int) -> None:
+        self._num_samples = num_samples
+        self._data = data
+        self._seed = seed
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last step of an epoch may be short."""
+        return -(-self._num_samples // self._data.global_batch)
+
+    def indices(self, step: int, micro_batch: int) -> NDArray[np.int64]:
+        """The samples of a micro-batch, possibly none. step: from 0, over all epochs."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self._data.global_batch
+        stop = min(start + self._data.global_batch, self._num_samples)
+        low = min(start + micro_batch * self._data.micro_batch_size, stop)
+        high = min(low + self._data.micro_batch_size, stop)
+        if not self._data.shuffle:
+            return np.arange(low, high)
+        if epoch != self._epoch:
+            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, epoch])))
+            self._order = generator.permutation(self._num_samples)
+            self._epoch = epoch
+        return self._order[low:high]
+
+    def evaluation_range(self, chunk: int) -> tuple[int, int]:
+        """The half-open range of samples of chunk number `chunk` of an evaluation set of `num_samples`."""
+        size = self._data.evaluation_batch
+        return min(chunk * size, self._num_samples), min((chunk + 1) * size, self._num_samples)
