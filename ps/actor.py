@@ -28,6 +28,6 @@ class ServerActor:
         """Enlist a follower."""
         self._server.connect(leader_address)
 
-    def stop(self) -> None:
-        """End all streams."""
-        self._server.stop()
+    def wait(self) -> None:
+        """Block for as long as the process lives, so that whoever waits for it sees it die."""
+        self._server.wait()

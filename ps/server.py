@@ -127,6 +127,10 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
         if self._channel is not None:
             self._channel.close()
 
+    def wait(self) -> None:
+        """Block until `stop`."""
+        self._ended.wait()
+
     def _tick(self) -> None:
         while not self._ended.wait(TICK_SECONDS):
             with self._lock:
@@ -176,6 +180,8 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
             )
         )
         with self._lock:
+            if self.leader is not None and hello.worker in self._peers:
+                self._carry_out(self.leader.leave(hello.worker, time.time()))  # an older generation of it
             self._peers[hello.worker] = peer
             self._send_parameters([peer])
             if self.leader is not None:
@@ -456,7 +462,7 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
     ) -> Iterator[pb.SupervisionMessage]:
         """The controller's stream: its commands, and all that it has not been told yet."""
         first = next(request_iterator)
-        refusal = self._refusal(first.hello, first.command.token)
+        refusal = self._refusal(first.hello.fence, first.hello.token)
         if refusal or self.leader is None:
             context.abort(grpc.StatusCode.PERMISSION_DENIED, refusal or "this server does not lead")
         threading.Thread(target=self._obey, args=(request_iterator,), daemon=True).start()

@@ -755,12 +755,14 @@ class ControllerMessage(_message.Message):
     @_builtins.property
     def command(self) -> Global___Command: ...
     @_builtins.property
-    def hello(self) -> Global___Fence: ...
+    def hello(self) -> Global___Hello:
+        """First, with fence and token."""
+
     def __init__(
         self,
         *,
         command: Global___Command | None = ...,
-        hello: Global___Fence | None = ...,
+        hello: Global___Hello | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "hello", b"hello", "message", b"message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -780,21 +782,18 @@ class Command(_message.Message):
 
     VERB_FIELD_NUMBER: _builtins.int
     WORKER_FIELD_NUMBER: _builtins.int
-    TOKEN_FIELD_NUMBER: _builtins.int
     verb: _builtins.str
     """pause, resume, cancel, retire"""
     worker: _builtins.str
-    token: _builtins.str
     def __init__(
         self,
         *,
         verb: _builtins.str = ...,
         worker: _builtins.str = ...,
-        token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token", "verb", b"verb", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["verb", b"verb", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -95,16 +95,27 @@ class TaskReference(_message.Message):
     def __init__(
         self,
         *,
-        module: _builtins.str = ...,
-        function: _builtins.str = ...,
+        module: _builtins.str | None = ...,
+        function: _builtins.str | None = ...,
         arguments: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
-        code_bundle: _builtins.str = ...,
+        code_bundle: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_code_bundle", b"_code_bundle", "_function", b"_function", "_module", b"_module", "code_bundle", b"code_bundle", "function", b"function", "module", b"module"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "code_bundle", b"code_bundle", "function", b"function", "module", b"module"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_code_bundle", b"_code_bundle", "_function", b"_function", "_module", b"_module", "arguments", b"arguments", "code_bundle", b"code_bundle", "function", b"function", "module", b"module"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__code_bundle: _TypeAlias = _typing.Literal["code_bundle"]  # noqa: Y015
+    _WhichOneofArgType__code_bundle: _TypeAlias = _typing.Literal["_code_bundle", b"_code_bundle"]  # noqa: Y015
+    _WhichOneofReturnType__function: _TypeAlias = _typing.Literal["function"]  # noqa: Y015
+    _WhichOneofArgType__function: _TypeAlias = _typing.Literal["_function", b"_function"]  # noqa: Y015
+    _WhichOneofReturnType__module: _TypeAlias = _typing.Literal["module"]  # noqa: Y015
+    _WhichOneofArgType__module: _TypeAlias = _typing.Literal["_module", b"_module"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__code_bundle) -> _WhichOneofReturnType__code_bundle | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__function) -> _WhichOneofReturnType__function | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__module) -> _WhichOneofReturnType__module | None: ...
 
 Global___TaskReference: _TypeAlias = TaskReference  # noqa: Y015
 
@@ -125,18 +136,31 @@ class DataSpec(_message.Message):
     def __init__(
         self,
         *,
-        global_batch: _builtins.int = ...,
+        global_batch: _builtins.int | None = ...,
         micro_batch: _builtins.int | None = ...,
-        shuffle: _builtins.bool = ...,
-        evaluation_batch: _builtins.int = ...,
+        shuffle: _builtins.bool | None = ...,
+        evaluation_batch: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_micro_batch", b"_micro_batch", "micro_batch", b"micro_batch"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_evaluation_batch", b"_evaluation_batch", "_global_batch", b"_global_batch", "_micro_batch", b"_micro_batch", "_shuffle", b"_shuffle", "evaluation_batch", b"evaluation_batch", "global_batch", b"global_batch", "micro_batch", b"micro_batch", "shuffle", b"shuffle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_micro_batch", b"_micro_batch", "evaluation_batch", b"evaluation_batch", "global_batch", b"global_batch", "micro_batch", b"micro_batch", "shuffle", b"shuffle"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evaluation_batch", b"_evaluation_batch", "_global_batch", b"_global_batch", "_micro_batch", b"_micro_batch", "_shuffle", b"_shuffle", "evaluation_batch", b"evaluation_batch", "global_batch", b"global_batch", "micro_batch", b"micro_batch", "shuffle", b"shuffle"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__evaluation_batch: _TypeAlias = _typing.Literal["evaluation_batch"]  # noqa: Y015
+    _WhichOneofArgType__evaluation_batch: _TypeAlias = _typing.Literal["_evaluation_batch", b"_evaluation_batch"]  # noqa: Y015
+    _WhichOneofReturnType__global_batch: _TypeAlias = _typing.Literal["global_batch"]  # noqa: Y015
+    _WhichOneofArgType__global_batch: _TypeAlias = _typing.Literal["_global_batch", b"_global_batch"]  # noqa: Y015
     _WhichOneofReturnType__micro_batch: _TypeAlias = _typing.Literal["micro_batch"]  # noqa: Y015
     _WhichOneofArgType__micro_batch: _TypeAlias = _typing.Literal["_micro_batch", b"_micro_batch"]  # noqa: Y015
+    _WhichOneofReturnType__shuffle: _TypeAlias = _typing.Literal["shuffle"]  # noqa: Y015
+    _WhichOneofArgType__shuffle: _TypeAlias = _typing.Literal["_shuffle", b"_shuffle"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__evaluation_batch) -> _WhichOneofReturnType__evaluation_batch | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__global_batch) -> _WhichOneofReturnType__global_batch | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__micro_batch) -> _WhichOneofReturnType__micro_batch | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shuffle) -> _WhichOneofReturnType__shuffle | None: ...
 
 Global___DataSpec: _TypeAlias = DataSpec  # noqa: Y015
 
@@ -176,7 +200,7 @@ class OptimizerSpec(_message.Message):
     def __init__(
         self,
         *,
-        name: _builtins.str = ...,
+        name: _builtins.str | None = ...,
         lr: _builtins.float | None = ...,
         momentum: _builtins.float | None = ...,
         dampening: _builtins.float | None = ...,
@@ -188,11 +212,11 @@ class OptimizerSpec(_message.Message):
         amsgrad: _builtins.bool | None = ...,
         lr_decay: _builtins.float | None = ...,
         initial_accumulator_value: _builtins.float | None = ...,
-        decay_biases_and_norms: _builtins.bool = ...,
+        decay_biases_and_norms: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_amsgrad", b"_amsgrad", "_centered", b"_centered", "_dampening", b"_dampening", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lr", b"_lr", "_lr_decay", b"_lr_decay", "_momentum", b"_momentum", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "amsgrad", b"amsgrad", "centered", b"centered", "dampening", b"dampening", "eps", b"eps", "initial_accumulator_value", b"initial_accumulator_value", "lr", b"lr", "lr_decay", b"lr_decay", "momentum", b"momentum", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_amsgrad", b"_amsgrad", "_centered", b"_centered", "_dampening", b"_dampening", "_decay_biases_and_norms", b"_decay_biases_and_norms", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lr", b"_lr", "_lr_decay", b"_lr_decay", "_momentum", b"_momentum", "_name", b"_name", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "amsgrad", b"amsgrad", "centered", b"centered", "dampening", b"dampening", "decay_biases_and_norms", b"decay_biases_and_norms", "eps", b"eps", "initial_accumulator_value", b"initial_accumulator_value", "lr", b"lr", "lr_decay", b"lr_decay", "momentum", b"momentum", "name", b"name", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_amsgrad", b"_amsgrad", "_centered", b"_centered", "_dampening", b"_dampening", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lr", b"_lr", "_lr_decay", b"_lr_decay", "_momentum", b"_momentum", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "amsgrad", b"amsgrad", "betas", b"betas", "centered", b"centered", "dampening", b"dampening", "decay_biases_and_norms", b"decay_biases_and_norms", "eps", b"eps", "initial_accumulator_value", b"initial_accumulator_value", "lr", b"lr", "lr_decay", b"lr_decay", "momentum", b"momentum", "name", b"name", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_amsgrad", b"_amsgrad", "_centered", b"_centered", "_dampening", b"_dampening", "_decay_biases_and_norms", b"_decay_biases_and_norms", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lr", b"_lr", "_lr_decay", b"_lr_decay", "_momentum", b"_momentum", "_name", b"_name", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "amsgrad", b"amsgrad", "betas", b"betas", "centered", b"centered", "dampening", b"dampening", "decay_biases_and_norms", b"decay_biases_and_norms", "eps", b"eps", "initial_accumulator_value", b"initial_accumulator_value", "lr", b"lr", "lr_decay", b"lr_decay", "momentum", b"momentum", "name", b"name", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
     _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
@@ -202,6 +226,8 @@ class OptimizerSpec(_message.Message):
     _WhichOneofArgType__centered: _TypeAlias = _typing.Literal["_centered", b"_centered"]  # noqa: Y015
     _WhichOneofReturnType__dampening: _TypeAlias = _typing.Literal["dampening"]  # noqa: Y015
     _WhichOneofArgType__dampening: _TypeAlias = _typing.Literal["_dampening", b"_dampening"]  # noqa: Y015
+    _WhichOneofReturnType__decay_biases_and_norms: _TypeAlias = _typing.Literal["decay_biases_and_norms"]  # noqa: Y015
+    _WhichOneofArgType__decay_biases_and_norms: _TypeAlias = _typing.Literal["_decay_biases_and_norms", b"_decay_biases_and_norms"]  # noqa: Y015
     _WhichOneofReturnType__eps: _TypeAlias = _typing.Literal["eps"]  # noqa: Y015
     _WhichOneofArgType__eps: _TypeAlias = _typing.Literal["_eps", b"_eps"]  # noqa: Y015
     _WhichOneofReturnType__initial_accumulator_value: _TypeAlias = _typing.Literal["initial_accumulator_value"]  # noqa: Y015
@@ -212,6 +238,8 @@ class OptimizerSpec(_message.Message):
     _WhichOneofArgType__lr_decay: _TypeAlias = _typing.Literal["_lr_decay", b"_lr_decay"]  # noqa: Y015
     _WhichOneofReturnType__momentum: _TypeAlias = _typing.Literal["momentum"]  # noqa: Y015
     _WhichOneofArgType__momentum: _TypeAlias = _typing.Literal["_momentum", b"_momentum"]  # noqa: Y015
+    _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
+    _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
     _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
     _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
     @_typing.overload
@@ -223,6 +251,8 @@ class OptimizerSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dampening) -> _WhichOneofReturnType__dampening | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decay_biases_and_norms) -> _WhichOneofReturnType__decay_biases_and_norms | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eps) -> _WhichOneofReturnType__eps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__initial_accumulator_value) -> _WhichOneofReturnType__initial_accumulator_value | None: ...
@@ -232,6 +262,8 @@ class OptimizerSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lr_decay) -> _WhichOneofReturnType__lr_decay | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__momentum) -> _WhichOneofReturnType__momentum | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__name) -> _WhichOneofReturnType__name | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
 
@@ -256,17 +288,36 @@ class ScheduleSpec(_message.Message):
     def __init__(
         self,
         *,
-        name: _builtins.str = ...,
-        warmup_steps: _builtins.int = ...,
-        final_factor: _builtins.float = ...,
-        step_size: _builtins.int = ...,
-        gamma: _builtins.float = ...,
+        name: _builtins.str | None = ...,
+        warmup_steps: _builtins.int | None = ...,
+        final_factor: _builtins.float | None = ...,
+        step_size: _builtins.int | None = ...,
+        gamma: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_final_factor", b"_final_factor", "_gamma", b"_gamma", "_name", b"_name", "_step_size", b"_step_size", "_warmup_steps", b"_warmup_steps", "final_factor", b"final_factor", "gamma", b"gamma", "name", b"name", "step_size", b"step_size", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["final_factor", b"final_factor", "gamma", b"gamma", "name", b"name", "step_size", b"step_size", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_final_factor", b"_final_factor", "_gamma", b"_gamma", "_name", b"_name", "_step_size", b"_step_size", "_warmup_steps", b"_warmup_steps", "final_factor", b"final_factor", "gamma", b"gamma", "name", b"name", "step_size", b"step_size", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__final_factor: _TypeAlias = _typing.Literal["final_factor"]  # noqa: Y015
+    _WhichOneofArgType__final_factor: _TypeAlias = _typing.Literal["_final_factor", b"_final_factor"]  # noqa: Y015
+    _WhichOneofReturnType__gamma: _TypeAlias = _typing.Literal["gamma"]  # noqa: Y015
+    _WhichOneofArgType__gamma: _TypeAlias = _typing.Literal["_gamma", b"_gamma"]  # noqa: Y015
+    _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
+    _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
+    _WhichOneofReturnType__step_size: _TypeAlias = _typing.Literal["step_size"]  # noqa: Y015
+    _WhichOneofArgType__step_size: _TypeAlias = _typing.Literal["_step_size", b"_step_size"]  # noqa: Y015
+    _WhichOneofReturnType__warmup_steps: _TypeAlias = _typing.Literal["warmup_steps"]  # noqa: Y015
+    _WhichOneofArgType__warmup_steps: _TypeAlias = _typing.Literal["_warmup_steps", b"_warmup_steps"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__final_factor) -> _WhichOneofReturnType__final_factor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gamma) -> _WhichOneofReturnType__gamma | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__name) -> _WhichOneofReturnType__name | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_size) -> _WhichOneofReturnType__step_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__warmup_steps) -> _WhichOneofReturnType__warmup_steps | None: ...
 
 Global___ScheduleSpec: _TypeAlias = ScheduleSpec  # noqa: Y015
 
@@ -308,22 +359,19 @@ class SyncSpec(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODE_FIELD_NUMBER: _builtins.int
-    STALENESS_FIELD_NUMBER: _builtins.int
     mode: _builtins.str
-    staleness: _builtins.int
     def __init__(
         self,
         *,
-        mode: _builtins.str = ...,
-        staleness: _builtins.int | None = ...,
+        mode: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_staleness", b"_staleness", "staleness", b"staleness"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_mode", b"_mode", "mode", b"mode"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_staleness", b"_staleness", "mode", b"mode", "staleness", b"staleness"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mode", b"_mode", "mode", b"mode"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__staleness: _TypeAlias = _typing.Literal["staleness"]  # noqa: Y015
-    _WhichOneofArgType__staleness: _TypeAlias = _typing.Literal["_staleness", b"_staleness"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__staleness) -> _WhichOneofReturnType__staleness | None: ...
+    _WhichOneofReturnType__mode: _TypeAlias = _typing.Literal["mode"]  # noqa: Y015
+    _WhichOneofArgType__mode: _TypeAlias = _typing.Literal["_mode", b"_mode"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mode) -> _WhichOneofReturnType__mode | None: ...
 
 Global___SyncSpec: _TypeAlias = SyncSpec  # noqa: Y015
 
@@ -350,19 +398,46 @@ class PlacementSpec(_message.Message):
     def __init__(
         self,
         *,
-        workers: _builtins.int = ...,
-        servers: _builtins.int = ...,
-        threads_per_worker: _builtins.int = ...,
-        device: _builtins.str = ...,
-        transport: _builtins.str = ...,
-        worker_timeout_seconds: _builtins.float = ...,
-        max_worker_restarts: _builtins.int = ...,
+        workers: _builtins.int | None = ...,
+        servers: _builtins.int | None = ...,
+        threads_per_worker: _builtins.int | None = ...,
+        device: _builtins.str | None = ...,
+        transport: _builtins.str | None = ...,
+        worker_timeout_seconds: _builtins.float | None = ...,
+        max_worker_restarts: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "_max_worker_restarts", b"_max_worker_restarts", "_servers", b"_servers", "_threads_per_worker", b"_threads_per_worker", "_transport", b"_transport", "_worker_timeout_seconds", b"_worker_timeout_seconds", "_workers", b"_workers", "device", b"device", "max_worker_restarts", b"max_worker_restarts", "servers", b"servers", "threads_per_worker", b"threads_per_worker", "transport", b"transport", "worker_timeout_seconds", b"worker_timeout_seconds", "workers", b"workers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "max_worker_restarts", b"max_worker_restarts", "servers", b"servers", "threads_per_worker", b"threads_per_worker", "transport", b"transport", "worker_timeout_seconds", b"worker_timeout_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "_max_worker_restarts", b"_max_worker_restarts", "_servers", b"_servers", "_threads_per_worker", b"_threads_per_worker", "_transport", b"_transport", "_worker_timeout_seconds", b"_worker_timeout_seconds", "_workers", b"_workers", "device", b"device", "max_worker_restarts", b"max_worker_restarts", "servers", b"servers", "threads_per_worker", b"threads_per_worker", "transport", b"transport", "worker_timeout_seconds", b"worker_timeout_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__device: _TypeAlias = _typing.Literal["device"]  # noqa: Y015
+    _WhichOneofArgType__device: _TypeAlias = _typing.Literal["_device", b"_device"]  # noqa: Y015
+    _WhichOneofReturnType__max_worker_restarts: _TypeAlias = _typing.Literal["max_worker_restarts"]  # noqa: Y015
+    _WhichOneofArgType__max_worker_restarts: _TypeAlias = _typing.Literal["_max_worker_restarts", b"_max_worker_restarts"]  # noqa: Y015
+    _WhichOneofReturnType__servers: _TypeAlias = _typing.Literal["servers"]  # noqa: Y015
+    _WhichOneofArgType__servers: _TypeAlias = _typing.Literal["_servers", b"_servers"]  # noqa: Y015
+    _WhichOneofReturnType__threads_per_worker: _TypeAlias = _typing.Literal["threads_per_worker"]  # noqa: Y015
+    _WhichOneofArgType__threads_per_worker: _TypeAlias = _typing.Literal["_threads_per_worker", b"_threads_per_worker"]  # noqa: Y015
+    _WhichOneofReturnType__transport: _TypeAlias = _typing.Literal["transport"]  # noqa: Y015
+    _WhichOneofArgType__transport: _TypeAlias = _typing.Literal["_transport", b"_transport"]  # noqa: Y015
+    _WhichOneofReturnType__worker_timeout_seconds: _TypeAlias = _typing.Literal["worker_timeout_seconds"]  # noqa: Y015
+    _WhichOneofArgType__worker_timeout_seconds: _TypeAlias = _typing.Literal["_worker_timeout_seconds", b"_worker_timeout_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__workers: _TypeAlias = _typing.Literal["workers"]  # noqa: Y015
+    _WhichOneofArgType__workers: _TypeAlias = _typing.Literal["_workers", b"_workers"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__device) -> _WhichOneofReturnType__device | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_worker_restarts) -> _WhichOneofReturnType__max_worker_restarts | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__servers) -> _WhichOneofReturnType__servers | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threads_per_worker) -> _WhichOneofReturnType__threads_per_worker | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__transport) -> _WhichOneofReturnType__transport | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__worker_timeout_seconds) -> _WhichOneofReturnType__worker_timeout_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__workers) -> _WhichOneofReturnType__workers | None: ...
 
 Global___PlacementSpec: _TypeAlias = PlacementSpec  # noqa: Y015
 
@@ -409,7 +484,7 @@ class TrainingJobSpec(_message.Message):
         self,
         *,
         task: Global___TaskReference | None = ...,
-        seed: _builtins.int = ...,
+        seed: _builtins.int | None = ...,
         steps: _builtins.int | None = ...,
         epochs: _builtins.int | None = ...,
         data: Global___DataSpec | None = ...,
@@ -417,21 +492,37 @@ class TrainingJobSpec(_message.Message):
         schedule: Global___ScheduleSpec | None = ...,
         clip: Global___ClipSpec | None = ...,
         sync: Global___SyncSpec | None = ...,
-        checkpoint_every: _builtins.int = ...,
-        eval_every: _builtins.int = ...,
-        on_nonfinite: _builtins.str = ...,
+        checkpoint_every: _builtins.int | None = ...,
+        eval_every: _builtins.int | None = ...,
+        on_nonfinite: _builtins.str | None = ...,
         placement: Global___PlacementSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_epochs", b"_epochs", "_steps", b"_steps", "clip", b"clip", "data", b"data", "epochs", b"epochs", "optimizer", b"optimizer", "placement", b"placement", "schedule", b"schedule", "steps", b"steps", "sync", b"sync", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_on_nonfinite", b"_on_nonfinite", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epochs", b"_epochs", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_on_nonfinite", b"_on_nonfinite", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__checkpoint_every: _TypeAlias = _typing.Literal["checkpoint_every"]  # noqa: Y015
+    _WhichOneofArgType__checkpoint_every: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every"]  # noqa: Y015
     _WhichOneofReturnType__epochs: _TypeAlias = _typing.Literal["epochs"]  # noqa: Y015
     _WhichOneofArgType__epochs: _TypeAlias = _typing.Literal["_epochs", b"_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__eval_every: _TypeAlias = _typing.Literal["eval_every"]  # noqa: Y015
+    _WhichOneofArgType__eval_every: _TypeAlias = _typing.Literal["_eval_every", b"_eval_every"]  # noqa: Y015
+    _WhichOneofReturnType__on_nonfinite: _TypeAlias = _typing.Literal["on_nonfinite"]  # noqa: Y015
+    _WhichOneofArgType__on_nonfinite: _TypeAlias = _typing.Literal["_on_nonfinite", b"_on_nonfinite"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpoint_every) -> _WhichOneofReturnType__checkpoint_every | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epochs) -> _WhichOneofReturnType__epochs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_every) -> _WhichOneofReturnType__eval_every | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__on_nonfinite) -> _WhichOneofReturnType__on_nonfinite | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
 

@@ -1,0 +1,1 @@
+"""The control plane: job API, lifecycle, store, scheduler, telemetry."""

@@ -1,0 +1,97 @@
+"""The catalogue from errors to gRPC statuses with stable reasons, and the interceptor that uses it."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from steepest.errors import ConflictError, NotFoundError, ServiceUnavailableError, SpecError, SteepestError
+
+log = logging.getLogger(__name__)
+
+DOMAIN = "steepest"
+
+CATALOGUE: dict[type[SteepestError], tuple[int, str]] = {
+    SpecError: (code_pb2.INVALID_ARGUMENT, "INVALID_SPEC"),
+    NotFoundError: (code_pb2.NOT_FOUND, "NOT_FOUND"),
+    ConflictError: (code_pb2.FAILED_PRECONDITION, "CONFLICT"),
+    ServiceUnavailableError: (code_pb2.UNAVAILABLE, "UNAVAILABLE"),
+}
+
+
+def status_of(error: Exception) -> status_pb2.Status:
+    """The status for an error. An unexpected one becomes INTERNAL with a reference into the log."""
+    for kind, (code, reason) in CATALOGUE.items():
+        if isinstance(error, kind):
+            details = [error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)]
+            if isinstance(error, SpecError):
+                violations = [
+                    error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.problem)
+                    for v in error.violations
+                ]
+                details.append(error_details_pb2.BadRequest(field_violations=violations))
+            return status_pb2.Status(code=code, message=str(error), details=[_packed(d) for d in details])
+    reference = secrets.token_hex(4)
+    log.error("internal error %s", reference, exc_info=error)
+    info = error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN, metadata={"reference": reference})
+    return status_pb2.Status(
+        code=code_pb2.INTERNAL, message=f"internal error; the service's log has it as {reference}", details=[_packed(info)]
+    )
+
+
+def _packed(detail: Any) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    return packed
+
+
+class ErrorInterceptor(grpc.ServerInterceptor):
+    """Turns exceptions of the servicers into statuses."""
+
+    def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
+        """Wrap the handler, whichever kind it is."""
+        handler = continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith("/steepest."):
+            return handler
+        if handler.response_streaming:
+            wrapped = _stream(handler.stream_stream or handler.unary_stream)
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
+        else:
+            wrapped = _single(handler.stream_unary or handler.unary_unary)
+            make = (
+                grpc.stream_unary_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_unary_rpc_method_handler
+            )
+        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+
+
+def _single(behaviour: Callable[..., Any]) -> Callable[..., Any]:
+    def call(request: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            return behaviour(request, context)
+        except Exception as error:
+            context.abort_with_status(rpc_status.to_status(status_of(error)))
+
+    return call
+
+
+def _stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
+    def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        try:
+            yield from behaviour(request, context)
+        except Exception as error:
+            context.abort_with_status(rpc_status.to_status(status_of(error)))
+
+    return call

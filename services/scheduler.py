@@ -1,0 +1,246 @@
+"""Ray: reserves room for a job by placement groups, starts its actors there, and tells when one ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ps.actor import ServerActor
+from ps.config import JobConfig
+from services.settings import Settings
+from steepest.errors import ServiceUnavailableError
+from steepest.spec import PlacementSpec
+from worker.actor import WorkerActor
+
+log = logging.getLogger(__name__)
+
+GROUP_SECONDS = 10.0
+EMBEDDED_CPUS = 8
+# A server holds its shard's parameters, two moments of each, and scratch.
+SERVER_COPIES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """An actor has ended. kind: "done", "refused" (the user's code cannot be loaded) or "died"."""
+
+    kind: str
+    message: str = ""
+    traceback: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """An actor runs."""
+
+    pid: int
+    host: str
+
+
+class Scheduler:
+    """The connection to the cluster, embedded or an existing one."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._ready = threading.Event()
+        self._problem = ""
+
+    def start(self) -> None:
+        """Start or join Ray in a thread; `wait_ready` waits for it."""
+        threading.Thread(target=self._start, daemon=True).start()
+
+    def _start(self) -> None:
+        settings = self._settings
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # The GPUs of a worker without GPUs are hidden by us, in its own torch device; Ray may leave the variable alone.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+        try:
+            if settings.ray_address is not None:
+                ray.init(address=settings.ray_address, **common)
+            else:
+                cpus = settings.num_cpus or max(EMBEDDED_CPUS, os.cpu_count() or 1)
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
+        except Exception as error:
+            log.exception("Ray")
+            where = f"the Ray cluster at {settings.ray_address}" if settings.ray_address else "embedded Ray"
+            self._problem = f"{where} does not start: {error}"
+        self._ready.set()
+
+    def wait_ready(self) -> None:
+        """Raises ServiceUnavailableError when Ray cannot be had."""
+        self._ready.wait()
+        if self._problem:
+            raise ServiceUnavailableError(self._problem)
+
+    def stop(self) -> None:
+        """Leave the cluster; an embedded one ends."""
+        self._ready.wait()
+        ray.shutdown()
+
+    def totals(self) -> dict[str, float]:
+        """All resources of the cluster."""
+        self.wait_ready()
+        return dict(ray.cluster_resources())
+
+    def shortage(self, placement: PlacementSpec, num_workers: int, users: Sequence[str]) -> str:
+        """What a job would have to wait for, or nothing. users: names of the jobs that hold resources."""
+        self.wait_ready()
+        totals, free = ray.cluster_resources(), ray.available_resources()
+        for resource, count in _demand(placement, num_workers).items():
+            total, left = totals.get(resource, 0.0), free.get(resource, 0.0)
+            if left >= count:
+                continue
+            text = f"waiting for {_number(count, resource)}: the cluster has {total:g}"
+            if total < count:
+                return f"{text} in all; add nodes, or use fewer workers"
+            by = f" by {', '.join(users)}" if users else ""
+            return f"{text}, {total - left:g} are in use{by}"
+        return ""
+
+    def reserve(self, placement: PlacementSpec, num_workers: int, layout_bytes: int) -> Placement | None:
+        """Room for all servers and workers of a job, or None when it cannot be had now."""
+        self.wait_ready()
+        placed = Placement(placement, layout_bytes)
+        for _ in range(num_workers):
+            placed.add_group()
+        if placed.wait(GROUP_SECONDS):
+            return placed
+        placed.release()
+        return None
+
+
+def _demand(placement: PlacementSpec, num_workers: int) -> dict[str, float]:
+    demand = {"CPU": float(placement.threads_per_worker * num_workers)}
+    if placement.device == "cuda":
+        demand["GPU"] = float(num_workers)
+    return demand
+
+
+def _number(count: float, resource: str) -> str:
+    return f"{count:g} {resource}{'s' if count != 1 else ''}"
+
+
+class Placement:
+    """The room of one job and the actors in it. Callbacks come in threads of Ray."""
+
+    def __init__(self, placement: PlacementSpec, layout_bytes: int) -> None:
+        self._placement = placement
+        self._memory = max(1 << 20, SERVER_COPIES * layout_bytes // placement.servers)
+        self._server_group = placement_group([{"memory": self._memory}] * placement.servers, strategy="PACK")
+        self._spare: list[PlacementGroup] = []
+        self._workers: dict[str, tuple[Any, PlacementGroup]] = {}
+        self._servers: list[Any] = []
+        self._code: Any = None
+
+    def add_group(self) -> None:
+        """Ask for room for one more worker."""
+        self._spare.append(placement_group([_demand(self._placement, 1)]))
+
+    def wait(self, seconds: float) -> bool:
+        """Whether all the room asked for is there."""
+        return all(group.wait(seconds) for group in [self._server_group, *self._spare])
+
+    def set_code(self, code: bytes) -> None:
+        """The code bundle that every worker gets."""
+        self._code = ray.put(code)
+
+    def start_servers(self, config: JobConfig, on_exit: Callable[[int, Exit], None]) -> list[tuple[str, Started]]:
+        """Start all servers, connected to each other; their (address, where), the leader first."""
+        # On a cluster of one host nothing needs to be reachable from outside it.
+        bind = "127.0.0.1" if len([n for n in ray.nodes() if n["Alive"]]) == 1 else ""
+        for index in range(self._placement.servers):
+            strategy = PlacementGroupSchedulingStrategy(self._server_group, placement_group_bundle_index=index)
+            actor = ServerActor.options(  # type: ignore[attr-defined]
+                num_cpus=0, memory=self._memory, scheduling_strategy=strategy, max_concurrency=4
+            ).remote(config, index, bind)
+            self._servers.append(actor)
+            _watch(actor.wait.remote(), lambda end, i=index: on_exit(i, end))
+        described = ray.get([actor.describe.remote() for actor in self._servers])
+        leader = described[0][0]
+        ray.get([actor.connect.remote(leader) for actor in self._servers[1:]])
+        return [(address, Started(pid, host)) for address, pid, host in described]
+
+    def start_worker(
+        self,
+        config: JobConfig,
+        worker: str,
+        generation: int,
+        addresses: Sequence[str],
+        on_start: Callable[[Started], None],
+        on_exit: Callable[[Exit], None],
+    ) -> None:
+        """Start a worker in room that was asked for, or ask for some; it starts when there is any."""
+        if not self._spare:
+            self.add_group()
+        group = self._spare.pop()
+        resources = _demand(self._placement, 1)
+        actor = WorkerActor.options(  # type: ignore[attr-defined]
+            num_cpus=resources["CPU"],
+            num_gpus=resources.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+        ).remote()
+        self._workers[worker] = (actor, group)
+
+        def started(future: Any) -> None:
+            if future.exception() is None:
+                on_start(Started(*future.result()))
+
+        actor.describe.remote().future().add_done_callback(started)
+        _watch(actor.run.remote(config, worker, generation, self._code, list(addresses)), on_exit)
+
+    def stop_worker(self, worker: str, *, keep_room: bool) -> None:
+        """Kill a worker if it still runs. keep_room: for another one in its place."""
+        actor, group = self._workers.pop(worker, (None, None))
+        if actor is None or group is None:
+            return
+        ray.kill(actor)
+        if keep_room:
+            self._spare.append(group)
+        else:
+            remove_placement_group(group)
+
+    def stop_actors(self) -> None:
+        """Kill everything, but keep the room."""
+        for worker in list(self._workers):
+            self.stop_worker(worker, keep_room=True)
+        for actor in self._servers:
+            ray.kill(actor)
+        self._servers = []
+
+    def release(self) -> None:
+        """Kill everything and give back the room."""
+        self.stop_actors()
+        for group in [self._server_group, *self._spare]:
+            remove_placement_group(group)
+        self._spare = []
+
+
+def _watch(reference: Any, on_exit: Callable[[Exit], None]) -> None:
+    def ended(future: Any) -> None:
+        error = future.exception()
+        if error is None:
+            result = future.result()
+            on_exit(Exit("refused", *result) if result else Exit("done"))
+        else:
+            on_exit(Exit("died", _short(error)))
+
+    reference.future().add_done_callback(ended)
+
+
+def _short(error: BaseException) -> str:
+    """What matters of Ray's long messages."""
+    cause = getattr(error, "cause", None)
+    text = str(cause if isinstance(cause, BaseException) else error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(("class_name:", "actor_id:", "pid:", "namespace:", "ip:"))]
+    return " ".join(kept[:4])[:600]

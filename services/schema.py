@@ -1,0 +1,58 @@
+"""The tables, as the newest migration leaves them."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData()
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("id", sa.String(63), primary_key=True),
+    sa.Column("request_id", sa.String(128), unique=True),
+    sa.Column("spec", sa.Text, nullable=False),
+    sa.Column("description", sa.Text, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("workers", sa.Integer, nullable=False),
+    sa.Column("incarnation", sa.Integer, nullable=False),
+    sa.Column("total_steps", sa.BigInteger, nullable=False),
+    sa.Column("created", sa.Double, nullable=False),
+    sa.Column("ended", sa.Double),
+    sa.Column("result", sa.Text, nullable=False),
+)
+
+events = sa.Table(
+    "events",
+    metadata,
+    sa.Column("job", sa.String(63), sa.ForeignKey("jobs.id"), primary_key=True),
+    sa.Column("sequence", sa.BigInteger, primary_key=True),
+    sa.Column("time", sa.Double, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+)
+
+history = sa.Table(
+    "history",
+    metadata,
+    sa.Column("job", sa.String(63), sa.ForeignKey("jobs.id"), primary_key=True),
+    sa.Column("incarnation", sa.Integer, primary_key=True),
+    sa.Column("step", sa.BigInteger, primary_key=True),
+    sa.Column("hidden", sa.Boolean, nullable=False),
+    sa.Column("time", sa.Double, nullable=False),
+    sa.Column("loss", sa.Double),
+    sa.Column("lr", sa.Double),
+    sa.Column("weight", sa.Double),
+    sa.Column("samples", sa.BigInteger, nullable=False),
+    sa.Column("gradient_norm", sa.Double),
+    sa.Column("clipped_norm", sa.Double),
+    sa.Column("clip_coefficient", sa.Double),
+    sa.Column("clipped", sa.Boolean, nullable=False),
+    sa.Column("skipped", sa.Boolean, nullable=False),
+    sa.Column("workers", sa.Integer, nullable=False),
+    sa.Column("step_seconds", sa.Double),
+    sa.Column("compute_seconds", sa.Double),
+    sa.Column("reduce_seconds", sa.Double),
+    sa.Column("apply_seconds", sa.Double),
+)

@@ -1,0 +1,34 @@
+"""All settings of the service, read once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a service runs.
+
+    ray_address: an existing Ray cluster; None starts Ray in this process tree. num_cpus: what embedded Ray may hand out.
+    """
+
+    data_directory: Path
+    grpc_host: str = "127.0.0.1"
+    grpc_port: int = 50051
+    http_host: str = "127.0.0.1"
+    http_port: int = 8080
+    ray_address: str | None = None
+    num_cpus: int | None = None
+    probe_timeout_seconds: float = 300.0
+    cancel_grace_seconds: float = 20.0
+    max_code_bytes: int = 256 << 20
+
+    @property
+    def database_url(self) -> str:
+        """SQLite, beside the rest."""
+        return f"sqlite:///{self.data_directory / 'steepest.db'}"
+
+    def checkpoints_of(self, job: str) -> Path:
+        """Where the checkpoints of a job lie."""
+        return self.data_directory / "jobs" / job / "checkpoints"

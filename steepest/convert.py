@@ -1,0 +1,45 @@
+"""Between the job spec, the step record and the wire. Only converters touch *_pb2."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict, ParseDict
+
+from steepest.spec import TrainingJobSpec, spec_from_dict
+from steepest.v1 import training_jobs_pb2 as pb
+
+
+def spec_to_proto(spec: TrainingJobSpec) -> pb.TrainingJobSpec:
+    """TrainingJobSpec, to the wire. What is None stays absent."""
+    raw = spec.model_dump(mode="json", exclude_none=True)
+    arguments = raw["task"].pop("arguments")
+    raw["task"]["arguments"] = {key: json.dumps(value) for key, value in arguments.items()}
+    return ParseDict(raw, pb.TrainingJobSpec())
+
+
+def spec_from_proto(message: pb.TrainingJobSpec) -> TrainingJobSpec:
+    """TrainingJobSpec, from the wire; what is absent takes its default.
+
+    Raises SpecError with one violation for every bad field.
+    """
+    return spec_from_dict(_present(message))
+
+
+def _present(message: Any) -> dict[str, Any]:
+    """The fields that a sender has set. Every scalar of a spec has presence, so that 0 and absent differ."""
+    raw: dict[str, Any] = {}
+    for descriptor, value in message.ListFields():
+        if descriptor.name == "arguments":
+            raw["arguments"] = {key: json.loads(text) for key, text in value.items()}
+        elif descriptor.message_type is not None:
+            raw[descriptor.name] = _present(value)
+        else:
+            raw[descriptor.name] = list(value) if descriptor.is_repeated else value
+    return raw
+
+
+def message_to_dict(message: Any) -> dict[str, Any]:
+    """A message with the names of the .proto file, for --json and for tests."""
+    return dict(MessageToDict(message, preserving_proto_field_name=True))
