@@ -9,6 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from services.ray_environment import prepare_ray_environment
+
+prepare_ray_environment()
+
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -51,18 +55,24 @@ class Scheduler:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._ready = threading.Event()
+        self._stop = threading.Event()
         self._problem = ""
+        self._thread = threading.Thread(target=self._run, name="ray", daemon=True)
 
     def start(self) -> None:
         """Start or join Ray in a thread; `wait_ready` waits for it."""
-        threading.Thread(target=self._start, daemon=True).start()
+        self._thread.start()
 
-    def _start(self) -> None:
+    def _run(self) -> None:
+        """Ray's processes get a parent-death signal from the thread that started them, so it lives as long as they do."""
+        self._join_cluster()
+        self._ready.set()
+        self._stop.wait()
+        ray.shutdown()
+
+    def _join_cluster(self) -> None:
         settings = self._settings
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        # The GPUs of a worker without GPUs are hidden by us, in its own torch device; Ray may leave the variable alone.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        logging.getLogger("ray").setLevel(logging.ERROR)
         common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
         try:
             if settings.ray_address is not None:
@@ -74,7 +84,6 @@ class Scheduler:
             log.exception("Ray")
             where = f"the Ray cluster at {settings.ray_address}" if settings.ray_address else "embedded Ray"
             self._problem = f"{where} does not start: {error}"
-        self._ready.set()
 
     def wait_ready(self) -> None:
         """Raises ServiceUnavailableError when Ray cannot be had."""
@@ -84,8 +93,8 @@ class Scheduler:
 
     def stop(self) -> None:
         """Leave the cluster; an embedded one ends."""
-        self._ready.wait()
-        ray.shutdown()
+        self._stop.set()
+        self._thread.join()
 
     def totals(self) -> dict[str, float]:
         """All resources of the cluster."""

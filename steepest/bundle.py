@@ -1,0 +1,114 @@
+"""Packs a user's task file, and what it imports from beside itself, into a zip archive with the same bytes every time."""
+
+from __future__ import annotations
+
+import ast
+import io
+import sys
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from steepest.errors import SpecError, Violation
+
+RESERVED_NAMES = frozenset({"services", "worker", "ps", "steepest"})
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A task's code. data: a zip archive, empty when the module is installed on the cluster."""
+
+    module: str
+    function: str
+    data: bytes
+
+
+def bundle_task(task: str) -> Bundle:
+    """Find TASK (`path/to/file.py:function` or `package.module:function`) and pack its code.
+
+    Files that are imported by name from the task's directory go along; data files do not. Raises SpecError.
+    """
+    where, colon, function = task.rpartition(":")
+    if not colon or not where or not function.isidentifier():
+        raise _refused(f"{task!r} names no function; allowed: path/to/file.py:function or package.module:function")
+    if where.endswith(".py") or "/" in where:
+        path = Path(where)
+        if not path.is_file():
+            raise _refused(f"there is no file {where}")
+        root, module = path.resolve().parent, path.stem
+        if not module.isidentifier():
+            raise _refused(f"{path.name}: a task's file name must be a Python name; rename that file")
+        _check_function(path, function)
+    else:
+        root, module = Path.cwd(), where
+        if not _is_local(root, module.split(".")[0]):
+            return Bundle(module, function, b"")
+    files = dict(_collect(root, module.split(".")[0], set()))
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(files):
+            archive.writestr(zipfile.ZipInfo(name, _EPOCH), files[name])
+    return Bundle(module, function, buffer.getvalue())
+
+
+def _refused(problem: str) -> SpecError:
+    return SpecError([Violation("task", problem)])
+
+
+def _check_function(path: Path, function: str) -> None:
+    tree = _parse(path)
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.AsyncFunctionDef(name=name):
+                names.add(name)
+            case ast.Name(id=name, ctx=ast.Store()):
+                names.add(name)
+            case ast.alias(name=name, asname=alias):
+                names.add(alias or name)
+    if function not in names and "*" not in names:
+        there = [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
+        raise _refused(f"{path} has no function {function!r}; it has: {', '.join(there) or 'none'}")
+
+
+def _parse(path: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_bytes(), filename=str(path))
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        raise _refused(f"{path}{f', line {line}' if line else ''}: {error}") from None
+
+
+def _is_local(root: Path, top: str) -> bool:
+    return (root / f"{top}.py").is_file() or any((root / top).glob("*.py"))
+
+
+def _collect(root: Path, top: str, seen: set[str]) -> Iterator[tuple[str, bytes]]:
+    """The files of a top-level module and of all it imports from `root`, by name in the archive."""
+    if top in seen or not _is_local(root, top):
+        return
+    if top == "steepest" and seen and (root / "steepest" / "__init__.py").is_file():
+        return  # the task lies beside this very package
+    seen.add(top)
+    path = root / f"{top}.py"
+    paths = [path] if path.is_file() else sorted((root / top).rglob("*.py"))
+    if top in RESERVED_NAMES or top in sys.stdlib_module_names:
+        kind = "a package of the service" if top in RESERVED_NAMES else "a module of the standard library"
+        shown = path if path.is_file() else root / top
+        raise _refused(f"{shown}: the top-level name {top!r} is reserved for {kind}; rename that file")
+    for file in paths:
+        yield file.relative_to(root).as_posix(), file.read_bytes()
+        for imported in _imports(_parse(file)):
+            yield from _collect(root, imported, seen)
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    """The top-level names that a module imports absolutely."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name.split(".")[0]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.split(".")[0]

@@ -1,0 +1,241 @@
+"""The client of a steepest service. Needs neither ray nor torch."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from steepest.bundle import bundle_task
+from steepest.convert import spec_to_proto
+from steepest.errors import (
+    ConflictError,
+    JobFailedError,
+    NotFoundError,
+    ServiceUnavailableError,
+    SpecError,
+    SteepestError,
+    Violation,
+)
+from steepest.jobs import Event, JobInfo, Progress, event_from_proto, job_from_proto, progress_from_proto
+from steepest.spec import spec_from_dict
+from steepest.v1 import training_jobs_pb2 as pb
+from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+CONNECT_SECONDS = 5.0
+CALL_SECONDS = 30.0
+CREATE_SECONDS = 900.0  # the service loads the task meanwhile
+RECONNECT_SECONDS = 60.0
+CHUNK_BYTES = 1 << 20
+
+
+class Client:
+    """A connection to the service at `address`. Raises ServiceUnavailableError when nothing answers there."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+        self.address = address
+        self._channel = grpc.insecure_channel(address, options=[("grpc.enable_retries", 0)])
+        self._stub = pb_grpc.TrainingJobServiceStub(self._channel)
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout=CONNECT_SECONDS)
+        except grpc.FutureTimeoutError:
+            self._channel.close()
+            raise ServiceUnavailableError(
+                f"no service answers at {address}; start one with `steepest serve`, or name another with --server"
+            ) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def submit(
+        self,
+        task: str,
+        *,
+        name: str = "",
+        request_id: str = "",
+        arguments: Mapping[str, Any] | None = None,
+        **spec: Any,
+    ) -> Job:
+        """Submit a job; what it trains with is in `spec`, field by field: see `steepest.spec.TrainingJobSpec`.
+
+        task: "path/to/file.py:function" or "package.module:function". arguments: of the function.
+        request_id: the same again gives the first one's job, so that a retry is safe.
+
+        Raises SpecError when the job or its task is refused, ConflictError when the name is taken.
+        """
+        bundle = bundle_task(task)
+        reference = {"module": bundle.module, "function": bundle.function, "arguments": dict(arguments or {})}
+        checked = spec_from_dict({**spec, "task": reference})
+        message = spec_to_proto(checked)
+        if bundle.data:
+            message.task.code_bundle = self._upload(bundle.data)
+        request = pb.CreateTrainingJobRequest(
+            training_job_id=name, spec=message, request_id=request_id or str(uuid.uuid4())
+        )
+        return Job(self, self._call(self._stub.CreateTrainingJob, request, CREATE_SECONDS).name)
+
+    def _upload(self, data: bytes) -> str:
+        pieces = (pb.UploadCodeRequest(data=data[i : i + CHUNK_BYTES]) for i in range(0, len(data), CHUNK_BYTES))
+        bundle: pb.CodeBundle = self._call(self._stub.UploadCode, pieces, CREATE_SECONDS)
+        return bundle.name
+
+    def job(self, name: str) -> Job:
+        """A handle for a job by name or id. Asks nothing of the service."""
+        return Job(self, name if name.startswith("trainingJobs/") else f"trainingJobs/{name}")
+
+    def list(self) -> Iterator[JobInfo]:
+        """All jobs, newest first."""
+        token = ""
+        while True:
+            page = self._call(self._stub.ListTrainingJobs, pb.ListTrainingJobsRequest(page_token=token))
+            yield from map(job_from_proto, page.training_jobs)
+            token = page.next_page_token
+            if not token:
+                return
+
+    def _call(self, method: Callable[..., Any], request: Any, timeout: float = CALL_SECONDS) -> Any:
+        try:
+            return method(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise self.translate(error) from None
+
+    def translate(self, error: grpc.RpcError) -> SteepestError:
+        """The error of this package that a gRPC error stands for."""
+        code, message = error.code(), error.details() or ""
+        match code:
+            case grpc.StatusCode.INVALID_ARGUMENT:
+                return SpecError(_violations(error) or [Violation("request", message)])
+            case grpc.StatusCode.NOT_FOUND:
+                return NotFoundError(message)
+            case grpc.StatusCode.FAILED_PRECONDITION:
+                return ConflictError(message)
+            case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED:
+                return ServiceUnavailableError(f"the service at {self.address} does not answer: {message}")
+        return SteepestError(f"{code.name}: {message}")
+
+
+def _violations(error: grpc.RpcError) -> list[Violation]:
+    status = rpc_status.from_call(error)
+    found: list[Violation] = []
+    for detail in status.details if status is not None else ():
+        bad = error_details_pb2.BadRequest()
+        if detail.Unpack(bad):
+            found += [Violation(v.field, v.description) for v in bad.field_violations]
+    return found
+
+
+class Job:
+    """A handle for one job: `name` is its resource name, trainingJobs/{id}."""
+
+    def __init__(self, client: Client, name: str) -> None:
+        self.name = name
+        self._client = client
+        self._stub = client._stub  # noqa: SLF001  # a handle is a part of its client
+
+    def _call(self, method: Callable[..., Any], request: Any) -> Any:
+        return self._client._call(method, request)  # noqa: SLF001
+
+    def get(self) -> JobInfo:
+        """The job as it is now. Raises NotFoundError."""
+        return job_from_proto(self._call(self._stub.GetTrainingJob, pb.GetTrainingJobRequest(name=self.name)))
+
+    def watch(self) -> Iterator[Event | Progress | JobInfo]:
+        """Events and progress until the job ends; the last item is the JobInfo of its end.
+
+        A broken connection is taken up again, without gap or repeat of events.
+        """
+        sequence = 0
+        broken_since: float | None = None
+        while True:
+            request = pb.WatchTrainingJobRequest(name=self.name, after_sequence=sequence)
+            try:
+                for update in self._stub.WatchTrainingJob(request):
+                    broken_since = None
+                    match update.WhichOneof("update"):
+                        case "event":
+                            sequence = update.event.sequence
+                            yield event_from_proto(update.event)
+                        case "progress":
+                            yield progress_from_proto(update.progress)
+                        case "ended":
+                            yield job_from_proto(update.ended)
+                            return
+            except grpc.RpcError as error:
+                if error.code() != grpc.StatusCode.UNAVAILABLE:
+                    raise self._client.translate(error) from None
+                broken_since = broken_since or time.monotonic()
+                if time.monotonic() - broken_since > RECONNECT_SECONDS:
+                    raise self._client.translate(error) from None
+                time.sleep(0.5)
+
+    def wait(self) -> JobInfo:
+        """Wait for the end. Raises JobFailedError unless the job succeeded."""
+        for update in self.watch():
+            if isinstance(update, JobInfo):
+                if update.state != "SUCCEEDED":
+                    raise JobFailedError(f"{self.name} {update.state}: {update.error or update.reason}")
+                return update
+        raise ServiceUnavailableError(f"the watch of {self.name} ended before the job did")
+
+    def cancel(self) -> JobInfo:
+        """Stop at the next step boundary, keeping a checkpoint."""
+        return job_from_proto(self._call(self._stub.CancelTrainingJob, pb.CancelTrainingJobRequest(name=self.name)))
+
+    def pause(self) -> JobInfo:
+        """Hold at the next step boundary."""
+        return job_from_proto(self._call(self._stub.PauseTrainingJob, pb.PauseTrainingJobRequest(name=self.name)))
+
+    def resume(self) -> JobInfo:
+        """Go on."""
+        return job_from_proto(self._call(self._stub.ResumeTrainingJob, pb.ResumeTrainingJobRequest(name=self.name)))
+
+    def scale(self, workers: int) -> JobInfo:
+        """Change the number of workers. Never changes the result."""
+        request = pb.ScaleTrainingJobRequest(name=self.name, workers=workers)
+        return job_from_proto(self._call(self._stub.ScaleTrainingJob, request))
+
+    def history(self, first_step: int = 0) -> Iterator[dict[str, Any]]:
+        """The records of all steps, as the .proto file names their fields."""
+        while True:
+            request = pb.QueryHistoryRequest(name=self.name, first_step=first_step)
+            records = self._call(self._stub.QueryHistory, request).records
+            if not records:
+                return
+            for record in records:
+                yield {f.name: getattr(record, f.name) for f in record.DESCRIPTOR.fields}
+            first_step = records[-1].step + 1
+
+    def download(self, directory: str | Path) -> Path:
+        """Fetch the newest checkpoint: model.safetensors, optimizer.safetensors, manifest.json. Raises ConflictError."""
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        current, file = "", None
+        try:
+            for piece in self._stub.DownloadCheckpoint(pb.DownloadCheckpointRequest(name=self.name)):
+                if piece.file != current:
+                    if file is not None:
+                        file.close()
+                    current = piece.file
+                    file = (target / Path(current).name).open("wb")
+                assert file is not None  # noqa: S101  # the first piece names its file
+                file.write(piece.data)
+        except grpc.RpcError as error:
+            raise self._client.translate(error) from None
+        finally:
+            if file is not None:
+                file.close()
+        return target

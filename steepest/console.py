@@ -1,0 +1,111 @@
+"""What a person sees while a job runs. All of it goes to stderr; stdout is for results."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from steepest.jobs import Event, JobInfo
+from steepest.jobs import Progress as StepProgress
+
+LINE_SECONDS = 2.0  # between lines of progress where stderr is no terminal
+
+
+class JobDisplay:
+    """Shows updates of one job: a live bar on a terminal, a line every now and then elsewhere."""
+
+    def __init__(self, job: str, total_steps: int) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._total = total_steps
+        self._job = job
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._last_line = 0.0
+        self._seen: tuple[float, int] | None = None
+        self._rate = 0.0
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=False,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("step", total=self._total, numbers="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def update(self, update: Event | StepProgress) -> None:
+        """Show what happened."""
+        if isinstance(update, Event):
+            self.say(f"{self._job} {update.state}: {update.reason}")
+        else:
+            self._progress(update)
+
+    def _progress(self, progress: StepProgress) -> None:
+        if self._seen is not None and progress.time > self._seen[0]:
+            steps = (progress.step - self._seen[1]) / (progress.time - self._seen[0])
+            self._rate = steps if not self._rate else 0.7 * self._rate + 0.3 * steps
+        self._seen = (progress.time, progress.step)
+        samples = f"{self._rate * progress.samples:,.0f} samples/s" if self._rate else ""
+        clipped = "" if math.isclose(progress.clipped_norm, progress.gradient_norm) else f"→{progress.clipped_norm:.3g}"
+        numbers = f"loss {progress.loss:.4f}  |g| {progress.gradient_norm:.3g}{clipped}  {samples}"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=progress.step, numbers=numbers)
+            return
+        if time.monotonic() - self._last_line < LINE_SECONDS and progress.step < self._total:
+            return
+        self._last_line = time.monotonic()
+        left = f"  ETA {(self._total - progress.step) / self._rate:.0f} s" if self._rate else ""
+        self.say(f"step {progress.step}/{self._total}  {numbers}{left}")
+
+
+def show(job: str, total_steps: int, updates: Iterable[Event | StepProgress | JobInfo]) -> JobInfo | None:
+    """Show all updates of a job and return the last one, its end."""
+    with JobDisplay(job, total_steps) as display:
+        for update in updates:
+            if isinstance(update, JobInfo):
+                return update
+            display.update(update)
+    return None
+
+
+def summary(info: JobInfo) -> str:
+    """The end of a job in a few lines."""
+    lines = [f"{info.job} {info.state} at step {info.step} of {info.total_steps} after {info.wall_seconds:.1f} s"]
+    if info.loss is not None:
+        lines.append(f"  loss {info.loss:.6g} (last training step)")
+    lines += [f"  evaluation: {name} {value:.6g}" for name, value in sorted(info.metrics.items())]
+    if info.samples_per_second:
+        lines.append(f"  {info.samples_per_second:,.0f} samples/s")
+    if info.parameters_sha256:
+        lines.append(f"  parameters_sha256 {info.parameters_sha256}")
+    if info.error:
+        lines.append(f"  error: {info.error}")
+    return "\n".join(lines)
+
+
+def complain(message: str) -> None:
+    """An error, on stderr."""
+    sys.stderr.write(f"error: {message}\n")

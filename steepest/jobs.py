@@ -1,0 +1,158 @@
+"""What a client sees of a job."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from steepest.convert import spec_from_proto
+from steepest.spec import TrainingJobSpec
+from steepest.v1 import training_jobs_pb2 as pb
+
+ENDED_STATES = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
+_STATE_PREFIX = "TRAINING_JOB_STATE_"
+
+
+def state_from_proto(state: pb.TrainingJobState) -> str:
+    """A state's name, such as RUNNING."""
+    return pb.TrainingJobState.Name(state).removeprefix(_STATE_PREFIX)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A worker or server process of a job."""
+
+    id: str
+    pid: int
+    host: str
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobInfo:
+    """A job at one moment. loss: of the last training step; metrics: of the last evaluation; error: None unless FAILED."""
+
+    job: str
+    state: str
+    reason: str
+    step: int
+    total_steps: int
+    samples: int
+    loss: float | None
+    metrics: dict[str, float]
+    parameters_sha256: str
+    state_sha256: str
+    wall_seconds: float
+    samples_per_second: float | None
+    workers: tuple[Member, ...]
+    servers: tuple[Member, ...]
+    error: str | None
+    created: float
+    spec: TrainingJobSpec
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it will not change any more."""
+        return self.state in ENDED_STATES
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object that --json prints; a number that is not finite becomes null."""
+
+        def member(m: Member) -> dict[str, Any]:
+            return {"id": m.id, "pid": m.pid, "host": m.host, "state": m.state}
+
+        return {
+            "job": self.job,
+            "state": self.state,
+            "reason": self.reason,
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "samples": self.samples,
+            "loss": _finite(self.loss),
+            "metrics": {key: _finite(value) for key, value in self.metrics.items()},
+            "parameters_sha256": self.parameters_sha256,
+            "state_sha256": self.state_sha256,
+            "wall_seconds": self.wall_seconds,
+            "samples_per_second": _finite(self.samples_per_second),
+            "workers": [member(m) for m in self.workers],
+            "servers": [member(m) for m in self.servers],
+            "error": self.error,
+        }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def job_from_proto(message: pb.TrainingJob) -> JobInfo:
+    """A job, from the wire."""
+    status = message.status
+
+    def members(raw: Any) -> tuple[Member, ...]:
+        return tuple(Member(m.id, m.pid, m.host, m.state) for m in raw)
+
+    return JobInfo(
+        job=message.name,
+        state=state_from_proto(status.state),
+        reason=status.reason,
+        step=status.step,
+        total_steps=status.total_steps,
+        samples=status.samples,
+        loss=status.loss if status.HasField("loss") else None,
+        metrics=dict(status.metrics),
+        parameters_sha256=status.parameters_sha256,
+        state_sha256=status.state_sha256,
+        wall_seconds=status.wall_seconds,
+        samples_per_second=status.samples_per_second if status.HasField("samples_per_second") else None,
+        workers=members(status.workers),
+        servers=members(status.servers),
+        error=status.error or None,
+        created=message.create_time.ToNanoseconds() / 1e9,
+        spec=spec_from_proto(message.spec),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A change of state, or a notable moment in one."""
+
+    sequence: int
+    time: float
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The newest step of a running job."""
+
+    step: int
+    loss: float
+    lr: float
+    gradient_norm: float
+    clipped_norm: float
+    samples: int
+    workers: int
+    time: float
+
+
+def event_from_proto(message: pb.Event) -> Event:
+    """An event, from the wire."""
+    return Event(
+        message.sequence, message.time.ToNanoseconds() / 1e9, state_from_proto(message.state), message.reason
+    )
+
+
+def progress_from_proto(message: pb.StepRecord) -> Progress:
+    """A step record, from the wire. step: how many are done."""
+    return Progress(
+        message.step + 1,
+        message.loss,
+        message.lr,
+        message.gradient_norm,
+        message.clipped_norm,
+        message.samples,
+        message.workers,
+        message.time,
+    )
