@@ -89,13 +89,13 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         while context.is_active():
             # The order matters: a job read as ended here has all its events and records in the store already.
             row = store.get(job)
-            for event in store.events_after(job, sequence):
-                sequence = event.sequence
-                yield pb.WatchTrainingJobResponse(event=event_to_proto(event))
             record = store.last_record(job)
             if record is not None and record.step != step:
                 step = record.step
                 yield pb.WatchTrainingJobResponse(progress=ps_convert.record_to_proto(record))
+            for event in store.events_after(job, sequence):
+                sequence = event.sequence
+                yield pb.WatchTrainingJobResponse(event=event_to_proto(event))
             if row.state in ENDED:
                 yield pb.WatchTrainingJobResponse(ended=self._message(store.get(job)))
                 return
