@@ -65,6 +65,8 @@ class Segment:
 
     def tensor(self, dtype: torch.dtype, numel: int, *, offset: int = 0) -> torch.Tensor:
         """A flat tensor over the region. offset: in elements."""
+        if not numel:
+            return torch.empty(0, dtype=dtype)  # frombuffer refuses an empty range
         return torch.frombuffer(self._map, dtype=dtype, count=numel, offset=HEADER_BYTES + offset * dtype.itemsize)
 
     def close(self) -> None:

@@ -21,8 +21,8 @@ from ps import convert
 from ps.checkpoint import newest_valid, write_checkpoint
 from ps.config import GRPC_OPTIONS, JobConfig
 from ps.layout import shards
-from ps.leader import ENDED, Decide, Dismiss, Effect, Evaluated, Hung, Leader, Phase, PhaseChanged, Save, Send, Stepped
-from ps.messages import PROTOCOL, Decision, Failure, Push, Round
+from ps.leader import Decide, Dismiss, Effect, Evaluated, Hung, Leader, PhaseChanged, Save, Send, Stepped
+from ps.messages import PROTOCOL, Decision, Push, Round
 from ps.optimizer import StatePart
 from ps.peer import Peer, chunks
 from ps.segment import Segment, SegmentReference
@@ -54,6 +54,7 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
         self._flat = torch.empty(0)
         self._server: ShardServer | None = None
         self._ended = threading.Event()
+        self._problem = ""
         # The leader's part.
         self.leader: Leader | None = None
         self._followers: dict[int, SimpleQueue[pb.LeaderMessage | None]] = {}
@@ -128,8 +129,10 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
             self._channel.close()
 
     def wait(self) -> None:
-        """Block until `stop`."""
+        """Block until `stop`. Raises RuntimeError when this server failed."""
         self._ended.wait()
+        if self._problem:
+            raise RuntimeError(self._problem)
 
     def _tick(self) -> None:
         while not self._ended.wait(TICK_SECONDS):
@@ -357,9 +360,9 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
                     self._on_leader_message(message)
         except grpc.RpcError:
             pass  # the leader is gone: the controller starts a new incarnation
-        except Exception:
+        except Exception as error:
             log.exception("server %d cannot follow", self.index)
-            self._to_leader.put(None)
+            self._break(f"server {self.index} failed on a message of the leader: {error!r}")
 
     def _on_leader_message(self, message: pb.LeaderMessage) -> None:
         match message.WhichOneof("message"):
@@ -514,11 +517,6 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
         self._tell(lambda r: r.phases.append(phase))
 
     def _break(self, message: str) -> None:
-        """Something of ours failed: say so, rather than wait for ever."""
-        with self._lock:
-            if self.leader is not None and self.leader.phase not in ENDED:
-                self.leader.phase = Phase.FAILED
-                failure = Failure(self.leader.step, -1, "internal", message)
-                self._tell_phase(PhaseChanged(Phase.FAILED, message, failure=failure))
-            elif self.leader is None:
-                self._to_leader.put(None)
+        """Something of ours failed: end this server, rather than wait for ever; the controller starts a new incarnation."""
+        self._problem = message
+        self._ended.set()
