@@ -1,6 +1,6 @@
 """A character model of the Python standard library's own source files, as an LSTM, a GRU or a transformer.
 
-Documents end where files end: characters beyond the end are padding and weigh nothing, so the loss is weighted by tokens.
+Documents end where files end: characters beyond the end are padding and weigh nothing, so tokens weigh the loss.
 
 steepest train examples/charlm.py:transformer --steps 300 --lr 0.003 --clip-norm 1
 """
@@ -23,7 +23,7 @@ NUM_FILES = 60
 
 
 def data(length: int = LENGTH) -> tuple[steepest.ArrayData, steepest.ArrayData]:
-    """(train, test): windows of shape (length + 1,), padded at the end of each file; every tenth window is for the test."""
+    """(train, test): windows of shape (length + 1,), padded at the end of each file; each tenth is for the test."""
     library = Path(sysconfig.get_paths()["stdlib"])
     windows = []
     for path in sorted(library.glob("*.py"))[:NUM_FILES]:

@@ -5,6 +5,8 @@ steepest train examples/digits.py:mlp --steps 200
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
@@ -47,7 +49,7 @@ def mlp(hidden: int = 64, layers: int = 1) -> steepest.Task:
     """A perceptron with hidden layers."""
     sizes = [64] + [hidden] * layers
     parts: list[nn.Module] = []
-    for size, following in zip(sizes, sizes[1:], strict=False):
+    for size, following in pairwise(sizes):
         parts += [nn.Linear(size, following), nn.ReLU()]
     return _task(nn.Sequential(*parts, nn.Linear(sizes[-1], 10)))
 

@@ -2,8 +2,8 @@
 
 A checkpoint is a directory `step-{step:012d}` with model.safetensors (`state_dict` names), optimizer.safetensors
 ("{parameter}.{state}", torch.optim's state names), extra.safetensors when the model has state outside `state_dict`, and
-manifest.json, which holds the SHA-256 of each file. Everything is written under a temporary name, synced and renamed, so
-a directory with a manifest is whole. It knows nothing of topology.
+manifest.json, which holds the SHA-256 of each file. Everything is written under a temporary name, synced and renamed,
+so a directory with a manifest is whole. It knows nothing of topology.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Written:
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """A tensor's elements, little-endian, in C order."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def state_hashes(state: State) -> tuple[str, str]:

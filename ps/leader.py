@@ -1,8 +1,8 @@
 """The leader of a job as a deterministic state machine: same state and message, same new state and effects.
 
 It deals micro-batches, counts what came back, decides once for all shards, and says when a version is complete. Time
-comes in as an argument; what is to be done goes out as effects, which `ps.server` carries out. Late, duplicate and stale
-messages are named outcomes.
+comes in as an argument; what is to be done goes out as effects, which `ps.server` carries out. Late, duplicate and
+stale messages are named outcomes.
 
 A round moves so:  assign -> collect (pushes from workers, reports from shards) -> decide -> commit (shards applied).
 """

@@ -53,7 +53,7 @@ class Assign:
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """A worker's answer to one Assign. buffers: as micro-batch 0 left them, if it is among the leaves and changed them."""
+    """A worker's answer to one Assign. buffers: as micro-batch 0 left them, if it is among the leaves."""
 
     step: int
     kind: Round
@@ -77,7 +77,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One decision for all shards: the step's gradient is sum / divisor * coefficient, applied with `lr`, or not at all."""
+    """One decision for all shards: apply sum / divisor * coefficient as the gradient, with `lr`, or nothing."""
 
     step: int
     kind: Round

@@ -79,7 +79,7 @@ class ShardOptimizer:
     ) -> float:
         """One update from the *sum* `gradient`, shape (shard.numel,), which is overwritten.
 
-        The gradient used is gradient / divisor, then either scaled by `coefficient` or clamped to [-max_value, max_value].
+        What is used is gradient / divisor, then either scaled by `coefficient` or clamped to [-max_value, max_value].
 
         Returns the sum of squares of the clamped gradient, 0.0 without `max_value`.
         """
@@ -126,7 +126,7 @@ class ShardOptimizer:
                     yield StatePart(p.name, name, offset, value[start : start + numel])
 
     def import_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over a state exported for the whole layout. state: "{parameter}.{name}" -> tensor of the parameter's shape."""
+        """Take over a whole layout's state: "{parameter}.{name}" -> tensor of the parameter's shape."""
         if self._optimizer is None:
             return
         for part, p, start, offset, numel in self._overlaps():
@@ -136,7 +136,7 @@ class ShardOptimizer:
             for name, value in names.items():
                 if "." in name:  # belongs to another parameter, whose name begins with this one's
                     continue
-                if (value.dim() == 0 and not p.shape == ()) or name == "step":
+                if (value.dim() == 0 and p.shape != ()) or name == "step":
                     own[name] = value.clone().reshape(())
                 else:
                     if not isinstance(own.get(name), torch.Tensor) or own[name].shape != part.shape:

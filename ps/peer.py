@@ -61,7 +61,7 @@ class Peer:
 
 def chunks(flat: torch.Tensor, *, step: int = 0, slot: int = 0, name: str = "") -> list[pb.Chunk]:
     """A flat tensor as raw pieces of at most CHUNK_BYTES, at least one; the last is marked."""
-    data = memoryview(flat.reshape(-1).view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    data = flat.reshape(-1).view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
     starts = range(0, max(len(data), 1), CHUNK_BYTES)
     return [
         pb.Chunk(

@@ -11,8 +11,8 @@ def learning_rate(base: float, schedule: ScheduleSpec, update: int, total: int) 
     """The learning rate of the update number `update` (from 0) of `total`.
 
     Warm-up rises linearly: update k of w has (k+1)/w of the base rate. After it, with t updates done of T left:
-    constant: base; linear: from base to final_factor*base; cosine: Loshchilov and Hutter 2017, "SGDR", equation 5 without
-    restarts, from base to final_factor*base; step: base*gamma^(t // step_size); exponential: base*gamma^t.
+    constant: base; linear: from base to final_factor*base; cosine: Loshchilov and Hutter 2017, "SGDR", equation 5
+    without restarts, from base to final_factor*base; step: base*gamma^(t // step_size); exponential: base*gamma^t.
     """
     if update < schedule.warmup_steps:
         return base * (update + 1) / schedule.warmup_steps

@@ -1,4 +1,4 @@
-"""One server of a job over gRPC: carries messages to the shard's and the leader's state machines, and out what they want.
+"""One server of a job over gRPC: carries messages to the state machines of shard and leader, and out what they want.
 
 Messages are handled one at a time, under one lock, in the thread that received them. Server 0 leads: it has a `Leader`
 besides its shard; the others (followers) report to it.
@@ -22,7 +22,7 @@ from ps.checkpoint import newest_valid, write_checkpoint
 from ps.config import GRPC_OPTIONS, JobConfig
 from ps.layout import shards
 from ps.leader import Decide, Dismiss, Effect, Evaluated, Hung, Leader, PhaseChanged, Save, Send, Stepped
-from ps.messages import PROTOCOL, Decision, Push, Round
+from ps.messages import PROTOCOL, Decision, Push, Round, StepRecord
 from ps.optimizer import StatePart
 from ps.peer import Peer, chunks
 from ps.segment import Segment, SegmentReference
@@ -281,9 +281,9 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
                 case Decide(decision):
                     self._decide(decision)
                 case Stepped(record):
-                    self._tell(lambda r, record=record: r.records.append(convert.record_to_proto(record)))
+                    self._tell_record(record)
                 case Evaluated(step, metrics):
-                    self._tell(lambda r, s=step, m=metrics: r.evaluations.append(pb.Evaluation(step=s, metrics=m)))
+                    self._tell_evaluation(pb.Evaluation(step=step, metrics=metrics))
                 case Save():
                     self._save(effect)
                 case Hung(worker):
@@ -504,6 +504,12 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
             add(self._report)
             self._news.notify()
 
+    def _tell_record(self, record: StepRecord) -> None:
+        self._tell(lambda r: r.records.append(convert.record_to_proto(record)))
+
+    def _tell_evaluation(self, evaluation: pb.Evaluation) -> None:
+        self._tell(lambda r: r.evaluations.append(evaluation))
+
     def _tell_members(self, worker: str, change: str) -> None:
         self._tell(lambda r: r.members.append(pb.MembershipChanged(worker=worker, change=change)))
 
@@ -517,6 +523,6 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
         self._tell(lambda r: r.phases.append(phase))
 
     def _break(self, message: str) -> None:
-        """Something of ours failed: end this server, rather than wait for ever; the controller starts a new incarnation."""
+        """Something of ours failed: end this server rather than hang; the controller starts a new incarnation."""
         self._problem = message
         self._ended.set()

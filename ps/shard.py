@@ -69,7 +69,7 @@ class ShardServer:
         return step == self.step and kind == expected
 
     def accept(self, step: int, kind: Round, nodes: Iterable[tuple[Node, torch.Tensor | None]]) -> Outcome:
-        """Hold nodes of the round in progress; each tensor is the shard's part, shape (shard.numel,), and may be changed."""
+        """Hold nodes of the round in progress; each tensor, shape (shard.numel,), may be changed from now on."""
         if step > self.step:
             return Outcome.AHEAD
         if not self._is_current(step, kind) or self._reduced:

@@ -69,7 +69,7 @@ def assemble(
 
 
 def flatten(model: ModelDescription, layout: Layout, state: State) -> tuple[torch.Tensor, bytes]:
-    """The flat parameters, shape (layout.numel,), and the packed buffers of a state. Raises KeyError for a missing name."""
+    """The flat parameters, shape (layout.numel,), and the packed buffers. Raises KeyError for a missing name."""
     by_name: dict[str, torch.Tensor] = dict(state.extra)
     for key, name in model.state_names:
         by_name[name] = state.model[key]

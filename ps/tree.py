@@ -1,8 +1,8 @@
 """The canonical tree: in which order micro-batch gradients are added, whoever computes them.
 
 The sum over [low, high) is the sum of its halves, split at the largest power of two below high - low; leaves are single
-micro-batches. Floating-point addition does not associate, so a fixed tree is what makes the bits of a sum independent of
-the assignment of ranges and of the order of arrival.
+micro-batches. Floating-point addition does not associate, so a fixed tree is what makes the bits of a sum independent
+of the assignment of ranges and of the order of arrival.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def addition_plan(node: Node, present: dict[Node, bool]) -> tuple[list[tuple[Nod
 
     present: for every held node, whether it has a value; one that has none (no samples) is left out of the sum.
 
-    Returns pairs (to, from), in order, each read as `to += from`, and the held node that ends with the sum, or None when
-    no value is present. Raises KeyError when `node` is not covered.
+    Returns pairs (to, from), in order, each read as `to += from`, and the held node that ends with the sum, or None
+    when no value is present. Raises KeyError when `node` is not covered.
     """
     if node in present:
         return [], node if present[node] else None

@@ -22,7 +22,7 @@ from services.histogram import Histogram
 from services.lifecycle import ENDED, JobState
 from services.scheduler import Exit, Placement, Started
 from services.settings import Settings
-from services.store import JobRow, Result, Store
+from services.store import JobRow, Store
 from services.supervision import CheckpointReport, PhaseReport, Report, Supervision
 from services.task_probe import TaskDescription
 from steepest.errors import ConflictError
@@ -219,7 +219,9 @@ class Controller(threading.Thread):
         if verb == "cancel":
             state = self._store.get(self.job).state
             if self._supervision is None or not any(w.state == "running" for w in self._workers.values()):
-                self._end(JobState.CANCELLED, "cancelled" if state == JobState.CANCELLING else "cancelled while starting")
+                self._end(
+                    JobState.CANCELLED, "cancelled" if state == JobState.CANCELLING else "cancelled while starting"
+                )
                 return
             self._cancel_deadline = time.time() + self._settings.cancel_grace_seconds
         else:

@@ -16,7 +16,7 @@ from steepest.v1 import training_jobs_pb2 as pb
 _STATE_PREFIX = "TRAINING_JOB_STATE_"
 
 
-def state_to_proto(state: JobState) -> pb.TrainingJobState:
+def state_to_proto(state: JobState) -> pb.TrainingJobState.ValueType:
     """JobState, to the wire."""
     return pb.TrainingJobState.Value(_STATE_PREFIX + state)
 
@@ -60,6 +60,4 @@ def job_to_proto(row: JobRow, settings: Settings, samples_per_second: float | No
 
 def event_to_proto(row: EventRow) -> pb.Event:
     """An event, to the wire."""
-    return pb.Event(
-        sequence=row.sequence, time=timestamp(row.time), state=state_to_proto(row.state), reason=row.reason
-    )
+    return pb.Event(sequence=row.sequence, time=timestamp(row.time), state=state_to_proto(row.state), reason=row.reason)

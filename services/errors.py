@@ -42,7 +42,9 @@ def status_of(error: Exception) -> status_pb2.Status:
     log.error("internal error %s", reference, exc_info=error)
     info = error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN, metadata={"reference": reference})
     return status_pb2.Status(
-        code=code_pb2.INTERNAL, message=f"internal error; the service's log has it as {reference}", details=[_packed(info)]
+        code=code_pb2.INTERNAL,
+        message=f"internal error; the service's log has it as {reference}",
+        details=[_packed(info)],
     )
 
 

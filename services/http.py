@@ -31,7 +31,8 @@ class HttpServer:
         def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
             match environ["PATH_INFO"]:
                 case "/metrics":
-                    return metrics(environ, start_response)
+                    shown: Iterable[bytes] = metrics(environ, start_response)
+                    return shown
                 case "/healthz":
                     healthy = is_healthy()
                     start_response("200 OK" if healthy else "503 Service Unavailable", [("Content-Type", "text/plain")])

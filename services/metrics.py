@@ -15,7 +15,11 @@ _RECORD_GAUGES: tuple[tuple[str, str, str], ...] = (
     ("steepest_job_loss", "Training loss of the last step: the mean over its samples or tokens.", "loss"),
     ("steepest_job_learning_rate", "Learning rate of the last step.", "lr"),
     ("steepest_job_gradient_norm", "Global L2 norm of the last step's gradient before the clip.", "gradient_norm"),
-    ("steepest_job_clipped_gradient_norm", "Global L2 norm of the last step's gradient after the clip.", "clipped_norm"),
+    (
+        "steepest_job_clipped_gradient_norm",
+        "Global L2 norm of the last step's gradient after the clip.",
+        "clipped_norm",
+    ),
     ("steepest_job_clip_ratio", "Norm after the clip over norm before it, in the last step.", "clip_coefficient"),
     ("steepest_job_workers", "Workers that took part in the last step.", "workers"),
 )
@@ -31,7 +35,9 @@ _COUNTERS: tuple[tuple[str, str, str], ...] = (
 class JobCollector(Collector):
     """Reads the controllers whenever Prometheus asks."""
 
-    def __init__(self, controllers: Callable[[], Sequence[Controller]], states: Callable[[], dict[JobState, int]]) -> None:
+    def __init__(
+        self, controllers: Callable[[], Sequence[Controller]], states: Callable[[], dict[JobState, int]]
+    ) -> None:
         self._controllers = controllers
         self._states = states
 
@@ -63,7 +69,9 @@ class JobCollector(Collector):
             for controller in controllers:
                 counter.add_metric([controller.job], getattr(controller.totals, attribute))
             yield counter
-        evaluation = GaugeMetricFamily("steepest_job_evaluation", "Last evaluation, by metric.", labels=["job", "metric"])
+        evaluation = GaugeMetricFamily(
+            "steepest_job_evaluation", "Last evaluation, by metric.", labels=["job", "metric"]
+        )
         for controller in controllers:
             for metric, value in controller.result.metrics.items():
                 evaluation.add_metric([controller.job, metric], value)

@@ -17,7 +17,8 @@ def prepare_ray_environment(environment: MutableMapping[str, str] = os.environ) 
 
 def follow_cluster_authentication(environment: MutableMapping[str, str] = os.environ) -> None:
     """For an existing cluster: the mode that `ray start` chose, which is `token` where there is a token."""
-    has_token = "RAY_AUTH_TOKEN" in environment or Path(
-        environment.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token")
-    ).exists()
+    has_token = (
+        "RAY_AUTH_TOKEN" in environment
+        or Path(environment.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token")).exists()
+    )
     environment.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from services.ray_environment import prepare_ray_environment
@@ -64,7 +65,7 @@ class Scheduler:
         self._thread.start()
 
     def _run(self) -> None:
-        """Ray's processes get a parent-death signal from the thread that started them, so it lives as long as they do."""
+        """Ray's processes die with the thread that started them, so it lives as long as they are to."""
         self._join_cluster()
         self._ready.set()
         self._stop.wait()
@@ -173,7 +174,7 @@ class Placement:
                 num_cpus=0, memory=self._memory, scheduling_strategy=strategy, max_concurrency=4
             ).remote(config, index, bind)
             self._servers.append(actor)
-            _watch(actor.wait.remote(), lambda end, i=index: on_exit(i, end))
+            _watch(actor.wait.remote(), partial(on_exit, index))
         described = ray.get([actor.describe.remote() for actor in self._servers])
         leader = described[0][0]
         ray.get([actor.connect.remote(leader) for actor in self._servers[1:]])

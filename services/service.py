@@ -87,7 +87,7 @@ class Service:
         return server, port
 
     def stop(self) -> None:
-        """Stop everything. Jobs that run are taken up again, from their last checkpoint, when a service next starts here."""
+        """Stop everything. Running jobs go on from their last checkpoint when a service next starts here."""
         self.closing.set()
         self._wake.set()
         self._grpc.stop(grace=1.0).wait()
@@ -226,7 +226,9 @@ class Service:
             self._wake.clear()
 
     def _admit_next(self) -> None:
-        waiting = [r for r in self.store.in_states({JobState.QUEUED, JobState.RECOVERING}) if r.id not in self._controllers]
+        waiting = [
+            r for r in self.store.in_states({JobState.QUEUED, JobState.RECOVERING}) if r.id not in self._controllers
+        ]
         blocked = ""
         for row in waiting:
             reason = f"waiting behind {blocked}" if blocked else self._try_to_start(row)
@@ -252,7 +254,9 @@ class Service:
         code = self.code.read(spec.task.code_bundle)
         placement = self.scheduler.reserve(spec.placement, row.workers, layout_bytes)
         if placement is None:
-            return "waiting for room: there are CPUs enough, but not in pieces of the size it needs, or too little memory"
+            return (
+                "waiting for room: there are CPUs enough, but not in pieces of the size it needs, or too little memory"
+            )
         with self._lock:
             row = self.store.get(row.id)
             if row.state in ENDED:  # cancelled meanwhile
@@ -260,9 +264,7 @@ class Service:
                 return ""
             if row.state == JobState.QUEUED:
                 self.store.move(row.id, JobState.STARTING, "starting servers and workers", self.now())
-            controller = Controller(
-                row, spec, description, code, self.store, self.settings, placement, self._ended
-            )
+            controller = Controller(row, spec, description, code, self.store, self.settings, placement, self._ended)
             self._controllers[row.id] = controller
         controller.start()
         return ""

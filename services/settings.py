@@ -10,7 +10,7 @@ from pathlib import Path
 class Settings:
     """How a service runs.
 
-    ray_address: an existing Ray cluster; None starts Ray in this process tree. num_cpus: what embedded Ray may hand out.
+    ray_address: an existing Ray cluster; None starts Ray in this process tree. num_cpus: of embedded Ray.
     """
 
     data_directory: Path

@@ -176,9 +176,7 @@ class Store:
 
     def events_after(self, job: str, sequence: int) -> list[EventRow]:
         """The events of a job after a sequence number, in order."""
-        query = (
-            sa.select(events).where(events.c.job == job, events.c.sequence > sequence).order_by(events.c.sequence)
-        )
+        query = sa.select(events).where(events.c.job == job, events.c.sequence > sequence).order_by(events.c.sequence)
         with self._engine.connect() as connection:
             rows = connection.execute(query)
             return [EventRow(r.job, r.sequence, r.time, JobState(r.state), r.reason) for r in rows]
@@ -190,7 +188,12 @@ class Store:
         if not records:
             return
         rows = [
-            {"job": job, "incarnation": incarnation, "hidden": False, **{n: _null(getattr(r, n)) for n in _RECORD_FIELDS}}
+            {
+                "job": job,
+                "incarnation": incarnation,
+                "hidden": False,
+                **{n: _null(getattr(r, n)) for n in _RECORD_FIELDS},
+            }
             for r in records
         ]
         with self._write, self._engine.begin() as connection:
@@ -218,10 +221,7 @@ class Store:
     def last_record(self, job: str) -> StepRecord | None:
         """The newest visible record."""
         query = (
-            sa.select(history)
-            .where(history.c.job == job, ~history.c.hidden)
-            .order_by(history.c.step.desc())
-            .limit(1)
+            sa.select(history).where(history.c.job == job, ~history.c.hidden).order_by(history.c.step.desc()).limit(1)
         )
         with self._engine.connect() as connection:
             row = connection.execute(query).first()
@@ -256,8 +256,9 @@ def _null(value: Any) -> Any:
 
 
 def _record(row: Any) -> StepRecord:
-    values = {n: getattr(row, n) for n in _RECORD_FIELDS}
-    return StepRecord(**{n: math.nan if v is None and n in _FLOAT_FIELDS else v for n, v in values.items()})
+    values: dict[str, Any] = {n: getattr(row, n) for n in _RECORD_FIELDS}
+    values.update({n: math.nan for n in _FLOAT_FIELDS if values[n] is None})
+    return StepRecord(**values)
 
 
 def _result_json(result: Result) -> str:

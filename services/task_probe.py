@@ -67,7 +67,9 @@ def probe_task(spec: TrainingJobSpec, code: Path | None, timeout_seconds: float)
                 raise SpecError([Violation("task.function", problem)]) from None
         if not reply.exists():
             tail = output.read_bytes()[-2000:].decode(errors="replace").strip()
-            problem = f"loading {spec.task.module}:{spec.task.function} ended its process (exit status {status})\n{tail}"
+            problem = (
+                f"loading {spec.task.module}:{spec.task.function} ended its process (exit status {status})\n{tail}"
+            )
             raise SpecError([Violation("task.function", problem.strip())])
         answer = reply.read_text()
     raw = json.loads(answer)

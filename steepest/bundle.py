@@ -1,4 +1,4 @@
-"""Packs a user's task file, and what it imports from beside itself, into a zip archive with the same bytes every time."""
+"""Packs a user's task file, and what it imports from beside itself, into a reproducible zip archive."""
 
 from __future__ import annotations
 

@@ -144,10 +144,10 @@ class Job:
     def __init__(self, client: Client, name: str) -> None:
         self.name = name
         self._client = client
-        self._stub = client._stub  # noqa: SLF001  # a handle is a part of its client
+        self._stub = client._stub  # a handle is a part of its client
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
-        return self._client._call(method, request)  # noqa: SLF001
+        return self._client._call(method, request)
 
     def get(self) -> JobInfo:
         """The job as it is now. Raises NotFoundError."""
@@ -220,7 +220,7 @@ class Job:
             first_step = records[-1].step + 1
 
     def download(self, directory: str | Path) -> Path:
-        """Fetch the newest checkpoint: model.safetensors, optimizer.safetensors, manifest.json. Raises ConflictError."""
+        """Fetch the newest checkpoint's files and its manifest.json. Raises ConflictError when there is none."""
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
         current, file = "", None

@@ -24,7 +24,8 @@ def running_service(data_directory: Path, **settings: Any) -> Iterator[Service]:
 
         if settings.get("ray_address"):
             follow_cluster_authentication()  # before anything imports ray
-        from services.service import Service, Settings
+        from services.service import Service
+        from services.settings import Settings
     except ModuleNotFoundError as error:
         raise ServiceUnavailableError(
             f"the service needs the package {error.name!r}: pip install 'steepest[server]'"

@@ -20,7 +20,7 @@ class SteepestError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One refused field of a spec. field: its path, such as "optimizer.lr"; problem: what is wrong and what is allowed."""
+    """One refused field. field: its path, such as "optimizer.lr"; problem: what is wrong and what is allowed."""
 
     field: str
     problem: str

@@ -14,7 +14,7 @@ ENDED_STATES = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
 _STATE_PREFIX = "TRAINING_JOB_STATE_"
 
 
-def state_from_proto(state: pb.TrainingJobState) -> str:
+def state_from_proto(state: pb.TrainingJobState.ValueType) -> str:
     """A state's name, such as RUNNING."""
     return pb.TrainingJobState.Name(state).removeprefix(_STATE_PREFIX)
 
@@ -31,7 +31,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class JobInfo:
-    """A job at one moment. loss: of the last training step; metrics: of the last evaluation; error: None unless FAILED."""
+    """A job at one moment. loss: of the last step; metrics: of the last evaluation; error: None unless FAILED."""
 
     job: str
     state: str
@@ -139,9 +139,7 @@ class Progress:
 
 def event_from_proto(message: pb.Event) -> Event:
     """An event, from the wire."""
-    return Event(
-        message.sequence, message.time.ToNanoseconds() / 1e9, state_from_proto(message.state), message.reason
-    )
+    return Event(message.sequence, message.time.ToNanoseconds() / 1e9, state_from_proto(message.state), message.reason)
 
 
 def progress_from_proto(message: pb.StepRecord) -> Progress:

@@ -171,13 +171,13 @@ def _read_job_file(path: Path) -> dict[str, Any]:
 
 
 def _task_of(spec: dict[str, Any], path: Path, arguments: dict[str, Any]) -> str:
-    """Take `task` out of a job file: a string, or a table with `function` and `arguments`. Paths count from the file."""
+    """Take `task` out of a job file: a string, or a table of `function` and `arguments`. Paths count from there."""
     task = spec.pop("task", None)
     if isinstance(task, dict):
         arguments.update(task.get("arguments", {}))
         task = task.get("function")
     if not isinstance(task, str):
-        problem = f"{path} has no task; it needs a line such as: task = \"train.py:digits\""
+        problem = f'{path} has no task; it needs a line such as: task = "train.py:digits"'
         raise SpecError([Violation("task", problem)])
     where, _, function = task.rpartition(":")
     return f"{path.parent / where}:{function}" if where.endswith(".py") else task

@@ -114,7 +114,10 @@ class OptimizerSpec(_Model):
 
 
 class ScheduleSpec(_Model):
-    """How the learning rate moves; see ps.schedule. final_factor: linear and cosine; step_size: step; gamma: step, exponential."""
+    """How the learning rate moves; see ps.schedule.
+
+    final_factor: of linear and cosine; step_size: of step; gamma: of step and exponential.
+    """
 
     name: Literal["constant", "linear", "cosine", "step", "exponential"] = "constant"
     warmup_steps: NonNegativeInt = 0
@@ -207,7 +210,7 @@ def _violation(error: dict[str, Any]) -> Violation:
         parent = TrainingJobSpec
         for part in error["loc"][:-1]:
             annotation = parent.model_fields[str(part)].annotation
-            parent = annotation if isinstance(annotation, type) else parent  # type: ignore[assignment]
+            parent = annotation if isinstance(annotation, type) else parent
         return Violation(path, f"no such field; allowed: {', '.join(parent.model_fields)}")
     if error["type"] == "missing":
         return Violation(path, "is required")

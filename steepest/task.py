@@ -68,7 +68,7 @@ class Task:
         if getattr(self.loss, "reduction", "mean") != "mean":
             reduction = getattr(self.loss, "reduction", None)
             raise ValueError(
-                f"loss has reduction={reduction!r}; allowed: 'mean' (for a sum, give batch_loss and return (sum, weight))"
+                f"loss has reduction={reduction!r}; allowed: 'mean' (for a sum, have batch_loss return (sum, weight))"
             )
 
 

@@ -90,5 +90,3 @@ def _free_or_any(port: int) -> int:
         except OSError:
             return 0
     return port
-
-

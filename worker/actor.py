@@ -24,7 +24,7 @@ def code_directory() -> Path:
 
 @ray.remote
 class WorkerActor:
-    """One worker in a process of its own. Its methods run one after another, so `describe` answers before `run` blocks."""
+    """One worker in a process of its own. Its methods run in turn, so `describe` answers before `run` blocks."""
 
     def describe(self) -> tuple[int, str]:
         """(pid, host name)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from ps.layout import Layout
 from steepest.task import AnalyticTask
-from worker.data import ArraySource
+from worker.data import ArraySource, Source
 from worker.engine import LossError, Measured
 
 
@@ -24,8 +23,8 @@ class AnalyticEngine:
         self._task = task
         self._layout = layout
         self._parameters: dict[str, NDArray[np.floating[Any]]] = {}
-        self.train_source = ArraySource(task.train_data.arrays, as_numpy=True)
-        self.eval_source = None if task.eval_data is None else ArraySource(task.eval_data.arrays, as_numpy=True)
+        self.train_source: Source = ArraySource(task.train_data.arrays, as_numpy=True)
+        self.eval_source: Source | None = None if task.eval_data is None else ArraySource(task.eval_data.arrays, as_numpy=True)
 
     def write_initial(self, flat: torch.Tensor) -> None:
         """See Engine."""
@@ -40,7 +39,7 @@ class AnalyticEngine:
     def refresh(self) -> None:
         """See Engine."""
 
-    def gradient(self, batch: Any, num_samples: int, into: Sequence[torch.Tensor], *, add: bool) -> Measured:
+    def gradient(self, batch: Any, num_samples: int, into: list[torch.Tensor], *, add: bool) -> Measured:
         """See Engine. Raises LossError for a gradient that is missing or has another shape."""
         loss, weight, gradients = self._task.gradient(self._parameters, batch)
         for placed, target in zip(self._layout.parameters, into, strict=True):

@@ -25,7 +25,7 @@ def num_slots(num_leaves: int) -> int:
 
 
 class Slots:
-    """The worker's gradient slots, each a whole layout. On a GPU the sums grow on the device and are published at the end.
+    """The worker's gradient slots, each a whole layout. On a GPU the sums grow on the device and are published at last.
 
     shared: shape (num_slots, layout.numel), where servers read.
     """
@@ -55,7 +55,9 @@ class Slots:
         """A slot's sum where it grows, shape (layout.numel,)."""
         if slot not in self._flats:
             on_cpu = self._device.type == "cpu"
-            self._flats[slot] = self._shared[slot] if on_cpu else torch.zeros_like(self._shared[slot], device=self._device)
+            self._flats[slot] = (
+                self._shared[slot] if on_cpu else torch.zeros_like(self._shared[slot], device=self._device)
+            )
         return self._flats[slot]
 
     def views(self, slot: int) -> list[torch.Tensor]:
@@ -149,7 +151,7 @@ class Computer:
                     indices = self._sampler.indices(step, index)
                     if len(indices):
                         self._fetched[step, index] = self._fetch(self._engine.train_source, indices, step, index)
-        except BaseException:  # noqa: BLE001  # it will be raised again, and reported, when the batch is needed
+        except BaseException:  # it will be raised again, and reported, when the batch is needed
             self._fetched.clear()
 
     def _initial(self) -> list[PushedNode]:
@@ -219,9 +221,7 @@ class Computer:
             raise MicroBatchError(index) from error
         return LeafResult(index, measured.loss, measured.weight, high - low, measured.values)
 
-    def _fetch(
-        self, source: Source, indices: NDArray[np.int64], step: int, index: int, *, purpose: int = DATA
-    ) -> Any:
+    def _fetch(self, source: Source, indices: NDArray[np.int64], step: int, index: int, *, purpose: int = DATA) -> Any:
         if source.random or purpose == EVALUATE:
             seed_all(self._spec.seed, purpose, step, index)
         return source.batch(indices)

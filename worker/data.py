@@ -30,7 +30,7 @@ class ArraySource:
     def __init__(self, arrays: Sequence[Any], *, as_numpy: bool = False) -> None:
         self._as_numpy = as_numpy
         convert = np.asarray if as_numpy else torch.as_tensor
-        self._arrays = [convert(a) for a in arrays]
+        self._arrays: list[Any] = [convert(a) for a in arrays]
 
     def batch(self, indices: NDArray[np.int64]) -> Any:
         """Rows of each array; one gather each."""

@@ -45,7 +45,7 @@ class Engine(Protocol):
     def refresh(self) -> None:
         """The bound parameters hold another version."""
 
-    def gradient(self, batch: Any, num_samples: int, into: Sequence[torch.Tensor], *, add: bool) -> Measured:
+    def gradient(self, batch: Any, num_samples: int, into: list[torch.Tensor], *, add: bool) -> Measured:
         """Write (or add) the gradient of the batch's loss sum into one tensor per parameter, in the layout's order."""
 
     def evaluate(self, batch: Any, num_samples: int) -> Measured:
@@ -57,14 +57,17 @@ class Engine(Protocol):
     def buffers(self) -> bytes | None:
         """The buffers as the last micro-batch left them, or None when it changed nothing."""
 
+    def initial_buffers(self) -> bytes:
+        """The buffers that the task came with."""
+
 
 class TorchEngine:
     """A `Task` on one device. The model's parameters become views of the bound flat tensor."""
 
     def __init__(self, task: Task, model: ModelDescription, layout: Layout, device: torch.device) -> None:
         self.device = device
-        self.train_source = source_of(task.train_data, task.collate)
-        self.eval_source = None if task.eval_data is None else source_of(task.eval_data, task.collate)
+        self.train_source: Source = source_of(task.train_data, task.collate)
+        self.eval_source: Source | None = None if task.eval_data is None else source_of(task.eval_data, task.collate)
         self._task = task
         self._description = model
         self._layout = layout
@@ -97,7 +100,7 @@ class TorchEngine:
         if self._on_device is not self._flat:
             self._on_device.copy_(self._flat)
 
-    def gradient(self, batch: Any, num_samples: int, into: Sequence[torch.Tensor], *, add: bool) -> Measured:
+    def gradient(self, batch: Any, num_samples: int, into: list[torch.Tensor], *, add: bool) -> Measured:
         """See Engine. Raises LossError."""
         self._start(training=True)
         for parameter in self._parameters:
@@ -141,7 +144,7 @@ class TorchEngine:
         return pack_buffers(self._buffers)
 
     def initial_buffers(self) -> bytes:
-        """The buffers that the task came with."""
+        """See Engine."""
         return pack_buffers(self._snapshot)
 
     def _start(self, *, training: bool) -> None:
@@ -162,7 +165,9 @@ class TorchEngine:
             value, what = self._task.batch_loss(self._model, batch), "batch_loss"
         if what == "batch_loss" and isinstance(value, tuple):
             if len(value) != 2:
-                raise LossError(f"batch_loss returned a tuple of {len(value)}; allowed: a scalar, or (loss_sum, weight)")
+                raise LossError(
+                    f"batch_loss returned a tuple of {len(value)}; allowed: a scalar, or (loss_sum, weight)"
+                )
             value, raw_weight = value
             weight = float(raw_weight)
             if weight < 0:

@@ -36,7 +36,10 @@ def user_traceback(error: BaseException) -> str:
     """The traceback without the frames of this package that lead to the user's code."""
     frames = error.__traceback__
     own = Path(__file__).parent
-    while frames is not None and Path(frames.tb_frame.f_code.co_filename).parent in (own, Path(importlib.__file__).parent):
+    while frames is not None and Path(frames.tb_frame.f_code.co_filename).parent in (
+        own,
+        Path(importlib.__file__).parent,
+    ):
         frames = frames.tb_next
     return "".join(traceback.format_exception(type(error), error, frames or error.__traceback__)).rstrip()
 
@@ -80,7 +83,9 @@ def load_task(reference: TaskReference, code: Path | None, seed: int) -> Task | 
         missing = f"importing {reference.module} needs the module {error.name!r}, which is not there"
         raise TaskError("task.module", missing, user_traceback(error)) from error
     except BaseException as error:
-        raise TaskError("task.module", f"importing {reference.module} raised {_said(error)}", user_traceback(error)) from error
+        raise TaskError(
+            "task.module", f"importing {reference.module} raised {_said(error)}", user_traceback(error)
+        ) from error
     function = getattr(module, reference.function, None)
     if not callable(function):
         there = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]

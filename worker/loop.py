@@ -16,7 +16,7 @@ from ps.segment import Segment
 from steepest.task import AnalyticTask
 from worker.analytic import AnalyticEngine
 from worker.compute import Computer, MicroBatchError, Slots, num_slots
-from worker.engine import LossError, TorchEngine
+from worker.engine import Engine, LossError, TorchEngine
 from worker.exchange import Exchange
 from worker.load import load_task, user_traceback
 
@@ -51,7 +51,7 @@ class WorkerLoop:
         task = load_task(config.spec.task, code, config.spec.seed)
         self._layout = config.layout()
         if isinstance(task, AnalyticTask):
-            self._engine: TorchEngine | AnalyticEngine = AnalyticEngine(task, self._layout)
+            self._engine: Engine = AnalyticEngine(task, self._layout)
         else:
             device = torch.device(config.spec.placement.device)
             self._engine = TorchEngine(task, config.model, self._layout, device)

@@ -29,5 +29,5 @@ def seed_all(seed: int, purpose: int, step: int, micro_batch: int, *, cuda: bool
     torch.default_generator.manual_seed(value)
     if cuda:
         torch.cuda.manual_seed(value)
-    np.random.seed(value & 0xFFFFFFFF)  # noqa: NPY002  # user code draws from the global generator
+    np.random.seed(value & 0xFFFFFFFF)  # user code draws from the global generator
     random.seed(value)
