@@ -24,7 +24,9 @@ class AnalyticEngine:
         self._layout = layout
         self._parameters: dict[str, NDArray[np.floating[Any]]] = {}
         self.train_source: Source = ArraySource(task.train_data.arrays, as_numpy=True)
-        self.eval_source: Source | None = None if task.eval_data is None else ArraySource(task.eval_data.arrays, as_numpy=True)
+        self.eval_source: Source | None = (
+            None if task.eval_data is None else ArraySource(task.eval_data.arrays, as_numpy=True)
+        )
 
     def write_initial(self, flat: torch.Tensor) -> None:
         """See Engine."""

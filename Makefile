@@ -1,0 +1,55 @@
+# Every target makes .venv and installs what it needs; a machine needs only Python 3.11 or later and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PROTOS := $(wildcard proto/steepest/v1/*.proto)
+ROOMS := steepest services ps worker
+
+define generate
+PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto \
+	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS)
+endef
+
+.PHONY: help demo test test-core check format proto bench clean
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+$(INSTALLED): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or later is needed; {sys.executable} is {sys.version.split()[0]}; use make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,examples,dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## train the digits through a service of its own
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
+
+test: $(INSTALLED)  ## all tests
+	$(BIN)/python -m pytest
+
+test-core: $(INSTALLED)  ## the pure part: no Ray, no gRPC
+	$(BIN)/python -m pytest -m "not cluster" tests/ps tests/worker tests/steepest
+
+check: $(INSTALLED)  ## lint, types, import contracts, proto
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	cd proto && ../$(BIN)/buf lint
+	@rm -rf build/stubs && mkdir -p build/stubs
+	@$(call generate,build/stubs)
+	@for f in build/stubs/steepest/v1/*; do cmp "$$f" "steepest/v1/$${f##*/}" || { echo "stubs differ: run make proto"; exit 1; }; done
+
+format: $(INSTALLED)  ## lay the code out
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: $(INSTALLED)  ## generate steepest/v1 from proto/
+	$(call generate,.)
+
+bench: $(INSTALLED)  ## step time against PyTorch DDP and a plain loop
+	$(BIN)/python benchmarks/step_time.py
+
+clean:  ## remove what make made
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,167 @@
+"""Step time through the service against PyTorch DDP over gloo, and against a plain loop.
+
+`python benchmarks/step_time.py` (make bench). Both sides train the same model on the same data with one thread a
+process: global-norm clip and fused AdamW in float32. They take turns, a round each, in one run; the figure is
+the median over the rounds of each round's median step.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from peers import LR, MAX_NORM, Peer
+from tasks import SIZES, Size
+from torch import __version__ as torch_version
+
+from steepest.client import Client, Job
+from steepest.embedded import running_service
+
+HERE = Path(__file__).parent
+ENDLESS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One line of the table; times in seconds."""
+
+    size: str
+    workers: int
+    against: str
+    ours: float
+    theirs: float
+    ratio: float
+    spread: tuple[float, float]
+
+
+class Ours:
+    """A job of the service that runs only during its rounds."""
+
+    def __init__(self, client: Client, size: Size, batch: int, workers: int, servers: int) -> None:
+        self._job: Job = client.submit(
+            f"{HERE / 'tasks.py'}:mlp",
+            arguments={"width": size.width, "layers": size.layers},
+            steps=ENDLESS,
+            data={"global_batch": batch * workers, "micro_batch": batch},
+            optimizer={"name": "adamw", "lr": LR},
+            clip={"norm": MAX_NORM},
+            placement={"workers": workers, "servers": servers},
+        )
+        self._await(lambda: self._job.get().state == "RUNNING" and self._job.get().step > 0)
+        self._await(lambda: all(w.state == "running" for w in self._job.get().workers))
+        self._next = 0
+
+    def _await(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            if self._job.get().has_ended:
+                raise RuntimeError(f"the job ended: {self._job.get().error}")
+            time.sleep(0.02)
+
+    def pause(self) -> None:
+        self._job.pause()
+        self._await(lambda: self._job.get().state == "PAUSED")
+        self._next = self._job.get().step
+
+    def round(self, seconds: float, min_steps: int) -> list[float]:
+        """Seconds of each step of a round that lasts `seconds` and `min_steps` at least."""
+        first = self._next
+        self._job.resume()
+        time.sleep(seconds)
+        self._await(lambda: self._job.get().step >= first + min_steps + 2)
+        self.pause()
+        times = [record["time"] for record in self._job.history(first)]
+        return [after - before for before, after in pairwise(times)]
+
+    def close(self) -> None:
+        self._job.cancel()
+        self._await_end()
+
+    def _await_end(self) -> None:
+        while not self._job.get().has_ended:
+            time.sleep(0.05)
+
+
+def compare(client: Client, size: Size, batch: int, workers: int, servers: int, rounds: int) -> Comparison:
+    """Take turns for `rounds` rounds."""
+    ours = Ours(client, size, batch, workers, servers)
+    ours.pause()
+    theirs = Peer(size, batch, workers)
+    try:
+        theirs.round(max(3, size.steps // 10))
+        pairs = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            their_step = statistics.median(theirs.round(size.steps))
+            lasted = time.perf_counter() - began
+            pairs.append((statistics.median(ours.round(lasted, min(size.steps, 5))), their_step))
+    finally:
+        theirs.close()
+        ours.close()
+    ratios = [a / b for a, b in pairs]
+    return Comparison(
+        size.name,
+        workers,
+        "DDP, gloo" if workers > 1 else "plain loop",
+        statistics.median(a for a, _ in pairs),
+        statistics.median(b for _, b in pairs),
+        statistics.median(ratios),
+        (min(ratios), max(ratios)),
+    )
+
+
+def line(c: Comparison) -> str:
+    low, high = c.spread
+    return (
+        f"| {c.size:>6} | {c.workers} | {c.against:<10} | {c.ours * 1e3:9.2f} | {c.theirs * 1e3:9.2f} "
+        f"| {c.ratio:.2f} | {low:.2f} to {high:.2f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="*", default=[s.name.replace(" ", "") for s in SIZES], help="10k 1M 25M 100M")
+    parser.add_argument("--batch", type=int, default=16, help="samples of a worker's micro-batch [16]")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of each side [7]")
+    parser.add_argument("--workers", type=int, nargs="*", default=[2, 1])
+    parser.add_argument("--servers", type=int, default=0, help="of a job [2 from 25 M parameters on, else 1]")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "step_time.json")
+    options = parser.parse_args()
+    print("|  size  | workers | against | ours, ms | theirs, ms | ratio | spread of rounds |")
+    print("|---|---|---|---|---|---|---|")
+    results = []
+    with tempfile.TemporaryDirectory() as data, running_service(Path(data), grpc_port=0, http_port=0) as service:
+        service.scheduler.wait_ready()
+        with Client(f"127.0.0.1:{service.grpc_port}") as client:
+            for workers in options.workers:
+                for size in (s for s in SIZES if s.name.replace(" ", "") in options.sizes):
+                    servers = options.servers or (2 if size.width >= 2048 and workers > 1 else 1)
+                    results.append(compare(client, size, options.batch, workers, servers, options.rounds))
+                    print(line(results[-1]))
+                    sys.stdout.flush()
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    report = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch_version,
+        "batch": options.batch,
+        "results": [vars(c) for c in results],
+    }
+    options.json.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"geometric mean of ratios {math.exp(statistics.fmean(math.log(c.ratio) for c in results)):.2f}")
+
+
+if __name__ == "__main__":
+    main()
