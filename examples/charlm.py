@@ -27,7 +27,7 @@ def data(length: int = LENGTH) -> tuple[steepest.ArrayData, steepest.ArrayData]:
     library = Path(sysconfig.get_paths()["stdlib"])
     windows = []
     for path in sorted(library.glob("*.py"))[:NUM_FILES]:
-        characters = torch.tensor([min(max(byte, 1), 127) for byte in path.read_bytes()])
+        characters = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).clamp(1, 127).long()
         count = max(1, -(-(len(characters) - 1) // length))
         padded = torch.full((count * length + 1,), PADDING)
         padded[: len(characters)] = characters

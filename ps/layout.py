@@ -36,6 +36,11 @@ class Placed:
     numel: int
     decayed: bool
 
+    @property
+    def blocks(self) -> range:
+        """The blocks it lies in; none when it has no elements."""
+        return range(self.offset // BLOCK_NUMEL, -(-(self.offset + self.numel) // BLOCK_NUMEL)) if self.numel else range(0)
+
 
 @dataclass(frozen=True, slots=True)
 class GroupRange:
@@ -76,7 +81,7 @@ class Layout:
         return tuple(
             index
             for index, p in enumerate(self.parameters)
-            for _ in range(p.offset // BLOCK_NUMEL, (p.offset + max(p.numel, 1) - 1) // BLOCK_NUMEL + 1)
+            for _ in p.blocks
         )
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
@@ -92,7 +97,7 @@ def build_layout(model: ModelDescription, *, decay_biases_and_norms: bool = True
 
     Raises ValueError for a model without parameters or with a dtype that is not float32 or float64, or mixed ones.
     """
-    if not model.parameters:
+    if not any(p.numel for p in model.parameters):
         raise ValueError("the model has no trainable parameters")
     dtypes = {p.dtype for p in model.parameters}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
@@ -149,7 +154,7 @@ class Shard:
         """
         starts: dict[int, list[int]] = {block: [] for block, _ in self.blocks}
         for p in self.layout.parameters:
-            for block in range(p.offset // BLOCK_NUMEL, (p.offset + max(p.numel, 1) - 1) // BLOCK_NUMEL + 1):
+            for block in p.blocks:
                 begin = block * BLOCK_NUMEL
                 if begin in starts:
                     starts[begin].append(max(p.offset, begin) - begin)

@@ -1,0 +1,87 @@
+"""The promise: where a job runs never shows in its bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from tests.local_job import hashes, job_config, run_here, run_processes, running
+
+pytestmark = pytest.mark.cluster
+
+JOBS: dict[str, dict[str, Any]] = {
+    "convnet with batch norm": {"task": "examples.digits:convnet", "steps": 6, "clip": {"norm": 1.0}},
+    "transformer with dropout and tied embeddings": {
+        "task": "examples.charlm:transformer",
+        "arguments": {"width": 128, "layers": 1},
+        "steps": 3,
+        "data": {"global_batch": 16},
+    },
+    "ragged data": {
+        "task": "tests.tasks:regression",
+        "arguments": {"hidden": 20_000},
+        "epochs": 3,
+        "data": {"global_batch": 37, "micro_batch": 5},
+        "clip": {"value": 0.001},
+        "optimizer": {"name": "rmsprop", "momentum": 0.5, "decay_biases_and_norms": False, "weight_decay": 0.1},
+    },
+    "dataset with noise": {"task": "tests.tasks:slow", "arguments": {"delay": 0.0}, "epochs": 2},
+    "analytic": {"task": "tests.tasks:least_squares", "epochs": 2, "optimizer": {"name": "nesterov"}},
+}
+PLACEMENTS = [(w, s, t) for w in (1, 2, 3, 5) for s in (1, 2, 3) for t in ("auto", "inline")]
+
+
+def _config(directory: Path, name: str, **placement: Any) -> Any:
+    return job_config(directory, **{**JOBS[name], "placement": placement})
+
+
+@cache
+def _expected(name: str) -> tuple[str, str]:
+    """The hashes of one worker and one server in one process."""
+    with TemporaryDirectory() as directory:
+        return hashes(run_here(_config(Path(directory), name)))
+
+
+@pytest.mark.parametrize("name", list(JOBS)[:3])
+@pytest.mark.parametrize(("workers", "servers", "transport"), PLACEMENTS)
+def test_same_bits_at_every_placement(name: str, workers: int, servers: int, transport: str, tmp_path: Path) -> None:
+    config = _config(tmp_path, name, servers=servers, transport=transport)
+    assert hashes(run_processes(config, workers)) == _expected(name)
+
+
+@pytest.mark.parametrize("name", list(JOBS)[3:])
+@pytest.mark.parametrize(("workers", "servers", "transport"), [(3, 2, "auto"), (2, 3, "inline")])
+def test_same_bits_of_other_tasks(name: str, workers: int, servers: int, transport: str, tmp_path: Path) -> None:
+    config = _config(tmp_path, name, servers=servers, transport=transport)
+    assert hashes(run_processes(config, workers)) == _expected(name)
+
+
+@pytest.mark.parametrize("transport", ["auto", "inline"])
+def test_workers_killed_and_replaced_in_mid_step_leave_no_trace(transport: str, tmp_path: Path) -> None:
+    raw = {**JOBS["dataset with noise"], "epochs": 12, "arguments": {"delay": 0.004}}
+    expected = hashes(run_here(job_config(tmp_path / "one", **raw)))
+    config = job_config(tmp_path / "many", **{**raw, "placement": {"servers": 2, "transport": transport}})
+    with running(config, 3) as job:
+        time.sleep(0.25)
+        for round_, victim in enumerate(["worker-1", "worker-0", "worker-2", "worker-1"]):
+            process = job.workers[victim]
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            if round_ % 2:
+                time.sleep(0.05)
+            job.start_worker(victim)
+            time.sleep(0.1)
+        assert hashes(job.finish()) == expected
+
+
+def test_runs_with_another_seed_differ(tmp_path: Path) -> None:
+    raw = {**JOBS["ragged data"], "seed": 1}
+    assert hashes(run_here(job_config(tmp_path, **raw))) != _expected("ragged data")

@@ -1,0 +1,154 @@
+"""Runs a job's real servers and workers, over real gRPC, without Ray and without the service.
+
+`run_here` keeps one worker and its servers in this process; `run_processes` gives each a process of its own, forked from
+one that has imported torch already, so that a whole job takes about a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ps.checkpoint import State, newest_valid, state_hashes
+from ps.config import JobConfig
+from ps.server import ParameterServer
+from steepest.spec import spec_from_dict
+from worker.load import describe_model, load_task, num_samples
+from worker.loop import WorkerLoop
+
+WAIT_SECONDS = 60.0
+
+
+def job_config(directory: Path, task: str, **raw: Any) -> JobConfig:
+    """The config that the service would make. task: "module:function". raw: the spec."""
+    module, function = task.split(":")
+    arguments = raw.pop("arguments", {})
+    spec = spec_from_dict({**raw, "task": {"module": module, "function": function, "arguments": arguments}})
+    loaded = load_task(spec.task, None, spec.seed)
+    return JobConfig(
+        job="local",
+        incarnation=1,
+        token="a secret",
+        spec=spec,
+        model=describe_model(loaded),
+        num_samples=num_samples(loaded.train_data, "train_data"),
+        num_evaluation_samples=0 if loaded.eval_data is None else num_samples(loaded.eval_data, "eval_data"),
+        metric_names=tuple(loaded.metrics),
+        num_servers=spec.placement.servers,
+        checkpoint_directory=directory,
+    )
+
+
+def final_state(config: JobConfig) -> State:
+    """The state a finished job left."""
+    restored = newest_valid(config.checkpoint_directory)
+    assert restored is not None, "the job left no checkpoint"
+    state = restored[1]
+    assert state.step == config.plan().total_steps
+    return state
+
+
+def run_here(config: JobConfig) -> State:
+    """Train with one worker, all in this process."""
+    servers = [ParameterServer(config, i, "127.0.0.1") for i in range(config.num_servers)]
+    try:
+        for follower in servers[1:]:
+            follower.connect(servers[0].address)
+        WorkerLoop(config, "worker-0", 0, None).run([s.address for s in servers])
+        return final_state(config)
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def _serve(config: JobConfig, index: int, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    server = ParameterServer(config, index, "127.0.0.1")
+    pipe.send(server.address)
+    leader = pipe.recv()
+    if index:
+        server.connect(leader)
+    pipe.send("ready")
+    with contextlib.suppress(EOFError):
+        pipe.recv()
+
+
+def _work(config: JobConfig, name: str, generation: int, addresses: list[str]) -> None:
+    WorkerLoop(config, name, generation, None).run(addresses)
+
+
+@dataclass
+class LocalJob:
+    """Processes of a running job."""
+
+    config: JobConfig
+    addresses: list[str]
+    servers: list[BaseProcess]
+    workers: dict[str, BaseProcess] = field(default_factory=dict)
+    generation: int = 0
+
+    def start_worker(self, name: str) -> None:
+        """A new process, in place of one of the same name if there was."""
+        self.generation += 1
+        process = _context().Process(target=_work, args=(self.config, name, self.generation, self.addresses))
+        process.start()
+        self.workers[name] = process
+
+    def finish(self) -> State:
+        """Wait for the end."""
+        for process in self.workers.values():
+            process.join(WAIT_SECONDS)
+            assert not process.is_alive(), "a worker was not dismissed"
+        return final_state(self.config)
+
+
+def _context() -> Any:
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.local_job", "tests.tasks", "sklearn.datasets"])
+    return context
+
+
+@contextlib.contextmanager
+def running(config: JobConfig, workers: int) -> Iterator[LocalJob]:
+    """A job whose processes are gone at the end."""
+    pipes, servers = [], []
+    for index in range(config.num_servers):
+        ours, theirs = _context().Pipe()
+        process = _context().Process(target=_serve, args=(config, index, theirs), daemon=True)
+        process.start()
+        pipes.append(ours)
+        servers.append(process)
+    job = LocalJob(config, [pipe.recv() for pipe in pipes], servers)
+    try:
+        for pipe in pipes:
+            pipe.send(job.addresses[0])
+        for pipe in pipes:
+            assert pipe.recv() == "ready"
+        for number in range(workers):
+            job.start_worker(f"worker-{number}")
+        yield job
+    finally:
+        for process in [*servers, *job.workers.values()]:
+            process.kill()
+            process.join()
+
+
+def run_processes(config: JobConfig, workers: int) -> State:
+    """Train with real processes."""
+    with running(config, workers) as job:
+        return job.finish()
+
+
+def hashes(state: State) -> tuple[str, str]:
+    """(parameters_sha256, state_sha256)."""
+    return state_hashes(state)

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ps.assignment import deal, ranges
+
+LEAVES = st.sets(st.integers(0, 300)).map(sorted)
+SPEEDS = st.dictionaries(st.text(min_size=1, max_size=3), st.floats(0.01, 100), max_size=12)
+
+
+@given(LEAVES, SPEEDS.filter(bool))
+def test_every_leaf_goes_to_one_worker(leaves: list[int], speeds: dict[str, float]) -> None:
+    dealt = [leaf for parts in deal(leaves, speeds).values() for low, high in parts for leaf in range(low, high)]
+    assert dealt == leaves
+
+
+@given(st.integers(1, 400), SPEEDS.filter(bool))
+def test_parts_are_in_proportion_to_the_speeds(count: int, speeds: dict[str, float]) -> None:
+    dealt = deal(range(count), speeds)
+    total = sum(speeds.values())
+    for worker, speed in speeds.items():
+        got = sum(high - low for low, high in dealt.get(worker, []))
+        assert abs(got - count * speed / total) <= 1.0 + 1e-6
+
+
+def test_nobody_there_or_nothing_to_do() -> None:
+    assert deal([1, 2], {}) == {}
+    assert deal([], {"a": 1.0}) == {}
+
+
+@given(LEAVES)
+def test_ranges_are_the_same_numbers_with_no_two_adjacent(leaves: list[int]) -> None:
+    found = ranges(leaves)
+    assert [n for low, high in found for n in range(low, high)] == leaves
+    assert all(a[1] < b[0] for a, b in zip(found, found[1:], strict=False))

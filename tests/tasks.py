@@ -1,0 +1,175 @@
+"""Tasks that the tests train. They are imported by name in worker processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import steepest
+
+NUM_INPUTS, NUM_OUTPUTS = 7, 3
+
+
+def arrays(rows: int = 101, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets; 101 rows divide neither a global nor a micro-batch."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(rows, NUM_INPUTS, generator=generator, dtype=torch.float64)
+    weights = torch.randn(NUM_INPUTS, NUM_OUTPUTS, generator=generator, dtype=torch.float64)
+    return inputs.to(dtype), torch.tanh(inputs @ weights).to(dtype)
+
+
+def perceptron(hidden: int = 50) -> nn.Module:
+    return nn.Sequential(nn.Linear(NUM_INPUTS, hidden), nn.Tanh(), nn.Linear(hidden, NUM_OUTPUTS))
+
+
+def regression(rows: int = 101, hidden: int = 50, dtype: str = "float32") -> steepest.Task:
+    real = getattr(torch, dtype)
+    inputs, targets = arrays(rows, real)
+    return steepest.Task(
+        model=perceptron(hidden).to(real),
+        loss=nn.MSELoss(),
+        train_data=steepest.ArrayData(inputs, targets),
+        eval_data=steepest.ArrayData(inputs[:50], targets[:50]),
+    )
+
+
+class Rows(torch.utils.data.Dataset[Any]):
+    """A map-style dataset with noise, so that its order and seeds show in the bits. delay: seconds for a batch."""
+
+    def __init__(self, delay: float = 0.0, fail_at: int = -1) -> None:
+        self.inputs, self.targets = arrays()
+        self.delay = delay
+        self.fail_at = fail_at
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if index == self.fail_at:
+            raise OSError(f"sample {index} is torn")
+        noise = torch.randn(NUM_INPUTS) * 0.01 + float(np.random.normal()) * 0.01  # noqa: NPY002
+        return self.inputs[index] + noise, self.targets[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        time.sleep(self.delay)
+        return [self[i] for i in indices]
+
+
+def slow(delay: float = 0.01) -> steepest.Task:
+    """Each micro-batch takes a while, so that a test can do something in mid-step."""
+    model = nn.Sequential(nn.Linear(NUM_INPUTS, 64), nn.BatchNorm1d(64), nn.Dropout(0.1), nn.Linear(64, NUM_OUTPUTS))
+    return steepest.Task(model=model, loss=nn.MSELoss(), train_data=Rows(delay))
+
+
+def large(rows: int = 60, width: int = 400) -> steepest.Task:
+    """Enough blocks for several shards."""
+    inputs, targets = arrays(rows)
+    model = nn.Sequential(
+        nn.Linear(NUM_INPUTS, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, NUM_OUTPUTS)
+    )
+    return steepest.Task(model=model, loss=nn.MSELoss(), train_data=steepest.ArrayData(inputs, targets))
+
+
+# -- tasks that fail ------------------------------------------------------------------------------------------------
+
+
+def raises() -> steepest.Task:
+    raise KeyError("no such column")
+
+
+def returns_nothing() -> None:
+    return None
+
+
+def exits() -> steepest.Task:
+    sys.exit(7)
+
+
+def without_parameters() -> steepest.Task:
+    return steepest.Task(model=nn.ReLU(), loss=nn.MSELoss(), train_data=steepest.ArrayData(*arrays()))
+
+
+def without_data() -> steepest.Task:
+    empty = torch.zeros(0, NUM_INPUTS), torch.zeros(0, NUM_OUTPUTS)
+    return steepest.Task(model=perceptron(), loss=nn.MSELoss(), train_data=steepest.ArrayData(*empty))
+
+
+def vector_loss() -> steepest.Task:
+    return steepest.Task(
+        model=perceptron(), loss=lambda outputs, targets: outputs - targets, train_data=steepest.ArrayData(*arrays())
+    )
+
+
+def nonfinite_loss(row: int = 40) -> steepest.Task:
+    inputs, targets = arrays()
+    targets[row] = torch.nan
+    return steepest.Task(model=perceptron(), loss=nn.MSELoss(), train_data=steepest.ArrayData(inputs, targets))
+
+
+def nonfinite_gradient() -> steepest.Task:
+    """The loss is finite, the gradient of its square root at zero is not."""
+
+    def batch_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return torch.sqrt((model(batch[0]) * 0.0).sum())
+
+    return steepest.Task(model=perceptron(), batch_loss=batch_loss, train_data=steepest.ArrayData(*arrays()))
+
+
+def failing_dataset() -> steepest.Task:
+    return steepest.Task(model=perceptron(), loss=nn.MSELoss(), train_data=Rows(fail_at=30))
+
+
+class _Misbehaving(nn.Module):
+    def __init__(self, how: str, marker: str) -> None:
+        super().__init__()
+        self.inner = perceptron()
+        self.how = how
+        self.marker = Path(marker) if marker else None
+        self.calls = 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        match self.how:
+            case "exit" if self.calls > 4:
+                sys.exit(3)
+            case "print":
+                sys.stdout.write("x" * 1_000_000 + "\n")
+            case "threads":
+                threading.Thread(target=time.sleep, args=(3600,), daemon=False).start()
+            case "hang" if self.calls > 4 and self.marker is not None and not self.marker.exists():
+                self.marker.touch()
+                time.sleep(3600)
+            case "die" if self.calls > 4:
+                os.kill(os.getpid(), 9)
+        outputs: torch.Tensor = self.inner(inputs)
+        return outputs
+
+
+def misbehaving(how: str, marker: str = "") -> steepest.Task:
+    return steepest.Task(
+        model=_Misbehaving(how, marker), loss=nn.MSELoss(), train_data=steepest.ArrayData(*arrays())
+    )
+
+
+def least_squares() -> steepest.AnalyticTask:
+    """Without torch: L = |X w - y|^2 / 2 summed, dL/dw = X^T (X w - y)."""
+    inputs, targets = (a.numpy() for a in arrays(dtype=torch.float64))
+
+    def gradient(parameters: Any, batch: Any) -> tuple[float, float, dict[str, Any]]:
+        residual = batch[0] @ parameters["weight"] - batch[1]
+        return float(0.5 * np.sum(residual**2)), float(len(residual)), {"weight": batch[0].T @ residual}
+
+    return steepest.AnalyticTask(
+        parameters={"weight": np.zeros((NUM_INPUTS, NUM_OUTPUTS))},
+        gradient=gradient,
+        train_data=steepest.ArrayData(inputs, targets),
+    )
