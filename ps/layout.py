@@ -39,7 +39,9 @@ class Placed:
     @property
     def blocks(self) -> range:
         """The blocks it lies in; none when it has no elements."""
-        return range(self.offset // BLOCK_NUMEL, -(-(self.offset + self.numel) // BLOCK_NUMEL)) if self.numel else range(0)
+        return (
+            range(self.offset // BLOCK_NUMEL, -(-(self.offset + self.numel) // BLOCK_NUMEL)) if self.numel else range(0)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +80,7 @@ class Layout:
     @cached_property
     def segment_owners(self) -> tuple[int, ...]:
         """For every segment of the layout in order, the index of its parameter in `parameters`."""
-        return tuple(
-            index
-            for index, p in enumerate(self.parameters)
-            for _ in p.blocks
-        )
+        return tuple(index for index, p in enumerate(self.parameters) for _ in p.blocks)
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Each parameter's own shape over `flat`, which holds the whole layout."""

@@ -74,9 +74,14 @@ class ShardServer:
             return Outcome.AHEAD
         if not self._is_current(step, kind) or self._reduced:
             return Outcome.LATE
-        fresh = [(node, value) for node, value in nodes if not is_covered(node, self._held)]
+        fresh = [(node, value) for node, value in nodes if not self._has(node)]
         self._held.update(fresh)
         return Outcome.ACCEPTED if fresh else Outcome.DUPLICATE
+
+    def _has(self, node: Node) -> bool:
+        """Whether the sum of `node` is held, as it is, in parts, or as a part of another."""
+        within_another = any(held.low <= node.low and node.high <= held.high for held in self._held)
+        return within_another or is_covered(node, self._held)
 
     @property
     def is_complete(self) -> bool:

@@ -43,7 +43,10 @@ class HttpServer:
             start_response("404 Not Found", [("Content-Type", "text/plain")])
             return [b"not found; there are /metrics and /healthz\n"]
 
-        self._server = make_server(host, port, app, server_class=_Server, handler_class=_Quiet)
+        try:
+            self._server = make_server(host, port, app, server_class=_Server, handler_class=_Quiet)
+        except OSError as error:
+            raise OSError(f"cannot listen on {host}:{port}: {(error.strerror or '').lower()}") from error
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 

@@ -83,7 +83,7 @@ class Service:
         try:
             port = server.add_insecure_port(address)
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: the port is in use") from error
+            raise OSError(f"cannot listen on {address}: address already in use") from error
         return server, port
 
     def stop(self) -> None:

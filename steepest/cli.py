@@ -132,7 +132,7 @@ def serve(
     http_port: Annotated[int, Option(min=0, max=65535, help="HTTP port: /metrics, /healthz.")] = 8080,
     data_dir: Annotated[Path, Option(help="Where jobs and checkpoints are kept.")] = Path("steepest-data"),
     ray_address: Annotated[str | None, Option(help="An existing Ray cluster; else Ray starts embedded.")] = None,
-    cpus: Annotated[int | None, Option(min=1, help="CPUs embedded Ray may hand out [at least 8].")] = None,
+    cpus: Annotated[int | None, Option(min=1, help="CPUs embedded Ray may hand out (default: at least 8).")] = None,
 ) -> None:
     """Run the service: gRPC for jobs, HTTP for Prometheus."""
     _prepare_for_embedded_ray()
@@ -164,7 +164,10 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Submit a job to a service and print its name."""
+    from steepest.client import check_submission
+
     request = submission(task, options)
+    check_submission(request.task, request.arguments, request.spec)
     with _client(server) as client:
         job = client.submit(request.task, name=request.name, arguments=request.arguments, **request.spec)
         if not as_json:

@@ -12,7 +12,7 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from steepest.bundle import bundle_task
+from steepest.bundle import Bundle, bundle_task
 from steepest.convert import spec_to_proto
 from steepest.errors import (
     ConflictError,
@@ -24,7 +24,7 @@ from steepest.errors import (
     Violation,
 )
 from steepest.jobs import Event, JobInfo, Progress, event_from_proto, job_from_proto, progress_from_proto
-from steepest.spec import spec_from_dict
+from steepest.spec import TrainingJobSpec, spec_from_dict
 from steepest.v1 import training_jobs_pb2 as pb
 from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
 
@@ -34,6 +34,15 @@ CALL_SECONDS = 30.0
 CREATE_SECONDS = 900.0  # the service loads the task meanwhile
 RECONNECT_SECONDS = 60.0
 CHUNK_BYTES = 1 << 20
+
+
+def check_submission(
+    task: str, arguments: Mapping[str, Any], spec: Mapping[str, Any]
+) -> tuple[Bundle, TrainingJobSpec]:
+    """All that can be told of a submission without a service. Raises SpecError."""
+    bundle = bundle_task(task)
+    reference = {"module": bundle.module, "function": bundle.function, "arguments": dict(arguments)}
+    return bundle, spec_from_dict({**spec, "task": reference})
 
 
 class Client:
@@ -77,9 +86,7 @@ class Client:
 
         Raises SpecError when the job or its task is refused, ConflictError when the name is taken.
         """
-        bundle = bundle_task(task)
-        reference = {"module": bundle.module, "function": bundle.function, "arguments": dict(arguments or {})}
-        checked = spec_from_dict({**spec, "task": reference})
+        bundle, checked = check_submission(task, arguments or {}, spec)
         message = spec_to_proto(checked)
         if bundle.data:
             message.task.code_bundle = self._upload(bundle.data)

@@ -20,47 +20,93 @@ _PLACE, _TRAIN, _STEP, _TASK = "Placement (never changes the result)", "Training
 
 @dataclass(frozen=True, kw_only=True)
 class JobOptions:
-    """One field for each option of `train` and `submit`; what is None is left to the spec's default."""
+    """One field for each option of `train` and `submit`; what is None is left to the spec's default.
+
+    Numbers stay text: the spec reads them, so that every refusal names field, value and what is allowed.
+    """
 
     name: Annotated[str, Option(help="Id of the job; chosen by the service when not given.")] = ""
-    workers: Annotated[int | None, Option(help="Number of workers [1].", rich_help_panel=_PLACE)] = None
-    servers: Annotated[int | None, Option(help="Number of servers [1].", rich_help_panel=_PLACE)] = None
-    threads: Annotated[int | None, Option(help="CPU threads of each worker [1].", rich_help_panel=_PLACE)] = None
-    device: Annotated[str | None, Option(help="cpu or cuda [cpu].", rich_help_panel=_PLACE)] = None
-    steps: Annotated[int | None, Option(help="Length in optimizer steps.", rich_help_panel=_TRAIN)] = None
-    epochs: Annotated[int | None, Option(help="Length in passes over the data.", rich_help_panel=_TRAIN)] = None
-    seed: Annotated[int | None, Option(help="Of everything random [0].", rich_help_panel=_TRAIN)] = None
-    global_batch: Annotated[int | None, Option(help="Samples of a step [64].", rich_help_panel=_TRAIN)] = None
+    workers: Annotated[
+        str | None, Option(metavar="INTEGER", help="Number of workers (default: 1).", rich_help_panel=_PLACE)
+    ] = None
+    servers: Annotated[
+        str | None, Option(metavar="INTEGER", help="Number of servers (default: 1).", rich_help_panel=_PLACE)
+    ] = None
+    threads: Annotated[
+        str | None, Option(metavar="INTEGER", help="CPU threads of each worker (default: 1).", rich_help_panel=_PLACE)
+    ] = None
+    device: Annotated[str | None, Option(help="cpu or cuda (default: cpu).", rich_help_panel=_PLACE)] = None
+    steps: Annotated[
+        str | None, Option(metavar="INTEGER", help="Length in optimizer steps.", rich_help_panel=_TRAIN)
+    ] = None
+    epochs: Annotated[
+        str | None, Option(metavar="INTEGER", help="Length in passes over the data.", rich_help_panel=_TRAIN)
+    ] = None
+    seed: Annotated[
+        str | None, Option(metavar="INTEGER", help="Of everything random (default: 0).", rich_help_panel=_TRAIN)
+    ] = None
+    global_batch: Annotated[
+        str | None, Option(metavar="INTEGER", help="Samples of a step (default: 64).", rich_help_panel=_TRAIN)
+    ] = None
     micro_batch: Annotated[
-        int | None, Option(help="Samples of one gradient computation [global batch / 8].", rich_help_panel=_TRAIN)
+        str | None,
+        Option(
+            metavar="INTEGER",
+            help="Samples of one gradient computation (default: global batch / 8).",
+            rich_help_panel=_TRAIN,
+        ),
     ] = None
     eval_every: Annotated[
-        int | None, Option(help="Evaluate every so many steps; 0: only at the end [0].", rich_help_panel=_TRAIN)
+        str | None,
+        Option(
+            metavar="INTEGER",
+            help="Evaluate every so many steps; 0: only at the end (default: 0).",
+            rich_help_panel=_TRAIN,
+        ),
     ] = None
     checkpoint_every: Annotated[
-        int | None, Option(help="Save every so many steps; 0: only at the end [0].", rich_help_panel=_TRAIN)
+        str | None,
+        Option(
+            metavar="INTEGER", help="Save every so many steps; 0: only at the end (default: 0).", rich_help_panel=_TRAIN
+        ),
     ] = None
     optimizer: Annotated[
         str | None,
-        Option(help="sgd, momentum, nesterov, adagrad, rmsprop, adam or adamw [adamw].", rich_help_panel=_STEP),
+        Option(
+            help="sgd, momentum, nesterov, adagrad, rmsprop, adam or adamw (default: adamw).", rich_help_panel=_STEP
+        ),
     ] = None
     lr: Annotated[
-        float | None, Option(help="Learning rate [0.001; 0.01 for adagrad and rmsprop].", rich_help_panel=_STEP)
+        str | None,
+        Option(
+            metavar="FLOAT", help="Learning rate (default: 0.001; 0.01 for adagrad and rmsprop).", rich_help_panel=_STEP
+        ),
     ] = None
-    momentum: Annotated[float | None, Option(help="Of sgd, momentum, nesterov, rmsprop.", rich_help_panel=_STEP)] = None
-    weight_decay: Annotated[float | None, Option(help="torch.optim's default if not given.", rich_help_panel=_STEP)] = (
-        None
-    )
+    momentum: Annotated[
+        str | None, Option(metavar="FLOAT", help="Of sgd, momentum, nesterov, rmsprop.", rich_help_panel=_STEP)
+    ] = None
+    weight_decay: Annotated[
+        str | None, Option(metavar="FLOAT", help="torch.optim's default if not given.", rich_help_panel=_STEP)
+    ] = None
     schedule: Annotated[
-        str | None, Option(help="constant, linear, cosine, step or exponential [constant].", rich_help_panel=_STEP)
+        str | None,
+        Option(help="constant, linear, cosine, step or exponential (default: constant).", rich_help_panel=_STEP),
     ] = None
-    warmup_steps: Annotated[int | None, Option(help="Steps of linear warm-up [0].", rich_help_panel=_STEP)] = None
+    warmup_steps: Annotated[
+        str | None, Option(metavar="INTEGER", help="Steps of linear warm-up (default: 0).", rich_help_panel=_STEP)
+    ] = None
     clip_norm: Annotated[
-        float | None, Option(help="Largest global L2 norm of the gradient.", rich_help_panel=_STEP)
+        str | None, Option(metavar="FLOAT", help="Largest global L2 norm of the gradient.", rich_help_panel=_STEP)
     ] = None
-    clip_value: Annotated[float | None, Option(help="Largest gradient element.", rich_help_panel=_STEP)] = None
-    sync: Annotated[str | None, Option(help="When pushes are applied: sync [sync].", rich_help_panel=_STEP)] = None
-    staleness: Annotated[int | None, Option(help="Only for modes other than sync.", rich_help_panel=_STEP)] = None
+    clip_value: Annotated[
+        str | None, Option(metavar="FLOAT", help="Largest gradient element.", rich_help_panel=_STEP)
+    ] = None
+    sync: Annotated[
+        str | None, Option(help="When pushes are applied: sync (default: sync).", rich_help_panel=_STEP)
+    ] = None
+    staleness: Annotated[
+        str | None, Option(metavar="INTEGER", help="Only for modes other than sync.", rich_help_panel=_STEP)
+    ] = None
     arg: Annotated[
         list[str], Option(metavar="KEY=VALUE", help="Argument of the task function; repeatable.", rich_help_panel=_TASK)
     ] = field(default_factory=list)
@@ -165,7 +211,7 @@ def _read_job_file(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except OSError as error:
-        raise SpecError([Violation("task", f"cannot read {path}: {error.strerror}")]) from None
+        raise SpecError([Violation("task", f"there is no file {path} to read: {error.strerror}")]) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SpecError([Violation("task", f"{path} is no TOML file: {error}")]) from None
 

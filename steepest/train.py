@@ -9,14 +9,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steepest.bundle import bundle_task
-from steepest.client import Client
+from steepest.client import Client, check_submission
 from steepest.console import show
 from steepest.embedded import running_service
 from steepest.errors import SpecError, Violation
 from steepest.jobs import JobInfo
 from steepest.options import Submission
-from steepest.spec import spec_from_dict
 
 if TYPE_CHECKING:
     from steepest.client import Job
@@ -26,9 +24,8 @@ DEFAULT_HTTP_PORT = 8080
 
 def train_embedded(request: Submission, output: Path | None) -> JobInfo:
     """Run one job to its end. Raises SpecError before anything is started where it can be told."""
-    bundle = bundle_task(request.task)
-    reference = {"module": bundle.module, "function": bundle.function, "arguments": request.arguments}
-    placement = spec_from_dict({**request.spec, "task": reference}).placement
+    _, spec = check_submission(request.task, request.arguments, request.spec)
+    placement = spec.placement
     if output is not None:
         _check_output(output)
     with tempfile.TemporaryDirectory(prefix="steepest-", ignore_cleanup_errors=True) as data:

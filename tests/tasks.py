@@ -155,9 +155,7 @@ class _Misbehaving(nn.Module):
 
 
 def misbehaving(how: str, marker: str = "") -> steepest.Task:
-    return steepest.Task(
-        model=_Misbehaving(how, marker), loss=nn.MSELoss(), train_data=steepest.ArrayData(*arrays())
-    )
+    return steepest.Task(model=_Misbehaving(how, marker), loss=nn.MSELoss(), train_data=steepest.ArrayData(*arrays()))
 
 
 def least_squares() -> steepest.AnalyticTask:

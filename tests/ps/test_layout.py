@@ -59,7 +59,11 @@ def test_views_have_the_parameters_own_shapes() -> None:
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [(described([]), "no trainable parameters"), (described([(0, 3)]), "no trainable parameters"), (described([(2,)], "float16"), "all float32 or all float64")],
+    [
+        (described([]), "no trainable parameters"),
+        (described([(0, 3)]), "no trainable parameters"),
+        (described([(2,)], "float16"), "all float32 or all float64"),
+    ],
 )
 def test_what_cannot_be_trained_is_refused(model: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):

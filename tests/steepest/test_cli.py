@@ -1,0 +1,134 @@
+"""The command without a service: imports, help, refusals."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.cluster
+
+COMMANDS = "train serve submit list get watch wait cancel pause resume scale download".split()
+
+
+def run(*arguments: str, directory: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does. A port where nothing listens stands for the service."""
+    command = [sys.executable, "-c", "from steepest.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=directory, timeout=120)
+
+
+def _imported(statement: str) -> set[str]:
+    code = f"import sys\n{statement}\nprint(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in out.stdout.splitlines()[-1].split()}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import steepest",
+        "import steepest; steepest.Client, steepest.Task, steepest.ArrayData",
+        "import steepest.cli; from typer.testing import CliRunner; CliRunner().invoke(steepest.cli.app, ['--help'])",
+    ],
+)
+def test_the_client_and_help_import_neither_ray_nor_torch(statement: str) -> None:
+    loaded = _imported(statement)
+    assert "steepest" in loaded
+    assert not {"ray", "torch", "sqlalchemy", "services", "worker", "ps"} & loaded
+
+
+def test_help_lists_every_command() -> None:
+    shown = run("--help")
+    assert shown.returncode == 0
+    assert all(command in shown.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    shown = run(command, "--help")
+    assert shown.returncode == 0
+    assert "Usage" in shown.stdout
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "train.py").write_text("def f(hidden=3): ...\n")
+    (tmp_path / "worker.py").write_text("def f(): ...\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", ["train", "submit"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere.py:f", "--steps", "1"], ["there is no file nowhere.py"]),
+        (["train.py:g", "--steps", "1"], ["no function 'g'", "it has: f"]),
+        (["worker.py:f", "--steps", "1"], ["worker.py", "reserved", "rename"]),
+        (["train.py:f"], ["steps, epochs", "exactly one"]),
+        (["train.py:f", "--steps", "1", "--epochs", "1"], ["steps = 1", "epochs = 1", "exactly one"]),
+        (["train.py:f", "--steps", "1", "--optimizer", "adamx"], ["--optimizer", "'adamx'", "adamw"]),
+        (["train.py:f", "--steps", "1", "--schedule", "cos"], ["--schedule", "'cos'", "cosine"]),
+        (["train.py:f", "--steps", "1", "--lr", "0"], ["--lr", "'0'", "greater than 0"]),
+        (["train.py:f", "--steps", "1", "--lr", "nan"], ["--lr", "nan", "finite"]),
+        (["train.py:f", "--steps", "1", "--clip-norm", "-1"], ["--clip-norm", "'-1'", "greater than 0"]),
+        (["train.py:f", "--steps", "1", "--clip-value", "0"], ["--clip-value", "'0'", "greater than 0"]),
+        (["train.py:f", "--steps", "1", "--workers", "0"], ["--workers", "0", "greater than or equal to 1"]),
+        (["train.py:f", "--steps", "1", "--workers", "many"], ["--workers", "many"]),
+        (
+            ["train.py:f", "--steps", "1", "--global-batch", "4", "--micro-batch", "5"],
+            ["micro_batch = 5", "global_batch = 4", "1 to 4"],
+        ),
+        (["train.py:f", "--steps", "1", "--colour", "red"], ["--colour"]),
+        (["train.py:f", "--steps", "1", "--set", "optimizer.beta=1"], ["optimizer.beta", "betas"]),
+        (["train.py:f", "--steps", "1", "--device", "tpu"], ["--device", "'tpu'", "cpu"]),
+    ],
+)
+def test_a_refused_job_has_one_clear_message_and_exit_code_2(
+    project: Path, command: str, arguments: list[str], words: list[str]
+) -> None:
+    refused = run(command, *arguments, directory=project)
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    said = " ".join(refused.stderr.replace("│", " ").split())
+    assert all(word in said for word in words), refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_service_that_does_not_answer() -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        refused = run("list", "--server", address)
+    assert refused.returncode == 2
+    assert address in refused.stderr
+    assert "steepest serve" in refused.stderr
+
+
+@pytest.mark.parametrize("flag", ["--port", "--http-port"])
+def test_a_port_in_use(flag: str, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        others = [other for other in ("--port", "--http-port") if other != flag]
+        refused = run("serve", flag, str(port), others[0], "0", "--data-dir", str(tmp_path / "data"))
+    assert refused.returncode == 2
+    assert str(port) in refused.stderr
+    assert "in use" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_an_address_without_protection_is_refused(tmp_path: Path) -> None:
+    refused = run("serve", "--host", "0.0.0.0", "--data-dir", str(tmp_path))
+    assert refused.returncode == 2
+    assert "loopback" in refused.stderr
+
+
+def test_an_output_that_cannot_be_written(project: Path) -> None:
+    (project / "taken").write_text("")
+    refused = run("train", "train.py:f", "--steps", "1", "--output", "taken/inside", directory=project)
+    assert refused.returncode == 2
+    assert "--output" in refused.stderr

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steepest.convert import spec_from_proto, spec_to_proto
+from steepest.errors import SpecError
+from steepest.spec import HYPER_PARAMETERS, OPTIMIZER_NAMES, SCHEDULE_NAMES, TrainingJobSpec, spec_from_dict
+
+TASK = {"module": "train", "function": "digits"}
+
+
+def spec(**raw: Any) -> TrainingJobSpec:
+    return spec_from_dict({"task": TASK, "steps": 10, **raw})
+
+
+@pytest.mark.parametrize(
+    ("raw", "field", "words"),
+    [
+        ({"optimizer": {"name": "adagard"}}, "optimizer.name", ["adagard", "adagrad", "sgd"]),
+        ({"optimizer": {"lr": 0.0}}, "optimizer.lr", ["0.0", "greater than 0"]),
+        ({"optimizer": {"lr": -1}}, "optimizer.lr", ["-1", "greater than 0"]),
+        ({"optimizer": {"lr": math.nan}}, "optimizer.lr", ["nan", "finite"]),
+        ({"optimizer": {"lr": math.inf}}, "optimizer.lr", ["inf", "finite"]),
+        ({"optimizer": {"name": "adam", "momentum": 0.9}}, "optimizer", ["momentum", "adam", "betas"]),
+        ({"optimizer": {"name": "nesterov", "momentum": 0}}, "optimizer", ["momentum = 0", "greater than 0"]),
+        ({"optimizer": {"learning_rate": 1}}, "optimizer.learning_rate", ["no such field", "lr"]),
+        ({"schedule": {"name": "cosin"}}, "schedule.name", ["cosin", "cosine"]),
+        ({"schedule": {"warmup_steps": 10}}, "spec", ["schedule.warmup_steps = 10", "0 to 9"]),
+        ({"clip": {"norm": 0}}, "clip.norm", ["0", "greater than 0"]),
+        ({"clip": {"value": -1}}, "clip.value", ["-1", "greater than 0"]),
+        ({"clip": {"norm": 1, "value": 1}}, "clip", ["at most one"]),
+        ({"placement": {"workers": 0}}, "placement.workers", ["0", "greater than or equal to 1"]),
+        ({"placement": {"servers": 1.5}}, "placement.servers", ["1.5"]),
+        ({"placement": {"device": "tpu"}}, "placement.device", ["tpu", "cpu", "cuda"]),
+        ({"data": {"global_batch": 8, "micro_batch": 9}}, "data", ["micro_batch = 9", "global_batch = 8", "1 to 8"]),
+        ({"steps": None}, "spec", ["steps, epochs", "neither"]),
+        ({"epochs": 3}, "spec", ["steps = 10", "epochs = 3", "exactly one"]),
+        ({"stesp": 3}, "stesp", ["no such field", "steps"]),
+        ({"sync": {"mode": "async"}}, "sync.mode", ["async", "sync"]),
+        ({"sync": {"staleness": 2}}, "sync.staleness", ["no such field"]),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value_and_what_is_allowed(
+    raw: dict[str, Any], field: str, words: list[str]
+) -> None:
+    with pytest.raises(SpecError) as caught:
+        spec(**raw)
+    (violation,) = caught.value.violations
+    assert violation.field == field
+    assert all(word in violation.problem for word in words), violation.problem
+
+
+def test_all_bad_fields_are_named_at_once() -> None:
+    with pytest.raises(SpecError) as caught:
+        spec(optimizer={"lr": -1}, placement={"workers": 0})
+    assert {v.field for v in caught.value.violations} == {"optimizer.lr", "placement.workers"}
+
+
+def test_the_default_micro_batch_does_not_depend_on_the_workers() -> None:
+    for workers in (1, 5):
+        it = spec(data={"global_batch": 60}, placement={"workers": workers})
+        assert (it.data.micro_batch_size, it.data.num_micro_batches) == (8, 8)
+    assert spec(data={"global_batch": 3}).data.num_micro_batches == 3
+
+
+def test_length_in_epochs_counts_the_short_step() -> None:
+    it = spec_from_dict({"task": TASK, "epochs": 2, "data": {"global_batch": 10}})
+    assert it.total_steps(101) == 22
+
+
+SPECS = st.fixed_dictionaries(
+    {"task": st.just({**TASK, "arguments": {"a": 1, "b": [1.5, None], "c": {"d": "x"}}}), "steps": st.integers(50, 60)},
+    optional={
+        "seed": st.integers(0, 2**63 - 1),
+        "optimizer": st.one_of(
+            st.fixed_dictionaries({"name": st.sampled_from(OPTIMIZER_NAMES)}, optional={"lr": st.floats(1e-9, 1e9)}),
+            st.just({"name": "adamw", "betas": [0.0, 0.5], "weight_decay": 0.0, "amsgrad": False}),
+            st.just({"name": "rmsprop", "centered": True, "momentum": 0.0}),
+        ),
+        "schedule": st.fixed_dictionaries(
+            {"name": st.sampled_from(SCHEDULE_NAMES)}, optional={"warmup_steps": st.integers(0, 49)}
+        ),
+        "clip": st.one_of(
+            st.fixed_dictionaries({"norm": st.floats(1e-9, 1e9)}), st.fixed_dictionaries({"value": st.just(0.5)})
+        ),
+        "placement": st.fixed_dictionaries({}, optional={"workers": st.integers(1, 1024), "device": st.just("cuda")}),
+        "on_nonfinite": st.just("skip"),
+    },
+)
+
+
+@given(SPECS)
+def test_a_spec_survives_the_wire_and_json(raw: dict[str, Any]) -> None:
+    it = spec_from_dict(raw)
+    assert spec_from_proto(spec_to_proto(it)) == it
+    assert TrainingJobSpec.model_validate_json(it.model_dump_json()) == it
+
+
+def test_every_hyper_parameter_is_a_field() -> None:
+    fields = type(spec().optimizer).model_fields
+    assert set(HYPER_PARAMETERS) == set(OPTIMIZER_NAMES)
+    assert all(name in fields for names in HYPER_PARAMETERS.values() for name in names)
