@@ -91,10 +91,13 @@ def _collect(root: Path, top: str, seen: set[str]) -> Iterator[tuple[str, bytes]
         return
     if top == "steepest" and seen and (root / "steepest" / "__init__.py").is_file():
         return  # the task lies beside this very package
-    seen.add(top)
     path = root / f"{top}.py"
     paths = [path] if path.is_file() else sorted((root / top).rglob("*.py"))
-    if top in RESERVED_NAMES or top in sys.stdlib_module_names:
+    is_taken = top in RESERVED_NAMES or top in sys.stdlib_module_names
+    if is_taken and not path.is_file() and not (root / top / "__init__.py").is_file():
+        return  # a mere folder; the import finds the installed package
+    seen.add(top)
+    if is_taken:
         kind = "a package of the service" if top in RESERVED_NAMES else "a module of the standard library"
         shown = path if path.is_file() else root / top
         raise _refused(f"{shown}: the top-level name {top!r} is reserved for {kind}; rename that file")

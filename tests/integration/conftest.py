@@ -1,0 +1,58 @@
+"""One service, with embedded Ray, for all the tests of this folder that need one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.service import Service
+from steepest.client import Client, Job
+from steepest.embedded import running_service
+
+TASKS = Path(__file__).parent.parent / "tasks.py"
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+NUM_CPUS = 8
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    directory = tmp_path_factory.mktemp("service")
+    with running_service(directory, grpc_port=0, http_port=0, num_cpus=NUM_CPUS) as started:
+        started.scheduler.wait_ready()
+        yield started
+
+
+@pytest.fixture(scope="session")
+def client(service: Service) -> Iterator[Client]:
+    with Client(f"127.0.0.1:{service.grpc_port}") as connected:
+        yield connected
+
+
+@pytest.fixture
+def submit(client: Client) -> Iterator[Callable[..., Job]]:
+    """Submit a function of tests/tasks.py; what still runs at the end of the test is cancelled."""
+    jobs: list[Job] = []
+
+    def call(function: str, **spec: Any) -> Job:
+        jobs.append(client.submit(f"{TASKS}:{function}", **spec))
+        return jobs[-1]
+
+    yield call
+    for job in jobs:
+        if not job.get().has_ended:
+            job.cancel()
+    for job in jobs:
+        until(lambda job=job: job.get().has_ended)
+
+
+def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """Wait for something to become true, and return it."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+    return value
