@@ -56,7 +56,7 @@ class Rows(torch.utils.data.Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         if index == self.fail_at:
             raise OSError(f"sample {index} is torn")
-        noise = torch.randn(NUM_INPUTS) * 0.01 + float(np.random.normal()) * 0.01  # noqa: NPY002
+        noise = torch.randn(NUM_INPUTS) * 0.01 + float(np.random.normal()) * 0.01
         return self.inputs[index] + noise, self.targets[index]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:

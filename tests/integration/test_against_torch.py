@@ -125,7 +125,9 @@ SGD = {"optimizer": {"name": "sgd", "lr": 0.1}}
 
 def test_the_buffers_are_those_of_the_first_micro_batch(tmp_path: Path) -> None:
     """Batch norm: a plain loop over the first micro-batch of each step, as DDP keeps rank 0's."""
-    config = job_config(tmp_path, "examples.digits:convnet", steps=5, data={"global_batch": 64, "micro_batch": 64}, **SGD)
+    config = job_config(
+        tmp_path, "examples.digits:convnet", steps=5, data={"global_batch": 64, "micro_batch": 64}, **SGD
+    )
     state = run_here(config)
     reference = Reference(config)
     reference.train(0, 5)

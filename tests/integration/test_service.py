@@ -61,9 +61,7 @@ def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def test_a_worker_killed_in_mid_step_leaves_no_trace(
-    submit: Callable[..., Job], slow_hashes: tuple[str, str]
-) -> None:
+def test_a_worker_killed_in_mid_step_leaves_no_trace(submit: Callable[..., Job], slow_hashes: tuple[str, str]) -> None:
     job = submit("slow", placement={"workers": 2, "servers": 2}, **SLOW)
     for step in (5, 15):
         until(lambda step=step: job.get().step >= step)
@@ -90,10 +88,8 @@ def test_a_killed_server_costs_only_the_steps_since_the_checkpoint(
     assert [r["step"] for r in job.history()] == list(range(60))
 
 
-def test_scaling_a_running_job_changes_only_its_speed(
-    submit: Callable[..., Job], slow_hashes: tuple[str, str]
-) -> None:
-    job = submit("slow", **SLOW)
+def test_scaling_a_running_job_changes_only_its_speed(submit: Callable[..., Job], slow_hashes: tuple[str, str]) -> None:
+    job = submit("slow", **{**SLOW, "arguments": {"delay": 0.03}})
     until(lambda: job.get().step >= 3)
     job.scale(3)
     until(lambda: sum(w.state == "running" for w in job.get().workers) == 3)

@@ -11,7 +11,20 @@ import pytest
 
 pytestmark = pytest.mark.cluster
 
-COMMANDS = "train serve submit list get watch wait cancel pause resume scale download".split()
+COMMANDS = [
+    "train",
+    "serve",
+    "submit",
+    "list",
+    "get",
+    "watch",
+    "wait",
+    "cancel",
+    "pause",
+    "resume",
+    "scale",
+    "download",
+]
 
 
 def run(*arguments: str, directory: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -27,9 +27,32 @@ def test_options_become_a_spec() -> None:
 
 def test_every_option_of_the_contract_is_there() -> None:
     names = {f"--{f.name.replace('_', '-')}" for f in fields(JobOptions)}
-    contract = """--name --workers --servers --threads --device --steps --epochs --seed --global-batch --micro-batch
-    --optimizer --lr --momentum --weight-decay --schedule --warmup-steps --clip-norm --clip-value --sync --staleness
-    --checkpoint-every --eval-every --arg --set""".split()
+    contract = [
+        "--name",
+        "--workers",
+        "--servers",
+        "--threads",
+        "--device",
+        "--steps",
+        "--epochs",
+        "--seed",
+        "--global-batch",
+        "--micro-batch",
+        "--optimizer",
+        "--lr",
+        "--momentum",
+        "--weight-decay",
+        "--schedule",
+        "--warmup-steps",
+        "--clip-norm",
+        "--clip-value",
+        "--sync",
+        "--staleness",
+        "--checkpoint-every",
+        "--eval-every",
+        "--arg",
+        "--set",
+    ]
     assert names == set(contract)
 
 

@@ -67,7 +67,7 @@ def test_a_collate_function_of_the_users_own() -> None:
 
 
 def test_any_nesting_moves_to_a_device() -> None:
-    Pair = namedtuple("Pair", "x y")  # noqa: PYI024
+    Pair = namedtuple("Pair", "x y")
     batch = {"a": [INPUTS, "text"], "b": Pair(TARGETS, (INPUTS,))}
     moved = to_device(batch, torch.device("meta"))
     assert moved["a"][0].device.type == "meta"

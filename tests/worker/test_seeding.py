@@ -9,7 +9,7 @@ from worker.seeding import COMPUTE, DATA, mix, seed_all
 
 
 def _draw() -> tuple[float, float, float]:
-    return float(torch.rand(())), float(np.random.rand()), random.random()  # noqa: NPY002
+    return float(torch.rand(())), float(np.random.rand()), random.random()
 
 
 def test_the_same_place_draws_the_same_and_another_does_not() -> None:

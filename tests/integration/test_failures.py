@@ -1,0 +1,170 @@
+"""What users do wrong, for real: refused at once with one clear message, or FAILED with the cause and nothing else harmed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from services.service import Service
+from steepest.client import Client, Job
+from steepest.errors import SpecError
+from steepest.jobs import Event
+from tests.integration.conftest import EXAMPLES, NUM_CPUS, TASKS, until
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "field", "words"),
+    [
+        (
+            "raises",
+            {},
+            "task.function",
+            ["KeyError", "no such column", "Traceback", 'raise KeyError("no such column")'],
+        ),
+        ("returns_nothing", {}, "task.function", ["returned NoneType", "steepest.Task"]),
+        ("exits", {}, "task.function", ["SystemExit"]),
+        ("without_parameters", {}, "task.model", ["no trainable parameters"]),
+        ("without_data", {}, "task.train_data", ["is empty"]),
+        ("regression", {"depth": 2}, "task.arguments.depth", ["'depth'", "rows, hidden, dtype"]),
+    ],
+)
+def test_a_task_that_cannot_be_used_is_refused_before_anything_starts(
+    client: Client, function: str, arguments: dict[str, Any], field: str, words: list[str]
+) -> None:
+    before = [info.job for info in client.list()]
+    with pytest.raises(SpecError) as caught:
+        client.submit(f"{TASKS}:{function}", arguments=arguments, steps=2)
+    (violation,) = caught.value.violations
+    assert violation.field == field
+    assert all(word in violation.problem for word in words), violation.problem
+    assert [info.job for info in client.list()] == before
+
+
+def test_a_module_that_is_not_installed(client: Client) -> None:
+    with pytest.raises(SpecError, match="there is no module 'surely_not_there'"):
+        client.submit("surely_not_there:f", steps=2)
+
+
+def test_a_device_that_is_not_there(client: Client) -> None:
+    with pytest.raises(SpecError, match="placement.device: 'cuda' is not there"):
+        client.submit(f"{TASKS}:regression", steps=2, placement={"device": "cuda"})
+
+
+def test_a_warm_up_longer_than_the_job(client: Client) -> None:
+    with pytest.raises(SpecError, match="schedule.warmup_steps: 50 leaves nothing of the 4 steps"):
+        client.submit(f"{TASKS}:regression", epochs=2, schedule={"warmup_steps": 50})
+
+
+@pytest.fixture(scope="module")
+def bystander(client: Client) -> Iterator[Job]:
+    """A job that goes on all the while."""
+    job = client.submit(f"{TASKS}:slow", arguments={"delay": 0.05}, steps=100_000)
+    until(lambda: job.get().state == "RUNNING")
+    yield job
+    job.cancel()
+    until(lambda: job.get().has_ended)
+
+
+def _free_cpus() -> float:
+    return float(ray.available_resources().get("CPU", 0.0))
+
+
+@pytest.mark.parametrize(
+    ("function", "spec", "words"),
+    [
+        ("vector_loss", {}, ["loss must return a scalar tensor", "shape (8, 3)", "step 0", "micro-batch"]),
+        ("nonfinite_loss", {}, ["the loss is not finite at step", "worker worker-", "micro-batch", "nan"]),
+        ("nonfinite_gradient", {}, ["the gradient of 0.weight is not finite at step 0", "worker", "micro-batch 0"]),
+        ("failing_dataset", {}, ["OSError: sample 30 is torn", "micro-batch", "Traceback", "__getitem__"]),
+        ("misbehaving", {"arguments": {"how": "exit"}}, ["SystemExit: 3", "micro-batch"]),
+        (
+            "misbehaving",
+            {"arguments": {"how": "die"}, "placement": {"max_worker_restarts": 1}},
+            ["died at step", "deaths without progress", "placement.max_worker_restarts = 1"],
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_job_that_fails_says_why_and_frees_everything(
+    submit: Callable[..., Job], bystander: Job, service: Service, function: str, spec: dict[str, Any], words: list[str]
+) -> None:
+    spec = {"steps": 50, "data": {"global_batch": 64}, **spec}
+    spec["placement"] = {"workers": 2, **spec.get("placement", {})}
+    job = submit(function, **spec)
+    info = until(lambda: job.get() if job.get().has_ended else None)
+    assert info.state == "FAILED"
+    assert info.error is not None
+    assert all(word in info.error for word in words), info.error
+    until(lambda: _free_cpus() == NUM_CPUS - 1)
+    until(lambda: len(service.controllers()) == 1)
+    pids = [m.pid for m in (*info.workers, *info.servers) if m.pid]
+    until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+    step = bystander.get().step
+    until(lambda: bystander.get().step > step)
+
+
+def test_a_step_that_is_not_finite_can_be_skipped(submit: Callable[..., Job]) -> None:
+    job = submit("nonfinite_loss", steps=4, data={"global_batch": 64}, on_nonfinite="skip")
+    assert job.wait().state == "SUCCEEDED"
+    skipped = [record["skipped"] for record in job.history()]
+    assert len(skipped) == 4
+    assert any(skipped)
+    assert not all(skipped)
+
+
+@pytest.mark.parametrize("how", ["print", "threads"])
+def test_noise_and_threads_of_user_code_do_no_harm(submit: Callable[..., Job], how: str) -> None:
+    job = submit("misbehaving", arguments={"how": how}, steps=5)
+    info = job.wait()
+    assert info.step == 5
+    pids = [m.pid for m in info.workers]
+    until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
+def test_a_worker_that_hangs_is_replaced(submit: Callable[..., Job], tmp_path: Path) -> None:
+    job = submit(
+        "misbehaving",
+        arguments={"how": "hang", "marker": str(tmp_path / "hung")},
+        steps=8,
+        placement={"worker_timeout_seconds": 3.0},
+    )
+    assert job.wait().step == 8
+    said = "\n".join(u.reason for u in job.watch() if isinstance(u, Event))
+    assert "did not answer within 3 s (placement.worker_timeout_seconds)" in said
+
+
+def _segments(job: Job) -> list[str]:
+    """Shared segments of a job that any process still maps."""
+    mark = job.name.removeprefix("trainingJobs/")
+    found = []
+    for process in psutil.process_iter():
+        try:
+            found += [m.path for m in process.memory_maps(grouped=False) if "steepest-" in m.path and mark in m.path]
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def test_ten_thousand_steps_leave_no_growth_and_no_segment(client: Client) -> None:
+    job = client.submit(f"{EXAMPLES / 'digits.py'}:mlp", steps=10_000, placement={"workers": 2, "servers": 2})
+    until(lambda: job.get().step >= 2_000, 120)
+    members = (*job.get().workers, *job.get().servers)
+    processes = [psutil.Process(m.pid) for m in members] + [psutil.Process()]
+    early = [p.memory_info() for p in processes]
+    step = until(lambda: job.get().step >= 9_000 and job.get().step, 240)
+    assert step < 10_000, "the job ended before it was measured"
+    late = [p.memory_info() for p in processes]
+    assert _segments(job)
+    assert job.wait().step == 10_000
+    for process, before, after in zip(processes, early, late, strict=True):
+        grown = after.rss - before.rss
+        assert grown < 12 << 20, f"{process.pid} grew by {grown} bytes over {step - 2000} steps"
+        assert after.shared - before.shared < 1 << 20
+    until(lambda: not _segments(job))
