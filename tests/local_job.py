@@ -1,7 +1,7 @@
 """Runs a job's real servers and workers, over real gRPC, without Ray and without the service.
 
-`run_here` keeps one worker and its servers in this process; `run_processes` gives each a process of its own, forked from
-one that has imported torch already, so that a whole job takes about a second.
+`run_here` keeps one worker and its servers in this process; `run_processes` gives each a process of its own, forked
+from one that has imported torch already, so that a whole job takes about a second.
 """
 
 from __future__ import annotations

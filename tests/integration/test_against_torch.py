@@ -1,4 +1,4 @@
-"""A whole job against a plain single-process PyTorch loop over the same batches, and back to plain PyTorch afterwards."""
+"""A whole job against a plain PyTorch loop over the same batches, and back to plain PyTorch afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users do wrong, for real: refused at once with one clear message, or FAILED with the cause and nothing else harmed."""
+"""What users do wrong: refused at once with one clear message, or FAILED with the cause and nothing else harmed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.cluster
             "raises",
             {},
             "task.function",
-            ["KeyError", "no such column", "Traceback", 'raise KeyError("no such column")'],
+            ["KeyError", "Traceback", 'raise KeyError("no such column")'],
         ),
         ("returns_nothing", {}, "task.function", ["returned NoneType", "steepest.Task"]),
         ("exits", {}, "task.function", ["SystemExit"]),
@@ -53,12 +53,12 @@ def test_a_module_that_is_not_installed(client: Client) -> None:
 
 
 def test_a_device_that_is_not_there(client: Client) -> None:
-    with pytest.raises(SpecError, match="placement.device: 'cuda' is not there"):
+    with pytest.raises(SpecError, match=r"placement\.device: 'cuda' is not there"):
         client.submit(f"{TASKS}:regression", steps=2, placement={"device": "cuda"})
 
 
 def test_a_warm_up_longer_than_the_job(client: Client) -> None:
-    with pytest.raises(SpecError, match="schedule.warmup_steps: 50 leaves nothing of the 4 steps"):
+    with pytest.raises(SpecError, match=r"schedule\.warmup_steps: 50 leaves nothing of the 4 steps"):
         client.submit(f"{TASKS}:regression", epochs=2, schedule={"warmup_steps": 50})
 
 

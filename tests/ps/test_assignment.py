@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,4 +35,4 @@ def test_nobody_there_or_nothing_to_do() -> None:
 def test_ranges_are_the_same_numbers_with_no_two_adjacent(leaves: list[int]) -> None:
     found = ranges(leaves)
     assert [n for low, high in found for n in range(low, high)] == leaves
-    assert all(a[1] < b[0] for a, b in zip(found, found[1:], strict=False))
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(found))

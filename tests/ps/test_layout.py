@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -22,7 +23,7 @@ def test_every_parameter_is_aligned_and_none_overlap(
     layout = build_layout(described(shapes, dtype), decay_biases_and_norms=decay_biases_and_norms)
     assert all(p.offset * layout.itemsize % 64 == 0 for p in layout.parameters)
     taken = sorted((p.offset, p.offset + p.numel) for p in layout.parameters)
-    assert all(stop <= start for (_, stop), (start, _) in zip(taken, taken[1:], strict=False))
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(taken))
     assert max(stop for _, stop in taken) <= layout.numel
     assert {p.name for p in layout.parameters} == {f"p{i}" for i in range(len(shapes))}
     assert [(g.start, g.stop) for g in layout.groups] == sorted((g.start, g.stop) for g in layout.groups)
@@ -36,7 +37,7 @@ def test_shards_own_whole_blocks_and_everything_once(shapes: list[tuple[int, ...
     assert len(cut) == num_servers
     assert cut[0].start == 0
     assert cut[-1].stop == layout.numel
-    assert all(a.stop == b.start for a, b in zip(cut, cut[1:], strict=False))
+    assert all(a.stop == b.start for a, b in itertools.pairwise(cut))
     assert all(s.start % BLOCK_NUMEL == 0 or s.start == layout.numel for s in cut)
     assert cut[0].numel > 0 or layout.numel == 0
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -45,7 +44,7 @@ def test_nothing_is_left_when_the_last_tensor_goes() -> None:
     segment = Segment.create(64, "gone")
     tensor = segment.tensor(torch.float32, 4)
     assert segments() == 1
-    assert any("steepest-gone" in os.readlink(f) for f in Path("/proc/self/fd").iterdir() if f.is_symlink())
+    assert any("steepest-gone" in str(f.readlink()) for f in Path("/proc/self/fd").iterdir() if f.is_symlink())
     segment.close()
     del segment
     gc.collect()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_any_cut_in_any_order_gives_the_bits_of_the_canonical_sum(num_leaves: in
     generator = np.random.default_rng(seed)
     leaves = [np.float32(v) for v in generator.normal(size=num_leaves) * 10.0 ** generator.integers(-6, 6, num_leaves)]
     edges = sorted({0, num_leaves, *(c for c in cuts if c < num_leaves)})
-    nodes = [n for a, b in zip(edges, edges[1:], strict=False) for n in maximal_nodes(a, b, num_leaves)]
+    nodes = [n for a, b in itertools.pairwise(edges) for n in maximal_nodes(a, b, num_leaves)]
     random.Random(seed).shuffle(nodes)
     held = {n: canonical_sum(leaves, n) for n in nodes}
     root = Node(0, num_leaves)
