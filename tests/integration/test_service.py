@@ -92,7 +92,7 @@ def test_scaling_a_running_job_changes_only_its_speed(submit: Callable[..., Job]
     job = submit("slow", **{**SLOW, "arguments": {"delay": 0.03}})
     until(lambda: job.get().step >= 3)
     job.scale(3)
-    until(lambda: sum(w.state == "running" for w in job.get().workers) == 3)
+    until(lambda: any(record["workers"] == 3 for record in job.history()))
     job.scale(2)
     until(lambda: len(job.get().workers) == 2)
     info = job.wait()
