@@ -1,13 +1,14 @@
-"""Deals micro-batches to workers in proportion to their speed."""
+"""Deals micro-batches to workers so that the last of them is done as soon as can be."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from heapq import heapify, heapreplace
+from itertools import accumulate, pairwise
 
 
 def deal(leaves: Sequence[int], speeds: Mapping[str, float]) -> dict[str, list[tuple[int, int]]]:
-    """Split sorted `leaves` over workers, each taking one consecutive part.
+    """Split sorted `leaves` over workers, each taking one consecutive part, with the shortest time for the slowest part.
 
     speeds: micro-batches per second of each worker, any unit, all positive.
 
@@ -15,12 +16,15 @@ def deal(leaves: Sequence[int], speeds: Mapping[str, float]) -> dict[str, list[t
     """
     if not leaves or not speeds:
         return {}
-    total = sum(speeds.values())
-    edges, reached = [0], 0.0
-    for speed in speeds.values():
-        reached += speed
-        edges.append(round(len(leaves) * reached / total))
-    edges[-1] = len(leaves)
+    counts = dict.fromkeys(speeds, 0)
+    # When each worker would be done with one micro-batch more; ties go to the first.
+    done = [(1.0 / speed, order, worker) for order, (worker, speed) in enumerate(speeds.items())]
+    heapify(done)
+    for _ in leaves:
+        _, order, worker = done[0]
+        counts[worker] += 1
+        heapreplace(done, ((counts[worker] + 1) / speeds[worker], order, worker))
+    edges = accumulate(counts.values(), initial=0)
     parts = {worker: leaves[a:b] for worker, (a, b) in zip(speeds, pairwise(edges), strict=True)}
     return {worker: ranges(part) for worker, part in parts.items() if part}
 

@@ -25,6 +25,8 @@ from ps.shard import Outcome
 from steepest.spec import ScheduleSpec
 
 SPEED_MEMORY = 0.8  # weight of the past in a worker's measured speed
+WARM_UP_PUSHES = 3  # a worker's first answers are slow, and say nothing of its speed
+IDLE_GAIN = 1.01  # per step without work, so that a worker once found slow is tried again
 STRAGGLER_FACTOR = 4.0  # a range this many times over its expected time is given to an idle worker too
 STRAGGLER_SECONDS = 5.0  # but never sooner than this
 
@@ -134,7 +136,7 @@ class _Member:
     """A worker as the leader sees it. in_flight: rounds assigned and not answered. leaves: of the present round."""
 
     speed: float = 1.0
-    measured: bool = False
+    pushes: int = 0
     in_flight: int = 0
     leaves: set[int] = field(default_factory=set)
     taken: set[int] = field(default_factory=set)
@@ -332,7 +334,7 @@ class Leader:
             if waited > self.plan.worker_timeout_seconds:
                 effects.append(Hung(name))
                 continue
-            expected = len(member.leaves) / member.speed if member.measured else math.inf
+            expected = len(member.leaves) / member.speed if member.pushes else math.inf
             if idle and not member.duplicated and waited > max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * expected):
                 member.duplicated = True
                 effects += self._assign(sorted(member.leaves), {n: m.speed for n, m in idle.items()}, now)
@@ -466,6 +468,7 @@ class Leader:
             self._initialized = True
             return self._next_round(now)
         record = self._record(current, current.decision, now)
+        self._favour_idle()
         self.step += 1
         self.updates += current.decision.apply
         return [Stepped(record), *self._next_round(now)]
@@ -570,9 +573,21 @@ class Leader:
         speeds = sorted(m.speed for m in self.members.values())
         return speeds[len(speeds) // 2] if speeds else 1.0
 
+    def _favour_idle(self) -> None:
+        """A worker without work is not measured: let its speed rise, up to the fastest one's."""
+        fastest = max((m.speed for m in self.members.values()), default=1.0)
+        for member in self.members.values():
+            if not member.taken:
+                member.speed = min(member.speed * IDLE_GAIN, fastest)
+
     def _measure_speed(self, member: _Member, push: Push) -> None:
         if push.kind != Round.TRAIN or push.seconds <= 0.0 or not push.leaves:
             return
         speed = len(push.leaves) / push.seconds
-        member.speed = SPEED_MEMORY * member.speed + (1 - SPEED_MEMORY) * speed if member.measured else speed
-        member.measured = True
+        member.pushes += 1
+        if member.pushes <= WARM_UP_PUSHES:
+            member.speed = max(member.speed, speed)
+        elif member.pushes == WARM_UP_PUSHES + 1:
+            member.speed = speed
+        else:
+            member.speed = SPEED_MEMORY * member.speed + (1 - SPEED_MEMORY) * speed

@@ -89,7 +89,8 @@ def test_faster_workers_get_more() -> None:
     it.join("slow", 0.0)
     it.join("fast", 0.0)
     it.members["slow"].speed, it.members["fast"].speed = 1.0, 3.0
-    it.members["slow"].measured = it.members["fast"].measured = True
+    for member in it.members.values():
+        member.pushes = 10
     it.push("slow", push(Assign(0, Round.TRAIN, ((0, 12),)), seconds=12.0), 1.0)
     it.report(0, 0, Round.TRAIN, np.ones(1), 1.0)
     sends = of_kind(it.applied(0, 0, 0.0, 2.0)[1], Send)
@@ -253,3 +254,18 @@ def test_a_checkpoint_in_between_may_fail() -> None:
     assert of_kind(finish_step(it, sends), Save) == [Save(1, 1)]
     effects = it.saved("the disk is full", 3.0)
     assert of_kind(effects, Send)[0].assign.step == 1
+
+
+def test_an_idle_worker_is_tried_again_though_it_was_slow() -> None:
+    it = leader(num_leaves=2, total_steps=2000)
+    sends = finish_step_with_two(it)
+    it.members["a"].speed, it.members["b"].speed = 3.0, 1.0
+    for step in range(1, 200):
+        effects: list[Any] = []
+        for send in sends:
+            effects += it.push(send.worker, Push(step, Round.TRAIN, (), push(send.assign).leaves), float(step))[1]
+        it.report(0, step, Round.TRAIN, np.ones(1), float(step))
+        sends = of_kind(it.applied(0, step, 0.0, float(step))[1], Send)
+        if {s.worker for s in sends} == {"a", "b"}:
+            return
+    raise AssertionError("b never got work again")
