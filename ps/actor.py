@@ -8,7 +8,7 @@ import socket
 import ray
 import torch
 
-from ps.config import JobConfig
+from ps.config import JobConfig, ServerAddress
 from ps.server import ParameterServer
 
 
@@ -20,7 +20,7 @@ class ServerActor:
         torch.set_num_threads(1)
         self._server = ParameterServer(config, index, bind or ray.util.get_node_ip_address())
 
-    def describe(self) -> tuple[str, int, str]:
+    def describe(self) -> tuple[ServerAddress, int, str]:
         """(address, pid, host name)."""
         return self._server.address, os.getpid(), socket.gethostname()
 

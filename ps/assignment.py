@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 
 
 def deal(leaves: Sequence[int], speeds: Mapping[str, float]) -> dict[str, list[tuple[int, int]]]:
-    """Split sorted `leaves` over workers, each taking one consecutive part, with the shortest time for the slowest part.
+    """Split sorted `leaves` over workers, a consecutive part each, with the shortest time for the slowest part.
 
     speeds: micro-batches per second of each worker, any unit, all positive.
 

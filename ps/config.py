@@ -23,6 +23,14 @@ GRPC_OPTIONS: tuple[tuple[str, int], ...] = (
 CHUNK_BYTES = 4 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class ServerAddress:
+    """Where a server listens. network: host:port of its gRPC port; local: its socket, for workers on the same host."""
+
+    network: str
+    local: str
+
+
 @dataclass(frozen=True)
 class JobConfig:
     """One life (incarnation) of a job, the same for all its processes.

@@ -1,8 +1,8 @@
-"""A worker as one server sees it: its stream's outbox, and where its gradients lie."""
+"""A worker as one server sees it: how to send to it, and where its gradients lie."""
 
 from __future__ import annotations
 
-from queue import SimpleQueue
+from collections.abc import Callable
 
 import torch
 
@@ -16,16 +16,23 @@ class Peer:
     """One worker's stream to one server.
 
     slots: the worker's mapped gradient slots, each a whole layout; None for the inline transport.
-    inline_parameters: whether this server sends its parameters as chunks.
+    inline_parameters: whether this server sends its parameters as chunks. send: gives the worker a message.
     """
 
     def __init__(
-        self, worker: str, generation: int, shard: Shard, slots: Segment | None, *, inline_parameters: bool
+        self,
+        worker: str,
+        generation: int,
+        shard: Shard,
+        slots: Segment | None,
+        send: Callable[[pb.ServerMessage], None],
+        *,
+        inline_parameters: bool,
     ) -> None:
         self.worker = worker
         self.generation = generation
         self.inline_parameters = inline_parameters
-        self.outbox: SimpleQueue[pb.ServerMessage | None] = SimpleQueue()
+        self.send = send
         self._shard = shard
         self._slots = slots
         self._parts: dict[int, torch.Tensor] = {}

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
+from functools import partial
 from queue import SimpleQueue
 
 import grpc
@@ -19,9 +20,10 @@ import torch
 
 from ps import convert
 from ps.checkpoint import newest_valid, write_checkpoint
-from ps.config import GRPC_OPTIONS, JobConfig
+from ps.config import GRPC_OPTIONS, JobConfig, ServerAddress
 from ps.layout import shards
 from ps.leader import Decide, Dismiss, Effect, Evaluated, Hung, Leader, PhaseChanged, Save, Send, Stepped
+from ps.local import Connection, Listener
 from ps.messages import PROTOCOL, Decision, Push, Round, StepRecord
 from ps.optimizer import StatePart
 from ps.peer import Peer, chunks
@@ -68,7 +70,8 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
         self._grpc = grpc.server(futures.ThreadPoolExecutor(MAX_STREAMS), options=GRPC_OPTIONS)
         pb_grpc.add_ParameterExchangeServiceServicer_to_server(self, self._grpc)
         port = self._grpc.add_insecure_port(f"{bind}:0")
-        self.address = f"{bind}:{port}"
+        self._listener = Listener(pb.WorkerMessage.FromString, self._serve_local)
+        self.address = ServerAddress(f"{bind}:{port}", self._listener.name)
         if index == 0:
             self._open(None)
             threading.Thread(target=self._tick, daemon=True).start()
@@ -124,6 +127,7 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
         self._to_leader.put(None)
         with self._news:
             self._news.notify_all()
+        self._listener.close()
         self._grpc.stop(grace=0.5)
         if self._channel is not None:
             self._channel.close()
@@ -158,26 +162,48 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
     ) -> Iterator[pb.ServerMessage]:
         """A worker's stream."""
         hello = next(request_iterator).hello
-        refusal = self._refusal(hello.fence, hello.token)
-        if hello.protocol != PROTOCOL:
-            refusal = f"the worker speaks protocol {hello.protocol}, this server {PROTOCOL}"
-        elif hello.layout_sha256 != self.config.model.sha256():
-            refusal = "the worker's model is not the one the job was submitted with"
-        if refusal or self._server is None:
-            yield pb.ServerMessage(refusal=pb.Refusal(reason=refusal or "the server is not ready"))
+        refusal = self._worker_refusal(hello)
+        if refusal:
+            yield pb.ServerMessage(refusal=pb.Refusal(reason=refusal))
             return
-        peer = self._admit(hello)
-        threading.Thread(target=self._serve_peer, args=(peer, request_iterator), daemon=True).start()
-        yield from iter(peer.outbox.get, None)
+        outbox: SimpleQueue[pb.ServerMessage | None] = SimpleQueue()
+        peer = self._admit(hello, outbox.put)
+        end = partial(outbox.put, None)
+        threading.Thread(target=self._serve_peer, args=(peer, request_iterator, end), daemon=True).start()
+        yield from iter(outbox.get, None)
 
-    def _admit(self, hello: pb.Hello) -> Peer:
+    def _serve_local(self, connection: Connection[pb.WorkerMessage]) -> None:
+        """A worker's stream from the same host."""
+        messages = iter(connection)
+        first = next(messages, None)
+        if first is None:
+            return
+        refusal = self._worker_refusal(first.hello)
+        if refusal:
+            connection.send(pb.ServerMessage(refusal=pb.Refusal(reason=refusal)))
+            connection.close()
+            return
+        self._serve_peer(self._admit(first.hello, connection.send), messages, connection.close)
+
+    def _worker_refusal(self, hello: pb.Hello) -> str:
+        """Why a worker is not let in, or nothing."""
+        refusal = self._refusal(hello.fence, hello.token)
+        if refusal:
+            return refusal
+        if hello.protocol != PROTOCOL:
+            return f"the worker speaks protocol {hello.protocol}, this server {PROTOCOL}"
+        if hello.layout_sha256 != self.config.model.sha256():
+            return "the worker's model is not the one the job was submitted with"
+        return "" if self._server is not None else "the server is not ready"
+
+    def _admit(self, hello: pb.Hello, send: Callable[[pb.ServerMessage], None]) -> Peer:
         slots = parameters = None
         if hello.HasField("slots"):
             slots = Segment.open(convert.segment_from_proto(hello.slots))
             assert self._segment is not None  # noqa: S101  # set before workers are let in
             parameters = convert.segment_to_proto(self._segment.reference)
-        peer = Peer(hello.worker, hello.generation, self.shard, slots, inline_parameters=slots is None)
-        peer.outbox.put(
+        peer = Peer(hello.worker, hello.generation, self.shard, slots, send, inline_parameters=slots is None)
+        peer.send(
             pb.ServerMessage(
                 welcome=pb.Welcome(parameters=parameters if slots else None, slots_mapped=slots is not None)
             )
@@ -192,7 +218,7 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
                 self._carry_out(self.leader.join(hello.worker, time.time()))
         return peer
 
-    def _serve_peer(self, peer: Peer, messages: Iterable[pb.WorkerMessage]) -> None:
+    def _serve_peer(self, peer: Peer, messages: Iterable[pb.WorkerMessage], end: Callable[[], None]) -> None:
         try:
             for message in messages:
                 with self._lock:
@@ -209,7 +235,7 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
                     if self.leader is not None:
                         self._tell_members(peer.worker, "left")
                         self._carry_out(self.leader.leave(peer.worker, time.time()))
-            peer.outbox.put(None)
+            end()
 
     def _on_worker_message(self, peer: Peer, message: pb.WorkerMessage) -> None:
         if self._peers.get(peer.worker) is not peer:
@@ -266,7 +292,7 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
         pieces = [pb.ServerMessage(chunk=c) for c in chunks(shard.parameters, step=shard.step)]
         for peer in inline:
             for piece in pieces:
-                peer.outbox.put(piece)
+                peer.send(piece)
 
     # -- the leader ---------------------------------------------------------------------------------------------------
 
@@ -294,7 +320,7 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
     def _post(self, worker: str, message: pb.ServerMessage) -> None:
         peer = self._peers.get(worker)
         if peer is not None:
-            peer.outbox.put(message)
+            peer.send(message)
 
     def _decide(self, decision: Decision) -> None:
         for outbox in self._followers.values():

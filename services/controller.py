@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 
 from ps.checkpoint import newest_valid
-from ps.config import JobConfig
+from ps.config import JobConfig, ServerAddress
 from ps.leader import Phase
 from ps.messages import StepRecord
 from services.histogram import Histogram
@@ -86,7 +86,7 @@ class Controller(threading.Thread):
         self._inbox: SimpleQueue[tuple[int, Callable[[], None]]] = SimpleQueue()
         self._workers: dict[str, _Worker] = {}
         self._servers: list[Started] = []
-        self._addresses: list[str] = []
+        self._addresses: list[ServerAddress] = []
         self._supervision: Supervision | None = None
         self._config: JobConfig | None = None
         self._lost = ""  # why this life is over, when a server died
@@ -158,7 +158,7 @@ class Controller(threading.Thread):
         self._addresses = [address for address, _ in started]
         self._servers = [where for _, where in started]
         self._supervision = Supervision(
-            self._addresses[0], self._config, lambda report: self._post(lambda: self._on_report(report))
+            self._addresses[0].network, self._config, lambda report: self._post(lambda: self._on_report(report))
         )
         self._workers = {}
         if self._pause_wanted:

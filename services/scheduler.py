@@ -19,7 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ps.actor import ServerActor
-from ps.config import JobConfig
+from ps.config import JobConfig, ServerAddress
 from services.settings import Settings
 from steepest.errors import ServiceUnavailableError
 from steepest.spec import PlacementSpec
@@ -164,7 +164,9 @@ class Placement:
         """The code bundle that every worker gets."""
         self._code = ray.put(code)
 
-    def start_servers(self, config: JobConfig, on_exit: Callable[[int, Exit], None]) -> list[tuple[str, Started]]:
+    def start_servers(
+        self, config: JobConfig, on_exit: Callable[[int, Exit], None]
+    ) -> list[tuple[ServerAddress, Started]]:
         """Start all servers, connected to each other; their (address, where), the leader first."""
         # On a cluster of one host nothing needs to be reachable from outside it.
         bind = "127.0.0.1" if len([n for n in ray.nodes() if n["Alive"]]) == 1 else ""
@@ -176,7 +178,7 @@ class Placement:
             self._servers.append(actor)
             _watch(actor.wait.remote(), partial(on_exit, index))
         described = ray.get([actor.describe.remote() for actor in self._servers])
-        leader = described[0][0]
+        leader = described[0][0].network
         ray.get([actor.connect.remote(leader) for actor in self._servers[1:]])
         return [(address, Started(pid, host)) for address, pid, host in described]
 
@@ -185,7 +187,7 @@ class Placement:
         config: JobConfig,
         worker: str,
         generation: int,
-        addresses: Sequence[str],
+        addresses: Sequence[ServerAddress],
         on_start: Callable[[Started], None],
         on_exit: Callable[[Exit], None],
     ) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ps.checkpoint import State, newest_valid, state_hashes
-from ps.config import JobConfig
+from ps.config import JobConfig, ServerAddress
 from ps.server import ParameterServer
 from steepest.spec import spec_from_dict
 from worker.load import describe_model, load_task, num_samples
@@ -62,7 +62,7 @@ def run_here(config: JobConfig) -> State:
     servers = [ParameterServer(config, i, "127.0.0.1") for i in range(config.num_servers)]
     try:
         for follower in servers[1:]:
-            follower.connect(servers[0].address)
+            follower.connect(servers[0].address.network)
         WorkerLoop(config, "worker-0", 0, None).run([s.address for s in servers])
         return final_state(config)
     finally:
@@ -82,7 +82,7 @@ def _serve(config: JobConfig, index: int, pipe: Connection) -> None:
         pipe.recv()
 
 
-def _work(config: JobConfig, name: str, generation: int, addresses: list[str]) -> None:
+def _work(config: JobConfig, name: str, generation: int, addresses: list[ServerAddress]) -> None:
     WorkerLoop(config, name, generation, None).run(addresses)
 
 
@@ -91,7 +91,7 @@ class LocalJob:
     """Processes of a running job."""
 
     config: JobConfig
-    addresses: list[str]
+    addresses: list[ServerAddress]
     servers: list[BaseProcess]
     workers: dict[str, BaseProcess] = field(default_factory=dict)
     generation: int = 0
@@ -131,7 +131,7 @@ def running(config: JobConfig, workers: int) -> Iterator[LocalJob]:
     job = LocalJob(config, [pipe.recv() for pipe in pipes], servers)
     try:
         for pipe in pipes:
-            pipe.send(job.addresses[0])
+            pipe.send(job.addresses[0].network)
         for pipe in pipes:
             assert pipe.recv() == "ready"
         for number in range(workers):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ray
 
-from ps.config import JobConfig
+from ps.config import JobConfig, ServerAddress
 from worker.load import TaskError, unpack_code
 from worker.loop import WorkerLoop
 
@@ -31,7 +31,7 @@ class WorkerActor:
         return os.getpid(), socket.gethostname()
 
     def run(
-        self, config: JobConfig, worker: str, generation: int, code: bytes, addresses: Sequence[str]
+        self, config: JobConfig, worker: str, generation: int, code: bytes, addresses: Sequence[ServerAddress]
     ) -> tuple[str, str] | None:
         """Work until dismissed. Returns (message, traceback) when the user's code cannot be loaded, else None."""
         try:

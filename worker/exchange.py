@@ -1,10 +1,13 @@
-"""A worker's side of the exchange: one stream to each server, gradients out, parameters in."""
+"""A worker's side of the exchange: one stream to each server, gradients out, parameters in.
+
+A stream is a local socket to a server on the same host, else gRPC.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 
@@ -12,8 +15,9 @@ import grpc
 import torch
 
 from ps import convert
-from ps.config import GRPC_OPTIONS, JobConfig
+from ps.config import GRPC_OPTIONS, JobConfig, ServerAddress
 from ps.layout import Shard, shards
+from ps.local import Connection, connect
 from ps.messages import PROTOCOL, Assign, Failure, Push, Round
 from ps.peer import chunks
 from ps.segment import Segment
@@ -30,9 +34,9 @@ class _Link:
     """The stream to one server."""
 
     shard: Shard
-    channel: grpc.Channel
-    outbox: SimpleQueue[pb.WorkerMessage | None]
+    send: Callable[[pb.WorkerMessage], None]
     replies: Iterator[pb.ServerMessage]
+    close: Callable[[], None]
     slots_mapped: bool = False
     parameters: Segment | None = None
     version: int = -1
@@ -48,7 +52,7 @@ class Exchange:
     """
 
     def __init__(
-        self, config: JobConfig, worker: str, generation: int, addresses: Sequence[str], slots: Segment
+        self, config: JobConfig, worker: str, generation: int, addresses: Sequence[ServerAddress], slots: Segment
     ) -> None:
         self._layout = config.layout()
         inline = config.spec.placement.transport == "inline"
@@ -63,7 +67,7 @@ class Exchange:
         )
         self._links: list[_Link] = []
         for shard, address in reversed(list(zip(shards(self._layout, len(addresses)), addresses, strict=True))):
-            self._links.insert(0, self._open(shard, address, hello))
+            self._links.insert(0, self._open(shard, address, hello, local=not inline))
         self._leader = self._links[0]
         shared = self._leader.parameters
         self._is_shared = shared is not None and all(
@@ -76,15 +80,16 @@ class Exchange:
         for link in self._links[1:]:
             threading.Thread(target=self._listen, args=(link,), daemon=True).start()
 
-    def _open(self, shard: Shard, address: str, hello: pb.Hello) -> _Link:
-        channel = grpc.insecure_channel(address, options=GRPC_OPTIONS)
-        outbox: SimpleQueue[pb.WorkerMessage | None] = SimpleQueue()
-        outbox.put(pb.WorkerMessage(hello=hello))
-        replies = pb_grpc.ParameterExchangeServiceStub(channel).Exchange(iter(outbox.get, None), wait_for_ready=True)
-        first = next(replies)
+    def _open(self, shard: Shard, address: ServerAddress, hello: pb.Hello, *, local: bool) -> _Link:
+        connection = connect(address.local, pb.ServerMessage.FromString) if local else None
+        link = _over_grpc(shard, address.network) if connection is None else _over_socket(shard, connection)
+        link.send(pb.WorkerMessage(hello=hello))
+        first = next(link.replies, None)
+        if first is None:
+            raise ConnectionError(f"server {shard.index} is gone")
         if first.WhichOneof("message") != "welcome":
             raise RefusedError(f"server {shard.index}: {first.refusal.reason}")
-        link = _Link(shard, channel, outbox, replies, slots_mapped=first.welcome.slots_mapped)
+        link.slots_mapped = first.welcome.slots_mapped
         if first.welcome.HasField("parameters"):
             link.parameters = Segment.open(convert.segment_from_proto(first.welcome.parameters))
             if link.parameters is None:
@@ -114,6 +119,7 @@ class Exchange:
                         return
         except grpc.RpcError as error:
             raise ConnectionError(f"the leader is gone: {error.code()}") from None
+        raise ConnectionError("the leader is gone")
 
     def _pull(self, version: int) -> None:
         """Have this version in `parameters`. The leader has said that every server holds it."""
@@ -145,9 +151,9 @@ class Exchange:
         if push.kind in (Round.TRAIN, Round.INITIALIZE):
             for link in self._links[1:]:
                 self._send_gradients(link, push, slots)
-                link.outbox.put(pb.WorkerMessage(push=to_followers))
+                link.send(pb.WorkerMessage(push=to_followers))
             self._send_gradients(self._leader, push, slots)
-        self._leader.outbox.put(pb.WorkerMessage(push=convert.push_to_proto(push)))
+        self._leader.send(pb.WorkerMessage(push=convert.push_to_proto(push)))
 
     def _send_gradients(self, link: _Link, push: Push, slots: torch.Tensor) -> None:
         if link.slots_mapped:
@@ -156,15 +162,30 @@ class Exchange:
             if node.slot is not None:
                 flat = slots[node.slot, link.shard.start : link.shard.stop]
                 for chunk in chunks(flat, step=push.step, slot=node.slot):
-                    link.outbox.put(pb.WorkerMessage(chunk=chunk))
+                    link.send(pb.WorkerMessage(chunk=chunk))
 
     def fail(self, failure: Failure) -> None:
         """Tell the leader that user code failed."""
-        self._leader.outbox.put(pb.WorkerMessage(failure=convert.failure_to_proto(failure)))
+        self._leader.send(pb.WorkerMessage(failure=convert.failure_to_proto(failure)))
 
     def close(self) -> None:
         """End all streams in good order."""
         for link in self._links:
-            link.outbox.put(None)
-        for link in self._links:
-            link.channel.close()
+            link.close()
+
+
+def _over_grpc(shard: Shard, address: str) -> _Link:
+    channel = grpc.insecure_channel(address, options=GRPC_OPTIONS)
+    outbox: SimpleQueue[pb.WorkerMessage | None] = SimpleQueue()
+    stub = pb_grpc.ParameterExchangeServiceStub(channel)
+    replies = stub.Exchange(iter(outbox.get, None), wait_for_ready=True)
+
+    def close() -> None:
+        outbox.put(None)
+        channel.close()
+
+    return _Link(shard, outbox.put, replies, close)
+
+
+def _over_socket(shard: Shard, connection: Connection[pb.ServerMessage]) -> _Link:
+    return _Link(shard, connection.send, iter(connection), connection.close)

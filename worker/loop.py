@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from threadpoolctl import threadpool_limits
 
-from ps.config import JobConfig
+from ps.config import JobConfig, ServerAddress
 from ps.messages import Assign, Failure
 from ps.segment import Segment
 from steepest.task import AnalyticTask
@@ -68,7 +68,7 @@ class WorkerLoop:
             num_evaluation_samples=config.num_evaluation_samples,
         )
 
-    def run(self, addresses: Sequence[str]) -> None:
+    def run(self, addresses: Sequence[ServerAddress]) -> None:
         """Work until dismissed. addresses: of the servers, the leader first.
 
         Raises ConnectionError when a server is gone, RefusedError when one says no."""
