@@ -16,7 +16,8 @@ class Peer:
     """One worker's stream to one server.
 
     slots: the worker's mapped gradient slots, each a whole layout; None for the inline transport.
-    inline_parameters: whether this server sends its parameters as chunks. send: gives the worker a message.
+    inline_parameters: whether this server sends its parameters as chunks.
+    send: gives the worker a message; end: hangs up.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class Peer:
         shard: Shard,
         slots: Segment | None,
         send: Callable[[pb.ServerMessage], None],
+        end: Callable[[], None],
         *,
         inline_parameters: bool,
     ) -> None:
@@ -33,6 +35,7 @@ class Peer:
         self.generation = generation
         self.inline_parameters = inline_parameters
         self.send = send
+        self.end = end
         self._shard = shard
         self._slots = slots
         self._parts: dict[int, torch.Tensor] = {}

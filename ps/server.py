@@ -128,6 +128,8 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
         with self._news:
             self._news.notify_all()
         self._listener.close()
+        for peer in list(self._peers.values()):
+            peer.end()
         self._grpc.stop(grace=0.5)
         if self._channel is not None:
             self._channel.close()
@@ -167,9 +169,8 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
             yield pb.ServerMessage(refusal=pb.Refusal(reason=refusal))
             return
         outbox: SimpleQueue[pb.ServerMessage | None] = SimpleQueue()
-        peer = self._admit(hello, outbox.put)
-        end = partial(outbox.put, None)
-        threading.Thread(target=self._serve_peer, args=(peer, request_iterator, end), daemon=True).start()
+        peer = self._admit(hello, outbox.put, partial(outbox.put, None))
+        threading.Thread(target=self._serve_peer, args=(peer, request_iterator), daemon=True).start()
         yield from iter(outbox.get, None)
 
     def _serve_local(self, connection: Connection[pb.WorkerMessage]) -> None:
@@ -183,7 +184,7 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
             connection.send(pb.ServerMessage(refusal=pb.Refusal(reason=refusal)))
             connection.close()
             return
-        self._serve_peer(self._admit(first.hello, connection.send), messages, connection.close)
+        self._serve_peer(self._admit(first.hello, connection.send, connection.close), messages)
 
     def _worker_refusal(self, hello: pb.Hello) -> str:
         """Why a worker is not let in, or nothing."""
@@ -196,13 +197,13 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
             return "the worker's model is not the one the job was submitted with"
         return "" if self._server is not None else "the server is not ready"
 
-    def _admit(self, hello: pb.Hello, send: Callable[[pb.ServerMessage], None]) -> Peer:
+    def _admit(self, hello: pb.Hello, send: Callable[[pb.ServerMessage], None], end: Callable[[], None]) -> Peer:
         slots = parameters = None
         if hello.HasField("slots"):
             slots = Segment.open(convert.segment_from_proto(hello.slots))
             assert self._segment is not None  # noqa: S101  # set before workers are let in
             parameters = convert.segment_to_proto(self._segment.reference)
-        peer = Peer(hello.worker, hello.generation, self.shard, slots, send, inline_parameters=slots is None)
+        peer = Peer(hello.worker, hello.generation, self.shard, slots, send, end, inline_parameters=slots is None)
         peer.send(
             pb.ServerMessage(
                 welcome=pb.Welcome(parameters=parameters if slots else None, slots_mapped=slots is not None)
@@ -218,7 +219,7 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
                 self._carry_out(self.leader.join(hello.worker, time.time()))
         return peer
 
-    def _serve_peer(self, peer: Peer, messages: Iterable[pb.WorkerMessage], end: Callable[[], None]) -> None:
+    def _serve_peer(self, peer: Peer, messages: Iterable[pb.WorkerMessage]) -> None:
         try:
             for message in messages:
                 with self._lock:
@@ -235,7 +236,7 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
                     if self.leader is not None:
                         self._tell_members(peer.worker, "left")
                         self._carry_out(self.leader.leave(peer.worker, time.time()))
-            end()
+            peer.end()
 
     def _on_worker_message(self, peer: Peer, message: pb.WorkerMessage) -> None:
         if self._peers.get(peer.worker) is not peer:

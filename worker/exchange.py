@@ -88,6 +88,7 @@ class Exchange:
         if first is None:
             raise ConnectionError(f"server {shard.index} is gone")
         if first.WhichOneof("message") != "welcome":
+            link.close()
             raise RefusedError(f"server {shard.index}: {first.refusal.reason}")
         link.slots_mapped = first.welcome.slots_mapped
         if first.welcome.HasField("parameters"):

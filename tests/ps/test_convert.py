@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ps import convert
+from ps.messages import Assign, Decision, Failure, LeafResult, Push, PushedNode, Round, StepRecord
+from ps.segment import SegmentReference
+
+pytestmark = pytest.mark.cluster  # needs the stubs
+
+STEP = st.integers(0, 2**53)
+REAL = st.floats(allow_nan=False)
+COUNT = st.integers(0, 10_000)
+KIND = st.sampled_from(Round)
+BYTES = st.one_of(st.none(), st.binary(max_size=20))
+LEAVES = st.builds(
+    LeafResult, COUNT, REAL, REAL, COUNT, values=st.lists(REAL, max_size=3).map(tuple), nonfinite=st.text(max_size=5)
+)
+NODES = st.builds(PushedNode, COUNT, COUNT, st.one_of(st.none(), COUNT))
+
+
+@given(st.builds(Assign, STEP, KIND, st.lists(st.tuples(COUNT, COUNT), max_size=4).map(tuple), BYTES))
+def test_assign(it: Assign) -> None:
+    assert convert.assign_from_proto(convert.assign_to_proto(it)) == it
+
+
+@given(
+    st.builds(
+        Push, STEP, KIND, st.lists(NODES, max_size=4).map(tuple), st.lists(LEAVES, max_size=4).map(tuple), BYTES, REAL
+    )
+)
+def test_push(it: Push) -> None:
+    assert convert.push_from_proto(convert.push_to_proto(it)) == it
+
+
+@given(st.builds(Failure, STEP, st.integers(-1, 100), st.text(), st.text(), st.text(), KIND))
+def test_failure(it: Failure) -> None:
+    assert convert.failure_from_proto(convert.failure_to_proto(it)) == it
+
+
+@given(st.builds(Decision, STEP, KIND, st.booleans(), REAL, REAL, REAL))
+def test_decision(it: Decision) -> None:
+    assert convert.decision_from_proto(convert.decision_to_proto(it)) == it
+
+
+@given(st.builds(StepRecord, *[STEP, *[REAL] * 4, COUNT, *[REAL] * 3, *[st.booleans()] * 2, COUNT, *[REAL] * 4]))
+def test_record(it: StepRecord) -> None:
+    assert convert.record_from_proto(convert.record_to_proto(it)) == it
+
+
+@given(st.builds(SegmentReference, st.integers(1, 2**22), COUNT, STEP, st.binary(min_size=16, max_size=16)))
+def test_segment(it: SegmentReference) -> None:
+    assert convert.segment_from_proto(convert.segment_to_proto(it)) == it
+
+
+@given(st.lists(st.floats(), max_size=9))
+def test_sums_keep_every_bit(values: list[float]) -> None:
+    sums = np.array(values)
+    assert convert.sums_from_bytes(convert.sums_to_bytes(sums)).tobytes() == sums.tobytes()

@@ -1,0 +1,123 @@
+"""Who is let in, and what a bad message does. What servers compute is in tests/integration."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ps.config import JobConfig, ServerAddress
+from ps.layout import shards
+from ps.messages import Round
+from ps.peer import Peer, chunks
+from ps.segment import Segment
+from ps.server import ParameterServer
+from steepest.v1 import exchange_pb2 as pb
+from tests.local_job import job_config
+from worker.exchange import Exchange, RefusedError
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> JobConfig:
+    return job_config(tmp_path, "tests.tasks:regression", steps=5)
+
+
+@pytest.fixture
+def server(config: JobConfig) -> Iterator[ParameterServer]:
+    made = ParameterServer(config, 0, "127.0.0.1")
+    yield made
+    made.stop()
+
+
+def _join(config: JobConfig, address: ServerAddress, name: str = "w", generation: int = 0) -> Exchange:
+    return Exchange(config, name, generation, [address], Segment.create(4 * config.layout().nbytes, "test"))
+
+
+@pytest.mark.parametrize("transport", ["auto", "inline"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token": "guessed"}, "wrong token"),
+        ({"incarnation": 2}, "incarnation 1"),
+        ({"job": "another"}, "this is incarnation 1 of local"),
+        ({"model": None}, "the worker's model is not the one"),
+    ],
+)
+def test_a_stranger_is_refused_by_name(
+    config: JobConfig, server: ParameterServer, changes: dict[str, Any], message: str, transport: str, tmp_path: Path
+) -> None:
+    if "model" in changes:
+        changes = {"model": job_config(tmp_path, "tests.tasks:large", steps=5).model}
+    placement = config.spec.placement.model_copy(update={"transport": transport})
+    changed = replace(config, spec=config.spec.model_copy(update={"placement": placement}), **changes)
+    with pytest.raises(RefusedError, match=message):
+        _join(changed, server.address)
+    assert server.leader is not None
+    assert server.leader.members == {}
+
+
+def test_another_version_is_refused(
+    config: JobConfig, server: ParameterServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.exchange.PROTOCOL", 99)
+    with pytest.raises(RefusedError, match="speaks protocol 99"):
+        _join(config, server.address)
+
+
+def test_a_newer_generation_takes_the_place_of_the_older(config: JobConfig, server: ParameterServer) -> None:
+    old = _join(config, server.address, generation=0)
+    assert next(old.assignments()).kind == Round.INITIALIZE
+    new = _join(config, server.address, generation=1)
+    assert next(new.assignments()).kind == Round.INITIALIZE
+    old.close()
+    new.close()
+
+
+@pytest.mark.parametrize("transport", ["auto", "inline"])
+def test_a_server_that_goes_is_noticed(config: JobConfig, transport: str) -> None:
+    placement = config.spec.placement.model_copy(update={"transport": transport})
+    config = replace(config, spec=config.spec.model_copy(update={"placement": placement}))
+    server = ParameterServer(config, 0, "127.0.0.1")
+    exchange = _join(config, server.address)
+    assignments = exchange.assignments()
+    next(assignments)
+    server.stop()
+    with pytest.raises(ConnectionError, match="the leader is gone"):
+        next(assignments)
+    exchange.close()
+
+
+def test_a_message_that_makes_no_sense_ends_the_server_rather_than_the_sum(
+    config: JobConfig, server: ParameterServer
+) -> None:
+    exchange = _join(config, server.address)
+    chunk = pb.Chunk(slot=0, offset=3, data=b"xyz")
+    exchange._leader.send(pb.WorkerMessage(chunk=chunk))
+    with pytest.raises(RuntimeError, match="does not fit the shard"):
+        server.wait()
+    with contextlib.suppress(ConnectionError):
+        exchange.close()
+
+
+def test_chunks_of_a_gradient_land_in_their_place(config: JobConfig) -> None:
+    (shard,) = shards(config.layout(), 1)
+    peer = Peer("w", 0, shard, None, print, exit, inline_parameters=True)
+    values = torch.randn(shard.numel)
+    for chunk in chunks(values, slot=2):
+        peer.write(chunk)
+    assert torch.equal(peer.part(2), values)
+
+
+@pytest.mark.parametrize(("offset", "size"), [(2, 4), (0, 3), (10**9, 4)], ids=["unaligned", "torn", "beyond"])
+def test_chunks_that_do_not_fit_are_refused(config: JobConfig, offset: int, size: int) -> None:
+    (shard,) = shards(config.layout(), 1)
+    peer = Peer("w", 0, shard, None, print, exit, inline_parameters=True)
+    with pytest.raises(ValueError, match="does not fit the shard"):
+        peer.write(pb.Chunk(offset=offset, data=b"\0" * size))
