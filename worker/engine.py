@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -81,6 +81,12 @@ class TorchEngine:
         self._flat = torch.empty(0)
         self._on_device = torch.empty(0)
         self._model.train()
+        # Where the backward pass in progress puts its gradients.
+        self._into: list[torch.Tensor] = []
+        self._add = False
+        self._missing: set[int] = set()
+        for index, parameter in enumerate(self._parameters):
+            parameter.register_post_accumulate_grad_hook(partial(self._store, index))  # type: ignore[no-untyped-call]
 
     def write_initial(self, flat: torch.Tensor) -> None:
         """See Engine."""
@@ -105,18 +111,19 @@ class TorchEngine:
         self._start(training=True)
         for parameter in self._parameters:
             parameter.grad = None
+        self._into, self._add, self._missing = into, add, set(range(len(into)))
         value, factor, weight = self._loss(to_device(batch, self.device), num_samples)
         if not value.requires_grad:
             raise LossError("the loss does not depend on any trainable parameter")
-        # Backward of factor * loss; autograd hands over fresh tensors, copied to their place while they are in cache.
+        # Backward of factor * loss; `_store` takes each gradient when it is ready.
         value.backward(torch.full_like(value, factor))  # type: ignore[no-untyped-call]
-        gradients = [self._dense(p) for p in self._parameters]
-        if add:
-            torch._foreach_add_(into, gradients)
-        else:
-            torch._foreach_copy_(into, gradients)
-        for parameter in self._parameters:
-            parameter.grad = None
+        for index in self._missing:
+            # Zeros rather than nothing, and zeros are added too (-0 + 0 is 0): so the bits are the same however the
+            # tree is cut.
+            if add:
+                into[index].add_(0.0)
+            else:
+                into[index].zero_()
         return Measured(float(value.detach()) * factor, weight)
 
     def evaluate(self, batch: Any, num_samples: int) -> Measured:
@@ -180,12 +187,18 @@ class TorchEngine:
             raise LossError(f"{what} must return a scalar tensor; it returned {got}")
         return value, factor, weight
 
-    def _dense(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+    def _store(self, index: int, parameter: torch.Tensor) -> None:
+        """Move a gradient that autograd has just finished to its place, while it is in cache, and free it."""
         gradient = parameter.grad
-        if gradient is None:
-            # Zeros rather than nothing, so that the sum has the same bits however the tree is cut.
-            return torch.zeros((), dtype=parameter.dtype, device=self.device).expand(parameter.shape)
-        return gradient.to_dense() if gradient.is_sparse else gradient
+        assert gradient is not None  # noqa: S101  # autograd calls this after it has set it
+        parameter.grad = None
+        self._missing.discard(index)
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        if self._add:
+            self._into[index].add_(gradient)
+        else:
+            self._into[index].copy_(gradient)
 
 
 def _pair(batch: Any, what: str) -> tuple[Any, Any]:
@@ -194,7 +207,7 @@ def _pair(batch: Any, what: str) -> tuple[Any, Any]:
     return batch[0], batch[1]
 
 
-def finite_parameters(into: Sequence[torch.Tensor], layout: Layout) -> str:
+def finite_parameters(into: list[torch.Tensor], layout: Layout) -> str:
     """The name of the first parameter whose tensor has a non-finite element, or nothing."""
     for placed, tensor in zip(layout.parameters, into, strict=True):
         if not bool(torch.isfinite(tensor).all()):
