@@ -24,9 +24,9 @@ class ServerActor:
         """(address, pid, host name)."""
         return self._server.address, os.getpid(), socket.gethostname()
 
-    def connect(self, leader_address: str) -> None:
+    def connect(self, leader: ServerAddress) -> None:
         """Enlist a follower."""
-        self._server.connect(leader_address)
+        self._server.connect(leader)
 
     def wait(self) -> None:
         """Block for as long as the process lives, so that whoever waits for it sees it die."""

@@ -25,10 +25,14 @@ CHUNK_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class ServerAddress:
-    """Where a server listens. network: host:port of its gRPC port; local: its socket, for workers on the same host."""
+    """Where a server listens. network: host:port of its gRPC port.
+
+    local, followers: its sockets on its own host, for workers and for the other servers.
+    """
 
     network: str
     local: str
+    followers: str
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,8 @@ class Leader:
 
     def join(self, worker: str, now: float) -> list[Effect]:
         """A worker is there."""
+        if self.phase in ENDED:
+            return [Dismiss(worker, "the job has ended")]
         self.members[worker] = _Member(speed=self._typical_speed())
         if self.phase == Phase.WAITING:
             effects: list[Effect] = [self._enter(Phase.WORKING, f"worker {worker} joined", worker)]

@@ -23,7 +23,7 @@ from ps.checkpoint import newest_valid, write_checkpoint
 from ps.config import GRPC_OPTIONS, JobConfig, ServerAddress
 from ps.layout import shards
 from ps.leader import Decide, Dismiss, Effect, Evaluated, Hung, Leader, PhaseChanged, Save, Send, Stepped
-from ps.local import Connection, Listener
+from ps.local import Connection, Listener, connect
 from ps.messages import PROTOCOL, Decision, Push, Round, StepRecord
 from ps.optimizer import StatePart
 from ps.peer import Peer, chunks
@@ -59,19 +59,21 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
         self._problem = ""
         # The leader's part.
         self.leader: Leader | None = None
-        self._followers: dict[int, SimpleQueue[pb.LeaderMessage | None]] = {}
+        self._followers: dict[int, Callable[[pb.LeaderMessage], None]] = {}
         self._collected: dict[int, list[StatePart]] = {}
         self._collecting: Save | None = None
         self._news = threading.Condition()
         self._report = pb.SupervisionMessage()
         # The follower's part.
-        self._to_leader: SimpleQueue[pb.FollowerMessage | None] = SimpleQueue()
-        self._channel: grpc.Channel | None = None
+        self._send_to_leader: Callable[[pb.FollowerMessage], None] = lambda message: None
+        self._leave_leader: Callable[[], None] = lambda: None
         self._grpc = grpc.server(futures.ThreadPoolExecutor(MAX_STREAMS), options=GRPC_OPTIONS)
         pb_grpc.add_ParameterExchangeServiceServicer_to_server(self, self._grpc)
         port = self._grpc.add_insecure_port(f"{bind}:0")
-        self._listener = Listener(pb.WorkerMessage.FromString, self._serve_local)
-        self.address = ServerAddress(f"{bind}:{port}", self._listener.name)
+        workers = Listener(pb.WorkerMessage.FromString, self._serve_local)
+        followers = Listener(pb.FollowerMessage.FromString, self._serve_local_follower)
+        self._close_listeners = (workers.close, followers.close)
+        self.address = ServerAddress(f"{bind}:{port}", workers.name, followers.name)
         if index == 0:
             self._open(None)
             threading.Thread(target=self._tick, daemon=True).start()
@@ -108,31 +110,48 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
                 self._plan, step=step, updates=updates, buffers=buffers, initialized=restored is not None
             )
 
-    def connect(self, leader_address: str) -> None:
+    def connect(self, leader: ServerAddress) -> None:
         """Enlist with the leader (followers only); returns when this shard is ready for workers."""
-        self._channel = grpc.insecure_channel(leader_address, options=GRPC_OPTIONS)
-        stub = pb_grpc.ParameterExchangeServiceStub(self._channel)
+        is_inline = self.config.spec.placement.transport == "inline"
+        connection = None if is_inline else connect(leader.followers, pb.LeaderMessage.FromString)
+        if connection is not None:
+            replies = iter(connection)
+            self._send_to_leader, self._leave_leader = connection.send, connection.close
+        else:
+            replies = self._coordinate_over_grpc(leader.network)
         enlist = pb.Enlist(fence=self._fence(), token=self.config.token, server=self.index)
-        self._to_leader.put(pb.FollowerMessage(enlist=enlist))
-        replies = stub.Coordinate(iter(self._to_leader.get, None))
+        self._send_to_leader(pb.FollowerMessage(enlist=enlist))
         first = next(replies)
         if first.WhichOneof("message") != "enlisted":
             raise RuntimeError(f"the leader refused server {self.index}: {first.refusal.reason}")
         self._open(convert.segment_from_proto(first.enlisted.parameters))
         threading.Thread(target=self._follow, args=(replies,), daemon=True).start()
 
+    def _coordinate_over_grpc(self, address: str) -> Iterator[pb.LeaderMessage]:
+        channel = grpc.insecure_channel(address, options=GRPC_OPTIONS)
+        outbox: SimpleQueue[pb.FollowerMessage | None] = SimpleQueue()
+        replies: Iterator[pb.LeaderMessage] = pb_grpc.ParameterExchangeServiceStub(channel).Coordinate(
+            iter(outbox.get, None)
+        )
+
+        def leave() -> None:
+            outbox.put(None)
+            channel.close()
+
+        self._send_to_leader, self._leave_leader = outbox.put, leave
+        return replies
+
     def stop(self) -> None:
         """End all streams."""
         self._ended.set()
-        self._to_leader.put(None)
+        self._leave_leader()
         with self._news:
             self._news.notify_all()
-        self._listener.close()
+        for close in self._close_listeners:
+            close()
         for peer in list(self._peers.values()):
             peer.end()
         self._grpc.stop(grace=0.5)
-        if self._channel is not None:
-            self._channel.close()
 
     def wait(self) -> None:
         """Block until `stop`. Raises RuntimeError when this server failed."""
@@ -275,7 +294,7 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
             segment_sums=convert.sums_to_bytes(sums),
             seconds=time.perf_counter() - began,
         )
-        self._to_leader.put(pb.FollowerMessage(report=report))
+        self._send_to_leader(pb.FollowerMessage(report=report))
 
     def _apply(self, decision: Decision) -> float:
         shard = self._server
@@ -324,8 +343,8 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
             peer.send(message)
 
     def _decide(self, decision: Decision) -> None:
-        for outbox in self._followers.values():
-            outbox.put(pb.LeaderMessage(decision=convert.decision_to_proto(decision)))
+        for send in self._followers.values():
+            send(pb.LeaderMessage(decision=convert.decision_to_proto(decision)))
         clamped = self._apply(decision)
         assert self.leader is not None  # noqa: S101  # only the leader decides
         self._carry_out(self.leader.applied(0, decision.step, clamped, time.time())[1])
@@ -334,35 +353,45 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
         self, request_iterator: Iterator[pb.FollowerMessage], context: grpc.ServicerContext
     ) -> Iterator[pb.LeaderMessage]:
         """A follower's stream."""
-        enlist = next(request_iterator).enlist
-        refusal = self._refusal(enlist.fence, enlist.token)
-        if refusal or self._segment is None:
-            yield pb.LeaderMessage(refusal=pb.Refusal(reason=refusal or "this server does not lead"))
-            return
         outbox: SimpleQueue[pb.LeaderMessage | None] = SimpleQueue()
-        with self._lock:
-            self._followers[enlist.server] = outbox
-        reference = convert.segment_to_proto(self._segment.reference)
-        outbox.put(pb.LeaderMessage(enlisted=pb.Enlisted(parameters=reference)))
-        threading.Thread(
-            target=self._serve_follower, args=(enlist.server, request_iterator, outbox), daemon=True
-        ).start()
+        end = partial(outbox.put, None)
+        threading.Thread(target=self._serve_follower, args=(request_iterator, outbox.put, end), daemon=True).start()
         yield from iter(outbox.get, None)
 
+    def _serve_local_follower(self, connection: Connection[pb.FollowerMessage]) -> None:
+        """A follower's stream from the same host."""
+        self._serve_follower(iter(connection), connection.send, connection.close)
+
     def _serve_follower(
-        self, server: int, messages: Iterable[pb.FollowerMessage], outbox: SimpleQueue[pb.LeaderMessage | None]
+        self,
+        messages: Iterator[pb.FollowerMessage],
+        send: Callable[[pb.LeaderMessage], None],
+        end: Callable[[], None],
     ) -> None:
         try:
-            for message in messages:
-                with self._lock:
-                    self._on_follower_message(server, message)
+            first = next(messages, None)
+            if first is not None and self._enlist(first.enlist, send):
+                for message in messages:
+                    with self._lock:
+                        self._on_follower_message(first.enlist.server, message)
         except grpc.RpcError:
             pass  # the controller sees the follower die, and starts a new incarnation
         except Exception as error:
-            log.exception("message of server %d", server)
-            self._break(f"the leader failed on a message of server {server}: {error!r}")
+            log.exception("message of a follower")
+            self._break(f"the leader failed on a message of a follower: {error!r}")
         finally:
-            outbox.put(None)
+            end()
+
+    def _enlist(self, enlist: pb.Enlist, send: Callable[[pb.LeaderMessage], None]) -> bool:
+        refusal = self._refusal(enlist.fence, enlist.token)
+        if refusal or self.leader is None or self._segment is None:
+            send(pb.LeaderMessage(refusal=pb.Refusal(reason=refusal or "this server does not lead")))
+            return False
+        reference = convert.segment_to_proto(self._segment.reference)
+        with self._lock:
+            self._followers[enlist.server] = send
+            send(pb.LeaderMessage(enlisted=pb.Enlisted(parameters=reference)))
+        return True
 
     def _on_follower_message(self, server: int, message: pb.FollowerMessage) -> None:
         leader = self.leader
@@ -403,15 +432,15 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
                     clipped_sum=clamped,
                     seconds=time.perf_counter() - began,
                 )
-                self._to_leader.put(pb.FollowerMessage(applied=applied))
+                self._send_to_leader(pb.FollowerMessage(applied=applied))
             case "collect":
                 assert self._server is not None  # noqa: S101  # set by connect
                 parts = [StatePart("", "", self.shard.start, self._server.parameters)]
                 for part in [*parts, *self._server.optimizer.export_state()]:
                     name = f"{part.parameter}\n{part.state}\n{part.offset}"
                     for chunk in chunks(part.values, step=message.collect.step, name=name):
-                        self._to_leader.put(pb.FollowerMessage(state=chunk))
-                self._to_leader.put(pb.FollowerMessage(state=pb.Chunk(step=message.collect.step, last=True)))
+                        self._send_to_leader(pb.FollowerMessage(state=chunk))
+                self._send_to_leader(pb.FollowerMessage(state=pb.Chunk(step=message.collect.step, last=True)))
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -419,8 +448,8 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
         """Collect every shard's state, then write it in a thread of its own; the leader waits in phase SAVING."""
         self._collecting = save
         self._collected = {}
-        for outbox in self._followers.values():
-            outbox.put(pb.LeaderMessage(collect=pb.CollectState(step=save.step)))
+        for send in self._followers.values():
+            send(pb.LeaderMessage(collect=pb.CollectState(step=save.step)))
         if not self._followers:
             self._write(save)
 

@@ -178,7 +178,7 @@ class Placement:
             self._servers.append(actor)
             _watch(actor.wait.remote(), partial(on_exit, index))
         described = ray.get([actor.describe.remote() for actor in self._servers])
-        leader = described[0][0].network
+        leader = described[0][0]
         ray.get([actor.connect.remote(leader) for actor in self._servers[1:]])
         return [(address, Started(pid, host)) for address, pid, host in described]
 

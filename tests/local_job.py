@@ -62,7 +62,7 @@ def run_here(config: JobConfig) -> State:
     servers = [ParameterServer(config, i, "127.0.0.1") for i in range(config.num_servers)]
     try:
         for follower in servers[1:]:
-            follower.connect(servers[0].address.network)
+            follower.connect(servers[0].address)
         WorkerLoop(config, "worker-0", 0, None).run([s.address for s in servers])
         return final_state(config)
     finally:
@@ -131,7 +131,7 @@ def running(config: JobConfig, workers: int) -> Iterator[LocalJob]:
     job = LocalJob(config, [pipe.recv() for pipe in pipes], servers)
     try:
         for pipe in pipes:
-            pipe.send(job.addresses[0].network)
+            pipe.send(job.addresses[0])
         for pipe in pipes:
             assert pipe.recv() == "ready"
         for number in range(workers):

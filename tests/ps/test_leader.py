@@ -269,3 +269,10 @@ def test_an_idle_worker_is_tried_again_though_it_was_slow() -> None:
         if {s.worker for s in sends} == {"a", "b"}:
             return
     raise AssertionError("b never got work again")
+
+
+def test_a_worker_that_comes_after_the_end_is_sent_home() -> None:
+    it = leader(total_steps=1)
+    finish_step(it, of_kind(it.join("a", 0.0), Send))
+    assert it.phase == Phase.FINISHED
+    assert of_kind(it.join("b", 9.0), Dismiss) == [Dismiss("b", "the job has ended")]
