@@ -8,7 +8,7 @@ from steepest.errors import ConflictError
 
 
 class JobState(StrEnum):
-    """See DESIGN: states of a training job."""
+    """The states of a training job."""
 
     QUEUED = "QUEUED"
     STARTING = "STARTING"

@@ -70,7 +70,7 @@ class JobInfo:
             "total_steps": self.total_steps,
             "samples": self.samples,
             "loss": _finite(self.loss),
-            "metrics": {key: _finite(value) for key, value in self.metrics.items()},
+            "metrics": {key: _finite(value) for key, value in sorted(self.metrics.items())},
             "parameters_sha256": self.parameters_sha256,
             "state_sha256": self.state_sha256,
             "wall_seconds": self.wall_seconds,
