@@ -10,7 +10,7 @@ steepest serve --port 0 --http-port 0 --data-dir "$runs/data" 2>"$log" &
 service=$!
 trap 'kill $service 2>/dev/null; wait $service 2>/dev/null || true' EXIT
 trap 'exit 130' INT TERM
-until grep -q '^ready' "$log"; do
+until grep -qs '^ready' "$log"; do
     kill -0 $service 2>/dev/null || { cat "$log" >&2; exit 1; }
     sleep 0.2
 done

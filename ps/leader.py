@@ -10,7 +10,7 @@ A round moves so:  assign -> collect (pushes from workers, reports from shards) 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -26,7 +26,8 @@ from steepest.spec import ScheduleSpec
 
 SPEED_MEMORY = 0.8  # weight of the past in a worker's measured speed
 WARM_UP_PUSHES = 3  # a worker's first answers are slow, and say nothing of its speed
-IDLE_GAIN = 1.01  # per step without work, so that a worker once found slow is tried again
+PATIENCE_STEPS = 8  # a worker that got no work is tried again after so many steps, then after twice as many, ...
+MAX_PATIENCE_STEPS = 512
 STRAGGLER_FACTOR = 4.0  # a range this many times over its expected time is given to an idle worker too
 STRAGGLER_SECONDS = 5.0  # but never sooner than this
 
@@ -137,6 +138,9 @@ class _Member:
 
     speed: float = 1.0
     pushes: int = 0
+    guessed: bool = True  # whether its speed is not known, or known too long ago
+    idle_steps: int = 0
+    patience_steps: int = PATIENCE_STEPS
     in_flight: int = 0
     leaves: set[int] = field(default_factory=set)
     taken: set[int] = field(default_factory=set)
@@ -198,7 +202,7 @@ class Leader:
         """A worker is there."""
         if self.phase in ENDED:
             return [Dismiss(worker, "the job has ended")]
-        self.members[worker] = _Member(speed=self._typical_speed())
+        self.members[worker] = _Member()
         if self.phase == Phase.WAITING:
             effects: list[Effect] = [self._enter(Phase.WORKING, f"worker {worker} joined", worker)]
             return effects + (self._next_round(now) if self._round is None else self._deal(now))
@@ -336,10 +340,10 @@ class Leader:
             if waited > self.plan.worker_timeout_seconds:
                 effects.append(Hung(name))
                 continue
-            expected = len(member.leaves) / member.speed if member.pushes else math.inf
+            expected = math.inf if member.guessed else len(member.leaves) / member.speed
             if idle and not member.duplicated and waited > max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * expected):
                 member.duplicated = True
-                effects += self._assign(sorted(member.leaves), {n: m.speed for n, m in idle.items()}, now)
+                effects += self._assign(sorted(member.leaves), self._speeds(idle), now)
                 idle = {}
         return effects
 
@@ -398,12 +402,12 @@ class Leader:
         current = self._round
         if current is None or not current.pending or current.decision is not None:
             return []
-        idle = {name: m.speed for name, m in self.members.items() if self._is_idle(m)}
+        idle = {name: m for name, m in self.members.items() if self._is_idle(m)}
         if not idle:
             return []
         leaves = sorted(current.pending)
         current.pending.clear()
-        return self._assign(leaves, idle, now)
+        return self._assign(leaves, self._speeds(idle), now)
 
     def _assign(self, leaves: Sequence[int], speeds: dict[str, float], now: float) -> list[Effect]:
         current = self._round
@@ -571,16 +575,18 @@ class Leader:
             effects += self.leave(name, now)
         return effects
 
-    def _typical_speed(self) -> float:
-        speeds = sorted(m.speed for m in self.members.values())
-        return speeds[len(speeds) // 2] if speeds else 1.0
+    def _speeds(self, members: Mapping[str, _Member]) -> dict[str, float]:
+        """How fast these are; whoever is not known yet is taken for as fast as the fastest."""
+        fastest = max((m.speed for m in self.members.values() if not m.guessed), default=1.0)
+        return {name: fastest if m.guessed else m.speed for name, m in members.items()}
 
     def _favour_idle(self) -> None:
-        """A worker without work is not measured: let its speed rise, up to the fastest one's."""
-        fastest = max((m.speed for m in self.members.values()), default=1.0)
+        """A worker without work is not measured: try it again now and then."""
         for member in self.members.values():
-            if not member.taken:
-                member.speed = min(member.speed * IDLE_GAIN, fastest)
+            member.idle_steps = 0 if member.taken else member.idle_steps + 1
+            if member.idle_steps >= member.patience_steps:
+                member.guessed, member.idle_steps = True, 0
+                member.patience_steps = min(2 * member.patience_steps, MAX_PATIENCE_STEPS)
 
     def _measure_speed(self, member: _Member, push: Push) -> None:
         if push.kind != Round.TRAIN or push.seconds <= 0.0 or not push.leaves:
@@ -588,8 +594,6 @@ class Leader:
         speed = len(push.leaves) / push.seconds
         member.pushes += 1
         if member.pushes <= WARM_UP_PUSHES:
-            member.speed = max(member.speed, speed)
-        elif member.pushes == WARM_UP_PUSHES + 1:
-            member.speed = speed
-        else:
-            member.speed = SPEED_MEMORY * member.speed + (1 - SPEED_MEMORY) * speed
+            return
+        old = speed if member.guessed else member.speed
+        member.speed, member.guessed = SPEED_MEMORY * old + (1 - SPEED_MEMORY) * speed, False

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 
-from ps.checkpoint import newest_valid
+from ps.checkpoint import newest_valid, state_hashes
 from ps.config import JobConfig, ServerAddress
 from ps.leader import Phase
 from ps.messages import StepRecord
@@ -132,7 +132,11 @@ class Controller(threading.Thread):
         self._lost = ""
         self._store.update(self.job, incarnation=self._incarnation)
         restored = newest_valid(self._settings.checkpoints_of(self.job))
-        step = restored[1].step if restored is not None else 0
+        step = 0
+        if restored is not None:
+            step = restored[1].step
+            parameters, state = state_hashes(restored[1])
+            self.result = replace(self.result, parameters_sha256=parameters, state_sha256=state)
         del restored
         self._store.rewind(self.job, step)
         self._set_step(step)

@@ -46,7 +46,9 @@ class HttpServer:
         try:
             self._server = make_server(host, port, app, server_class=_Server, handler_class=_Quiet)
         except OSError as error:
-            raise OSError(f"cannot listen on {host}:{port}: {(error.strerror or '').lower()}") from error
+            raise OSError(
+                f"cannot listen on {host}:{port}: {(error.strerror or '').lower()}; choose another port"
+            ) from error
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 

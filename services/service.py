@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import re
@@ -9,6 +10,8 @@ import secrets
 import threading
 import time
 from concurrent import futures
+from pathlib import Path
+from typing import IO
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -43,6 +46,7 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         settings.data_directory.mkdir(parents=True, exist_ok=True)
+        self._lock_file = _lock(settings.data_directory)
         self.settings = settings
         self.closing = threading.Event()
         self.scheduler = Scheduler(settings)
@@ -83,7 +87,7 @@ class Service:
         try:
             port = server.add_insecure_port(address)
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: address already in use") from error
+            raise OSError(f"cannot listen on {address}: address already in use; choose another port") from error
         return server, port
 
     def stop(self) -> None:
@@ -95,6 +99,7 @@ class Service:
         self._admission.join()
         self.scheduler.stop()
         self.store.close()
+        self._lock_file.close()
 
     @staticmethod
     def now() -> float:
@@ -176,11 +181,14 @@ class Service:
             if row.state == state or row.state in done.get(verb, ()):
                 return row
             controller = self._controllers.get(job)
+            if verb == "resume" and controller is None:
+                state = JobState.RECOVERING  # it was paused when the service was restarted, and holds no resources
+                self._wake.set()
             row = self.store.move(job, state, reason, self.now())
             if controller is not None:
                 controller.ask(verb)
             elif verb == "cancel":
-                row = self.store.move(job, JobState.CANCELLED, "cancelled before it started", self.now())
+                row = self.store.move(job, JobState.CANCELLED, "cancelled while nothing of it ran", self.now())
         return row
 
     def scale(self, job: str, workers: int) -> JobRow:
@@ -203,9 +211,11 @@ class Service:
 
     def _take_over(self) -> None:
         """Jobs that were live when the service last stopped go on from their last checkpoint."""
-        for row in self.store.in_states(set(JobState) - ENDED - {JobState.QUEUED}):
+        for row in self.store.in_states(set(JobState) - ENDED - {JobState.QUEUED, JobState.PAUSED}):
             now = self.now()
-            if row.state == JobState.CANCELLING:
+            if row.state == JobState.PAUSING:
+                self.store.move(row.id, JobState.PAUSED, "paused; the service was restarted meanwhile", now)
+            elif row.state == JobState.CANCELLING:
                 self.store.move(row.id, JobState.CANCELLED, "cancelled; the service was restarted meanwhile", now)
             elif row.state != JobState.RECOVERING:
                 self.store.move(row.id, JobState.RECOVERING, "the service was restarted", now)
@@ -273,6 +283,17 @@ class Service:
         with self._lock:
             self._controllers.pop(job, None)
         self._wake.set()
+
+
+def _lock(directory: Path) -> IO[str]:
+    """Keep other services out of a data directory. Raises OSError when one is in it."""
+    file = (directory / "lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise OSError(f"another service uses the data directory {directory}; choose another with --data-dir") from error
+    return file
 
 
 def _slug(text: str) -> str:

@@ -15,7 +15,7 @@ from services.convert import event_to_proto, job_to_proto
 from services.lifecycle import ENDED
 from services.store import JobRow
 from steepest.convert import spec_from_proto
-from steepest.errors import ConflictError, SpecError, Violation
+from steepest.errors import ConflictError, ServiceUnavailableError, SpecError, Violation
 from steepest.v1 import training_jobs_pb2 as pb
 from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
 
@@ -103,7 +103,7 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
                 store.changed.wait(WATCH_SECONDS * 10)
             self._service.closing.wait(WATCH_SECONDS)
             if self._service.closing.is_set():
-                context.abort(grpc.StatusCode.UNAVAILABLE, "the service is stopping")
+                raise ServiceUnavailableError("the service is stopping")
 
     def CancelTrainingJob(  # noqa: N802
         self, request: pb.CancelTrainingJobRequest, context: grpc.ServicerContext

@@ -212,6 +212,8 @@ class Job:
 
     def scale(self, workers: int) -> JobInfo:
         """Change the number of workers. Never changes the result."""
+        if not isinstance(workers, int) or not 0 < workers < 1 << 31:
+            raise SpecError([Violation("workers", f"{workers!r} must be a number of workers, at least 1")])
         request = pb.ScaleTrainingJobRequest(name=self.name, workers=workers)
         return job_from_proto(self._call(self._stub.ScaleTrainingJob, request))
 
@@ -229,7 +231,10 @@ class Job:
     def download(self, directory: str | Path) -> Path:
         """Fetch the newest checkpoint's files and its manifest.json. Raises ConflictError when there is none."""
         target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SpecError([Violation("--output", f"cannot write to {target}: {error.strerror}")]) from None
         current, file = "", None
         try:
             for piece in self._stub.DownloadCheckpoint(pb.DownloadCheckpointRequest(name=self.name)):

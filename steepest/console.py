@@ -94,6 +94,8 @@ def show(job: str, total_steps: int, updates: Iterable[Event | StepProgress | Jo
 def summary(info: JobInfo) -> str:
     """The end of a job in a few lines."""
     lines = [f"{info.job} {info.state} at step {info.step} of {info.total_steps} after {info.wall_seconds:.1f} s"]
+    if not info.has_ended:
+        lines.append(f"  {info.reason}")
     if info.loss is not None:
         lines.append(f"  loss {info.loss:.6g} (last training step)")
     lines += [f"  evaluation: {name} {value:.6g}" for name, value in sorted(info.metrics.items())]

@@ -33,7 +33,7 @@ def running_service(data_directory: Path, **settings: Any) -> Iterator[Service]:
     try:
         service = Service(Settings(data_directory=data_directory, **settings))
     except OSError as error:
-        raise ServiceUnavailableError(f"the service cannot start: {error}; choose another port") from error
+        raise ServiceUnavailableError(f"the service cannot start: {error}") from error
     try:
         yield service
     finally:

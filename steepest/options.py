@@ -139,10 +139,10 @@ _PATHS = {
     "sync": "sync.mode",
     "staleness": "sync.staleness",
 }
-FLAG_OF_PATH = {path: f"--{option.replace('_', '-')}" for option, path in _PATHS.items()} | {
-    "training_job_id": "--name"
-}
 _NOT_SPEC = frozenset({"name", "arg", "set"})
+FLAG_OF_PATH = {
+    _PATHS.get(f.name, f.name): f"--{f.name.replace('_', '-')}" for f in fields(JobOptions) if f.name not in _NOT_SPEC
+} | {"training_job_id": "--name"}
 
 
 def takes_job_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -204,7 +204,8 @@ def submission(task: str, options: JobOptions) -> Submission:
         path, value = _key_value("--set", item)
         _put(spec, path, value)
     arguments.update(_key_value("--arg", item) for item in options.arg)
-    return Submission(task, options.name, arguments, spec)
+    name = spec.pop("name", "")
+    return Submission(task, options.name or name, arguments, spec)
 
 
 def _read_job_file(path: Path) -> dict[str, Any]:

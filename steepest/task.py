@@ -39,6 +39,11 @@ class ArrayData:
         return rows if len(rows) > 1 else rows[0]
 
 
+def _refuse_loss(metrics: Mapping[str, Any]) -> None:
+    if "loss" in metrics:
+        raise ValueError("metrics: the name 'loss' is taken by the evaluation's own loss; rename that metric")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """A model, its data and its loss.
@@ -62,6 +67,7 @@ class Task:
     collate: Callable[[Sequence[Any]], Any] | None = None
 
     def __post_init__(self) -> None:
+        _refuse_loss(self.metrics)
         if (self.loss is None) == (self.batch_loss is None):
             given = "neither is" if self.loss is None else "both are"
             raise ValueError(f"loss, batch_loss: {given} given; a Task has exactly one of the two")
@@ -93,5 +99,6 @@ class AnalyticTask:
     metrics: Mapping[str, Callable[[Any, Any], Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _refuse_loss(self.metrics)
         if self.metrics and self.predict is None:
             raise ValueError("metrics need predict(parameters, inputs), which is not given")

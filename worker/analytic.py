@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ps.layout import Layout
 from steepest.task import AnalyticTask
 from worker.data import ArraySource, Source
-from worker.engine import LossError, Measured
+from worker.engine import LossError, Measured, measure_metrics
 
 
 class AnalyticEngine:
@@ -64,7 +64,7 @@ class AnalyticEngine:
         if self._task.predict is not None and self._task.metrics:
             inputs, targets = batch
             outputs = self._task.predict(self._parameters, inputs)
-            values = tuple(float(metric(outputs, targets)) * num_samples for metric in self._task.metrics.values())
+            values = measure_metrics(self._task.metrics, outputs, targets, num_samples)
         return Measured(float(loss), float(weight), values)
 
     def set_buffers(self, packed: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -136,7 +137,7 @@ class TorchEngine:
             if self._task.metrics:
                 inputs, targets = _pair(batch, "metrics")
                 outputs = self._model(inputs)
-                values = tuple(float(metric(outputs, targets)) * num_samples for metric in self._task.metrics.values())
+                values = measure_metrics(self._task.metrics, outputs, targets, num_samples)
             return Measured(float(value) * factor, weight, values)
 
     def set_buffers(self, packed: bytes) -> None:
@@ -205,6 +206,20 @@ def _pair(batch: Any, what: str) -> tuple[Any, Any]:
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise LossError(f"{what} needs batches of pairs (inputs, targets); this one is {type(batch).__name__}")
     return batch[0], batch[1]
+
+
+def measure_metrics(
+    metrics: Mapping[str, Callable[[Any, Any], Any]], outputs: Any, targets: Any, num_samples: int
+) -> tuple[float, ...]:
+    """Each metric's sum over the samples. Raises LossError for one that returns no number."""
+    values = []
+    for name, metric in metrics.items():
+        value = metric(outputs, targets)
+        try:
+            values.append(float(value) * num_samples)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise LossError(f"the metric {name!r} must return a number; it returned {type(value).__name__}") from error
+    return tuple(values)
 
 
 def finite_parameters(into: list[torch.Tensor], layout: Layout) -> str:

@@ -102,5 +102,7 @@ class WorkerLoop:
         assert cause is not None  # noqa: S101  # Computer always chains the cause
         where = f"at step {assign.step}, worker {self._worker}, micro-batch {error.micro_batch}"
         reason = "bad_loss" if isinstance(cause, LossError) else "user_code_raised"
-        said = str(cause) if isinstance(cause, LossError) else f"{type(cause).__name__}: {cause}"
-        return Failure(assign.step, error.micro_batch, reason, f"{said} ({where})", user_traceback(cause), assign.kind)
+        if isinstance(cause, LossError):  # the message is complete, and no frame of it is the user's
+            return Failure(assign.step, error.micro_batch, reason, f"{cause} ({where})", "", assign.kind)
+        said = f"{type(cause).__name__}: {cause} ({where})"
+        return Failure(assign.step, error.micro_batch, reason, said, user_traceback(cause), assign.kind)

@@ -90,7 +90,7 @@ def test_faster_workers_get_more() -> None:
     it.join("fast", 0.0)
     it.members["slow"].speed, it.members["fast"].speed = 1.0, 3.0
     for member in it.members.values():
-        member.pushes = 10
+        member.pushes, member.guessed = 10, False
     it.push("slow", push(Assign(0, Round.TRAIN, ((0, 12),)), seconds=12.0), 1.0)
     it.report(0, 0, Round.TRAIN, np.ones(1), 1.0)
     sends = of_kind(it.applied(0, 0, 0.0, 2.0)[1], Send)
@@ -135,6 +135,8 @@ def test_without_workers_it_waits_and_goes_on() -> None:
 def test_a_straggler_is_helped_and_a_hung_worker_is_reported() -> None:
     it = leader()
     sends = finish_step_with_two(it)
+    for member in it.members.values():
+        member.speed, member.guessed = 4.0, False
     (slow, quick) = sends if sends[0].worker == "a" else sends[::-1]
     it.push(quick.worker, push(quick.assign), 2.5)
     assert it.tick(3.0) == []
@@ -260,6 +262,8 @@ def test_an_idle_worker_is_tried_again_though_it_was_slow() -> None:
     it = leader(num_leaves=2, total_steps=2000)
     sends = finish_step_with_two(it)
     it.members["a"].speed, it.members["b"].speed = 3.0, 1.0
+    for member in it.members.values():
+        member.guessed = False
     for step in range(1, 200):
         effects: list[Any] = []
         for send in sends:
