@@ -22,7 +22,9 @@ from worker.load import load_task
 
 pytestmark = pytest.mark.cluster
 
-COMMAND = [sys.executable, "-c", "from steepest.cli import main; main()"]
+# A shell's background job ignores Ctrl-C, and so would its children: these do not.
+LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+COMMAND = [sys.executable, "-c", f"{LISTEN}; from steepest.cli import main; main()"]
 KEYS = """job state step samples loss metrics parameters_sha256 state_sha256 wall_seconds samples_per_second
 workers servers error""".split()
 
