@@ -144,6 +144,10 @@ def checkpoints(directory: Path) -> list[Path]:
 
 def read_checkpoint(path: Path) -> State:
     """Read a checkpoint and verify every byte. Raises CheckpointError."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[Written, State]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files: Mapping[str, Mapping[str, str]] = manifest["files"]
@@ -161,16 +165,17 @@ def read_checkpoint(path: Path) -> State:
         except OSError as error:
             raise CheckpointError(f"{path / name}: {error}") from error
     state = State(step, updates, tensors[MODEL], tensors[OPTIMIZER], tensors[EXTRA])
-    if state_hashes(state) != (manifest["parameters_sha256"], manifest["state_sha256"]):
+    parameters, whole = state_hashes(state)
+    if (parameters, whole) != (manifest["parameters_sha256"], manifest["state_sha256"]):
         raise CheckpointError(f"{path}: its state_sha256 is not the one in the manifest")
-    return state
+    return Written(step, path, parameters, whole), state
 
 
-def newest_valid(directory: Path) -> tuple[Path, State] | None:
+def newest_valid(directory: Path) -> tuple[Written, State] | None:
     """The newest checkpoint that verifies, or None."""
     for path in checkpoints(directory):
         try:
-            return path, read_checkpoint(path)
+            return _read(path)
         except CheckpointError:
             continue
     return None

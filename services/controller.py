@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 
-from ps.checkpoint import newest_valid, state_hashes
+from ps.checkpoint import newest_valid
 from ps.config import JobConfig, ServerAddress
 from ps.leader import Phase
 from ps.messages import StepRecord
@@ -134,9 +134,11 @@ class Controller(threading.Thread):
         restored = newest_valid(self._settings.checkpoints_of(self.job))
         step = 0
         if restored is not None:
-            step = restored[1].step
-            parameters, state = state_hashes(restored[1])
-            self.result = replace(self.result, parameters_sha256=parameters, state_sha256=state)
+            written = restored[0]
+            step = written.step
+            self.result = replace(
+                self.result, parameters_sha256=written.parameters_sha256, state_sha256=written.state_sha256
+            )
         del restored
         self._store.rewind(self.job, step)
         self._set_step(step)

@@ -145,7 +145,7 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         newest = newest_valid(self._service.settings.checkpoints_of(row.id))
         if newest is None:
             raise ConflictError(f"{row.name} has no checkpoint yet; it is at step {row.result.step}")
-        for path in sorted(newest[0].iterdir()):
+        for path in sorted(newest[0].path.iterdir()):
             with path.open("rb") as file:
                 while piece := file.read(CHUNK_BYTES):
                     yield pb.DownloadCheckpointResponse(file=path.name, data=piece)
