@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 PERSIST_SECONDS = 1.0
+ANY_LIFE = -1  # instead of an incarnation: the action outlives it
 
 
 @dataclass
@@ -101,11 +102,12 @@ class Controller(threading.Thread):
 
     def ask(self, verb: str, workers: int = 0) -> None:
         """Have a verb carried out: pause, resume, cancel, scale."""
-        self._post(lambda: self._obey(verb, workers), always=True)
+        self._inbox.put((ANY_LIFE, lambda: self._obey(verb, workers)))
 
-    def _post(self, action: Callable[[], None], *, always: bool = False) -> None:
-        """Queue an action. Unless `always`, it is dropped when its life of the job is over by then."""
-        self._inbox.put((-1 if always else self._incarnation, action))
+    def _in_this_life(self) -> Callable[[Callable[[], None]], None]:
+        """What queues an action, which is dropped when the present life of the job is over by then."""
+        incarnation = self._incarnation
+        return lambda action: self._inbox.put((incarnation, action))
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -155,16 +157,17 @@ class Controller(threading.Thread):
             num_servers=placement.servers,
             checkpoint_directory=self._settings.checkpoints_of(self.job),
         )
+        post = self._in_this_life()
         try:
             started = self._placement.start_servers(
-                self._config, lambda i, end: self._post(lambda: self._server_ended(i, end))
+                self._config, lambda i, end: post(lambda: self._server_ended(i, end))
             )
         except Exception as error:
             return self._recover(f"the servers did not start: {error}")
         self._addresses = [address for address, _ in started]
         self._servers = [where for _, where in started]
         self._supervision = Supervision(
-            self._addresses[0].network, self._config, lambda report: self._post(lambda: self._on_report(report))
+            self._addresses[0].network, self._config, lambda report: post(lambda: self._on_report(report))
         )
         self._workers = {}
         if self._pause_wanted:
@@ -179,7 +182,7 @@ class Controller(threading.Thread):
             incarnation, action = self._inbox.get(timeout=POLL_SECONDS)
         except Empty:
             return
-        if incarnation in (-1, self._incarnation):
+        if incarnation in (ANY_LIFE, self._incarnation):
             action()
 
     def _is_over(self) -> bool:
@@ -252,13 +255,14 @@ class Controller(threading.Thread):
         assert self._config is not None  # noqa: S101  # only called in a life
         generation = next(self._generations)
         self._workers[name] = _Worker(generation)
+        post = self._in_this_life()
         self._placement.start_worker(
             self._config,
             name,
             generation,
             self._addresses,
-            lambda started: self._post(lambda: self._worker_started(name, generation, started)),
-            lambda end: self._post(lambda: self._worker_ended(name, generation, end)),
+            lambda started: post(lambda: self._worker_started(name, generation, started)),
+            lambda end: post(lambda: self._worker_ended(name, generation, end)),
         )
         self._publish()
 
