@@ -139,24 +139,20 @@ class Shard:
         return tuple(g for g in parts if g.start < g.stop)
 
     @cached_property
-    def blocks(self) -> tuple[tuple[int, int], ...]:
-        """The (start, stop) of each block, in layout offsets."""
-        edges = [*range(self.start, self.stop, BLOCK_NUMEL), self.stop]
-        return tuple(pairwise(edges))
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """The (start, stop) of each segment, in elements from the start of the shard.
 
-    @cached_property
-    def segment_starts(self) -> tuple[tuple[int, ...], ...]:
-        """For each block, where its segments start, relative to the block.
-
-        A segment is one parameter's part of one block; it runs to the next one's start, over zero padding.
+        A segment is one parameter's part of one block; it runs over zero padding to the end of its 64-byte line.
         """
-        starts: dict[int, list[int]] = {block: [] for block, _ in self.blocks}
+        line = PARAMETER_ALIGNMENT_BYTES // self.layout.itemsize
+        segments = []
         for p in self.layout.parameters:
+            stop = align(p.offset + p.numel, line)
             for block in p.blocks:
-                begin = block * BLOCK_NUMEL
-                if begin in starts:
-                    starts[begin].append(max(p.offset, begin) - begin)
-        return tuple(tuple(starts[block]) for block, _ in self.blocks)
+                start = block * BLOCK_NUMEL
+                if self.start <= start < self.stop:
+                    segments.append((max(p.offset, start) - self.start, min(stop, start + BLOCK_NUMEL) - self.start))
+        return tuple(segments)
 
 
 def shards(layout: Layout, num_servers: int) -> tuple[Shard, ...]:

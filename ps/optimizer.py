@@ -6,13 +6,15 @@ per parameter would. State is exported under parameter names with torch.optim's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from ps.layout import Placed, Shard
+from ps.threads import Threads
 from steepest.spec import HYPER_PARAMETERS, OptimizerSpec
 
 _CLASSES: dict[str, type[torch.optim.Optimizer]] = {
@@ -24,7 +26,6 @@ _CLASSES: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
-_FUSED = {"sgd", "momentum", "nesterov", "adagrad", "adam", "adamw"}
 DEFAULT_MOMENTUM = 0.9
 
 
@@ -54,20 +55,123 @@ class StatePart:
     values: torch.Tensor
 
 
-class ShardOptimizer:
-    """The optimizer of one shard. `parameters` is the shard's part of the layout, updated in place."""
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One thread's part of one group. start, stop: in elements from the start of the shard.
 
-    def __init__(self, spec: OptimizerSpec, shard: Shard, parameters: torch.Tensor) -> None:
+    state: torch.optim's, cut likewise. count: its number of updates. options: the group's hyper-parameters.
+    """
+
+    start: int
+    stop: int
+    parameters: torch.Tensor
+    state: dict[str, torch.Tensor]
+    count: torch.Tensor | None
+    options: dict[str, Any]
+
+
+def _counts(piece: _Piece) -> list[torch.Tensor]:
+    return [] if piece.count is None else [piece.count]
+
+
+def _adam(kernel: Callable[..., None]) -> _Kernel:
+    def update(piece: _Piece, gradient: torch.Tensor, lr: float, scale: torch.Tensor | None) -> None:
+        state, options = piece.state, piece.options
+        kernel(
+            [piece.parameters],
+            [gradient],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [state["max_exp_avg_sq"]] if options["amsgrad"] else [],
+            _counts(piece),
+            amsgrad=options["amsgrad"],
+            lr=lr,
+            beta1=options["betas"][0],
+            beta2=options["betas"][1],
+            weight_decay=options["weight_decay"],
+            eps=options["eps"],
+            maximize=False,
+            grad_scale=scale,
+            found_inf=None,
+        )
+
+    return update
+
+
+def _sgd(piece: _Piece, gradient: torch.Tensor, lr: float, scale: torch.Tensor | None) -> None:
+    options = piece.options
+    torch._fused_sgd_(
+        [piece.parameters],
+        [gradient],
+        [piece.state["momentum_buffer"]] if options["momentum"] else [],
+        weight_decay=options["weight_decay"],
+        momentum=options["momentum"],
+        lr=lr,
+        dampening=options["dampening"],
+        nesterov=options["nesterov"],
+        maximize=False,
+        is_first_step=False,
+        grad_scale=scale,
+        found_inf=None,
+    )
+
+
+def _adagrad(piece: _Piece, gradient: torch.Tensor, lr: float, scale: torch.Tensor | None) -> None:
+    options = piece.options
+    torch._fused_adagrad_(
+        [piece.parameters],
+        [gradient],
+        [piece.state["sum"]],
+        _counts(piece),
+        lr=lr,
+        lr_decay=options["lr_decay"],
+        weight_decay=options["weight_decay"],
+        eps=options["eps"],
+        maximize=False,
+        grad_scale=scale,
+        found_inf=None,
+    )
+
+
+_Kernel = Callable[[_Piece, torch.Tensor, float, torch.Tensor | None], None]
+_KERNELS: dict[str, _Kernel] = {
+    "sgd": _sgd,
+    "momentum": _sgd,
+    "nesterov": _sgd,
+    "adagrad": _adagrad,
+    "adam": _adam(torch._fused_adam_),
+    "adamw": _adam(torch._fused_adamw_),
+}
+
+
+class ShardOptimizer:
+    """The optimizer of one shard. `parameters` is the shard's part of the layout, updated in place.
+
+    ranges: of the shard's elements, one for each thread.
+    """
+
+    def __init__(
+        self,
+        spec: OptimizerSpec,
+        shard: Shard,
+        parameters: torch.Tensor,
+        threads: Threads,
+        ranges: Sequence[tuple[int, int]],
+    ) -> None:
         self._shard = shard
+        self._threads = threads
+        self._ranges = ranges
         self._parts = [parameters[g.start - shard.start : g.stop - shard.start] for g in shard.groups]
+        self._kernel = _KERNELS.get(spec.name)
         # The scale of a gradient goes into the fused kernel's own pass; that takes it as float32.
-        self._folds_scale = spec.name in _FUSED and parameters.dtype == torch.float32
+        self._folds_scale = self._kernel is not None and parameters.dtype == torch.float32
         self._scale = torch.ones((), dtype=torch.float32)
+        self._pieces: list[list[_Piece]] = []  # for each thread
         self._optimizer: torch.optim.Optimizer | None = None
         if not self._parts:
             return
         options = torch_options(spec)
-        if spec.name in _FUSED:
+        if self._kernel is not None:
             options["fused"] = True
         groups: list[dict[str, Any]] = []
         for part, group in zip(self._parts, shard.groups, strict=True):
@@ -86,22 +190,63 @@ class ShardOptimizer:
         if self._optimizer is None:
             return 0.0
         clamped = 0.0
+        scale = None
         if max_value is not None:
             gradient.mul_(1.0 / divisor).clamp_(-max_value, max_value)
             clamped = float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
         elif self._folds_scale:
-            self._scale.fill_(divisor / coefficient)
+            scale = self._scale.fill_(divisor / coefficient)
         else:
             gradient.mul_(coefficient / divisor)
+        if self._pieces:
+            self._step_pieces(gradient, lr, scale)
+        else:
+            self._step_whole(self._optimizer, gradient, lr, scale)
+        return clamped
+
+    def _step_whole(
+        self, optimizer: torch.optim.Optimizer, gradient: torch.Tensor, lr: float, scale: torch.Tensor | None
+    ) -> None:
+        """torch.optim's own step. The first one makes the state; later ones go the short way if there is one."""
         if self._folds_scale:
             # torch.amp's protocol: the fused kernels divide the gradient by this while they read it.
-            self._optimizer.grad_scale = None if max_value is not None else self._scale  # type: ignore[attr-defined]
-        for part, range_ in zip(self._parts, self._shard.groups, strict=True):
-            part.grad = gradient[range_.start - self._shard.start : range_.stop - self._shard.start]
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
-        return clamped
+            optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        for part, group in zip(self._parts, self._shard.groups, strict=True):
+            part.grad = gradient[group.start - self._shard.start : group.stop - self._shard.start]
+        for options in optimizer.param_groups:
+            options["lr"] = lr
+        optimizer.step()
+        for part in self._parts:
+            part.grad = None
+        if self._kernel is not None:
+            self._pieces = [self._cut(optimizer, low, high) for low, high in self._ranges]
+
+    def _cut(self, optimizer: torch.optim.Optimizer, low: int, high: int) -> list[_Piece]:
+        """The pieces in the elements [low, high) of the shard."""
+        pieces = []
+        for part, group, options in zip(self._parts, self._shard.groups, optimizer.param_groups, strict=True):
+            first = group.start - self._shard.start
+            start, stop = max(low, first), min(high, group.stop - self._shard.start)
+            if start < stop:
+                cut = slice(start - first, stop - first)
+                own = {n: v for n, v in optimizer.state.get(part, {}).items() if isinstance(v, torch.Tensor)}
+                state = {name: value[cut] for name, value in own.items() if value.dim()}
+                pieces.append(_Piece(start, stop, part[cut], state, own.get("step"), options))
+        return pieces
+
+    def _step_pieces(self, gradient: torch.Tensor, lr: float, scale: torch.Tensor | None) -> None:
+        """What torch.optim's step comes down to, without the way there, and on all threads."""
+        kernel = self._kernel
+        assert kernel is not None  # noqa: S101  # there are no pieces without one
+        for count in {id(p.count): p.count for pieces in self._pieces for p in pieces}.values():
+            if count is not None:
+                count.add_(1)
+
+        def update(pieces: list[_Piece]) -> None:
+            for piece in pieces:
+                kernel(piece, gradient[piece.start : piece.stop], lr, scale)
+
+        self._threads.run([partial(update, pieces) for pieces in self._pieces])
 
     def _overlaps(self) -> Iterator[tuple[torch.Tensor, Placed, int, int, int]]:
         """For each flat part and each parameter in it: part, parameter, start in part, start in parameter, length."""

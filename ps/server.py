@@ -7,6 +7,7 @@ besides its shard; the others (followers) report to it.
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import threading
 import time
@@ -102,6 +103,7 @@ class ParameterServer(pb_grpc.ParameterExchangeServiceServicer):
             max_value=self._plan.max_value,
             step=step,
             initialized=restored is not None,
+            num_threads=max(1, (os.cpu_count() or 1) // self.config.num_servers),
         )
         if restored is not None:
             self._server.optimizer.import_state(restored[1].optimizer)

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from ps.layout import Shard
 from ps.messages import Decision, Round
 from ps.optimizer import ShardOptimizer
-from ps.reduction import Measurer, reduce_and_measure
-from ps.tree import Node, addition_plan, is_covered
+from ps.reduction import Reducer
+from ps.threads import Threads, split
+from ps.tree import Node, addition_plan
 from steepest.spec import OptimizerSpec
 
 
@@ -47,18 +48,22 @@ class ShardServer:
         max_value: float | None,
         step: int = 0,
         initialized: bool = False,
+        num_threads: int = 1,
     ) -> None:
+        ranges = split(shard, num_threads)
+        threads = Threads(len(ranges))
         self.shard = shard
         self.parameters = parameters
-        self.optimizer = ShardOptimizer(optimizer, shard, parameters)
+        self.optimizer = ShardOptimizer(optimizer, shard, parameters, threads, ranges)
         self.step = step
         self.initialized = initialized
         self._num_leaves = num_leaves
         self._max_value = max_value
         self._held: dict[Node, torch.Tensor | None] = {}
+        self._covered = 0  # a bit for each micro-batch in `_held`
         self._sum: torch.Tensor | None = None
         self._reduced = False
-        self._measurer = Measurer()
+        self._reducer = Reducer(shard, threads, ranges)
 
     @property
     def _root(self) -> Node:
@@ -74,25 +79,24 @@ class ShardServer:
             return Outcome.AHEAD
         if not self._is_current(step, kind) or self._reduced:
             return Outcome.LATE
-        fresh = [(node, value) for node, value in nodes if not self._has(node)]
-        self._held.update(fresh)
+        # Nodes of the tree are nested or disjoint, so the sum of a node is held, as it is, in parts, or as a part of
+        # another, exactly when each of its micro-batches is.
+        fresh = [(node, value) for node, value in nodes if node.leaves & ~self._covered]
+        for node, value in fresh:
+            self._held[node] = value
+            self._covered |= node.leaves
         return Outcome.ACCEPTED if fresh else Outcome.DUPLICATE
-
-    def _has(self, node: Node) -> bool:
-        """Whether the sum of `node` is held, as it is, in parts, or as a part of another."""
-        within_another = any(held.low <= node.low and node.high <= held.high for held in self._held)
-        return within_another or is_covered(node, self._held)
 
     @property
     def is_complete(self) -> bool:
         """Whether the round's sum can be made, and has not been."""
-        return not self._reduced and is_covered(self._root, self._held)
+        return not self._reduced and not self._root.leaves & ~self._covered
 
     def reduce(self) -> NDArray[np.float64]:
         """Add up the round and return the sum of squares of each segment of the shard."""
         plan, root = addition_plan(self._root, {node: value is not None for node, value in self._held.items()})
         values = {node: value for node, value in self._held.items() if value is not None}
-        sums = reduce_and_measure(self.shard, plan, root, values, self._measurer)
+        sums = self._reducer(plan, root, values)
         self._sum = values[root] if root is not None else None
         self._reduced = True
         return sums
@@ -122,6 +126,7 @@ class ShardServer:
                 )
             self.step += 1
         self._held.clear()
+        self._covered = 0
         self._sum = None
         self._reduced = False
         return clamped

@@ -7,7 +7,7 @@ of the assignment of ranges and of the order of arrival.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -21,6 +21,11 @@ class Node(NamedTuple):
     def is_leaf(self) -> bool:
         """Whether it is one micro-batch."""
         return self.high - self.low == 1
+
+    @property
+    def leaves(self) -> int:
+        """Its micro-batches as a set of bits."""
+        return (1 << self.high) - (1 << self.low)
 
     def halves(self) -> tuple[Node, Node]:
         """Its two children. Only for a node that is no leaf."""
@@ -39,13 +44,6 @@ def maximal_nodes(low: int, high: int, num_leaves: int) -> list[Node]:
                 yield from inside(half)
 
     return list(inside(Node(0, num_leaves))) if low < high else []
-
-
-def is_covered(node: Node, held: Collection[Node]) -> bool:
-    """Whether the sum of `node` can be made from the nodes held."""
-    if node in held:
-        return True
-    return not node.is_leaf and all(is_covered(half, held) for half in node.halves())
 
 
 def addition_plan(node: Node, present: dict[Node, bool]) -> tuple[list[tuple[Node, Node]], Node | None]:

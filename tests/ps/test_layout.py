@@ -45,10 +45,15 @@ def test_shards_own_whole_blocks_and_everything_once(shapes: list[tuple[int, ...
 @given(SHAPES, st.integers(1, 5))
 def test_segments_do_not_depend_on_the_number_of_shards(shapes: list[tuple[int, ...]], num_servers: int) -> None:
     layout = build_layout(described(shapes))
-    whole = [starts for s in shards(layout, 1) for starts in s.segment_starts]
-    split = [starts for s in shards(layout, num_servers) for starts in s.segment_starts]
-    assert whole == split
-    assert sum(map(len, whole)) == len(layout.segment_owners)
+    whole, split = (
+        [(s.start + start, s.start + stop) for s in shards(layout, count) for start, stop in s.segments]
+        for count in (1, num_servers)
+    )
+    assert whole == split == sorted(whole)
+    assert len(whole) == len(layout.segment_owners)
+    covered = sorted(i for start, stop in whole for i in range(start, stop))
+    assert set(covered) >= {i for p in layout.parameters for i in range(p.offset, p.offset + p.numel)}
+    assert len(covered) == len(set(covered))
 
 
 def test_views_have_the_parameters_own_shapes() -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from ps.layout import build_layout, shards
+from ps.layout import Shard, build_layout, shards
 from ps.optimizer import ShardOptimizer, torch_class, torch_options
+from ps.threads import Threads, split
 from steepest.spec import OPTIMIZER_NAMES, OptimizerSpec
 from tests.ps.models import described
 
@@ -32,6 +33,11 @@ def _reference(spec: OptimizerSpec, parameters: list[torch.nn.Parameter]) -> tor
     return torch_class(spec)(groups, **torch_options(spec))
 
 
+def _shard_optimizer(spec: OptimizerSpec, shard: Shard, flat: torch.Tensor, num_threads: int = 1) -> ShardOptimizer:
+    ranges = split(shard, num_threads)
+    return ShardOptimizer(spec, shard, flat, Threads(len(ranges)), ranges)
+
+
 def _run(spec: OptimizerSpec, num_servers: int, dtype: torch.dtype, steps: int = 20) -> tuple[Any, ...]:
     layout = build_layout(
         described(SHAPES, str(dtype).removeprefix("torch.")), decay_biases_and_norms=spec.decay_biases_and_norms
@@ -44,7 +50,7 @@ def _run(spec: OptimizerSpec, num_servers: int, dtype: torch.dtype, steps: int =
         parameters.append(torch.nn.Parameter(view.clone()))
     reference = _reference(spec, parameters)
     cut = shards(layout, num_servers)
-    optimizers = [ShardOptimizer(spec, s, flat[s.start : s.stop]) for s in cut]
+    optimizers = [_shard_optimizer(spec, s, flat[s.start : s.stop]) for s in cut]
     for step in range(steps):
         lr = spec.base_lr * (1 - step / 40)
         gradient = torch.zeros(layout.numel, dtype=dtype)
@@ -87,6 +93,26 @@ def test_bits_and_state_do_not_depend_on_the_number_of_shards(name: str, extra: 
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_NAMES)
+@pytest.mark.parametrize("decay_biases_and_norms", [True, False])
+def test_bits_do_not_depend_on_the_number_of_threads(name: str, decay_biases_and_norms: bool) -> None:
+    layout = build_layout(described([(1_000, 900), (900,), (400_000,)]), decay_biases_and_norms=decay_biases_and_norms)
+    (shard,) = shards(layout, 1)
+    spec = OptimizerSpec(name=name, decay_biases_and_norms=decay_biases_and_norms)  # type: ignore[arg-type]
+    flats = []
+    for num_threads in (1, 2, 4):
+        generator = torch.Generator().manual_seed(0)
+        flat = torch.randn(layout.numel, generator=generator)
+        optimizer = _shard_optimizer(spec, shard, flat, num_threads)
+        for _ in range(4):
+            gradient = torch.randn(layout.numel, generator=generator)
+            optimizer.step(gradient, lr=0.01, divisor=3.0, coefficient=0.5, max_value=None)
+        flats.append(flat)
+    assert len(split(shard, 4)) == 4
+    assert torch.equal(flats[0], flats[1])
+    assert torch.equal(flats[0], flats[2])
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_NAMES)
 def test_exported_state_is_that_of_torch_optim_under_its_names(name: str) -> None:
     spec = OptimizerSpec(name=name)  # type: ignore[arg-type]
     layout, _, parameters, reference, _, optimizers = _run(spec, 2, torch.float64)
@@ -116,7 +142,7 @@ def test_going_on_from_exported_state_gives_the_same_bits(name: str) -> None:
         state[key].view(-1)[part.offset : part.offset + part.values.numel()] = part.values
     copy = flat.clone()
     (whole,) = shards(layout, 1)
-    restored = ShardOptimizer(spec, whole, copy)
+    restored = _shard_optimizer(spec, whole, copy)
     restored.import_state(state)
     gradient = torch.randn(layout.numel, generator=torch.Generator().manual_seed(9))
     for s, optimizer in zip(shards(layout, 2), optimizers, strict=True):
@@ -130,7 +156,7 @@ def test_a_clip_by_value_bounds_every_element_and_reports_the_norm() -> None:
     layout = build_layout(described([(4,)], "float64"))
     flat = torch.zeros(layout.numel, dtype=torch.float64)
     (shard,) = shards(layout, 1)
-    optimizer = ShardOptimizer(OptimizerSpec(name="sgd", lr=1.0), shard, flat)
+    optimizer = _shard_optimizer(OptimizerSpec(name="sgd", lr=1.0), shard, flat)
     gradient = torch.zeros(layout.numel, dtype=torch.float64)
     gradient[:4] = torch.tensor([10.0, -10.0, 1.0, 0.0])
     clamped = optimizer.step(gradient, lr=1.0, divisor=2.0, coefficient=1.0, max_value=3.0)

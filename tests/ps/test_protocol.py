@@ -23,7 +23,7 @@ from steepest.spec import OptimizerSpec, ScheduleSpec
 from tests.ps.models import described
 
 STEPS, LEAVES = 5, 6
-LAYOUT = build_layout(described([(70_000,), (70_000,)]))
+LAYOUT = build_layout(described([(70_016,), (70_016,)]))  # without padding, for what lies there is not added
 SPEC = OptimizerSpec(name="momentum", lr=0.1)
 
 

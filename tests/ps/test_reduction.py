@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ps.layout import BLOCK_NUMEL, build_layout, shards
-from ps.reduction import Measurer, reduce_and_measure
+from ps.layout import BLOCK_NUMEL, Shard, build_layout, shards
+from ps.reduction import Reducer
+from ps.threads import Threads, split
 from ps.tree import Node, addition_plan
 from tests.ps.models import described
 
@@ -26,6 +27,27 @@ def _gradients(count: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return flats
 
 
+def _reducer(shard: Shard, num_threads: int = 1) -> Reducer:
+    ranges = split(shard, num_threads)
+    return Reducer(shard, Threads(len(ranges)), ranges)
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2, 5])
+def test_threads_do_not_show_in_the_bits(num_nodes: int) -> None:
+    layout = build_layout(described([(1_000, 900), (900,), (400_000,)]))
+    (shard,) = shards(layout, 1)
+    nodes = [Node(i, i + 1) for i in range(num_nodes)]
+    plan, root = addition_plan(Node(0, num_nodes), dict.fromkeys(nodes, True))
+    results = []
+    for num_threads in (1, 4):
+        generator = torch.Generator().manual_seed(0)
+        gradients = {node: torch.randn(layout.numel, generator=generator) for node in nodes}
+        sums = _reducer(shard, num_threads)(plan, root, gradients)
+        results.append((sums.tobytes(), gradients[nodes[0]]))
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("num_servers", [1, 2, 3, 7])
 def test_sum_and_norms_have_the_same_bits_for_any_number_of_shards(num_servers: int, dtype: torch.dtype) -> None:
@@ -36,13 +58,7 @@ def test_sum_and_norms_have_the_same_bits_for_any_number_of_shards(num_servers: 
     plan, root = addition_plan(Node(0, 3), dict.fromkeys(nodes, True))
     total = np.concatenate(
         [
-            reduce_and_measure(
-                shard,
-                plan,
-                root,
-                {n: g[shard.start : shard.stop] for n, g in zip(nodes, gradients, strict=True)},
-                Measurer(),
-            )
+            _reducer(shard)(plan, root, {n: g[shard.start : shard.stop] for n, g in zip(nodes, gradients, strict=True)})
             for shard in shards(layout, num_servers)
         ]
     )
@@ -55,8 +71,8 @@ def test_sum_and_norms_have_the_same_bits_for_any_number_of_shards(num_servers: 
     assert total.tobytes() == one.tobytes()
 
 
-def _measure(shard: object, flat: torch.Tensor) -> np.ndarray:
-    return reduce_and_measure(shard, [], Node(0, 1), {Node(0, 1): flat}, Measurer())  # type: ignore[arg-type]
+def _measure(shard: Shard, flat: torch.Tensor) -> np.ndarray:
+    return _reducer(shard)([], Node(0, 1), {Node(0, 1): flat})
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -13,7 +13,7 @@ from tests.ps.models import described
 
 @pytest.fixture
 def shard() -> ShardServer:
-    (whole,) = shards(build_layout(described([(8,)])), 1)
+    (whole,) = shards(build_layout(described([(64,)])), 1)
     return ShardServer(
         whole,
         torch.zeros(whole.numel),
