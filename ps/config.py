@@ -25,14 +25,14 @@ CHUNK_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class ServerAddress:
-    """Where a server listens. network: host:port of its gRPC port.
+    """Where a server listens. control: host:port of its gRPC port, for the controller.
 
-    local, followers: its sockets on its own host, for workers and for the other servers.
+    network: host:port for workers and other servers; local: the same as a Unix socket on its own host.
     """
 
+    control: str
     network: str
     local: str
-    followers: str
 
 
 @dataclass(frozen=True)

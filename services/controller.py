@@ -167,7 +167,7 @@ class Controller(threading.Thread):
         self._addresses = [address for address, _ in started]
         self._servers = [where for _, where in started]
         self._supervision = Supervision(
-            self._addresses[0].network, self._config, lambda report: post(lambda: self._on_report(report))
+            self._addresses[0].control, self._config, lambda report: post(lambda: self._on_report(report))
         )
         self._workers = {}
         if self._pause_wanted:

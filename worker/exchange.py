@@ -1,28 +1,22 @@
-"""A worker's side of the exchange: one stream to each server, gradients out, parameters in.
-
-A stream is a local socket to a server on the same host, else gRPC.
-"""
+"""A worker's side of the exchange: one stream to each server, gradients out, parameters in."""
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from queue import SimpleQueue
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
-import grpc
 import torch
 
 from ps import convert
-from ps.config import GRPC_OPTIONS, JobConfig, ServerAddress
+from ps.config import JobConfig, ServerAddress
 from ps.layout import Shard, shards
-from ps.local import Connection, connect
 from ps.messages import PROTOCOL, Assign, Failure, Push, Round
-from ps.peer import chunks
+from ps.peer import chunks, place
 from ps.segment import Segment
+from ps.stream import Connection, Role, StreamError, call
 from steepest.v1 import exchange_pb2 as pb
-from steepest.v1 import exchange_pb2_grpc as pb_grpc
 
 
 class RefusedError(Exception):
@@ -31,16 +25,15 @@ class RefusedError(Exception):
 
 @dataclass
 class _Link:
-    """The stream to one server."""
+    """The stream to one server. version: of the parameters that came in chunks."""
 
     shard: Shard
-    send: Callable[[pb.WorkerMessage], None]
+    connection: Connection[pb.ServerMessage]
     replies: Iterator[pb.ServerMessage]
-    close: Callable[[], None]
     slots_mapped: bool = False
     parameters: Segment | None = None
     version: int = -1
-    chunks: SimpleQueue[pb.Chunk | None] = field(default_factory=SimpleQueue)
+    is_gone: bool = False
 
 
 class Exchange:
@@ -48,7 +41,7 @@ class Exchange:
 
     addresses: of all servers, the leader first. slots: the memory the gradients lie in.
 
-    Raises RefusedError, or grpc.RpcError when a server cannot be reached.
+    Raises RefusedError, or OSError when a server cannot be reached.
     """
 
     def __init__(
@@ -67,7 +60,7 @@ class Exchange:
         )
         self._links: list[_Link] = []
         for shard, address in reversed(list(zip(shards(self._layout, len(addresses)), addresses, strict=True))):
-            self._links.insert(0, self._open(shard, address, hello, local=not inline))
+            self._links.insert(0, self._open(shard, address, hello, inline=inline))
         self._leader = self._links[0]
         shared = self._leader.parameters
         self._is_shared = shared is not None and all(
@@ -77,18 +70,21 @@ class Exchange:
         self.parameters = (
             shared.tensor(dtype, numel) if shared is not None and self._is_shared else torch.zeros(numel, dtype=dtype)
         )
+        self._arrival = threading.Condition()
+        for link in self._links:
+            link.connection.sink = partial(self._sink, link)
         for link in self._links[1:]:
             threading.Thread(target=self._listen, args=(link,), daemon=True).start()
 
-    def _open(self, shard: Shard, address: ServerAddress, hello: pb.Hello, *, local: bool) -> _Link:
-        connection = connect(address.local, pb.ServerMessage.FromString) if local else None
-        link = _over_grpc(shard, address.network) if connection is None else _over_socket(shard, connection)
-        link.send(pb.WorkerMessage(hello=hello))
+    def _open(self, shard: Shard, address: ServerAddress, hello: pb.Hello, *, inline: bool) -> _Link:
+        connection = call(address, Role.WORKER, pb.ServerMessage.FromString, inline=inline)
+        connection.send(pb.WorkerMessage(hello=hello))
+        link = _Link(shard, connection, iter(connection))
         first = next(link.replies, None)
         if first is None:
             raise ConnectionError(f"server {shard.index} is gone")
         if first.WhichOneof("message") != "welcome":
-            link.close()
+            connection.release()
             raise RefusedError(f"server {shard.index}: {first.refusal.reason}")
         link.slots_mapped = first.welcome.slots_mapped
         if first.welcome.HasField("parameters"):
@@ -97,29 +93,45 @@ class Exchange:
                 raise RefusedError(f"server {shard.index}: its parameters cannot be mapped; use transport = inline")
         return link
 
+    def _sink(self, link: _Link, message: pb.ServerMessage, num_bytes: int) -> memoryview:
+        """Where a piece of the parameters belongs."""
+        if message.WhichOneof("message") != "chunk":
+            raise StreamError(f"a tensor of {num_bytes} bytes is not expected here")
+        return place(self.parameters[link.shard.start : link.shard.stop], message.chunk, num_bytes)
+
     def _listen(self, link: _Link) -> None:
-        with contextlib.suppress(grpc.RpcError):
+        try:
             for message in link.replies:
-                if message.WhichOneof("message") == "chunk":
-                    link.chunks.put(message.chunk)
-        link.chunks.put(None)
+                self._on_chunk(link, message)
+        finally:
+            with self._arrival:
+                link.is_gone = True
+                self._arrival.notify()
+
+    def _on_chunk(self, link: _Link, message: pb.ServerMessage) -> None:
+        if message.WhichOneof("message") == "chunk" and message.chunk.last:
+            with self._arrival:
+                link.version = message.chunk.step
+                self._arrival.notify()
 
     def assignments(self) -> Iterator[Assign]:
-        """What the leader asks for, one at a time, until it dismisses this worker or is gone."""
-        try:
-            for message in self._leader.replies:
-                match message.WhichOneof("message"):
-                    case "assign":
-                        assign = convert.assign_from_proto(message.assign)
-                        if assign.kind != Round.INITIALIZE:
-                            self._pull(assign.step)
-                        yield assign
-                    case "chunk":
-                        self._write(self._leader, message.chunk)
-                    case "stop":
-                        return
-        except grpc.RpcError as error:
-            raise ConnectionError(f"the leader is gone: {error.code()}") from None
+        """What the leader asks for, one at a time, until it dismisses this worker or is gone.
+
+        Raises ConnectionError for that, RefusedError when a server finds fault with this worker.
+        """
+        for message in self._leader.replies:
+            match message.WhichOneof("message"):
+                case "assign":
+                    assign = convert.assign_from_proto(message.assign)
+                    if assign.kind != Round.INITIALIZE:
+                        self._pull(assign.step)
+                    yield assign
+                case "chunk":
+                    self._on_chunk(self._leader, message)
+                case "refusal":
+                    raise RefusedError(f"server 0: {message.refusal.reason}")
+                case "stop":
+                    return
         raise ConnectionError("the leader is gone")
 
     def _pull(self, version: int) -> None:
@@ -132,29 +144,23 @@ class Exchange:
                 part = slice(link.shard.start, link.shard.stop)
                 self.parameters[part] = flat[part]
                 continue
-            while link.version < version:
-                chunk = link.chunks.get()
-                if chunk is None:
+            with self._arrival:
+                self._arrival.wait_for(lambda link=link: link.is_gone or link.version >= version)  # type: ignore[misc]
+                if link.version < version:
                     raise ConnectionError(f"server {link.shard.index} is gone")
-                self._write(link, chunk)
-
-    def _write(self, link: _Link, chunk: pb.Chunk) -> None:
-        if chunk.data:
-            values = torch.frombuffer(bytearray(chunk.data), dtype=self._layout.dtype)
-            start = link.shard.start + chunk.offset // self._layout.itemsize
-            self.parameters[start : start + values.numel()] = values
-        if chunk.last:
-            link.version = chunk.step
 
     def push(self, push: Push, slots: torch.Tensor) -> None:
-        """Give an answer to every server that waits for it. slots: shape (slots, layout.numel)."""
+        """Give an answer to every server that waits for it.
+
+        slots: shape (slots, layout.numel); what is pushed stays as it is until the next step.
+        """
         to_followers = convert.push_to_proto(replace(push, leaves=(), buffers=None))
         if push.kind in (Round.TRAIN, Round.INITIALIZE):
             for link in self._links[1:]:
                 self._send_gradients(link, push, slots)
-                link.send(pb.WorkerMessage(push=to_followers))
+                link.connection.send(pb.WorkerMessage(push=to_followers))
             self._send_gradients(self._leader, push, slots)
-        self._leader.send(pb.WorkerMessage(push=convert.push_to_proto(push)))
+        self._leader.connection.send(pb.WorkerMessage(push=convert.push_to_proto(push)))
 
     def _send_gradients(self, link: _Link, push: Push, slots: torch.Tensor) -> None:
         if link.slots_mapped:
@@ -162,31 +168,14 @@ class Exchange:
         for node in push.nodes:
             if node.slot is not None:
                 flat = slots[node.slot, link.shard.start : link.shard.stop]
-                for chunk in chunks(flat, step=push.step, slot=node.slot):
-                    link.send(pb.WorkerMessage(chunk=chunk))
+                for chunk, data in chunks(flat, step=push.step, slot=node.slot):
+                    link.connection.send(pb.WorkerMessage(chunk=chunk), data)
 
     def fail(self, failure: Failure) -> None:
         """Tell the leader that user code failed."""
-        self._leader.send(pb.WorkerMessage(failure=convert.failure_to_proto(failure)))
+        self._leader.connection.send(pb.WorkerMessage(failure=convert.failure_to_proto(failure)))
 
     def close(self) -> None:
         """End all streams in good order."""
         for link in self._links:
-            link.close()
-
-
-def _over_grpc(shard: Shard, address: str) -> _Link:
-    channel = grpc.insecure_channel(address, options=GRPC_OPTIONS)
-    outbox: SimpleQueue[pb.WorkerMessage | None] = SimpleQueue()
-    stub = pb_grpc.ParameterExchangeServiceStub(channel)
-    replies = stub.Exchange(iter(outbox.get, None), wait_for_ready=True)
-
-    def close() -> None:
-        outbox.put(None)
-        channel.close()
-
-    return _Link(shard, outbox.put, replies, close)
-
-
-def _over_socket(shard: Shard, connection: Connection[pb.ServerMessage]) -> _Link:
-    return _Link(shard, connection.send, iter(connection), connection.close)
+            link.connection.close()

@@ -248,22 +248,20 @@ Global___Push: _TypeAlias = Push  # noqa: Y015
 
 @_typing.final
 class Chunk(_message.Message):
-    """A piece of a tensor, raw little-endian."""
+    """A piece of a tensor; its bytes, raw little-endian, follow the message."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_FIELD_NUMBER: _builtins.int
     SLOT_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
-    DATA_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     slot: _builtins.int
     """Gradients: the slot. Parameters: unused. State: unused."""
     offset: _builtins.int
-    """In bytes from the start of the layout (gradients, parameters) or of the named tensor (state)."""
-    data: _builtins.bytes
+    """In bytes from the start of the shard (gradients, parameters) or of the named tensor (state)."""
     name: _builtins.str
     last: _builtins.bool
     def __init__(
@@ -272,13 +270,12 @@ class Chunk(_message.Message):
         step: _builtins.int = ...,
         slot: _builtins.int = ...,
         offset: _builtins.int = ...,
-        data: _builtins.bytes = ...,
         name: _builtins.str = ...,
         last: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "last", b"last", "name", b"name", "offset", b"offset", "slot", b"slot", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last", b"last", "name", b"name", "offset", b"offset", "slot", b"slot", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ParameterExchangeServiceStub:
-    """Moves gradients to the parameter server and parameters back.
+    """What the controller of a job and its leader say to each other. The streams between workers and servers are not gRPC's
+    (see ps/stream.py); their messages are defined here too.
     """
 
     def __init__(self, channel):
@@ -35,16 +36,6 @@ class ParameterExchangeServiceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Exchange = channel.stream_stream(
-                '/steepest.v1.ParameterExchangeService/Exchange',
-                request_serializer=steepest_dot_v1_dot_exchange__pb2.WorkerMessage.SerializeToString,
-                response_deserializer=steepest_dot_v1_dot_exchange__pb2.ServerMessage.FromString,
-                _registered_method=True)
-        self.Coordinate = channel.stream_stream(
-                '/steepest.v1.ParameterExchangeService/Coordinate',
-                request_serializer=steepest_dot_v1_dot_exchange__pb2.FollowerMessage.SerializeToString,
-                response_deserializer=steepest_dot_v1_dot_exchange__pb2.LeaderMessage.FromString,
-                _registered_method=True)
         self.Supervise = channel.stream_stream(
                 '/steepest.v1.ParameterExchangeService/Supervise',
                 request_serializer=steepest_dot_v1_dot_exchange__pb2.ControllerMessage.SerializeToString,
@@ -53,26 +44,12 @@ class ParameterExchangeServiceStub:
 
 
 class ParameterExchangeServiceServicer:
-    """Moves gradients to the parameter server and parameters back.
+    """What the controller of a job and its leader say to each other. The streams between workers and servers are not gRPC's
+    (see ps/stream.py); their messages are defined here too.
     """
 
-    def Exchange(self, request_iterator, context):
-        """One stream from each worker to each server.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Coordinate(self, request_iterator, context):
-        """One stream from each follower (server 1, 2, ...) to the leader (server 0).
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def Supervise(self, request_iterator, context):
-        """One stream from the controller to the leader.
-        """
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -80,16 +57,6 @@ class ParameterExchangeServiceServicer:
 
 def add_ParameterExchangeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Exchange': grpc.stream_stream_rpc_method_handler(
-                    servicer.Exchange,
-                    request_deserializer=steepest_dot_v1_dot_exchange__pb2.WorkerMessage.FromString,
-                    response_serializer=steepest_dot_v1_dot_exchange__pb2.ServerMessage.SerializeToString,
-            ),
-            'Coordinate': grpc.stream_stream_rpc_method_handler(
-                    servicer.Coordinate,
-                    request_deserializer=steepest_dot_v1_dot_exchange__pb2.FollowerMessage.FromString,
-                    response_serializer=steepest_dot_v1_dot_exchange__pb2.LeaderMessage.SerializeToString,
-            ),
             'Supervise': grpc.stream_stream_rpc_method_handler(
                     servicer.Supervise,
                     request_deserializer=steepest_dot_v1_dot_exchange__pb2.ControllerMessage.FromString,
@@ -104,62 +71,9 @@ def add_ParameterExchangeServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ParameterExchangeService:
-    """Moves gradients to the parameter server and parameters back.
+    """What the controller of a job and its leader say to each other. The streams between workers and servers are not gRPC's
+    (see ps/stream.py); their messages are defined here too.
     """
-
-    @staticmethod
-    def Exchange(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
-            target,
-            '/steepest.v1.ParameterExchangeService/Exchange',
-            steepest_dot_v1_dot_exchange__pb2.WorkerMessage.SerializeToString,
-            steepest_dot_v1_dot_exchange__pb2.ServerMessage.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Coordinate(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
-            target,
-            '/steepest.v1.ParameterExchangeService/Coordinate',
-            steepest_dot_v1_dot_exchange__pb2.FollowerMessage.SerializeToString,
-            steepest_dot_v1_dot_exchange__pb2.LeaderMessage.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
 
     @staticmethod
     def Supervise(request_iterator,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,7 @@ import pytest
 import torch
 
 from ps.config import JobConfig, ServerAddress
-from ps.layout import shards
-from ps.messages import Round
-from ps.peer import Peer, chunks
+from ps.messages import Push, Round
 from ps.segment import Segment
 from ps.server import ParameterServer
 from steepest.v1 import exchange_pb2 as pb
@@ -94,30 +91,39 @@ def test_a_server_that_goes_is_noticed(config: JobConfig, transport: str) -> Non
     exchange.close()
 
 
-def test_a_message_that_makes_no_sense_ends_the_server_rather_than_the_sum(
-    config: JobConfig, server: ParameterServer
+@pytest.mark.parametrize(
+    ("chunk", "size"),
+    [
+        (pb.Chunk(offset=3), 4),
+        (pb.Chunk(), 3),
+        (pb.Chunk(offset=10**9), 4),
+        (pb.Chunk(offset=-4), 4),
+        (pb.Chunk(slot=-1), 4),
+    ],
+    ids=["unaligned", "torn", "beyond", "before", "no-slot"],
+)
+def test_a_chunk_that_does_not_fit_costs_the_worker_its_place_and_nothing_else(
+    config: JobConfig, server: ParameterServer, chunk: pb.Chunk, size: int
 ) -> None:
+    placement = config.spec.placement.model_copy(update={"transport": "inline"})
+    inline = replace(config, spec=config.spec.model_copy(update={"placement": placement}))
+    exchange = _join(inline, server.address)
+    assignments = exchange.assignments()
+    next(assignments)
+    exchange._leader.connection.send(pb.WorkerMessage(chunk=chunk), memoryview(b"\0" * size))
+    with pytest.raises(RefusedError, match=r"does not fit|not expected"):
+        next(assignments)
+    exchange.close()
+    other = _join(inline, server.address, name="other")
+    assert next(other.assignments()).kind == Round.INITIALIZE
+    other.close()
+
+
+def test_a_push_of_a_step_that_is_not_there_yet_is_refused(config: JobConfig, server: ParameterServer) -> None:
     exchange = _join(config, server.address)
-    chunk = pb.Chunk(slot=0, offset=3, data=b"xyz")
-    exchange._leader.send(pb.WorkerMessage(chunk=chunk))
-    with pytest.raises(RuntimeError, match="does not fit the shard"):
-        server.wait()
-    with contextlib.suppress(ConnectionError):
-        exchange.close()
-
-
-def test_chunks_of_a_gradient_land_in_their_place(config: JobConfig) -> None:
-    (shard,) = shards(config.layout(), 1)
-    peer = Peer("w", 0, shard, None, print, exit, inline_parameters=True)
-    values = torch.randn(shard.numel)
-    for chunk in chunks(values, slot=2):
-        peer.write(chunk)
-    assert torch.equal(peer.part(2), values)
-
-
-@pytest.mark.parametrize(("offset", "size"), [(2, 4), (0, 3), (10**9, 4)], ids=["unaligned", "torn", "beyond"])
-def test_chunks_that_do_not_fit_are_refused(config: JobConfig, offset: int, size: int) -> None:
-    (shard,) = shards(config.layout(), 1)
-    peer = Peer("w", 0, shard, None, print, exit, inline_parameters=True)
-    with pytest.raises(ValueError, match="does not fit the shard"):
-        peer.write(pb.Chunk(offset=offset, data=b"\0" * size))
+    assignments = exchange.assignments()
+    next(assignments)
+    exchange.push(Push(5, Round.TRAIN, (), ()), torch.empty(0))
+    with pytest.raises(RefusedError, match="pushed step 5"):
+        next(assignments)
+    exchange.close()
