@@ -53,7 +53,15 @@ def _add_and_measure(target, source, lanes):
             lanes[i] += value * value
 
 
-@njit(nogil=True, cache=True)
+# With signatures it is compiled, or found in the cache, on import: no step waits for it.
+@njit(
+    [
+        f"void({real}[::1], int64[::1], int64, int64[:,::1], int64, int64[:,::1], float64[::1])"
+        for real in ("float32", "float64")
+    ],
+    nogil=True,
+    cache=True,
+)
 def reduce_and_measure(
     like: NDArray[np.floating],
     addresses: NDArray[np.int64],

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from ps.assignment import deal
 from ps.clip import clip_coefficient
-from ps.messages import Assign, Decision, Failure, LeafResult, Push, Round, StepRecord
+from ps.messages import Assign, Decision, Failure, LeafResult, Outcome, Push, Round, StepRecord
 from ps.schedule import learning_rate
-from ps.shard import Outcome
 from steepest.spec import ScheduleSpec
 
 SPEED_MEMORY = 0.8  # weight of the past in a worker's measured speed

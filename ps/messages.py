@@ -17,6 +17,15 @@ class Round(StrEnum):
     DIAGNOSE = "diagnose"  # recompute a step whose sum was not finite, to find the micro-batch
 
 
+class Outcome(StrEnum):
+    """What became of a push."""
+
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"  # every node of it was held already
+    LATE = "late"  # of a round that is over
+    AHEAD = "ahead"  # of a round this shard has not reached: a fault of the sender
+
+
 @dataclass(frozen=True, slots=True)
 class PushedNode:
     """A node of the canonical tree and the slot its sum lies in; None: it had no samples."""

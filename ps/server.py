@@ -22,10 +22,10 @@ from ps.collection import Collection, parts_of, pieces
 from ps.config import JobConfig, ServerAddress
 from ps.layout import shards
 from ps.leader import Decide, Dismiss, Effect, Evaluated, Hung, Leader, PhaseChanged, Save, Send, Stepped
-from ps.messages import PROTOCOL, Decision, Push, Round
+from ps.messages import PROTOCOL, Decision, Outcome, Push, Round
 from ps.peer import Peer, chunks
 from ps.segment import Segment, SegmentReference
-from ps.shard import Outcome, ShardServer
+from ps.shard import ShardServer
 from ps.state import assemble, flatten
 from ps.stream import Connection, Listener, Role, Service, StreamError, call
 from ps.supervisor import Supervisor

@@ -7,28 +7,18 @@ late is an outcome, not an error, and never reaches the sum.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from enum import StrEnum
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ps.layout import Shard
-from ps.messages import Decision, Round
+from ps.messages import Decision, Outcome, Round
 from ps.optimizer import ShardOptimizer
 from ps.reduction import Reducer
 from ps.threads import Threads, split
 from ps.tree import Node, addition_plan
 from steepest.spec import OptimizerSpec
-
-
-class Outcome(StrEnum):
-    """What became of a push."""
-
-    ACCEPTED = "accepted"
-    DUPLICATE = "duplicate"  # every node of it was held already
-    LATE = "late"  # of a round that is over
-    AHEAD = "ahead"  # of a round this shard has not reached: a fault of the sender
 
 
 class ShardServer:

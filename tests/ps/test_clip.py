@@ -15,7 +15,7 @@ BOUNDS = st.floats(1e-6, 1e6)
 
 @given(NORMS, BOUNDS)
 def test_the_clipped_norm_is_within_the_bound(norm: float, bound: float) -> None:
-    assert norm * clip_coefficient(norm, bound) <= bound
+    assert norm * clip_coefficient(norm, bound) <= math.nextafter(bound, math.inf)  # one rounding
 
 
 @given(NORMS, BOUNDS)

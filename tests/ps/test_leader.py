@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from ps.leader import Decide, Dismiss, Hung, Leader, Phase, PhaseChanged, Plan, Save, Send, Stepped
-from ps.messages import Assign, Failure, LeafResult, Push, PushedNode, Round
-from ps.shard import Outcome
+from ps.messages import Assign, Failure, LeafResult, Outcome, Push, PushedNode, Round
 from steepest.spec import ScheduleSpec
 
 

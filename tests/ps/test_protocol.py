@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from ps.layout import build_layout, shards
 from ps.leader import Decide, Dismiss, Effect, Evaluated, Leader, Phase, Plan, Save, Send, Stepped
-from ps.messages import Assign, LeafResult, Push, PushedNode, Round
-from ps.shard import Outcome, ShardServer
+from ps.messages import Assign, LeafResult, Outcome, Push, PushedNode, Round
+from ps.shard import ShardServer
 from ps.tree import Node, maximal_nodes
 from steepest.spec import OptimizerSpec, ScheduleSpec
 from tests.ps.models import described

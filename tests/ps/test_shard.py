@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ps.layout import build_layout, shards
-from ps.messages import Decision, Round
-from ps.shard import Outcome, ShardServer
+from ps.messages import Decision, Outcome, Round
+from ps.shard import ShardServer
 from ps.tree import Node
 from steepest.spec import OptimizerSpec
 from tests.ps.models import described
