@@ -47,7 +47,8 @@ format: $(INSTALLED)  ## lay the code out
 proto: $(INSTALLED)  ## generate steepest/v1 from proto/
 	$(call generate,.)
 
-bench: $(INSTALLED)  ## step time against PyTorch DDP and a plain loop
+bench: $(INSTALLED)  ## the server against memory bandwidth; step time against PyTorch DDP and a plain loop
+	$(BIN)/python benchmarks/server_kernel.py
 	$(BIN)/python benchmarks/step_time.py
 
 clean:  ## remove what make made

@@ -97,6 +97,11 @@ class Scheduler:
         self._stop.set()
         self._thread.join()
 
+    def num_hosts(self) -> int:
+        """How many hosts the cluster has now."""
+        self.wait_ready()
+        return _num_hosts()
+
     def totals(self) -> dict[str, float]:
         """All resources of the cluster."""
         self.wait_ready()
@@ -136,6 +141,10 @@ def _demand(placement: PlacementSpec, num_workers: int) -> dict[str, float]:
     return demand
 
 
+def _num_hosts() -> int:
+    return sum(node["Alive"] for node in ray.nodes())
+
+
 def _number(count: float, resource: str) -> str:
     return f"{count:g} {resource}{'s' if count != 1 else ''}"
 
@@ -169,7 +178,7 @@ class Placement:
     ) -> list[tuple[ServerAddress, Started]]:
         """Start all servers, connected to each other; their (address, where), the leader first."""
         # On a cluster of one host nothing needs to be reachable from outside it.
-        bind = "127.0.0.1" if len([n for n in ray.nodes() if n["Alive"]]) == 1 else ""
+        bind = "127.0.0.1" if _num_hosts() == 1 else ""
         for index in range(self._placement.servers):
             strategy = PlacementGroupSchedulingStrategy(self._server_group, placement_group_bundle_index=index)
             actor = ServerActor.options(  # type: ignore[attr-defined]

@@ -18,6 +18,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client.registry import CollectorRegistry
 
+from ps.footprint import explain_refusal, footprint
+from ps.layout import build_layout
 from services.code import CodeStore
 from services.controller import Controller
 from services.errors import ErrorInterceptor
@@ -129,6 +131,7 @@ class Service:
             self._refuse_taken(job)
         description = probe_task(spec, self.code.unpacked(spec.task.code_bundle), self.settings.probe_timeout_seconds)
         self._check_device(spec)
+        self._check_memory(spec, description)
         total_steps = spec.total_steps(description.num_samples)
         if spec.schedule.warmup_steps >= total_steps:
             problem = f"{spec.schedule.warmup_steps} leaves nothing of the {total_steps} steps of the job"
@@ -160,6 +163,13 @@ class Service:
         if spec.placement.device == "cuda" and not self.scheduler.totals().get("GPU"):
             problem = "'cuda' is not there: no host of the cluster has a GPU; allowed: cpu"
             raise SpecError([Violation("placement.device", problem)])
+
+    def _check_memory(self, spec: TrainingJobSpec, description: TaskDescription) -> None:
+        layout = build_layout(description.model, decay_biases_and_norms=spec.optimizer.decay_biases_and_norms)
+        needed = footprint(spec, layout, one_host=self.scheduler.num_hosts() == 1)
+        problem = explain_refusal(needed, int(self.scheduler.totals().get("memory", 0)))
+        if problem:
+            raise SpecError([Violation("placement", problem)])
 
     def cancel(self, job: str) -> JobRow:
         """See VERBS."""

@@ -111,13 +111,22 @@ def train(
     output: Annotated[
         Path | None, Option(help="Leave model, optimizer state, manifest and history in this directory.")
     ] = None,
+    plan: Annotated[
+        bool, Option("--plan", help="Only show what the job would take, memory and network, or why it cannot fit.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train here: start Ray and the service in this process tree, submit, show progress, wait, stop."""
     _prepare_for_embedded_ray()
+    from steepest.train import plan as plan_job
     from steepest.train import train_embedded
 
     request = submission(task, options)
+    if plan:
+        needed = plan_job(request)
+        if as_json:
+            sys.stdout.write(json.dumps(needed.to_dict()) + "\n")
+        return
     info = train_embedded(request, output)
     if output is not None and not as_json:
         sys.stderr.write(f"artifacts: {output}\n")

@@ -7,13 +7,17 @@ import sys
 import time
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from steepest.jobs import Event, JobInfo
 from steepest.jobs import Progress as StepProgress
+
+if TYPE_CHECKING:
+    from ps.footprint import Footprint
 
 LINE_SECONDS = 2.0  # between lines of progress where stderr is no terminal
 
@@ -106,6 +110,34 @@ def summary(info: JobInfo) -> str:
     if info.error:
         lines.append(f"  error: {info.error}")
     return "\n".join(lines)
+
+
+def show_plan(needed: Footprint, available: int) -> None:
+    """What a job would take, as a table on stderr."""
+    table = Table(title=f"{needed.num_parameters:,} parameters")
+    for column in ("process", "parameters", "gradients", "optimizer state", "network a step"):
+        table.add_column(column, justify="left" if column == "process" else "right")
+    for index, server in enumerate(needed.servers):
+        table.add_row(
+            f"server-{index}", _size(server.parameters), _size(server.received), _size(server.optimizer_state), ""
+        )
+    for index, worker in enumerate(needed.workers):
+        traffic = _size(worker.pushed + worker.pulled)
+        table.add_row(f"worker-{index}", _size(worker.parameters), _size(worker.gradients), "", traffic)
+    table.add_row("checkpoint", _size(needed.checkpoint), "", "", "")
+    console = Console(stderr=True)
+    console.print(table)
+    console.print(
+        f"{_size(needed.total)} in all, of {_size(available)}; besides, what the model's activations and data take, "
+        "and about 0.4 GB for each process"
+    )
+
+
+def _size(count: int) -> str:
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count} B" if count else "-"
 
 
 def complain(message: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,39 @@ from typing import TYPE_CHECKING, Any
 from steepest.errors import ServiceUnavailableError
 
 if TYPE_CHECKING:
+    from ps.footprint import Footprint
     from services.service import Service
+    from steepest.bundle import Bundle
+    from steepest.spec import TrainingJobSpec
+
+
+PROBE_SECONDS = 120.0
+
+
+def plan_job(bundle: Bundle, spec: TrainingJobSpec) -> tuple[Footprint, int, str]:
+    """(what the job needs on this machine, the memory there is, why it cannot fit), starting nothing but a probe.
+
+    Raises SpecError when the task cannot be loaded.
+    """
+    from ps.footprint import explain_refusal, footprint
+    from ps.layout import build_layout
+    from services.task_probe import probe_task
+    from worker.load import unpack_code
+
+    with tempfile.TemporaryDirectory(prefix="steepest-plan-") as directory:
+        code = unpack_code(bundle.data, Path(directory)) if bundle.data else None
+        description = probe_task(spec, code, PROBE_SECONDS)
+    layout = build_layout(description.model, decay_biases_and_norms=spec.optimizer.decay_biases_and_norms)
+    needed, available = footprint(spec, layout, one_host=True), machine_memory()
+    return needed, available, explain_refusal(needed, available)
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this machine, or the container around this process, has."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
 
 
 @contextlib.contextmanager

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steepest.client import Client, check_submission
-from steepest.console import show
-from steepest.embedded import running_service
+from steepest.console import show, show_plan
+from steepest.embedded import plan_job, running_service
 from steepest.errors import SpecError, Violation
 from steepest.jobs import JobInfo
 from steepest.options import Submission
 
 if TYPE_CHECKING:
+    from ps.footprint import Footprint
     from steepest.client import Job
 
 DEFAULT_HTTP_PORT = 8080
@@ -44,6 +45,16 @@ def train_embedded(request: Submission, output: Path | None) -> JobInfo:
                     job.download(output)
                     write_history(job, output / "history.parquet")
     return info
+
+
+def plan(request: Submission) -> Footprint:
+    """What a job would take on this machine. Raises SpecError for one that cannot be, or cannot fit."""
+    bundle, spec = check_submission(request.task, request.arguments, request.spec)
+    needed, available, problem = plan_job(bundle, spec)
+    show_plan(needed, available)
+    if problem:
+        raise SpecError([Violation("placement", problem)])
+    return needed
 
 
 def _follow(job: Job) -> JobInfo:

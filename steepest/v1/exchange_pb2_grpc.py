@@ -49,7 +49,8 @@ class ParameterExchangeServiceServicer:
     """
 
     def Supervise(self, request_iterator, context):
-        """Missing associated documentation comment in .proto file."""
+        """From the controller to the leader.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

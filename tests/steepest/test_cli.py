@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -145,3 +146,34 @@ def test_an_output_that_cannot_be_written(project: Path) -> None:
     refused = run("train", "train.py:f", "--steps", "1", "--output", "taken/inside", directory=project)
     assert refused.returncode == 2
     assert "--output" in refused.stderr
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    (tmp_path / "wide.py").write_text(
+        "import steepest, torch\n"
+        "def task(width=1000):\n"
+        "    return steepest.Task(model=torch.nn.Linear(width, 1000), loss=torch.nn.CrossEntropyLoss(),\n"
+        "        train_data=steepest.ArrayData(torch.zeros(8, width), torch.zeros(8, dtype=torch.long)))\n"
+    )
+    return tmp_path
+
+
+def test_a_plan_shows_what_a_job_would_take_and_starts_nothing(wide: Path) -> None:
+    shown = run("train", "wide.py:task", "--steps", "1", "--workers", "2", "--plan", "--json", directory=wide)
+    assert shown.returncode == 0, shown.stderr
+    assert "worker-1" in shown.stderr
+    plan = json.loads(shown.stdout.splitlines()[-1])
+    assert plan["num_parameters"] == 1_001_000
+    assert plan["network"] == 0
+    assert plan["servers"][0]["optimizer_state"] == 2 * plan["servers"][0]["parameters"]
+    assert len(plan["workers"]) == 2
+    assert "ray" not in shown.stderr.lower()
+
+
+def test_a_plan_that_cannot_fit_is_refused_with_what_would(wide: Path) -> None:
+    many = ["--workers", "1024", "--global-batch", "1024", "--micro-batch", "1", "--arg", "width=100000"]
+    shown = run("train", "wide.py:task", "--steps", "1", "--plan", *many, directory=wide)
+    assert shown.returncode == 2
+    assert "the job needs" in shown.stderr
+    assert "what would fit" in shown.stderr

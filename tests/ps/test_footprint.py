@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ps.footprint import explain_refusal, footprint, slots_of, state_tensors
+from ps.layout import build_layout, shards
+from ps.optimizer import ShardOptimizer
+from ps.threads import Threads
+from ps.tree import Node, maximal_nodes
+from steepest.spec import HYPER_PARAMETERS, OPTIMIZER_NAMES, TrainingJobSpec, spec_from_dict
+from tests.ps.models import described
+
+LAYOUT = build_layout(described([(300, 400), (400,)]))
+TASK = {"module": "m", "function": "f", "arguments": {}}
+
+
+def _spec(**raw: object) -> TrainingJobSpec:
+    return spec_from_dict({"steps": 1, "task": TASK, **raw})
+
+
+@given(st.integers(1, 40), st.data())
+def test_the_slots_are_those_that_the_computation_holds(num_leaves: int, data: st.DataObject) -> None:
+    low = data.draw(st.integers(0, num_leaves - 1))
+    high = data.draw(st.integers(low + 1, num_leaves))
+    held = most = 0
+
+    def compute(node: Node) -> None:
+        """As worker.compute does it, with slots counted."""
+        nonlocal held, most
+        if node.is_leaf:
+            held += 1
+            most = max(most, held)
+            return
+        left, right = node.halves()
+        compute(left)
+        if not right.is_leaf:
+            compute(right)
+            held -= 1
+
+    nodes = maximal_nodes(low, high, num_leaves)
+    for node in nodes:
+        compute(node)
+    assert slots_of(low, high, num_leaves) == (most, len(nodes))
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        (name, extra)
+        for name in OPTIMIZER_NAMES
+        for extra in ({}, {"momentum": 0.9}, {"amsgrad": True}, {"centered": True})
+        if set(extra) <= set(HYPER_PARAMETERS[name])
+    ],
+)
+def test_the_state_is_what_torch_optim_keeps(name: str, extra: dict[str, object]) -> None:
+    spec = _spec(optimizer={"name": name, **extra})
+    (shard,) = shards(LAYOUT, 1)
+    optimizer = ShardOptimizer(spec.optimizer, shard, torch.zeros(shard.numel), Threads(1), [(0, shard.numel)])
+    optimizer.step(torch.ones(shard.numel), lr=0.1, divisor=1.0, coefficient=1.0, max_value=None)
+    numel = sum(part.values.numel() for part in optimizer.export_state() if part.state != "step")
+    assert numel == state_tensors(spec) * sum(p.numel for p in LAYOUT.parameters)
+
+
+def test_on_one_host_nothing_is_on_the_network_and_nobody_has_a_copy() -> None:
+    spec = _spec(placement={"workers": 3, "servers": 2}, data={"global_batch": 32})
+    one, many = (footprint(spec, LAYOUT, one_host=one_host) for one_host in (True, False))
+    assert one.network == 0
+    assert sum(s.parameters for s in one.servers) == LAYOUT.nbytes
+    assert all(w.parameters == 0 for w in one.workers)
+    assert many.network == sum(w.pushed + w.pulled for w in many.workers) >= 6 * LAYOUT.nbytes
+    assert many.total > one.total
+
+
+def test_more_workers_than_micro_batches_take_nothing() -> None:
+    spec = _spec(placement={"workers": 12}, data={"global_batch": 8, "micro_batch": 1})
+    needed = footprint(spec, LAYOUT, one_host=True)
+    assert [w.gradients for w in needed.workers].count(0) == 4
+
+
+def test_a_refusal_says_what_would_fit() -> None:
+    spec = _spec(placement={"workers": 8}, optimizer={"name": "adamw"})
+    needed = footprint(spec, LAYOUT, one_host=True)
+    assert explain_refusal(needed, needed.total) == ""
+    refusal = explain_refusal(needed, needed.total - 1)
+    assert "7 workers" in refusal
+    assert "sgd" in refusal
+    assert "a smaller model" in explain_refusal(needed, 1)
