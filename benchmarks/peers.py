@@ -90,6 +90,10 @@ class Peer:
         seconds: list[list[float]] = [pipe.recv() for pipe in self._pipes]
         return seconds[0]
 
+    def pids(self) -> list[int]:
+        """Of all ranks."""
+        return [process.pid for process in self._processes if process.pid is not None]
+
     def close(self) -> None:
         """End the processes."""
         for pipe in self._pipes:

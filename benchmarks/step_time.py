@@ -86,6 +86,11 @@ class Ours:
         times = [record["time"] for record in self._job.history(first)]
         return [after - before for before, after in pairwise(times)]
 
+    def pids(self) -> list[int]:
+        """Of all its workers and servers."""
+        info = self._job.get()
+        return [member.pid for member in (*info.workers, *info.servers)]
+
     def close(self) -> None:
         self._job.cancel()
         self._await_end()

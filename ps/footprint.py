@@ -137,7 +137,7 @@ def footprint(spec: TrainingJobSpec, layout: Layout, *, one_host: bool) -> Footp
         for most, count in zip(held, pushed, strict=True)
     )
     servers = []
-    for shard in shards(layout, placement.servers):
+    for shard in shards(layout, placement.num_servers):
         nbytes = shard.numel * layout.itemsize
         received = 0 if shared else sum(pushed) * nbytes
         servers.append(ServerFootprint(nbytes, state_tensors(spec) * nbytes, received))

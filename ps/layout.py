@@ -17,6 +17,7 @@ from ps.model import ModelDescription
 BLOCK_NUMEL = 65_536
 PARAMETER_ALIGNMENT_BYTES = 64
 GROUP_ALIGNMENT_BYTES = 256
+SPREAD_BYTES = 16 << 20
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -160,3 +161,12 @@ def shards(layout: Layout, num_servers: int) -> tuple[Shard, ...]:
     # Rounded up, so that the empty shards come last and server 0, which leads, is never one of them.
     bounds = [min(-(-layout.num_blocks * i // num_servers) * BLOCK_NUMEL, layout.numel) for i in range(num_servers + 1)]
     return tuple(Shard(layout, i, start, stop) for i, (start, stop) in enumerate(pairwise(bounds)))
+
+
+def choose_num_servers(layout: Layout, num_hosts: int) -> int:
+    """How many servers a job gets when its spec leaves that open.
+
+    On one host a single server uses all the cores that waiting workers leave idle, and more of them only add messages.
+    On several, one a host shares the traffic between their links, when there is enough of it to care.
+    """
+    return 1 if layout.nbytes < SPREAD_BYTES else min(num_hosts, layout.num_blocks)

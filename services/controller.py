@@ -154,7 +154,7 @@ class Controller(threading.Thread):
             num_samples=self._description.num_samples,
             num_evaluation_samples=self._description.num_evaluation_samples,
             metric_names=self._description.metric_names,
-            num_servers=placement.servers,
+            num_servers=placement.num_servers,
             checkpoint_directory=self._settings.checkpoints_of(self.job),
         )
         post = self._in_this_life()

@@ -154,8 +154,8 @@ class Placement:
 
     def __init__(self, placement: PlacementSpec, layout_bytes: int) -> None:
         self._placement = placement
-        self._memory = max(1 << 20, SERVER_COPIES * layout_bytes // placement.servers)
-        self._server_group = placement_group([{"memory": self._memory}] * placement.servers, strategy="PACK")
+        self._memory = max(1 << 20, SERVER_COPIES * layout_bytes // placement.num_servers)
+        self._server_group = placement_group([{"memory": self._memory}] * placement.num_servers, strategy="SPREAD")
         self._spare: list[PlacementGroup] = []
         self._workers: dict[str, tuple[Any, PlacementGroup]] = {}
         self._servers: list[Any] = []
@@ -179,7 +179,7 @@ class Placement:
         """Start all servers, connected to each other; their (address, where), the leader first."""
         # On a cluster of one host nothing needs to be reachable from outside it.
         bind = "127.0.0.1" if _num_hosts() == 1 else ""
-        for index in range(self._placement.servers):
+        for index in range(self._placement.num_servers):
             strategy = PlacementGroupSchedulingStrategy(self._server_group, placement_group_bundle_index=index)
             actor = ServerActor.options(  # type: ignore[attr-defined]
                 num_cpus=0, memory=self._memory, scheduling_strategy=strategy, max_concurrency=4

@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client.registry import CollectorRegistry
 
 from ps.footprint import explain_refusal, footprint
-from ps.layout import build_layout
+from ps.layout import build_layout, choose_num_servers
 from services.code import CodeStore
 from services.controller import Controller
 from services.errors import ErrorInterceptor
@@ -131,7 +131,7 @@ class Service:
             self._refuse_taken(job)
         description = probe_task(spec, self.code.unpacked(spec.task.code_bundle), self.settings.probe_timeout_seconds)
         self._check_device(spec)
-        self._check_memory(spec, description)
+        spec = self._place(spec, description)
         total_steps = spec.total_steps(description.num_samples)
         if spec.schedule.warmup_steps >= total_steps:
             problem = f"{spec.schedule.warmup_steps} leaves nothing of the {total_steps} steps of the job"
@@ -164,12 +164,17 @@ class Service:
             problem = "'cuda' is not there: no host of the cluster has a GPU; allowed: cpu"
             raise SpecError([Violation("placement.device", problem)])
 
-    def _check_memory(self, spec: TrainingJobSpec, description: TaskDescription) -> None:
+    def _place(self, spec: TrainingJobSpec, description: TaskDescription) -> TrainingJobSpec:
+        """The spec with a number of servers. Raises SpecError for a job that cannot fit the cluster."""
         layout = build_layout(description.model, decay_biases_and_norms=spec.optimizer.decay_biases_and_norms)
-        needed = footprint(spec, layout, one_host=self.scheduler.num_hosts() == 1)
+        num_hosts = self.scheduler.num_hosts()
+        servers = spec.placement.servers or choose_num_servers(layout, num_hosts)
+        spec = spec.model_copy(update={"placement": spec.placement.model_copy(update={"servers": servers})})
+        needed = footprint(spec, layout, one_host=num_hosts == 1)
         problem = explain_refusal(needed, int(self.scheduler.totals().get("memory", 0)))
         if problem:
             raise SpecError([Violation("placement", problem)])
+        return spec
 
     def cancel(self, job: str) -> JobRow:
         """See VERBS."""

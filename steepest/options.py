@@ -30,7 +30,12 @@ class JobOptions:
         str | None, Option(metavar="INTEGER", help="Number of workers (default: 1).", rich_help_panel=_PLACE)
     ] = None
     servers: Annotated[
-        str | None, Option(metavar="INTEGER", help="Number of servers (default: 1).", rich_help_panel=_PLACE)
+        str | None,
+        Option(
+            metavar="INTEGER|auto",
+            help="Number of servers; auto: by model size and hosts (default: auto).",
+            rich_help_panel=_PLACE,
+        ),
     ] = None
     threads: Annotated[
         str | None, Option(metavar="INTEGER", help="CPU threads of each worker (default: 1).", rich_help_panel=_PLACE)

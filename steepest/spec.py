@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from steepest.errors import SpecError, Violation
 
@@ -146,15 +146,28 @@ class SyncSpec(_Model):
 
 
 class PlacementSpec(_Model):
-    """Where a job runs; never changes the result (but for threads_per_worker and the type of the device)."""
+    """Where a job runs; never changes the result (but for threads_per_worker and the type of the device).
+
+    servers: None (or "auto") leaves the number to the service.
+    """
 
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
-    servers: Annotated[int, Field(ge=1, le=256)] = 1
+    servers: Annotated[int, Field(ge=1, le=256)] | None = None
     threads_per_worker: Annotated[int, Field(ge=1, le=1024)] = 1
     device: Literal["cpu", "cuda"] = "cpu"
     transport: Literal["auto", "inline"] = "auto"
     worker_timeout_seconds: PositiveFloat = 300.0
     max_worker_restarts: NonNegativeInt = 3
+
+    @field_validator("servers", mode="before")
+    @classmethod
+    def _automatic(cls, value: Any) -> Any:
+        return None if value == "auto" else value
+
+    @property
+    def num_servers(self) -> int:
+        """How many servers there are; 1 until the service has chosen."""
+        return self.servers or 1
 
 
 class TrainingJobSpec(_Model):

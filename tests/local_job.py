@@ -43,7 +43,7 @@ def job_config(directory: Path, task: str, **raw: Any) -> JobConfig:
         num_samples=num_samples(loaded.train_data, "train_data"),
         num_evaluation_samples=0 if loaded.eval_data is None else num_samples(loaded.eval_data, "eval_data"),
         metric_names=tuple(loaded.metrics),
-        num_servers=spec.placement.servers,
+        num_servers=spec.placement.num_servers,
         checkpoint_directory=directory,
     )
 

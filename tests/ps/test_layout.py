@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ps.layout import BLOCK_NUMEL, build_layout, shards
+from ps.layout import BLOCK_NUMEL, build_layout, choose_num_servers, shards
 from tests.ps.models import described
 
 SHAPES = st.lists(st.lists(st.integers(0, 700), min_size=0, max_size=2).map(tuple), min_size=1, max_size=8).filter(
@@ -74,3 +74,12 @@ def test_views_have_the_parameters_own_shapes() -> None:
 def test_what_cannot_be_trained_is_refused(model: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_layout(model)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("numel", "num_hosts", "expected"),
+    [(10_000, 4, 1), (50_000_000, 1, 1), (50_000_000, 4, 4), (4_200_000, 500, 65)],
+    ids=["small", "one-host", "one-a-host", "no-more-than-blocks"],
+)
+def test_the_number_of_servers_follows_size_and_hosts(numel: int, num_hosts: int, expected: int) -> None:
+    assert choose_num_servers(build_layout(described([(numel,)])), num_hosts) == expected

@@ -105,3 +105,10 @@ def test_every_hyper_parameter_is_a_field() -> None:
     fields = type(spec().optimizer).model_fields
     assert set(HYPER_PARAMETERS) == set(OPTIMIZER_NAMES)
     assert all(name in fields for names in HYPER_PARAMETERS.values() for name in names)
+
+
+@pytest.mark.parametrize("servers", ["auto", None, 3])
+def test_the_number_of_servers_may_be_left_open(servers: Any) -> None:
+    made = spec(placement={"servers": servers})
+    assert made.placement.servers == (None if servers == "auto" else servers)
+    assert spec_from_proto(spec_to_proto(made)) == made
