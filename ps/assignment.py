@@ -2,35 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from heapq import heapify, heapreplace
-from itertools import accumulate, pairwise
+from operator import truediv
 
 
-def deal(leaves: Sequence[int], speeds: Mapping[str, float]) -> dict[str, list[tuple[int, int]]]:
-    """Split sorted `leaves` over workers, a consecutive part each, with the shortest time for the slowest part.
+class Dealer:
+    """Remembers the last deal, which is kept for as long as no other would be done sooner."""
 
-    speeds: micro-batches per second of each worker, any unit, all positive.
+    def __init__(self) -> None:
+        self._shares: list[int] = []
 
-    Returns, for every worker that gets any, half-open ranges; a part with gaps in it becomes several ranges.
-    """
-    if not leaves or not speeds:
-        return {}
-    counts = dict.fromkeys(speeds, 0)
+    def __call__(self, leaves: Sequence[int], speeds: Mapping[str, float]) -> dict[str, list[tuple[int, int]]]:
+        """Split sorted `leaves` over workers, a consecutive part each, with the shortest time for the slowest part.
+
+        speeds: micro-batches per second of each worker, any unit, all positive.
+
+        Returns, for every worker that gets any, half-open ranges; a part with gaps in it becomes several ranges.
+        """
+        if not leaves or not speeds:
+            return {}
+        rates = list(speeds.values())
+        if not is_quickest(self._shares, rates, len(leaves)):
+            self._shares = quickest_shares(len(leaves), rates)
+        parts = {}
+        start = 0
+        for worker, count in zip(speeds, self._shares, strict=True):
+            if count:
+                parts[worker] = ranges(leaves[start : start + count])
+                start += count
+        return parts
+
+
+def is_quickest(shares: Sequence[int], speeds: Sequence[float], count: int) -> bool:
+    """Whether these shares of `count` leaves end as soon as any can: to relieve the last one would not help."""
+    if len(shares) != len(speeds) or sum(shares) != count:
+        return False
+    last = max(map(truediv, shares, speeds))
+    return all(last <= (share + 1) / speed for share, speed in zip(shares, speeds, strict=True))
+
+
+def quickest_shares(count: int, speeds: Sequence[float]) -> list[int]:
+    """How many of `count` leaves each worker gets."""
+    shares = [0] * len(speeds)
     # When each worker would be done with one micro-batch more; ties go to the first.
-    done = [(1.0 / speed, order, worker) for order, (worker, speed) in enumerate(speeds.items())]
+    done = [(1.0 / speed, worker) for worker, speed in enumerate(speeds)]
     heapify(done)
-    for _ in leaves:
-        _, order, worker = done[0]
-        counts[worker] += 1
-        heapreplace(done, ((counts[worker] + 1) / speeds[worker], order, worker))
-    edges = accumulate(counts.values(), initial=0)
-    parts = {worker: leaves[a:b] for worker, (a, b) in zip(speeds, pairwise(edges), strict=True)}
-    return {worker: ranges(part) for worker, part in parts.items() if part}
+    for _ in range(count):
+        worker = done[0][1]
+        shares[worker] += 1
+        heapreplace(done, ((shares[worker] + 1) / speeds[worker], worker))
+    return shares
 
 
-def ranges(leaves: Sequence[int]) -> list[tuple[int, int]]:
+def ranges(leaves: Iterable[int]) -> list[tuple[int, int]]:
     """Sorted numbers as half-open ranges."""
+    if isinstance(leaves, range):
+        return [(leaves.start, leaves.stop)] if leaves else []
     result: list[tuple[int, int]] = []
     for leaf in leaves:
         if result and result[-1][1] == leaf:

@@ -2,8 +2,9 @@
 
 A checkpoint is a directory `step-{step:012d}` with model.safetensors (`state_dict` names), optimizer.safetensors
 ("{parameter}.{state}", torch.optim's state names), extra.safetensors when the model has state outside `state_dict`, and
-manifest.json, which holds the SHA-256 of each file. Everything is written under a temporary name, synced and renamed,
-so a directory with a manifest is whole. It knows nothing of topology.
+manifest.json, which holds the SHA-256 of each file; beside them, records.json has what the history may not have yet.
+Everything is written under a temporary name, synced and renamed, so a directory with a manifest is whole. It knows
+nothing of topology.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from ps.messages import StepRecord
+
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 EXTRA = "extra.safetensors"
+RECORDS = "records.json"
 FORMAT = 1
 KEPT = 3
 
@@ -92,8 +96,18 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_checkpoint(directory: Path, state: State, *, keep: int = KEPT) -> Written:
+def write_checkpoint(
+    directory: Path,
+    state: State,
+    *,
+    records: Sequence[StepRecord] = (),
+    incarnation: int = 0,
+    keep: int = KEPT,
+) -> Written:
     """Write `directory`/step-N, then remove all but the newest `keep` checkpoints.
+
+    records: of steps before this one that may not have reached the history; incarnation: the life that made them. They
+    lie beside the state, so that a job that goes on from here has no gap in its history.
 
     Raises OSError (a full disk, say); what was on disk before is untouched then.
     """
@@ -122,6 +136,9 @@ def write_checkpoint(directory: Path, state: State, *, keep: int = KEPT) -> Writ
             "state_sha256": whole,
             "files": {name: {"sha256": _file_sha256(temporary / name)} for name in files},
         }
+        kept = {"incarnation": incarnation, "records": [asdict(record) for record in records]}
+        (temporary / RECORDS).write_text(json.dumps(kept))
+        _sync(temporary / RECORDS)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         _sync(temporary / MANIFEST)
         _sync(temporary)
@@ -169,6 +186,22 @@ def _read(path: Path) -> tuple[Written, State]:
     if (parameters, whole) != (manifest["parameters_sha256"], manifest["state_sha256"]):
         raise CheckpointError(f"{path}: its state_sha256 is not the one in the manifest")
     return Written(step, path, parameters, whole), state
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of a valid checkpoint that are its state, and its manifest."""
+    names = json.loads((path / MANIFEST).read_text())["files"]
+    return [path / name for name in sorted([*names, MANIFEST])]
+
+
+def read_records(path: Path) -> tuple[int, list[StepRecord]]:
+    """(incarnation, records) that were written with a checkpoint; none when there are none to read."""
+    try:
+        kept = json.loads((path / RECORDS).read_text())
+        records = [StepRecord(**{**raw, "parameter_norms": tuple(raw["parameter_norms"])}) for raw in kept["records"]]
+        return int(kept["incarnation"]), records
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0, []
 
 
 def newest_valid(directory: Path) -> tuple[Written, State] | None:

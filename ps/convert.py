@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from steepest.v1 import training_jobs_pb2 as jobs_pb
 
 _RECORD_FIELDS = tuple(f.name for f in fields(StepRecord))
 _ABSENT_SLOT = -1
+_ROUNDS = {str(kind): kind for kind in Round}  # a lookup takes a tenth of what Round(kind) does
 
 
 def segment_to_proto(reference: SegmentReference) -> pb.SegmentReference:
@@ -30,54 +32,56 @@ def segment_from_proto(message: pb.SegmentReference) -> SegmentReference:
 
 def assign_to_proto(assign: Assign) -> pb.Assign:
     """Assign, to the wire."""
-    ranges = [pb.Range(low=low, high=high) for low, high in assign.ranges]
-    return pb.Assign(step=assign.step, kind=assign.kind, ranges=ranges, buffers=assign.buffers)
+    return pb.Assign(step=assign.step, kind=assign.kind, bounds=chain(*assign.ranges), buffers=assign.buffers)
 
 
 def assign_from_proto(message: pb.Assign) -> Assign:
     """Assign, from the wire."""
+    bounds = message.bounds[:]
     return Assign(
         step=message.step,
-        kind=Round(message.kind),
-        ranges=tuple((r.low, r.high) for r in message.ranges),
+        kind=_ROUNDS[message.kind],
+        ranges=tuple(zip(bounds[::2], bounds[1::2], strict=True)),
         buffers=message.buffers if message.HasField("buffers") else None,
     )
 
 
 def push_to_proto(push: Push) -> pb.Push:
     """Push, to the wire."""
+    leaves, losses, weights, samples, values, nonfinite = zip(*push.leaves, strict=True) if push.leaves else [()] * 6
     return pb.Push(
         step=push.step,
         kind=push.kind,
-        nodes=[
-            pb.PushedNode(low=n.low, high=n.high, slot=_ABSENT_SLOT if n.slot is None else n.slot) for n in push.nodes
-        ],
-        leaves=[
-            pb.LeafResult(
-                index=leaf.index,
-                loss=leaf.loss,
-                weight=leaf.weight,
-                samples=leaf.samples,
-                values=leaf.values,
-                nonfinite=leaf.nonfinite,
-            )
-            for leaf in push.leaves
-        ],
+        nodes=[n for low, high, slot in push.nodes for n in (low, high, _ABSENT_SLOT if slot is None else slot)],
+        leaves=leaves,
+        losses=losses,
+        weights=weights,
+        samples=samples,
+        values=chain(*values),
+        nonfinite={leaf: name for leaf, name in zip(leaves, nonfinite, strict=True) if name},
         buffers=push.buffers,
         seconds=push.seconds,
     )
 
 
 def push_from_proto(message: pb.Push) -> Push:
-    """Push, from the wire."""
+    """Push, from the wire. Raises ValueError for columns of unequal length, KeyError for another kind."""
+    leaves, losses, weights, samples = message.leaves[:], message.losses[:], message.weights[:], message.samples[:]
+    if not len(leaves) == len(losses) == len(weights) == len(samples):
+        raise ValueError("a push whose columns are of unequal length")
+    if message.values or message.nonfinite:
+        values = map(tuple, np.reshape(message.values, (len(leaves), -1)).tolist())
+        nonfinite = [message.nonfinite.get(leaf, "") for leaf in leaves]
+        results = tuple(map(LeafResult, leaves, losses, weights, samples, values, nonfinite))
+    else:
+        results = tuple(map(LeafResult, leaves, losses, weights, samples))
+    nodes = message.nodes[:]
+    slots = [None if slot == _ABSENT_SLOT else slot for slot in nodes[2::3]]
     return Push(
         step=message.step,
-        kind=Round(message.kind),
-        nodes=tuple(PushedNode(n.low, n.high, None if n.slot == _ABSENT_SLOT else n.slot) for n in message.nodes),
-        leaves=tuple(
-            LeafResult(leaf.index, leaf.loss, leaf.weight, leaf.samples, tuple(leaf.values), leaf.nonfinite)
-            for leaf in message.leaves
-        ),
+        kind=_ROUNDS[message.kind],
+        nodes=tuple(map(PushedNode, nodes[::3], nodes[1::3], slots)),
+        leaves=results,
         buffers=message.buffers if message.HasField("buffers") else None,
         seconds=message.seconds,
     )
@@ -103,7 +107,7 @@ def failure_from_proto(message: pb.Failure) -> Failure:
         reason=message.reason,
         message=message.message,
         traceback=message.traceback,
-        kind=Round(message.kind),
+        kind=_ROUNDS[message.kind],
     )
 
 
@@ -123,7 +127,7 @@ def decision_from_proto(message: pb.Decision) -> Decision:
     """Decision, from the wire."""
     return Decision(
         step=message.step,
-        kind=Round(message.kind),
+        kind=_ROUNDS[message.kind],
         apply=message.apply,
         divisor=message.divisor,
         coefficient=message.coefficient,
@@ -138,7 +142,8 @@ def record_to_proto(record: StepRecord) -> jobs_pb.StepRecord:
 
 def record_from_proto(message: jobs_pb.StepRecord) -> StepRecord:
     """StepRecord, from the wire."""
-    return StepRecord(**{name: getattr(message, name) for name in _RECORD_FIELDS})
+    values = {name: getattr(message, name) for name in _RECORD_FIELDS}
+    return StepRecord(**{**values, "parameter_norms": tuple(message.parameter_norms)})
 
 
 def sums_to_bytes(sums: NDArray[np.float64]) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ps.assignment import deal
+from ps.assignment import Dealer
 from ps.layout import Layout, shards
 from ps.tree import Node, maximal_nodes
 from steepest.spec import TrainingJobSpec
@@ -123,7 +123,7 @@ def footprint(spec: TrainingJobSpec, layout: Layout, *, one_host: bool) -> Footp
     shared = one_host and placement.transport != "inline"
     num_leaves = spec.data.num_micro_batches
     names = [str(i) for i in range(placement.workers)]
-    parts = deal(range(num_leaves), dict.fromkeys(names, 1.0))
+    parts = Dealer()(range(num_leaves), dict.fromkeys(names, 1.0))
     slots = [[slots_of(low, high, num_leaves) for low, high in parts.get(name, [])] or [(0, 0)] for name in names]
     held = [max(most for most, _ in ranges) for ranges in slots]
     pushed = [sum(count for _, count in ranges) for ranges in slots]

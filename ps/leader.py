@@ -10,23 +10,33 @@ A round moves so:  assign -> collect (pushes from workers, reports from shards) 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ps.assignment import deal
+from ps.assignment import Dealer
 from ps.clip import clip_coefficient
-from ps.messages import Assign, Decision, Failure, LeafResult, Outcome, Push, Round, StepRecord
+from ps.effects import (
+    ENDED,
+    Decide,
+    Dismiss,
+    Effect,
+    Evaluated,
+    Hung,
+    Phase,
+    PhaseChanged,
+    Save,
+    Send,
+    Stepped,
+)
+from ps.members import Member, Members, leaves_of
+from ps.messages import Assign, Decision, Failure, LeafResult, Outcome, Push, Round
+from ps.record import CompletedStep
 from ps.schedule import learning_rate
 from steepest.spec import ScheduleSpec
 
-SPEED_MEMORY = 0.8  # weight of the past in a worker's measured speed
-WARM_UP_PUSHES = 3  # a worker's first answers are slow, and say nothing of its speed
-PATIENCE_STEPS = 8  # a worker that got no work is tried again after so many steps, then after twice as many, ...
-MAX_PATIENCE_STEPS = 512
 STRAGGLER_FACTOR = 4.0  # a range this many times over its expected time is given to an idle worker too
 STRAGGLER_SECONDS = 5.0  # but never sooner than this
 
@@ -50,124 +60,30 @@ class Plan:
     worker_timeout_seconds: float = 300.0
 
 
-class Phase(StrEnum):
-    """What the leader is doing."""
-
-    WAITING = "waiting"  # no worker is there to work
-    WORKING = "working"
-    PAUSED = "paused"
-    SAVING = "saving"
-    FINISHED = "finished"
-    CANCELLED = "cancelled"
-    FAILED = "failed"
-
-
-ENDED = frozenset({Phase.FINISHED, Phase.CANCELLED, Phase.FAILED})
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Give work to a worker."""
-
-    worker: str
-    assign: Assign
-
-
-@dataclass(frozen=True, slots=True)
-class Dismiss:
-    """Tell a worker to end in good order."""
-
-    worker: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Decide:
-    """Tell all shards what to do with the round."""
-
-    decision: Decision
-
-
-@dataclass(frozen=True, slots=True)
-class Stepped:
-    """A step is complete."""
-
-    record: StepRecord
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluated:
-    """An evaluation is complete."""
-
-    step: int
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Save:
-    """Write a checkpoint of the present version, then call `saved`."""
-
-    step: int
-    updates: int
-
-
-@dataclass(frozen=True, slots=True)
-class PhaseChanged:
-    """The phase is another one now."""
-
-    phase: Phase
-    reason: str
-    worker: str = ""
-    failure: Failure | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Hung:
-    """A worker has not answered for worker_timeout_seconds: it is to be killed."""
-
-    worker: str
-
-
-Effect = Send | Dismiss | Decide | Stepped | Evaluated | Save | PhaseChanged | Hung
-
-
-@dataclass(slots=True)
-class _Member:
-    """A worker as the leader sees it. in_flight: rounds assigned and not answered. leaves: of the present round."""
-
-    speed: float = 1.0
-    pushes: int = 0
-    guessed: bool = True  # whether its speed is not known, or known too long ago
-    idle_steps: int = 0
-    patience_steps: int = PATIENCE_STEPS
-    in_flight: int = 0
-    leaves: set[int] = field(default_factory=set)
-    taken: set[int] = field(default_factory=set)
-    since: float = 0.0
-    retiring: bool = False
-    duplicated: bool = False
-    buffers: bytes | None = None  # the newest it was sent
-
-
 @dataclass(slots=True)
 class _Round:
-    """The round in progress."""
+    """The round in progress. pending, missing: micro-batches that nobody has, and that have not come back (bits)."""
 
     kind: Round
     num_leaves: int
     began: float
-    pending: set[int]
-    results: dict[int, LeafResult] = field(default_factory=dict)
-    by: dict[int, str] = field(default_factory=dict)
+    pending: int
+    missing: int
+    results: list[LeafResult]
+    by: list[str]
     reports: dict[int, NDArray[np.float64]] = field(default_factory=dict)
     collected: float = 0.0
     reported: float = 0.0
     decision: Decision | None = None
+    sums: NDArray[np.float64] | None = None
     norm: float = 0.0
     loss: float = 0.0
     weight: float = 0.0
     applied: dict[int, float] = field(default_factory=dict)
     buffers: bytes | None = None
+
+
+_NOTHING = LeafResult(-1, 0.0, 0.0, 0)
 
 
 class Leader:
@@ -187,7 +103,8 @@ class Leader:
         self.updates = updates  # optimizer updates applied; a skipped step makes none
         self.buffers = buffers
         self.phase = Phase.WAITING
-        self.members: dict[str, _Member] = {}
+        self.members = Members()
+        self._deal_out = Dealer()
         self._initialized = initialized
         self._round: _Round | None = None
         self._evaluated = -1
@@ -201,7 +118,7 @@ class Leader:
         """A worker is there."""
         if self.phase in ENDED:
             return [Dismiss(worker, "the job has ended")]
-        self.members[worker] = _Member()
+        self.members[worker] = Member()
         if self.phase == Phase.WAITING:
             effects: list[Effect] = [self._enter(Phase.WORKING, f"worker {worker} joined", worker)]
             return effects + (self._next_round(now) if self._round is None else self._deal(now))
@@ -215,11 +132,10 @@ class Leader:
         current = self._round
         if current is not None and current.decision is None:
             # What another worker has been given too, it has delivered or will deliver to every shard.
-            lost = set(member.leaves)
+            lost = member.leaves
             if current.kind in (Round.TRAIN, Round.INITIALIZE) and len(current.reports) < self.plan.num_servers:
                 lost |= member.taken  # a push may have reached some shards and not others; duplicates are harmless
-            lost -= {leaf for other in self.members.values() for leaf in other.taken}
-            current.pending |= lost
+            current.pending |= lost & ~self.members.taken_by_any()
         effects = self._deal(now)
         if not self.members and self.phase == Phase.WORKING and (current is None or current.decision is None):
             effects.append(self._enter(Phase.WAITING, f"worker {worker} left, and there is no other", worker))
@@ -242,20 +158,23 @@ class Leader:
         current = self._round
         if current is None or push.step != self.step or push.kind != current.kind or current.decision is not None:
             return Outcome.LATE, self._after_answer(now)
-        delivered = {leaf.index for leaf in push.leaves}
-        member.leaves -= delivered
-        self._measure_speed(member, push)
-        outcome = Outcome.ACCEPTED if delivered - current.results.keys() else Outcome.DUPLICATE
-        for leaf in push.leaves:
-            current.results.setdefault(leaf.index, leaf)
-            current.by.setdefault(leaf.index, worker)
-        current.pending -= delivered
+        delivered = 0
+        for result in push.leaves:
+            bit = 1 << result.leaf
+            delivered |= bit
+            if current.missing & bit:
+                current.results[result.leaf] = result
+                current.by[result.leaf] = worker
+        outcome = Outcome.ACCEPTED if delivered & current.missing else Outcome.DUPLICATE
+        member.leaves &= ~delivered
+        current.missing &= ~delivered
+        current.pending &= ~delivered
+        member.measure(push)
         if push.buffers is not None and current.buffers is None:
             current.buffers = push.buffers
-        if len(current.results) == current.num_leaves and not current.collected:
+        if not current.missing and not current.collected:
             current.collected = now
-        effects = self._advance(now)
-        return outcome, effects or self._after_answer(now)
+        return outcome, self._advance(now) or self._after_answer(now)
 
     def report(
         self, server: int, step: int, kind: Round, sums: NDArray[np.float64], now: float
@@ -331,7 +250,7 @@ class Leader:
         if self._round is None or self._round.decision is not None or self.phase in ENDED:
             return []
         effects: list[Effect] = []
-        idle = {name: m for name, m in self.members.items() if self._is_idle(m)}
+        idle = self.members.idle()
         for name, member in list(self.members.items()):
             if not member.leaves:
                 continue
@@ -339,11 +258,11 @@ class Leader:
             if waited > self.plan.worker_timeout_seconds:
                 effects.append(Hung(name))
                 continue
-            expected = math.inf if member.guessed else len(member.leaves) / member.speed
+            expected = math.inf if member.guessed else member.leaves.bit_count() / member.speed
             if idle and not member.duplicated and waited > max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * expected):
                 member.duplicated = True
-                effects += self._assign(sorted(member.leaves), self._speeds(idle), now)
-                idle = {}
+                effects += self._assign(leaves_of(member.leaves), idle, now)
+                idle = []
         return effects
 
     # -- rounds -----------------------------------------------------------------------------------------------------
@@ -384,41 +303,33 @@ class Leader:
         return self._is_over or bool(every and self.step and self.step % every == 0)
 
     def _begin(self, kind: Round, num_leaves: int, now: float) -> list[Effect]:
-        self._round = _Round(kind, num_leaves, now, set(range(num_leaves)))
-        for member in self.members.values():
-            member.leaves.clear()
-            member.taken.clear()
-            member.duplicated = False
+        every = (1 << num_leaves) - 1
+        self._round = _Round(kind, num_leaves, now, every, every, [_NOTHING] * num_leaves, [""] * num_leaves)
+        self.members.begin_round()
         if not self.members:
             return [] if self.phase == Phase.WAITING else [self._enter(Phase.WAITING, "there is no worker")]
         return self._deal(now)
-
-    def _is_idle(self, member: _Member) -> bool:
-        return not member.in_flight and not member.retiring
 
     def _deal(self, now: float) -> list[Effect]:
         """Give what nobody has to those who have nothing."""
         current = self._round
         if current is None or not current.pending or current.decision is not None:
             return []
-        idle = {name: m for name, m in self.members.items() if self._is_idle(m)}
+        idle = self.members.idle()
         if not idle:
             return []
-        leaves = sorted(current.pending)
-        current.pending.clear()
-        return self._assign(leaves, self._speeds(idle), now)
+        everything = current.pending == (1 << current.num_leaves) - 1
+        leaves = range(current.num_leaves) if everything else leaves_of(current.pending)
+        current.pending = 0
+        return self._assign(leaves, idle, now)
 
-    def _assign(self, leaves: Sequence[int], speeds: dict[str, float], now: float) -> list[Effect]:
+    def _assign(self, leaves: Sequence[int], workers: list[str], now: float) -> list[Effect]:
         current = self._round
         assert current is not None  # noqa: S101  # callers are inside a round
         effects: list[Effect] = []
-        for worker, parts in deal(leaves, speeds).items():
+        for worker, parts in self._deal_out(leaves, self.members.speeds(workers)).items():
             member = self.members[worker]
-            own = {leaf for low, high in parts for leaf in range(low, high)}
-            member.leaves |= own
-            member.taken |= own
-            member.in_flight += 1
-            member.since = now
+            member.give(_bits(parts), now)
             buffers = None if member.buffers is self.buffers else self.buffers
             member.buffers = self.buffers
             effects.append(Send(worker, Assign(self.step, current.kind, tuple(parts), buffers)))
@@ -427,7 +338,7 @@ class Leader:
     def _advance(self, now: float) -> list[Effect]:
         """Move the round on when all that was awaited is there."""
         current = self._round
-        if current is None or current.decision is not None or len(current.results) < current.num_leaves:
+        if current is None or current.missing or current.decision is not None:
             return []
         if current.kind == Round.EVALUATE:
             return self._finish_evaluation(now)
@@ -442,23 +353,25 @@ class Leader:
         if current.kind == Round.INITIALIZE:
             current.decision = Decision(self.step, current.kind, apply=True)
             return [Decide(current.decision)]
-        results = [current.results[i] for i in range(current.num_leaves)]
-        sums = np.concatenate([current.reports[i] for i in range(self.plan.num_servers)])
-        finite = all(math.isfinite(r.loss) and math.isfinite(r.weight) for r in results) and bool(
-            np.isfinite(sums).all()
-        )
+        reports = current.reports
+        sums = reports[0] if len(reports) == 1 else np.concatenate([reports[i] for i in range(len(reports))])
+        current.sums = sums
+        total = _sum(sums.tolist())
+        loss = _sum([r.loss for r in current.results])
+        weight = _sum([r.weight for r in current.results])
+        finite = math.isfinite(total) and math.isfinite(loss) and math.isfinite(weight)
         if not finite and not self.plan.skip_nonfinite:
-            return self._blame(results, now)
+            return self._blame(now)
         lr = learning_rate(self.plan.base_lr, self.plan.schedule, self.updates, self.plan.total_steps)
-        current.weight = math.fsum(r.weight for r in results) if finite else math.nan
-        if not finite or current.weight <= 0.0:
+        current.weight = weight if finite else math.nan
+        if not finite or weight <= 0.0:
             current.loss = current.norm = math.nan
             current.decision = Decision(self.step, current.kind, apply=False, lr=lr)
             return [Decide(current.decision)]
-        current.loss = math.fsum(r.loss for r in results) / current.weight
-        current.norm = math.sqrt(math.fsum(sums)) / current.weight
+        current.loss = loss / weight
+        current.norm = math.sqrt(total) / weight
         coefficient = clip_coefficient(current.norm, self.plan.max_norm)
-        current.decision = Decision(self.step, current.kind, True, current.weight, coefficient, lr)
+        current.decision = Decision(self.step, current.kind, True, weight, coefficient, lr)
         return [Decide(current.decision)]
 
     def _commit(self, now: float) -> list[Effect]:
@@ -472,39 +385,35 @@ class Leader:
         if current.kind == Round.INITIALIZE:
             self._initialized = True
             return self._next_round(now)
-        record = self._record(current, current.decision, now)
-        self._favour_idle()
+        stepped = Stepped(self._completed(current, current.decision, now))
+        self.members.favour_idle()
         self.step += 1
         self.updates += current.decision.apply
-        return [Stepped(record), *self._next_round(now)]
+        following = self._next_round(now)
+        # Work first, so that nobody waits for the telemetry; but nothing that ends or saves overtakes the record.
+        return [*following, stepped] if following and isinstance(following[0], Send) else [stepped, *following]
 
-    def _record(self, current: _Round, decision: Decision, now: float) -> StepRecord:
-        clipped_norm = current.norm * decision.coefficient
-        if self.plan.max_value is not None and decision.apply:
-            clipped_norm = math.sqrt(math.fsum(current.applied.values()))
-        return StepRecord(
-            step=self.step,
-            time=now,
+    def _completed(self, current: _Round, decision: Decision, now: float) -> CompletedStep:
+        assert current.sums is not None  # noqa: S101  # set with the decision
+        return CompletedStep(
+            decision=decision,
             loss=current.loss,
-            lr=decision.lr,
+            norm=current.norm,
             weight=current.weight,
-            samples=sum(r.samples for r in current.results.values()),
-            gradient_norm=current.norm,
-            clipped_norm=clipped_norm,
-            clip_coefficient=clipped_norm / current.norm if current.norm > 0 else 1.0,
-            clipped=clipped_norm < current.norm * (1 - 1e-12),
-            skipped=not decision.apply,
+            samples=sum([r.samples for r in current.results]),
             workers=len(self.members),
-            step_seconds=now - current.began,
-            compute_seconds=current.collected - current.began,
-            reduce_seconds=max(0.0, current.reported - current.collected),
-            apply_seconds=now - current.reported,
+            segment_sums=current.sums,
+            clipped_sum=None if self.plan.max_value is None else math.fsum(current.applied.values()),
+            began=current.began,
+            collected=current.collected,
+            reported=current.reported,
+            committed=now,
         )
 
     def _finish_evaluation(self, now: float) -> list[Effect]:
         current = self._round
         assert current is not None  # noqa: S101  # only `_advance` calls this
-        results = [current.results[i] for i in range(current.num_leaves)]
+        results = current.results
         samples = sum(r.samples for r in results)
         metrics = {
             name: math.fsum(r.values[k] for r in results) / samples for k, name in enumerate(self.plan.metric_names)
@@ -517,32 +426,29 @@ class Leader:
 
     # -- failures ---------------------------------------------------------------------------------------------------
 
-    def _blame(self, results: Sequence[LeafResult], now: float) -> list[Effect]:
+    def _blame(self, now: float) -> list[Effect]:
         """A sum is not finite: name the micro-batch, by its loss or by computing the step again."""
         current = self._round
         assert current is not None  # noqa: S101  # only `_decide` calls this
-        for leaf in results:
-            if not (math.isfinite(leaf.loss) and math.isfinite(leaf.weight)):
-                worker = current.by[leaf.index]
+        for result, worker in zip(current.results, current.by, strict=True):
+            if not (math.isfinite(result.loss) and math.isfinite(result.weight)):
                 message = (
-                    f"the loss is not finite at step {self.step}, worker {worker}, micro-batch {leaf.index}: "
-                    f"loss sum {leaf.loss}, weight {leaf.weight}"
+                    f"the loss is not finite at step {self.step}, worker {worker}, micro-batch {result.leaf}: "
+                    f"loss sum {result.loss}, weight {result.weight}"
                 )
-                return self._fail(Failure(self.step, leaf.index, "nonfinite_loss", message), worker)
+                return self._fail(Failure(self.step, result.leaf, "nonfinite_loss", message), worker)
         return self._begin(Round.DIAGNOSE, self.plan.num_leaves, now)
 
     def _finish_diagnosis(self) -> list[Effect]:
         current = self._round
         assert current is not None  # noqa: S101  # only `_advance` calls this
-        for index in range(current.num_leaves):
-            leaf = current.results[index]
-            if leaf.nonfinite:
-                worker = current.by[index]
+        for result, worker in zip(current.results, current.by, strict=True):
+            if result.nonfinite:
                 message = (
-                    f"the gradient of {leaf.nonfinite} is not finite at step {self.step}, worker {worker}, "
-                    f"micro-batch {index}"
+                    f"the gradient of {result.nonfinite} is not finite at step {self.step}, worker {worker}, "
+                    f"micro-batch {result.leaf}"
                 )
-                return self._fail(Failure(self.step, index, "nonfinite_gradient", message), worker)
+                return self._fail(Failure(self.step, result.leaf, "nonfinite_gradient", message), worker)
         message = f"the sum of finite gradients is not finite at step {self.step}: they are too large to add"
         return self._fail(Failure(self.step, -1, "nonfinite_gradient", message), "")
 
@@ -574,25 +480,18 @@ class Leader:
             effects += self.leave(name, now)
         return effects
 
-    def _speeds(self, members: Mapping[str, _Member]) -> dict[str, float]:
-        """How fast these are; whoever is not known yet is taken for as fast as the fastest."""
-        fastest = max((m.speed for m in self.members.values() if not m.guessed), default=1.0)
-        return {name: fastest if m.guessed else m.speed for name, m in members.items()}
 
-    def _favour_idle(self) -> None:
-        """A worker without work is not measured: try it again now and then."""
-        for member in self.members.values():
-            member.idle_steps = 0 if member.taken else member.idle_steps + 1
-            if member.idle_steps >= member.patience_steps:
-                member.guessed, member.idle_steps = True, 0
-                member.patience_steps = min(2 * member.patience_steps, MAX_PATIENCE_STEPS)
+def _bits(parts: Iterable[tuple[int, int]]) -> int:
+    """The micro-batches in half-open ranges, as a set."""
+    bits = 0
+    for low, high in parts:
+        bits |= (1 << high) - (1 << low)
+    return bits
 
-    def _measure_speed(self, member: _Member, push: Push) -> None:
-        if push.kind != Round.TRAIN or push.seconds <= 0.0 or not push.leaves:
-            return
-        speed = len(push.leaves) / push.seconds
-        member.pushes += 1
-        if member.pushes <= WARM_UP_PUSHES:
-            return
-        old = speed if member.guessed else member.speed
-        member.speed, member.guessed = SPEED_MEMORY * old + (1 - SPEED_MEMORY) * speed, False
+
+def _sum(values: Sequence[float]) -> float:
+    """The exact sum, rounded once; not finite when it, or what is added, is not."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):  # beyond range; inf - inf
+        return math.nan

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class Round(StrEnum):
@@ -26,8 +27,7 @@ class Outcome(StrEnum):
     AHEAD = "ahead"  # of a round this shard has not reached: a fault of the sender
 
 
-@dataclass(frozen=True, slots=True)
-class PushedNode:
+class PushedNode(NamedTuple):
     """A node of the canonical tree and the slot its sum lies in; None: it had no samples."""
 
     low: int
@@ -35,14 +35,13 @@ class PushedNode:
     slot: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class LeafResult:
+class LeafResult(NamedTuple):
     """What a worker measured in one micro-batch: the loss sum, its weight, and metric sums in an evaluation.
 
     nonfinite: the first parameter with a non-finite gradient; only a diagnosis looks for one.
     """
 
-    index: int
+    leaf: int
     loss: float
     weight: float
     samples: int
@@ -98,7 +97,10 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """What the leader saw in one step. Norms are of the mean gradient; times are in seconds."""
+    """What the leader saw in one step. Norms are of the mean gradient; times are in seconds.
+
+    parameter_norms: of each parameter's gradient before the clip, in the layout's order.
+    """
 
     step: int
     time: float
@@ -116,3 +118,4 @@ class StepRecord:
     compute_seconds: float
     reduce_seconds: float
     apply_seconds: float
+    parameter_norms: tuple[float, ...] = ()

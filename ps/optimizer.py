@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ps.layout import Placed, Shard
 from ps.threads import Threads
@@ -57,37 +59,35 @@ class StatePart:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """One thread's part of one group. start, stop: in elements from the start of the shard.
+    """One thread's part of one group, as the fused kernels take it.
 
-    state: torch.optim's, cut likewise. count: its number of updates. options: the group's hyper-parameters.
+    start, stop: in elements from the start of the shard. state: torch.optim's, cut likewise. count: its number of
+    updates. options: the group's hyper-parameters.
     """
 
     start: int
     stop: int
-    parameters: torch.Tensor
-    state: dict[str, torch.Tensor]
-    count: torch.Tensor | None
+    parameters: list[torch.Tensor]
+    state: dict[str, list[torch.Tensor]]
+    count: list[torch.Tensor]
     options: dict[str, Any]
 
 
-def _counts(piece: _Piece) -> list[torch.Tensor]:
-    return [] if piece.count is None else [piece.count]
-
-
 def _adam(kernel: Callable[..., None]) -> _Kernel:
-    def update(piece: _Piece, gradient: torch.Tensor, lr: float, scale: torch.Tensor | None) -> None:
+    def update(piece: _Piece, gradient: list[torch.Tensor], lr: float, scale: torch.Tensor | None) -> None:
         state, options = piece.state, piece.options
+        beta1, beta2 = options["betas"]
         kernel(
-            [piece.parameters],
-            [gradient],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
-            [state["max_exp_avg_sq"]] if options["amsgrad"] else [],
-            _counts(piece),
+            piece.parameters,
+            gradient,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state.get("max_exp_avg_sq", []),
+            piece.count,
             amsgrad=options["amsgrad"],
             lr=lr,
-            beta1=options["betas"][0],
-            beta2=options["betas"][1],
+            beta1=beta1,
+            beta2=beta2,
             weight_decay=options["weight_decay"],
             eps=options["eps"],
             maximize=False,
@@ -98,12 +98,12 @@ def _adam(kernel: Callable[..., None]) -> _Kernel:
     return update
 
 
-def _sgd(piece: _Piece, gradient: torch.Tensor, lr: float, scale: torch.Tensor | None) -> None:
+def _sgd(piece: _Piece, gradient: list[torch.Tensor], lr: float, scale: torch.Tensor | None) -> None:
     options = piece.options
     torch._fused_sgd_(
-        [piece.parameters],
-        [gradient],
-        [piece.state["momentum_buffer"]] if options["momentum"] else [],
+        piece.parameters,
+        gradient,
+        piece.state.get("momentum_buffer", []),
         weight_decay=options["weight_decay"],
         momentum=options["momentum"],
         lr=lr,
@@ -116,13 +116,13 @@ def _sgd(piece: _Piece, gradient: torch.Tensor, lr: float, scale: torch.Tensor |
     )
 
 
-def _adagrad(piece: _Piece, gradient: torch.Tensor, lr: float, scale: torch.Tensor | None) -> None:
+def _adagrad(piece: _Piece, gradient: list[torch.Tensor], lr: float, scale: torch.Tensor | None) -> None:
     options = piece.options
     torch._fused_adagrad_(
-        [piece.parameters],
-        [gradient],
-        [piece.state["sum"]],
-        _counts(piece),
+        piece.parameters,
+        gradient,
+        piece.state["sum"],
+        piece.count,
         lr=lr,
         lr_decay=options["lr_decay"],
         weight_decay=options["weight_decay"],
@@ -133,7 +133,7 @@ def _adagrad(piece: _Piece, gradient: torch.Tensor, lr: float, scale: torch.Tens
     )
 
 
-_Kernel = Callable[[_Piece, torch.Tensor, float, torch.Tensor | None], None]
+_Kernel = Callable[[_Piece, list[torch.Tensor], float, torch.Tensor | None], None]
 _KERNELS: dict[str, _Kernel] = {
     "sgd": _sgd,
     "momentum": _sgd,
@@ -166,7 +166,11 @@ class ShardOptimizer:
         # The scale of a gradient goes into the fused kernel's own pass; that takes it as float32.
         self._folds_scale = self._kernel is not None and parameters.dtype == torch.float32
         self._scale = torch.ones((), dtype=torch.float32)
+        self._scale_view = self._scale.numpy()  # to set it at a tenth of what fill_ takes
         self._pieces: list[list[_Piece]] = []  # for each thread
+        self._counts: list[NDArray[np.float32]] = []  # numbers of updates, to be counted up
+        self._gradient = torch.empty(0)
+        self._work: list[list[tuple[_Piece, list[torch.Tensor]]]] = []  # for each thread, with the part of `_gradient`
         self._optimizer: torch.optim.Optimizer | None = None
         if not self._parts:
             return
@@ -195,7 +199,8 @@ class ShardOptimizer:
             gradient.mul_(1.0 / divisor).clamp_(-max_value, max_value)
             clamped = float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
         elif self._folds_scale:
-            scale = self._scale.fill_(divisor / coefficient)
+            scale = self._scale
+            self._scale_view[...] = divisor / coefficient
         else:
             gradient.mul_(coefficient / divisor)
         if self._pieces:
@@ -220,6 +225,8 @@ class ShardOptimizer:
             part.grad = None
         if self._kernel is not None:
             self._pieces = [self._cut(optimizer, low, high) for low, high in self._ranges]
+            counts = {id(count): count for pieces in self._pieces for p in pieces for count in p.count}
+            self._counts = [count.numpy() for count in counts.values()]
 
     def _cut(self, optimizer: torch.optim.Optimizer, low: int, high: int) -> list[_Piece]:
         """The pieces in the elements [low, high) of the shard."""
@@ -230,23 +237,26 @@ class ShardOptimizer:
             if start < stop:
                 cut = slice(start - first, stop - first)
                 own = {n: v for n, v in optimizer.state.get(part, {}).items() if isinstance(v, torch.Tensor)}
-                state = {name: value[cut] for name, value in own.items() if value.dim()}
-                pieces.append(_Piece(start, stop, part[cut], state, own.get("step"), options))
+                state = {name: [value[cut]] for name, value in own.items() if value.dim()}
+                count = [own["step"]] if "step" in own else []
+                pieces.append(_Piece(start, stop, [part[cut]], state, count, options))
         return pieces
 
     def _step_pieces(self, gradient: torch.Tensor, lr: float, scale: torch.Tensor | None) -> None:
         """What torch.optim's step comes down to, without the way there, and on all threads."""
         kernel = self._kernel
         assert kernel is not None  # noqa: S101  # there are no pieces without one
-        for count in {id(p.count): p.count for pieces in self._pieces for p in pieces}.values():
-            if count is not None:
-                count.add_(1)
+        for count in self._counts:
+            np.add(count, 1.0, out=count)
+        if gradient is not self._gradient:  # mostly it lies where it lay in the last step
+            self._gradient = gradient
+            self._work = [[(p, [gradient[p.start : p.stop]]) for p in pieces] for pieces in self._pieces]
 
-        def update(pieces: list[_Piece]) -> None:
-            for piece in pieces:
-                kernel(piece, gradient[piece.start : piece.stop], lr, scale)
+        def update(work: list[tuple[_Piece, list[torch.Tensor]]]) -> None:
+            for piece, part in work:
+                kernel(piece, part, lr, scale)
 
-        self._threads.run([partial(update, pieces) for pieces in self._pieces])
+        self._threads.run([partial(update, work) for work in self._work])
 
     def _overlaps(self) -> Iterator[tuple[torch.Tensor, Placed, int, int, int]]:
         """For each flat part and each parameter in it: part, parameter, start in part, start in parameter, length."""

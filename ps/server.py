@@ -12,6 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +21,15 @@ from ps import convert
 from ps.checkpoint import newest_valid, write_checkpoint
 from ps.collection import Collection, parts_of, pieces
 from ps.config import JobConfig, ServerAddress
+from ps.effects import Decide, Dismiss, Effect, Evaluated, Hung, PhaseChanged, Save, Send, Stepped
 from ps.layout import shards
-from ps.leader import Decide, Dismiss, Effect, Evaluated, Hung, Leader, PhaseChanged, Save, Send, Stepped
+from ps.leader import Leader
 from ps.messages import PROTOCOL, Decision, Outcome, Push, Round
 from ps.peer import Peer, chunks
 from ps.segment import Segment, SegmentReference
 from ps.shard import ShardServer
 from ps.state import assemble, flatten
-from ps.stream import Connection, Listener, Role, Service, StreamError, call
+from ps.stream import Connection, Hub, HungUpError, Listener, Role, Service, StreamError, call
 from ps.supervisor import Supervisor
 from ps.tree import Node
 from steepest.v1 import exchange_pb2 as pb
@@ -46,6 +48,7 @@ class ParameterServer:
         self.layout = config.layout()
         self.shard = shards(self.layout, config.num_servers)[index]
         self._plan = config.plan()
+        self._measured = self.layout if config.spec.telemetry.parameter_norms else None
         self._lock = threading.RLock()
         self._peers: dict[str, Peer] = {}
         self._segment: Segment | None = None
@@ -59,7 +62,10 @@ class ParameterServer:
         self._collection: Collection | None = None
         # The follower's part.
         self._to_leader: Connection[pb.LeaderMessage] | None = None
-        self._supervisor = Supervisor(bind, self._controller_refusal, self._on_command)
+        self._hub = Hub()
+        self._supervisor = Supervisor(
+            bind, self._controller_refusal, self._on_command, record_every=config.spec.telemetry.every
+        )
         services: dict[Role, Service[Any]] = {
             Role.WORKER: Service(pb.WorkerMessage.FromString, self._serve_worker),
             Role.FOLLOWER: Service(pb.FollowerMessage.FromString, self._serve_follower),
@@ -128,6 +134,7 @@ class ParameterServer:
             self._to_leader.close()
         for peer in list(self._peers.values()):
             peer.end()
+        self._hub.close()
         self._supervisor.stop()
 
     def wait(self) -> None:
@@ -158,33 +165,39 @@ class ParameterServer:
     # -- workers ----------------------------------------------------------------------------------------------------
 
     def _serve_worker(self, connection: Connection[pb.WorkerMessage]) -> None:
-        """A worker's stream."""
-        peer: Peer | None = None
-        refusal = ""
+        """A worker's stream: its hello here, the rest in the hub on this host, and in this thread otherwise."""
         try:
-            for message in connection:
-                if peer is not None:
-                    with self._lock:
-                        self._on_worker_message(peer, message)
-                    continue
-                refusal = self._worker_refusal(message.hello)
-                if refusal:
-                    break
-                peer = self._admit(message.hello, connection)
-        except StreamError as error:
-            log.warning("server %d hangs up on a worker: %s", self.index, error)
-            refusal = str(error)
-        except Exception as error:
-            name = "" if peer is None else peer.worker
-            log.exception("server %d, worker %s", self.index, name)
-            self._break(f"server {self.index} failed on a message of worker {name}: {error!r}")
-        finally:
-            if peer is not None:
-                self._leave(peer)
+            hello = connection.receive()
+        except (HungUpError, StreamError):
+            hello = None
+        if hello is None:
+            connection.release()
+            return
+        refusal = self._worker_refusal(hello.hello)
         if refusal:
             connection.refuse(pb.ServerMessage(refusal=pb.Refusal(reason=refusal)))
-        else:
-            connection.release()
+            return
+        peer = self._admit(hello.hello, connection)
+        on_message, on_end = partial(self._on_worker_message, peer), partial(self._on_worker_end, peer, connection)
+        if connection.is_local:
+            self._hub.add(connection, on_message, on_end)
+            return
+        try:
+            while (message := connection.receive()) is not None:
+                on_message(message)
+        except Exception as error:
+            on_end(error)
+
+    def _on_worker_end(self, peer: Peer, connection: Connection[pb.WorkerMessage], error: Exception) -> None:
+        self._leave(peer)
+        if isinstance(error, StreamError):
+            log.warning("server %d hangs up on worker %s: %s", self.index, peer.worker, error)
+            connection.refuse(pb.ServerMessage(refusal=pb.Refusal(reason=str(error))))
+            return
+        if not isinstance(error, HungUpError):
+            log.error("server %d, worker %s", self.index, peer.worker, exc_info=error)
+            self._break(f"server {self.index} failed on a message of worker {peer.worker}: {error!r}")
+        connection.release()
 
     def _worker_refusal(self, hello: pb.Hello) -> str:
         """Why a worker is not let in, or nothing."""
@@ -229,14 +242,15 @@ class ParameterServer:
                     self._carry_out(self.leader.leave(peer.worker, time.time()))
 
     def _on_worker_message(self, peer: Peer, message: pb.WorkerMessage) -> None:
-        if self._peers.get(peer.worker) is not peer:
-            return  # a newer generation of this worker has taken its place
-        match message.WhichOneof("message"):
-            case "push":
-                self._on_push(peer, convert.push_from_proto(message.push))
-            case "failure" if self.leader is not None:
-                failure = convert.failure_from_proto(message.failure)
-                self._carry_out(self.leader.failure(peer.worker, failure, time.time())[1])
+        with self._lock:
+            if self._peers.get(peer.worker) is not peer:
+                return  # a newer generation of this worker has taken its place
+            match message.WhichOneof("message"):
+                case "push":
+                    self._on_push(peer, convert.push_from_proto(message.push))
+                case "failure" if self.leader is not None:
+                    failure = convert.failure_from_proto(message.failure)
+                    self._carry_out(self.leader.failure(peer.worker, failure, time.time())[1])
 
     def _on_push(self, peer: Peer, push: Push) -> None:
         shard = self._server
@@ -301,8 +315,8 @@ class ParameterServer:
                     self._post(worker, pb.ServerMessage(stop=pb.Stop(reason=reason)))
                 case Decide(decision):
                     self._decide(leader, decision)
-                case Stepped(record):
-                    self._supervisor.tell_record(record)
+                case Stepped(completed):
+                    self._supervisor.tell_record(completed.record(self._measured))
                 case Evaluated(step, metrics):
                     self._supervisor.tell_evaluation(step, metrics)
                 case Save():
@@ -424,11 +438,14 @@ class ParameterServer:
                 flat[part.offset : part.offset + part.values.numel()] = part.values
         buffers = leader.buffers or b""
         state = assemble(self.config.model, self.layout, flat, buffers, states, step=step, updates=leader.updates)
+        records = self._supervisor.unstored()
 
         def write() -> None:
             problem = ""
             try:
-                written = write_checkpoint(self.config.checkpoint_directory, state)
+                written = write_checkpoint(
+                    self.config.checkpoint_directory, state, records=records, incarnation=self.config.incarnation
+                )
                 saved = pb.CheckpointSaved(
                     step=written.step,
                     path=str(written.path),

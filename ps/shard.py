@@ -54,14 +54,16 @@ class ShardServer:
         self._sum: torch.Tensor | None = None
         self._reduced = False
         self._reducer = Reducer(shard, threads, ranges)
+        self._planned: dict[Node, bool] = {}
+        self._plan: list[tuple[Node, Node]] = []
+        self._last: Node | None = None
 
     @property
     def _root(self) -> Node:
         return Node(0, self._num_leaves if self.initialized else 1)
 
     def _is_current(self, step: int, kind: Round) -> bool:
-        expected = Round.TRAIN if self.initialized else Round.INITIALIZE
-        return step == self.step and kind == expected
+        return step == self.step and kind == (Round.TRAIN if self.initialized else Round.INITIALIZE)
 
     def accept(self, step: int, kind: Round, nodes: Iterable[tuple[Node, torch.Tensor | None]]) -> Outcome:
         """Hold nodes of the round in progress; each tensor, shape (shard.numel,), may be changed from now on."""
@@ -84,9 +86,13 @@ class ShardServer:
 
     def reduce(self) -> NDArray[np.float64]:
         """Add up the round and return the sum of squares of each segment of the shard."""
-        plan, root = addition_plan(self._root, {node: value is not None for node, value in self._held.items()})
-        values = {node: value for node, value in self._held.items() if value is not None}
-        sums = self._reducer(plan, root, values)
+        present = {node: self._held[node] is not None for node in sorted(self._held)}
+        if present != self._planned:  # steps are alike
+            self._plan, self._last = addition_plan(self._root, present)
+            self._planned = present
+        root = self._last
+        values = {node: value for node in present if (value := self._held[node]) is not None}
+        sums = self._reducer(self._plan, root, values)
         self._sum = values[root] if root is not None else None
         self._reduced = True
         return sums

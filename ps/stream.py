@@ -11,9 +11,10 @@ name.
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
+import os
 import secrets
+import select
 import socket
 import struct
 import threading
@@ -45,6 +46,10 @@ class StreamError(Exception):
     """What came in is not what the protocol allows. The message says what."""
 
 
+class HungUpError(Exception):
+    """The other end is gone, or this one was closed."""
+
+
 class Role(IntEnum):
     """What a caller is to the one it calls."""
 
@@ -68,13 +73,24 @@ class Connection(Generic[Received]):
 
     def __init__(self, end: socket.socket, parse: Callable[[bytes], Received]) -> None:
         self.sink: Callable[[Received, int], memoryview] = _no_tensors
+        self.is_local = end.family == socket.AF_UNIX
         self._socket = end
-        self._reader = io.BufferedReader(socket.SocketIO(end, "r"), BUFFER_BYTES)
         self._parse = parse
+        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._start = self._stop = 0  # of what has come in and is not read yet
         self._lock = threading.Condition()
         self._backlog: deque[memoryview] = deque()
         self._drains = False
         self._closed = False
+
+    def fileno(self) -> int:
+        """Of the socket."""
+        return self._socket.fileno()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing that came in is left to read."""
+        return self._start == self._stop
 
     def send(self, message: Message, tensor: memoryview | None = None) -> None:
         """Send, and never block: what the socket does not take at once, a thread of its own sends in its time.
@@ -120,33 +136,72 @@ class Connection(Generic[Received]):
                 self._backlog.popleft()
 
     def __iter__(self) -> Iterator[Received]:
-        while len(header := self._read(LENGTHS.size)) == LENGTHS.size:
-            length, tensor_bytes = LENGTHS.unpack(header)
-            if length > MAX_MESSAGE_BYTES or tensor_bytes > CHUNK_BYTES:
-                raise StreamError(f"a message of {length} bytes with a tensor of {tensor_bytes} is too long")
-            data = self._read(length)
-            if len(data) < length:
-                break
-            try:
-                message = self._parse(data)
-            except Exception as error:
-                raise StreamError(f"a message of {length} bytes cannot be read") from error
-            if tensor_bytes and not self._read_into(self.sink(message, tensor_bytes)):
-                break
-            yield message
+        with contextlib.suppress(HungUpError):
+            while (message := self.receive()) is not None:
+                yield message
         self.release()
 
-    def _read(self, length: int) -> bytes:
-        try:
-            return self._reader.read(length)
-        except (OSError, ValueError):  # broken, or closed by this end
-            return b""
+    def receive(self, *, wait: bool = True) -> Received | None:
+        """The next message, its tensor in place. wait: False gives None when none is there as a whole.
 
-    def _read_into(self, memory: memoryview) -> bool:
+        Raises HungUpError at the end, StreamError for what breaks the protocol.
+        """
+        while self._stop - self._start < LENGTHS.size:
+            if not self._fill(wait):
+                return None
+        length, tensor_bytes = LENGTHS.unpack_from(self._buffer, self._start)
+        if length > MAX_MESSAGE_BYTES or tensor_bytes > CHUNK_BYTES:
+            raise StreamError(f"a message of {length} bytes with a tensor of {tensor_bytes} is too long")
+        end = LENGTHS.size + length
+        if end > len(self._buffer):
+            larger = memoryview(bytearray(end))
+            larger[: self._stop - self._start] = self._buffer[self._start : self._stop]
+            self._buffer, self._start, self._stop = larger, 0, self._stop - self._start
+        while self._stop - self._start < end:
+            if not self._fill(wait):
+                return None
+        data = bytes(self._buffer[self._start + LENGTHS.size : self._start + end])
+        self._start += end
         try:
-            return self._reader.readinto(memory) == len(memory)
-        except (OSError, ValueError):
+            message = self._parse(data)
+        except Exception as error:
+            raise StreamError(f"a message of {length} bytes cannot be read") from error
+        if tensor_bytes:
+            self._read_into(self.sink(message, tensor_bytes))
+        return message
+
+    def _fill(self, wait: bool) -> bool:
+        """Take in what is there, at least something if `wait`. Returns whether there was anything."""
+        if self._start == self._stop:
+            self._start = self._stop = 0
+        elif self._stop == len(self._buffer):
+            held = bytes(self._buffer[self._start : self._stop])
+            self._buffer[: len(held)] = held
+            self._start, self._stop = 0, len(held)
+        room = self._buffer[self._stop :] if self._stop else self._buffer
+        try:
+            count = self._socket.recv_into(room, 0, 0 if wait else socket.MSG_DONTWAIT)
+        except BlockingIOError:
             return False
+        except (OSError, ValueError) as error:  # broken, or closed by this end
+            raise HungUpError from error
+        if not count:
+            raise HungUpError
+        self._stop += count
+        return True
+
+    def _read_into(self, memory: memoryview) -> None:
+        held = min(len(memory), self._stop - self._start)
+        memory[:held] = self._buffer[self._start : self._start + held]
+        self._start += held
+        while held < len(memory):
+            try:
+                count = self._socket.recv_into(memory[held:], 0, socket.MSG_WAITALL)
+            except (OSError, ValueError) as error:
+                raise HungUpError from error
+            if not count:
+                raise HungUpError
+            held += count
 
     def close(self) -> None:
         """Hang up, from any thread. What is under way in either direction may be lost."""
@@ -159,8 +214,6 @@ class Connection(Generic[Received]):
     def release(self) -> None:
         """Hang up and free the descriptor. Only for the thread that reads."""
         self.close()
-        with contextlib.suppress(OSError):
-            self._reader.close()
         self._socket.close()
 
     def refuse(self, message: Message) -> None:
@@ -174,6 +227,64 @@ class Connection(Generic[Received]):
             while self._socket.recv(BUFFER_BYTES) and time.monotonic() < deadline:
                 pass
         self.release()
+
+
+class Hub:
+    """Reads many connections in one thread, for small messages that come close together.
+
+    Threads of their own would hand the interpreter's lock to one another, which costs more than such a message does.
+    """
+
+    def __init__(self) -> None:
+        self._poll = select.epoll()
+        self._wake = os.eventfd(0)
+        self._poll.register(self._wake, select.EPOLLIN)
+        self._served: dict[int, tuple[Connection[Any], Callable[[Any], None], Callable[[Exception], None]]] = {}
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def add(
+        self,
+        connection: Connection[Received],
+        on_message: Callable[[Received], None],
+        on_end: Callable[[Exception], None],
+    ) -> None:
+        """Serve a connection from now on. on_end: gets what ended it, a HungUpError in good order."""
+        descriptor = connection.fileno()
+        self._served[descriptor] = (connection, on_message, on_end)
+        error = self._read(descriptor)  # what its buffer holds already wakes nobody
+        if error is None:
+            self._poll.register(descriptor, select.EPOLLIN)
+        else:
+            del self._served[descriptor]
+            on_end(error)
+
+    def close(self) -> None:
+        """Serve no more; the connections stay as they are."""
+        os.eventfd_write(self._wake, 1)
+
+    def _run(self) -> None:
+        while True:
+            for descriptor, _ in self._poll.poll():
+                if descriptor == self._wake:
+                    self._poll.close()
+                    os.close(self._wake)
+                    return
+                error = self._read(descriptor)
+                if error is not None:
+                    self._poll.unregister(descriptor)
+                    self._served.pop(descriptor)[2](error)
+
+    def _read(self, descriptor: int) -> Exception | None:
+        """Read what is there; what ended the connection, if anything did."""
+        connection, on_message, _ = self._served[descriptor]
+        try:
+            while (message := connection.receive(wait=False)) is not None:
+                on_message(message)
+                if connection.is_empty:
+                    break  # what comes now wakes us again
+        except Exception as error:
+            return error
+        return None
 
 
 def _no_tensors(message: Any, tensor_bytes: int) -> memoryview:

@@ -30,6 +30,9 @@ class Threads:
 
     def run(self, calls: Sequence[Callable[[], None]]) -> None:
         """Return when all are done. Raises what the first one to fail raised."""
+        if len(calls) == 1:
+            calls[0]()
+            return
         futures = [self._pool.submit(call) for call in calls[1:]] if self._pool is not None else []
         for call in calls[: len(calls) - len(futures)]:
             call()

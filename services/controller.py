@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 
-from ps.checkpoint import newest_valid
+from ps.checkpoint import newest_valid, read_records
 from ps.config import JobConfig, ServerAddress
-from ps.leader import Phase
+from ps.effects import Phase
 from ps.messages import StepRecord
 from services.histogram import Histogram
 from services.lifecycle import ENDED, JobState
@@ -52,6 +52,15 @@ class Totals:
     skipped: int = 0
     replaced_workers: int = 0
     step_seconds: Histogram = field(default_factory=Histogram)
+
+    def count(self, records: list[StepRecord]) -> None:
+        """Add what these steps did."""
+        self.steps += len(records)
+        self.samples += sum(r.samples for r in records)
+        self.clipped += sum(r.clipped for r in records)
+        self.skipped += sum(r.skipped for r in records)
+        for record in records:
+            self.step_seconds.observe(record.step_seconds)
 
 
 class Controller(threading.Thread):
@@ -141,6 +150,8 @@ class Controller(threading.Thread):
             self.result = replace(
                 self.result, parameters_sha256=written.parameters_sha256, state_sha256=written.state_sha256
             )
+            # What the leader of the life before had no time to tell.
+            self._store.fill_history(self.job, *read_records(written.path))
         del restored
         self._store.rewind(self.job, step)
         self._set_step(step)
@@ -315,8 +326,7 @@ class Controller(threading.Thread):
     # -- reports of the leader --------------------------------------------------------------------------------------
 
     def _on_report(self, report: Report) -> None:
-        if report.records:
-            self._on_records(report.records)
+        self._on_records(report.records, report.newest)
         for _, metrics in report.evaluations:
             self.result = replace(self.result, metrics=metrics)
         for checkpoint in report.checkpoints:
@@ -328,17 +338,17 @@ class Controller(threading.Thread):
         if time.time() - self._persisted > PERSIST_SECONDS or report.members or report.evaluations or report.phases:
             self._publish()
 
-    def _on_records(self, records: list[StepRecord]) -> None:
-        self._store.append_history(self.job, self._incarnation, records)
-        self.record = records[-1]
-        self.totals.steps += len(records)
-        self.totals.samples += sum(r.samples for r in records)
-        self.totals.clipped += sum(r.clipped for r in records)
-        self.totals.skipped += sum(r.skipped for r in records)
-        for record in records:
-            self.totals.step_seconds.observe(record.step_seconds)
-        self._set_step(self.record.step + 1)
-        self.result = replace(self.result, loss=self.record.loss)
+    def _on_records(self, records: list[StepRecord], newest: StepRecord | None) -> None:
+        if records:
+            self._store.append_history(self.job, self._incarnation, records)
+            if self._supervision is not None:
+                self._supervision.acknowledge(records[-1].step)
+        if newest is None:
+            return
+        self.record = newest
+        self.totals.count(records or [newest])
+        self._set_step(newest.step + 1)
+        self.result = replace(self.result, loss=newest.loss)
 
     def _on_checkpoint(self, checkpoint: CheckpointReport) -> None:
         if checkpoint.problem:

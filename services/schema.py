@@ -55,4 +55,5 @@ history = sa.Table(
     sa.Column("compute_seconds", sa.Double),
     sa.Column("reduce_seconds", sa.Double),
     sa.Column("apply_seconds", sa.Double),
+    sa.Column("parameter_norms", sa.LargeBinary),
 )

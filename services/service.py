@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client.registry import CollectorRegistry
 
 from ps.footprint import explain_refusal, footprint
-from ps.layout import build_layout, choose_num_servers
+from ps.layout import choose_num_servers
 from services.code import CodeStore
 from services.controller import Controller
 from services.errors import ErrorInterceptor
@@ -166,7 +166,7 @@ class Service:
 
     def _place(self, spec: TrainingJobSpec, description: TaskDescription) -> TrainingJobSpec:
         """The spec with a number of servers. Raises SpecError for a job that cannot fit the cluster."""
-        layout = build_layout(description.model, decay_biases_and_norms=spec.optimizer.decay_biases_and_norms)
+        layout = description.layout(spec)
         num_hosts = self.scheduler.num_hosts()
         servers = spec.placement.servers or choose_num_servers(layout, num_hosts)
         spec = spec.model_copy(update={"placement": spec.placement.model_copy(update={"servers": servers})})

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import grpc
 
 from ps import convert as ps_convert
-from ps.checkpoint import newest_valid
+from ps.checkpoint import files_of, newest_valid
 from services.convert import event_to_proto, job_to_proto
 from services.lifecycle import ENDED
 from services.store import JobRow
+from services.task_probe import TaskDescription
 from steepest.convert import spec_from_proto
 from steepest.errors import ConflictError, ServiceUnavailableError, SpecError, Violation
+from steepest.spec import spec_from_dict
 from steepest.v1 import training_jobs_pb2 as pb
 from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1000
 HISTORY_PAGE_SIZE = 10_000
+HISTORY_PAGE_NUMBERS = 200_000  # parameter norms in a page
 CHUNK_BYTES = 1 << 20
 WATCH_SECONDS = 0.1
 PREFIX = "trainingJobs/"
@@ -133,9 +136,13 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         self, request: pb.QueryHistoryRequest, context: grpc.ServicerContext
     ) -> pb.QueryHistoryResponse:
         """See the .proto file."""
-        size = _page_size(request.page_size, HISTORY_PAGE_SIZE, HISTORY_PAGE_SIZE)
-        records = self._service.store.history_of(self._row(request.name).id, request.first_step, size)
-        return pb.QueryHistoryResponse(records=map(ps_convert.record_to_proto, records))
+        row = self._row(request.name)
+        layout = TaskDescription.from_json(row.description).layout(spec_from_dict(json.loads(row.spec)))
+        names = [p.name for p in layout.parameters]
+        most = max(1, min(HISTORY_PAGE_SIZE, HISTORY_PAGE_NUMBERS // len(names)))
+        size = _page_size(request.page_size, most, most)
+        records = self._service.store.history_of(row.id, request.first_step, size)
+        return pb.QueryHistoryResponse(records=map(ps_convert.record_to_proto, records), parameter_names=names)
 
     def DownloadCheckpoint(  # noqa: N802
         self, request: pb.DownloadCheckpointRequest, context: grpc.ServicerContext
@@ -145,7 +152,7 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         newest = newest_valid(self._service.settings.checkpoints_of(row.id))
         if newest is None:
             raise ConflictError(f"{row.name} has no checkpoint yet; it is at step {row.result.step}")
-        for path in sorted(newest[0].path.iterdir()):
+        for path in files_of(newest[0].path):
             with path.open("rb") as file:
                 while piece := file.read(CHUNK_BYTES):
                     yield pb.DownloadCheckpointResponse(file=path.name, data=piece)

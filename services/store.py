@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
@@ -187,18 +188,22 @@ class Store:
         """Add the records of steps."""
         if not records:
             return
-        rows = [
-            {
-                "job": job,
-                "incarnation": incarnation,
-                "hidden": False,
-                **{n: _null(getattr(r, n)) for n in _RECORD_FIELDS},
-            }
-            for r in records
-        ]
+        rows = [{"job": job, "incarnation": incarnation, "hidden": False, **_record_values(r)} for r in records]
         with self._write, self._engine.begin() as connection:
             connection.execute(sa.insert(history), rows)
         self._notify()
+
+    def fill_history(self, job: str, incarnation: int, records: Sequence[StepRecord]) -> None:
+        """Add the records of steps that have none yet."""
+        if not records:
+            return
+        steps = [r.step for r in records]
+        query = sa.select(history.c.step).where(
+            history.c.job == job, history.c.step.between(min(steps), max(steps)), ~history.c.hidden
+        )
+        with self._engine.connect() as connection:
+            there = set(connection.execute(query).scalars())
+        self.append_history(job, incarnation, [r for r in records if r.step not in there])
 
     def rewind(self, job: str, step: int) -> None:
         """Hide the records of `step` and later: they will be computed again."""
@@ -255,10 +260,16 @@ def _null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _record_values(record: StepRecord) -> dict[str, Any]:
+    values = {name: _null(getattr(record, name)) for name in _RECORD_FIELDS}
+    return {**values, "parameter_norms": np.array(record.parameter_norms, dtype="<f8").tobytes()}
+
+
 def _record(row: Any) -> StepRecord:
     values: dict[str, Any] = {n: getattr(row, n) for n in _RECORD_FIELDS}
     values.update({n: math.nan for n in _FLOAT_FIELDS if values[n] is None})
-    return StepRecord(**values)
+    norms = np.frombuffer(row.parameter_norms or b"", dtype="<f8")
+    return StepRecord(**{**values, "parameter_norms": tuple(norms.tolist())})
 
 
 def _result_json(result: Result) -> str:

@@ -38,9 +38,13 @@ class CheckpointReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What happened since the last report. members: (worker, change)."""
+    """What happened since the last report. members: (worker, change).
+
+    records: those that go to the history. newest: of the last step, whether it is one of them or not.
+    """
 
     records: list[StepRecord]
+    newest: StepRecord | None
     evaluations: list[tuple[int, dict[str, float]]]
     checkpoints: list[CheckpointReport]
     members: list[tuple[str, str]]
@@ -49,8 +53,13 @@ class Report:
 
 def report_from_proto(message: pb.SupervisionMessage) -> Report:
     """Report, from the wire."""
+    records = [convert.record_from_proto(r) for r in message.records]
+    newest = records[-1] if records else None
+    if message.HasField("newest") and (newest is None or message.newest.step > newest.step):
+        newest = convert.record_from_proto(message.newest)
     return Report(
-        records=[convert.record_from_proto(r) for r in message.records],
+        records=records,
+        newest=newest,
         evaluations=[(e.step, dict(e.metrics)) for e in message.evaluations],
         checkpoints=[
             CheckpointReport(c.step, c.parameters_sha256, c.state_sha256, c.problem) for c in message.checkpoints
@@ -88,6 +97,10 @@ class Supervision:
     def send(self, verb: str, worker: str = "") -> None:
         """A command: pause, resume, cancel, or retire a worker."""
         self._outbox.put(pb.ControllerMessage(command=pb.Command(verb=verb, worker=worker)))
+
+    def acknowledge(self, step: int) -> None:
+        """The records up to this step are stored."""
+        self._outbox.put(pb.ControllerMessage(stored=step))
 
     def close(self) -> None:
         """Hang up."""

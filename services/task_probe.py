@@ -9,6 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ps.layout import Layout, build_layout
 from ps.model import ModelDescription
 from steepest.errors import SpecError, Violation
 from steepest.spec import TrainingJobSpec
@@ -22,6 +23,10 @@ class TaskDescription:
     num_samples: int
     num_evaluation_samples: int
     metric_names: tuple[str, ...]
+
+    def layout(self, spec: TrainingJobSpec) -> Layout:
+        """How the parameters of the job lie."""
+        return build_layout(self.model, decay_biases_and_norms=spec.optimizer.decay_biases_and_norms)
 
     def to_json(self) -> str:
         """A form that the store can keep."""

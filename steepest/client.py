@@ -218,15 +218,16 @@ class Job:
         return job_from_proto(self._call(self._stub.ScaleTrainingJob, request))
 
     def history(self, first_step: int = 0) -> Iterator[dict[str, Any]]:
-        """The records of all steps, as the .proto file names their fields."""
+        """The records of all steps, as the .proto file names their fields; parameter_norms by parameter."""
         while True:
             request = pb.QueryHistoryRequest(name=self.name, first_step=first_step)
-            records = self._call(self._stub.QueryHistory, request).records
-            if not records:
+            page = self._call(self._stub.QueryHistory, request)
+            if not page.records:
                 return
-            for record in records:
-                yield {f.name: getattr(record, f.name) for f in record.DESCRIPTOR.fields}
-            first_step = records[-1].step + 1
+            for record in page.records:
+                values = {f.name: getattr(record, f.name) for f in record.DESCRIPTOR.fields}
+                yield {**values, "parameter_norms": dict(zip(page.parameter_names, record.parameter_norms))}  # noqa: B905
+            first_step = page.records[-1].step + 1
 
     def download(self, directory: str | Path) -> Path:
         """Fetch the newest checkpoint's files and its manifest.json. Raises ConflictError when there is none."""

@@ -170,6 +170,17 @@ class PlacementSpec(_Model):
         return self.servers or 1
 
 
+class TelemetrySpec(_Model):
+    """What is kept of every step.
+
+    every: the record of every so many steps goes to the history. parameter_norms: whether it holds the gradient norm
+    of each parameter.
+    """
+
+    every: PositiveInt = 1
+    parameter_norms: bool = True
+
+
 class TrainingJobSpec(_Model):
     """Everything a job is."""
 
@@ -186,6 +197,7 @@ class TrainingJobSpec(_Model):
     eval_every: NonNegativeInt = 0
     on_nonfinite: Literal["fail", "skip"] = "fail"
     placement: PlacementSpec = PlacementSpec()
+    telemetry: TelemetrySpec = TelemetrySpec()
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

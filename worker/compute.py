@@ -105,7 +105,8 @@ class Computer:
         self._eval_sampler = Sampler(max(num_evaluation_samples, 1), spec.data, spec.seed)
         self._total_steps = spec.total_steps(num_samples)
         self._step, self._kind = -1, Round.TRAIN
-        self._fetched: dict[tuple[int, int], Any] = {}
+        self._fetched: dict[tuple[int, int], tuple[Any, int]] = {}  # batches ahead of time, with their sizes
+        self._seeded: tuple[int, int, int] | None = None  # what the random generators are seeded for, and unused since
         self._leaves: list[LeafResult] = []
         self._new_buffers: bytes | None = None
 
@@ -146,11 +147,16 @@ class Computer:
         if assign.kind != Round.TRAIN or step >= self._total_steps:
             return
         try:
+            first = -1
             for low, high in assign.ranges:
                 for index in range(low, high):
                     indices = self._sampler.indices(step, index)
                     if len(indices):
-                        self._fetched[step, index] = self._fetch(self._engine.train_source, indices, step, index)
+                        first = index if first < 0 else first
+                        batch = self._fetch(self._engine.train_source, indices, step, index)
+                        self._fetched[step, index] = batch, len(indices)
+            if first >= 0:
+                self._seed(COMPUTE, step, first)
         except BaseException:  # it will be raised again, and reported, when the batch is needed
             self._fetched.clear()
 
@@ -177,34 +183,39 @@ class Computer:
         return left
 
     def _leaf(self, index: int, add_to: int | None) -> int | None:
-        indices = self._sampler.indices(self._step, index)
-        if not len(indices):
+        fetched = self._fetched.pop((self._step, index), None)
+        indices = self._sampler.indices(self._step, index) if fetched is None else None
+        if indices is not None and not len(indices):
             self._leaves.append(LeafResult(index, 0.0, 0.0, 0))
             return None
         slot = self._slots.take() if add_to is None else add_to
-        measured = self._gradient(index, indices, slot, add=add_to is not None)
-        self._leaves.append(measured)
+        self._leaves.append(self._gradient(index, fetched, indices, slot, add=add_to is not None))
         return slot
 
-    def _gradient(self, index: int, indices: NDArray[np.int64], slot: int, *, add: bool) -> LeafResult:
+    def _gradient(
+        self, index: int, fetched: tuple[Any, int] | None, indices: NDArray[np.int64] | None, slot: int, *, add: bool
+    ) -> LeafResult:
+        """One of `fetched` and `indices` is given."""
         try:
-            batch = self._fetched.pop((self._step, index), None)
-            if batch is None:
-                batch = self._fetch(self._engine.train_source, indices, self._step, index)
-            seed_all(self._spec.seed, COMPUTE, self._step, index, cuda=self._engine.device.type == "cuda")
-            measured = self._engine.gradient(batch, len(indices), self._slots.views(slot), add=add)
+            if fetched is None:
+                assert indices is not None  # noqa: S101  # as said
+                fetched = self._fetch(self._engine.train_source, indices, self._step, index), len(indices)
+            batch, num_samples = fetched
+            self._seed(COMPUTE, self._step, index)
+            self._seeded = None
+            measured = self._engine.gradient(batch, num_samples, self._slots.views(slot), add=add)
             if index == 0:
                 self._new_buffers = self._engine.buffers()
         except BaseException as error:
             raise MicroBatchError(index) from error
-        return LeafResult(index, measured.loss, measured.weight, len(indices))
+        return LeafResult(index, measured.loss, measured.weight, num_samples)
 
     def _diagnose(self, index: int) -> LeafResult:
         indices = self._sampler.indices(self._step, index)
         if not len(indices):
             return LeafResult(index, 0.0, 0.0, 0)
         slot = self._slots.take()
-        result = self._gradient(index, indices, slot, add=False)
+        result = self._gradient(index, None, indices, slot, add=False)
         nonfinite = finite_parameters(self._slots.views(slot), self._layout)
         self._slots.release(slot)
         self._new_buffers = None
@@ -223,5 +234,13 @@ class Computer:
 
     def _fetch(self, source: Source, indices: NDArray[np.int64], step: int, index: int, *, purpose: int = DATA) -> Any:
         if source.random or purpose == EVALUATE:
-            seed_all(self._spec.seed, purpose, step, index)
+            self._seed(purpose, step, index)
+            self._seeded = None
         return source.batch(indices)
+
+    def _seed(self, purpose: int, step: int, index: int) -> None:
+        """Have the random generators seeded for user code that comes next; it uses them up."""
+        wanted = purpose, step, index
+        if wanted != self._seeded:
+            seed_all(self._spec.seed, *wanted, cuda=self._engine.device.type == "cuda")
+            self._seeded = wanted

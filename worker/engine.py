@@ -15,7 +15,13 @@ from ps.model import ModelDescription
 from ps.state import pack_buffers, unpack_buffers
 from steepest.task import Task
 from worker.data import Source, source_of, to_device
+from worker.direct import write_directly
 from worker.load import named_state
+
+SMALL_NUMEL = 1 << 14
+MAX_FACTORS = 64
+
+_run_backward = torch.autograd.Variable._execution_engine.run_backward
 
 
 class Measured(NamedTuple):
@@ -82,12 +88,20 @@ class TorchEngine:
         self._flat = torch.empty(0)
         self._on_device = torch.empty(0)
         self._model.train()
-        # Where the backward pass in progress puts its gradients.
+        # Where the backward pass in progress puts its gradients, and which of them are still to come.
         self._into: list[torch.Tensor] = []
         self._add = False
         self._missing: set[int] = set()
-        for index, parameter in enumerate(self._parameters):
-            parameter.register_post_accumulate_grad_hook(partial(self._store, index))  # type: ignore[no-untyped-call]
+        self._indices = {id(p): index for index, p in enumerate(self._parameters)}
+        self._small = [i for i, p in enumerate(self._parameters) if p.numel() < SMALL_NUMEL]
+        self._large = set(self._indices.values()) - set(self._small)
+        for index in self._large:
+            self._parameters[index].register_post_accumulate_grad_hook(partial(self._store, index))  # type: ignore[no-untyped-call]
+        self._unfinished = True
+        self._free: set[int] = set()  # whose place nothing has been written to
+        if device.type == "cpu":
+            write_directly(self._model, self._place)
+        self._factors: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
 
     def write_initial(self, flat: torch.Tensor) -> None:
         """See Engine."""
@@ -110,14 +124,24 @@ class TorchEngine:
     def gradient(self, batch: Any, num_samples: int, into: list[torch.Tensor], *, add: bool) -> Measured:
         """See Engine. Raises LossError."""
         self._start(training=True)
-        for parameter in self._parameters:
-            parameter.grad = None
-        self._into, self._add, self._missing = into, add, set(range(len(into)))
-        value, factor, weight = self._loss(to_device(batch, self.device), num_samples)
+        if self._unfinished:  # a pass that failed has left some
+            for parameter in self._parameters:
+                parameter.grad = None
+        self._unfinished = True
+        self._into, self._add, self._missing = into, add, set(self._large)
+        self._free = set() if add else set(self._large)
+        if self.device.type != "cpu":
+            batch = to_device(batch, self.device)
+        value, factor, weight = self._loss(batch, num_samples)
         if not value.requires_grad:
             raise LossError("the loss does not depend on any trainable parameter")
-        # Backward of factor * loss; `_store` takes each gradient when it is ready.
-        value.backward(torch.full_like(value, factor))  # type: ignore[no-untyped-call]
+        # Backward of factor * loss, as value.backward(factor) comes to after 20 us of checks; `_store` takes each large
+        # gradient when it is ready.
+        _run_backward(
+            (value,), (self._factor(factor, value),), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
+        self._store_small()
+        self._unfinished = False
         for index in self._missing:
             # Zeros rather than nothing, and zeros are added too (-0 + 0 is 0): so the bits are the same however the
             # tree is cut.
@@ -125,7 +149,7 @@ class TorchEngine:
                 into[index].add_(0.0)
             else:
                 into[index].zero_()
-        return Measured(float(value.detach()) * factor, weight)
+        return Measured(value.item() * factor, weight)
 
     def evaluate(self, batch: Any, num_samples: int) -> Measured:
         """See Engine. Raises LossError."""
@@ -188,18 +212,57 @@ class TorchEngine:
             raise LossError(f"{what} must return a scalar tensor; it returned {got}")
         return value, factor, weight
 
+    def _factor(self, factor: float, value: torch.Tensor) -> torch.Tensor:
+        """A tensor like the loss with this number in it."""
+        key = factor, value.dtype, value.shape
+        if key not in self._factors:
+            if len(self._factors) > MAX_FACTORS:  # weights that are different every time
+                self._factors.clear()
+            self._factors[key] = torch.full_like(value, factor, requires_grad=False)
+        return self._factors[key]
+
+    def _place(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        """Where this gradient may be written at once: its place, unless something is there or is to be added to."""
+        index = self._indices.get(id(parameter), -1)
+        if index not in self._free:
+            return None
+        self._free.discard(index)
+        return self._into[index].detach()
+
     def _store(self, index: int, parameter: torch.Tensor) -> None:
         """Move a gradient that autograd has just finished to its place, while it is in cache, and free it."""
         gradient = parameter.grad
-        assert gradient is not None  # noqa: S101  # autograd calls this after it has set it
+        if gradient is None:  # nothing came of it in this pass
+            return
         parameter.grad = None
         self._missing.discard(index)
+        into = self._into[index]
         if gradient.is_sparse:
             gradient = gradient.to_dense()
         if self._add:
-            self._into[index].add_(gradient)
-        else:
-            self._into[index].copy_(gradient)
+            into.add_(gradient)
+        elif gradient.data_ptr() != into.data_ptr():
+            into.copy_(gradient)
+
+    def _store_small(self) -> None:
+        """Move the small gradients to their places, all in one call: a call for each would cost more than the move."""
+        targets, gradients = [], []
+        for index in self._small:
+            parameter = self._parameters[index]
+            gradient = parameter.grad
+            if gradient is None:
+                self._missing.add(index)
+                continue
+            parameter.grad = None
+            targets.append(self._into[index])
+            gradients.append(gradient.to_dense() if gradient.is_sparse else gradient)
+        if not targets:
+            return
+        with torch.no_grad():
+            if self._add:
+                torch._foreach_add_(targets, gradients)
+            else:
+                torch._foreach_copy_(targets, gradients)
 
 
 def _pair(batch: Any, what: str) -> tuple[Any, Any]:

@@ -154,9 +154,10 @@ class Exchange:
 
         slots: shape (slots, layout.numel); what is pushed stays as it is until the next step.
         """
-        to_followers = convert.push_to_proto(replace(push, leaves=(), buffers=None))
         if push.kind in (Round.TRAIN, Round.INITIALIZE):
-            for link in self._links[1:]:
+            followers = self._links[1:]
+            to_followers = convert.push_to_proto(replace(push, leaves=(), buffers=None)) if followers else None
+            for link in followers:
                 self._send_gradients(link, push, slots)
                 link.connection.send(pb.WorkerMessage(push=to_followers))
             self._send_gradients(self._leader, push, slots)

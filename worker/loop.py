@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,6 +98,7 @@ class WorkerLoop:
             exchange.fail(self._failure(assign, error))
             return
         exchange.push(push, self._slots)
+        os.sched_yield()  # the servers come first: what they do, everybody waits for
         self._computer.prefetch(assign)
 
     def _failure(self, assign: Assign, error: MicroBatchError) -> Failure:

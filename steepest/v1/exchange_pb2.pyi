@@ -74,96 +74,6 @@ class SegmentReference(_message.Message):
 Global___SegmentReference: _TypeAlias = SegmentReference  # noqa: Y015
 
 @_typing.final
-class Range(_message.Message):
-    """A half-open range of micro-batches."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    LOW_FIELD_NUMBER: _builtins.int
-    HIGH_FIELD_NUMBER: _builtins.int
-    low: _builtins.int
-    high: _builtins.int
-    def __init__(
-        self,
-        *,
-        low: _builtins.int = ...,
-        high: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "low", b"low"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Range: _TypeAlias = Range  # noqa: Y015
-
-@_typing.final
-class PushedNode(_message.Message):
-    """A node of the canonical tree and the slot its sum lies in."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    LOW_FIELD_NUMBER: _builtins.int
-    HIGH_FIELD_NUMBER: _builtins.int
-    SLOT_FIELD_NUMBER: _builtins.int
-    low: _builtins.int
-    high: _builtins.int
-    slot: _builtins.int
-    """-1: nothing was in the range, the sum is absent."""
-    def __init__(
-        self,
-        *,
-        low: _builtins.int = ...,
-        high: _builtins.int = ...,
-        slot: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "low", b"low", "slot", b"slot"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___PushedNode: _TypeAlias = PushedNode  # noqa: Y015
-
-@_typing.final
-class LeafResult(_message.Message):
-    """What a worker measured in one leaf."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    INDEX_FIELD_NUMBER: _builtins.int
-    LOSS_FIELD_NUMBER: _builtins.int
-    WEIGHT_FIELD_NUMBER: _builtins.int
-    SAMPLES_FIELD_NUMBER: _builtins.int
-    VALUES_FIELD_NUMBER: _builtins.int
-    NONFINITE_FIELD_NUMBER: _builtins.int
-    index: _builtins.int
-    loss: _builtins.float
-    weight: _builtins.float
-    samples: _builtins.int
-    nonfinite: _builtins.str
-    """The first parameter with a non-finite gradient, in a diagnosis."""
-    @_builtins.property
-    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
-    def __init__(
-        self,
-        *,
-        index: _builtins.int = ...,
-        loss: _builtins.float = ...,
-        weight: _builtins.float = ...,
-        samples: _builtins.int = ...,
-        values: _abc.Iterable[_builtins.float] | None = ...,
-        nonfinite: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "loss", b"loss", "nonfinite", b"nonfinite", "samples", b"samples", "values", b"values", "weight", b"weight"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___LeafResult: _TypeAlias = LeafResult  # noqa: Y015
-
-@_typing.final
 class Hello(_message.Message):
     """The first message on a worker's stream."""
 
@@ -208,14 +118,41 @@ Global___Hello: _TypeAlias = Hello  # noqa: Y015
 
 @_typing.final
 class Push(_message.Message):
-    """The end of a worker's part of a round."""
+    """The end of a worker's part of a round. Lists are columns: packed numbers are read and written much faster than lists of
+    messages, and small models notice.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class NonfiniteEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     STEP_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
     LEAVES_FIELD_NUMBER: _builtins.int
+    LOSSES_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    NONFINITE_FIELD_NUMBER: _builtins.int
     BUFFERS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
@@ -223,22 +160,47 @@ class Push(_message.Message):
     buffers: _builtins.bytes
     seconds: _builtins.float
     @_builtins.property
-    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___PushedNode]: ...
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Nodes of the canonical tree, three numbers each: low, high, and the slot its sum lies in (-1: the range had no
+        samples, the sum is absent).
+        """
+
     @_builtins.property
-    def leaves(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeafResult]: ...
+    def leaves(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """What was measured in each leaf."""
+
+    @_builtins.property
+    def losses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Metric sums of an evaluation, as many for each leaf."""
+
+    @_builtins.property
+    def nonfinite(self) -> _containers.ScalarMap[_builtins.int, _builtins.str]:
+        """By leaf: the first parameter with a non-finite gradient, in a diagnosis."""
+
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         kind: _builtins.str = ...,
-        nodes: _abc.Iterable[Global___PushedNode] | None = ...,
-        leaves: _abc.Iterable[Global___LeafResult] | None = ...,
+        nodes: _abc.Iterable[_builtins.int] | None = ...,
+        leaves: _abc.Iterable[_builtins.int] | None = ...,
+        losses: _abc.Iterable[_builtins.float] | None = ...,
+        weights: _abc.Iterable[_builtins.float] | None = ...,
+        samples: _abc.Iterable[_builtins.int] | None = ...,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+        nonfinite: _abc.Mapping[_builtins.int, _builtins.str] | None = ...,
         buffers: _builtins.bytes | None = ...,
         seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "buffers", b"buffers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "buffers", b"buffers", "kind", b"kind", "leaves", b"leaves", "nodes", b"nodes", "seconds", b"seconds", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "buffers", b"buffers", "kind", b"kind", "leaves", b"leaves", "losses", b"losses", "nodes", b"nodes", "nonfinite", b"nonfinite", "samples", b"samples", "seconds", b"seconds", "step", b"step", "values", b"values", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__buffers: _TypeAlias = _typing.Literal["buffers"]  # noqa: Y015
     _WhichOneofArgType__buffers: _TypeAlias = _typing.Literal["_buffers", b"_buffers"]  # noqa: Y015
@@ -409,24 +371,26 @@ class Assign(_message.Message):
 
     STEP_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
-    RANGES_FIELD_NUMBER: _builtins.int
+    BOUNDS_FIELD_NUMBER: _builtins.int
     BUFFERS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     kind: _builtins.str
     buffers: _builtins.bytes
     @_builtins.property
-    def ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___Range]: ...
+    def bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Half-open ranges of micro-batches, two numbers each."""
+
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         kind: _builtins.str = ...,
-        ranges: _abc.Iterable[Global___Range] | None = ...,
+        bounds: _abc.Iterable[_builtins.int] | None = ...,
         buffers: _builtins.bytes | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "buffers", b"buffers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "buffers", b"buffers", "kind", b"kind", "ranges", b"ranges", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "bounds", b"bounds", "buffers", b"buffers", "kind", b"kind", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__buffers: _TypeAlias = _typing.Literal["buffers"]  # noqa: Y015
     _WhichOneofArgType__buffers: _TypeAlias = _typing.Literal["_buffers", b"_buffers"]  # noqa: Y015
@@ -749,6 +713,9 @@ class ControllerMessage(_message.Message):
 
     COMMAND_FIELD_NUMBER: _builtins.int
     HELLO_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    stored: _builtins.int
+    """Step records up to this step are stored."""
     @_builtins.property
     def command(self) -> Global___Command: ...
     @_builtins.property
@@ -760,12 +727,13 @@ class ControllerMessage(_message.Message):
         *,
         command: Global___Command | None = ...,
         hello: Global___Hello | None = ...,
+        stored: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "hello", b"hello", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "hello", b"hello", "message", b"message", "stored", b"stored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "hello", b"hello", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "hello", b"hello", "message", b"message", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["command", "hello"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["command", "hello", "stored"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -942,12 +910,19 @@ class SupervisionMessage(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RECORDS_FIELD_NUMBER: _builtins.int
+    NEWEST_FIELD_NUMBER: _builtins.int
     EVALUATIONS_FIELD_NUMBER: _builtins.int
     CHECKPOINTS_FIELD_NUMBER: _builtins.int
     MEMBERS_FIELD_NUMBER: _builtins.int
     PHASES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def records(self) -> _containers.RepeatedCompositeFieldContainer[_training_jobs_pb2.StepRecord]: ...
+    def records(self) -> _containers.RepeatedCompositeFieldContainer[_training_jobs_pb2.StepRecord]:
+        """Those that go to the history."""
+
+    @_builtins.property
+    def newest(self) -> _training_jobs_pb2.StepRecord:
+        """Of the last step, when its record is not one of them."""
+
     @_builtins.property
     def evaluations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Evaluation]: ...
     @_builtins.property
@@ -960,15 +935,18 @@ class SupervisionMessage(_message.Message):
         self,
         *,
         records: _abc.Iterable[_training_jobs_pb2.StepRecord] | None = ...,
+        newest: _training_jobs_pb2.StepRecord | None = ...,
         evaluations: _abc.Iterable[Global___Evaluation] | None = ...,
         checkpoints: _abc.Iterable[Global___CheckpointSaved] | None = ...,
         members: _abc.Iterable[Global___MembershipChanged] | None = ...,
         phases: _abc.Iterable[Global___PhaseChanged] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_newest", b"_newest", "newest", b"newest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "evaluations", b"evaluations", "members", b"members", "phases", b"phases", "records", b"records"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_newest", b"_newest", "checkpoints", b"checkpoints", "evaluations", b"evaluations", "members", b"members", "newest", b"newest", "phases", b"phases", "records", b"records"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__newest: _TypeAlias = _typing.Literal["newest"]  # noqa: Y015
+    _WhichOneofArgType__newest: _TypeAlias = _typing.Literal["_newest", b"_newest"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__newest) -> _WhichOneofReturnType__newest | None: ...
 
 Global___SupervisionMessage: _TypeAlias = SupervisionMessage  # noqa: Y015

@@ -376,6 +376,39 @@ class SyncSpec(_message.Message):
 Global___SyncSpec: _TypeAlias = SyncSpec  # noqa: Y015
 
 @_typing.final
+class TelemetrySpec(_message.Message):
+    """What is kept of every step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVERY_FIELD_NUMBER: _builtins.int
+    PARAMETER_NORMS_FIELD_NUMBER: _builtins.int
+    every: _builtins.int
+    """The record of every so many steps goes to the history."""
+    parameter_norms: _builtins.bool
+    """Whether it holds the gradient norm of each parameter."""
+    def __init__(
+        self,
+        *,
+        every: _builtins.int | None = ...,
+        parameter_norms: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_every", b"_every", "_parameter_norms", b"_parameter_norms", "every", b"every", "parameter_norms", b"parameter_norms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_every", b"_every", "_parameter_norms", b"_parameter_norms", "every", b"every", "parameter_norms", b"parameter_norms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__every: _TypeAlias = _typing.Literal["every"]  # noqa: Y015
+    _WhichOneofArgType__every: _TypeAlias = _typing.Literal["_every", b"_every"]  # noqa: Y015
+    _WhichOneofReturnType__parameter_norms: _TypeAlias = _typing.Literal["parameter_norms"]  # noqa: Y015
+    _WhichOneofArgType__parameter_norms: _TypeAlias = _typing.Literal["_parameter_norms", b"_parameter_norms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__every) -> _WhichOneofReturnType__every | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__parameter_norms) -> _WhichOneofReturnType__parameter_norms | None: ...
+
+Global___TelemetrySpec: _TypeAlias = TelemetrySpec  # noqa: Y015
+
+@_typing.final
 class PlacementSpec(_message.Message):
     """Where a job runs. Never changes the result."""
 
@@ -460,6 +493,7 @@ class TrainingJobSpec(_message.Message):
     EVAL_EVERY_FIELD_NUMBER: _builtins.int
     ON_NONFINITE_FIELD_NUMBER: _builtins.int
     PLACEMENT_FIELD_NUMBER: _builtins.int
+    TELEMETRY_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     steps: _builtins.int
     epochs: _builtins.int
@@ -480,6 +514,8 @@ class TrainingJobSpec(_message.Message):
     def sync(self) -> Global___SyncSpec: ...
     @_builtins.property
     def placement(self) -> Global___PlacementSpec: ...
+    @_builtins.property
+    def telemetry(self) -> Global___TelemetrySpec: ...
     def __init__(
         self,
         *,
@@ -496,10 +532,11 @@ class TrainingJobSpec(_message.Message):
         eval_every: _builtins.int | None = ...,
         on_nonfinite: _builtins.str | None = ...,
         placement: Global___PlacementSpec | None = ...,
+        telemetry: Global___TelemetrySpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_on_nonfinite", b"_on_nonfinite", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_on_nonfinite", b"_on_nonfinite", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_on_nonfinite", b"_on_nonfinite", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_on_nonfinite", b"_on_nonfinite", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checkpoint_every: _TypeAlias = _typing.Literal["checkpoint_every"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_every: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every"]  # noqa: Y015
@@ -1047,16 +1084,20 @@ class QueryHistoryResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RECORDS_FIELD_NUMBER: _builtins.int
+    PARAMETER_NAMES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepRecord]: ...
+    @_builtins.property
+    def parameter_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
         records: _abc.Iterable[Global___StepRecord] | None = ...,
+        parameter_names: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["records", b"records"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parameter_names", b"parameter_names", "records", b"records"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1129,6 +1170,7 @@ class StepRecord(_message.Message):
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
     REDUCE_SECONDS_FIELD_NUMBER: _builtins.int
     APPLY_SECONDS_FIELD_NUMBER: _builtins.int
+    PARAMETER_NORMS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     time: _builtins.float
     loss: _builtins.float
@@ -1145,6 +1187,10 @@ class StepRecord(_message.Message):
     compute_seconds: _builtins.float
     reduce_seconds: _builtins.float
     apply_seconds: _builtins.float
+    @_builtins.property
+    def parameter_norms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Before the clip, in the order of QueryHistoryResponse.parameter_names; empty when the job does not keep them."""
+
     def __init__(
         self,
         *,
@@ -1164,10 +1210,11 @@ class StepRecord(_message.Message):
         compute_seconds: _builtins.float = ...,
         reduce_seconds: _builtins.float = ...,
         apply_seconds: _builtins.float = ...,
+        parameter_norms: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "gradient_norm", b"gradient_norm", "loss", b"loss", "lr", b"lr", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "skipped", b"skipped", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "gradient_norm", b"gradient_norm", "loss", b"loss", "lr", b"lr", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "skipped", b"skipped", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

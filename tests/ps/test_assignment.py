@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ps.assignment import deal, ranges
+from ps.assignment import Dealer, ranges
 
 LEAVES = st.sets(st.integers(0, 300)).map(sorted)
 SPEEDS = st.dictionaries(st.text(min_size=1, max_size=3), st.floats(0.01, 100), max_size=12)
@@ -13,12 +13,14 @@ SPEEDS = st.dictionaries(st.text(min_size=1, max_size=3), st.floats(0.01, 100), 
 
 @given(LEAVES, SPEEDS.filter(bool))
 def test_every_leaf_goes_to_one_worker(leaves: list[int], speeds: dict[str, float]) -> None:
-    dealt = [leaf for parts in deal(leaves, speeds).values() for low, high in parts for leaf in range(low, high)]
+    dealt = [leaf for parts in Dealer()(leaves, speeds).values() for low, high in parts for leaf in range(low, high)]
     assert dealt == leaves
 
 
-@given(st.integers(1, 400), SPEEDS.filter(bool))
-def test_no_other_deal_is_done_sooner(count: int, speeds: dict[str, float]) -> None:
+@given(st.integers(1, 400), SPEEDS.filter(bool), st.data())
+def test_no_other_deal_is_done_sooner(count: int, speeds: dict[str, float], data: st.DataObject) -> None:
+    deal = Dealer()
+    deal(range(count), data.draw(st.fixed_dictionaries(dict.fromkeys(speeds, st.floats(0.01, 100)))))
     dealt = deal(range(count), speeds)
     got = {worker: sum(high - low for low, high in dealt.get(worker, [])) for worker in speeds}
     last = max(got[worker] / speed for worker, speed in speeds.items())
@@ -27,8 +29,15 @@ def test_no_other_deal_is_done_sooner(count: int, speeds: dict[str, float]) -> N
 
 
 def test_nobody_there_or_nothing_to_do() -> None:
-    assert deal([1, 2], {}) == {}
-    assert deal([], {"a": 1.0}) == {}
+    assert Dealer()([1, 2], {}) == {}
+    assert Dealer()([], {"a": 1.0}) == {}
+
+
+def test_a_deal_is_kept_while_it_is_as_good_as_any() -> None:
+    deal = Dealer()
+    first = deal(range(8), {"a": 1.0, "b": 1.0})
+    assert deal(range(8), {"a": 1.05, "b": 0.95}) == first
+    assert deal(range(8), {"a": 3.0, "b": 1.0}) == {"a": [(0, 6)], "b": [(6, 8)]}
 
 
 @given(LEAVES)

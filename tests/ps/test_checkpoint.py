@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,14 +16,18 @@ from safetensors.torch import load_file
 
 from ps.checkpoint import (
     MANIFEST,
+    RECORDS,
     CheckpointError,
     State,
     checkpoints,
+    files_of,
     newest_valid,
     read_checkpoint,
+    read_records,
     state_hashes,
     write_checkpoint,
 )
+from ps.messages import StepRecord
 
 
 def state(step: int = 7) -> State:
@@ -44,6 +50,19 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert (written.parameters_sha256, written.state_sha256) == state_hashes(back)
+
+
+def test_records_lie_beside_the_state_and_are_no_part_of_it(tmp_path: Path) -> None:
+    record = StepRecord(6, 1.5, math.nan, *[0.5] * 2, 8, *[1.0] * 3, True, False, 2, *[0.1] * 4, (3.0, 4.0))
+    written = write_checkpoint(tmp_path, state(), records=[record], incarnation=3)
+    incarnation, (back,) = read_records(written.path)
+    assert incarnation == 3
+    assert math.isnan(back.loss)
+    assert replace(back, loss=0.0) == replace(record, loss=0.0)
+    assert RECORDS not in {p.name for p in files_of(written.path)}
+    (written.path / RECORDS).write_text("torn")
+    assert read_records(written.path) == (0, [])
+    assert read_checkpoint(written.path).step == 7
 
 
 def test_the_hashes_are_those_of_the_contract() -> None:

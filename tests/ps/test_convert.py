@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from ps import convert
 from ps.messages import Assign, Decision, Failure, LeafResult, Push, PushedNode, Round, StepRecord
 from ps.segment import SegmentReference
+from steepest.v1 import exchange_pb2 as pb
 
 pytestmark = pytest.mark.cluster  # needs the stubs
 
@@ -16,9 +17,17 @@ REAL = st.floats(allow_nan=False)
 COUNT = st.integers(0, 10_000)
 KIND = st.sampled_from(Round)
 BYTES = st.one_of(st.none(), st.binary(max_size=20))
-LEAVES = st.builds(
-    LeafResult, COUNT, REAL, REAL, COUNT, values=st.lists(REAL, max_size=3).map(tuple), nonfinite=st.text(max_size=5)
-)
+
+
+@st.composite
+def leaves(draw: st.DrawFn) -> tuple[LeafResult, ...]:
+    """Each once, with as many metric sums each."""
+    num_values = draw(st.integers(0, 3))
+    values = st.tuples(*[REAL] * num_values)
+    result = st.builds(LeafResult, COUNT, REAL, REAL, COUNT, values, st.text(max_size=5))
+    return tuple(draw(st.lists(result, max_size=4, unique_by=lambda r: r.leaf)))
+
+
 NODES = st.builds(PushedNode, COUNT, COUNT, st.one_of(st.none(), COUNT))
 
 
@@ -27,13 +36,16 @@ def test_assign(it: Assign) -> None:
     assert convert.assign_from_proto(convert.assign_to_proto(it)) == it
 
 
-@given(
-    st.builds(
-        Push, STEP, KIND, st.lists(NODES, max_size=4).map(tuple), st.lists(LEAVES, max_size=4).map(tuple), BYTES, REAL
-    )
-)
+@given(st.builds(Push, STEP, KIND, st.lists(NODES, max_size=4).map(tuple), leaves(), BYTES, REAL))
 def test_push(it: Push) -> None:
     assert convert.push_from_proto(convert.push_to_proto(it)) == it
+
+
+def test_a_push_with_torn_columns_is_refused() -> None:
+    with pytest.raises(ValueError, match="unequal length"):
+        convert.push_from_proto(pb.Push(kind="train", leaves=[0, 1], losses=[1.0], weights=[1.0], samples=[1]))
+    with pytest.raises(KeyError):
+        convert.push_from_proto(pb.Push(kind="senseless"))
 
 
 @given(st.builds(Failure, STEP, st.integers(-1, 100), st.text(), st.text(), st.text(), KIND))
@@ -46,7 +58,10 @@ def test_decision(it: Decision) -> None:
     assert convert.decision_from_proto(convert.decision_to_proto(it)) == it
 
 
-@given(st.builds(StepRecord, *[STEP, *[REAL] * 4, COUNT, *[REAL] * 3, *[st.booleans()] * 2, COUNT, *[REAL] * 4]))
+NORMS = st.lists(REAL, max_size=3).map(tuple)
+
+
+@given(st.builds(StepRecord, *[STEP, *[REAL] * 4, COUNT, *[REAL] * 3, *[st.booleans()] * 2, COUNT, *[REAL] * 4, NORMS]))
 def test_record(it: StepRecord) -> None:
     assert convert.record_from_proto(convert.record_to_proto(it)) == it
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ps.leader import Decide, Dismiss, Hung, Leader, Phase, PhaseChanged, Plan, Save, Send, Stepped
+from ps.effects import Decide, Dismiss, Hung, Phase, PhaseChanged, Save, Send, Stepped
+from ps.leader import Leader, Plan
 from ps.messages import Assign, Failure, LeafResult, Outcome, Push, PushedNode, Round
 from steepest.spec import ScheduleSpec
 
@@ -54,11 +55,12 @@ def test_one_step() -> None:
     assert decide.decision.lr == 0.5
     assert decide.decision.coefficient == pytest.approx(0.5 / (8.0 / 8.0 + 1e-6))
     (stepped,) = of_kind(effects, Stepped)
-    assert stepped.record.loss == 4.0
-    assert stepped.record.gradient_norm == 1.0
-    assert stepped.record.clipped_norm == pytest.approx(0.5, rel=1e-5)
-    assert stepped.record.clipped
-    assert stepped.record.samples == 8
+    record = stepped.completed.record()
+    assert record.loss == 4.0
+    assert record.gradient_norm == 1.0
+    assert record.clipped_norm == pytest.approx(0.5, rel=1e-5)
+    assert record.clipped
+    assert record.samples == 8
     assert it.step == 1
 
 
@@ -202,7 +204,7 @@ def test_a_gradient_that_is_not_finite_is_traced_to_its_micro_batch() -> None:
     assert again.assign.kind == Round.DIAGNOSE
     found = push(again.assign)
     leaves = tuple(
-        LeafResult(r.index, r.loss, r.weight, r.samples, nonfinite="layer.weight" if r.index == 3 else "")
+        LeafResult(r.leaf, r.loss, r.weight, r.samples, nonfinite="layer.weight" if r.leaf == 3 else "")
         for r in found.leaves
     )
     effects = it.push("a", Push(0, Round.DIAGNOSE, (), leaves), 2.0)[1]
@@ -218,7 +220,7 @@ def test_skipping_makes_one_decision_and_keeps_the_schedule_in_step() -> None:
     effects = finish_step(it, sends, sums=math.inf)
     (decide,) = of_kind(effects, Decide)
     assert not decide.decision.apply
-    assert of_kind(effects, Stepped)[0].record.skipped
+    assert of_kind(effects, Stepped)[0].completed.record().skipped
     assert (it.step, it.updates) == (1, 0)
     effects = finish_step(it, of_kind(effects, Send))
     assert of_kind(effects, Decide)[0].decision.lr == 0.5

@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ps.effects import Decide, Dismiss, Effect, Evaluated, Phase, Save, Send, Stepped
 from ps.layout import build_layout, shards
-from ps.leader import Decide, Dismiss, Effect, Evaluated, Leader, Phase, Plan, Save, Send, Stepped
+from ps.leader import Leader, Plan
 from ps.messages import Assign, LeafResult, Outcome, Push, PushedNode, Round
 from ps.shard import ShardServer
 from ps.tree import Node, maximal_nodes
@@ -92,8 +93,8 @@ class World:
                         queue.append(decision)
                     clamped = self.shards[0].apply(decision)
                     self.carry_out(self.leader.applied(0, decision.step, clamped, self.now)[1])
-                case Stepped(record):
-                    self.stepped.append(record.step)
+                case Stepped(completed):
+                    self.stepped.append(completed.decision.step)
                 case Evaluated(step, metrics):
                     self.evaluated.append(step)
                     assert metrics["accuracy"] == 0.5

@@ -87,6 +87,22 @@ def test_history_keeps_what_is_not_finite_and_hides_what_was_rewound(store: Stor
     assert last.step == 1
 
 
+def test_what_is_missing_is_filled_in_once(store: Store) -> None:
+    store.create(job())
+    store.append_history("a", 1, [record(0), record(1)])
+    store.rewind("a", 1)
+    store.fill_history("a", 2, [record(0, loss=7.0), record(1, loss=8.0), record(2)])
+    store.fill_history("a", 2, [record(2, loss=9.0)])
+    assert [(r.step, r.loss) for r in store.history_of("a")] == [(0, 1.0), (1, 8.0), (2, 1.0)]
+
+
+def test_the_norms_of_parameters_keep_every_bit(store: Store) -> None:
+    store.create(job())
+    norms = (0.1, math.inf, 1e-300)
+    store.append_history("a", 1, [replace(record(0), parameter_norms=norms), record(1)])
+    assert [r.parameter_norms for r in store.history_of("a")] == [norms, ()]
+
+
 def test_throughput_is_over_the_last_half(store: Store) -> None:
     store.create(job())
     assert store.samples_per_second("a") is None
