@@ -22,7 +22,7 @@ class Size:
     steps: int
 
 
-SIZES = (Size("10 k", 64, 2, 400), Size("1 M", 576, 4, 60), Size("25 M", 2048, 7, 6), Size("100 M", 4096, 7, 3))
+SIZES = (Size("10 k", 64, 2, 1000), Size("1 M", 576, 4, 150), Size("25 M", 2048, 7, 6), Size("100 M", 4096, 7, 3))
 
 
 def model(width: int, layers: int) -> nn.Module:

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -136,7 +136,7 @@ def write_checkpoint(
             "state_sha256": whole,
             "files": {name: {"sha256": _file_sha256(temporary / name)} for name in files},
         }
-        kept = {"incarnation": incarnation, "records": [asdict(record) for record in records]}
+        kept = {"incarnation": incarnation, "records": [[*r[:-1], r.parameter_norms.hex()] for r in records]}
         (temporary / RECORDS).write_text(json.dumps(kept))
         _sync(temporary / RECORDS)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -198,7 +198,7 @@ def read_records(path: Path) -> tuple[int, list[StepRecord]]:
     """(incarnation, records) that were written with a checkpoint; none when there are none to read."""
     try:
         kept = json.loads((path / RECORDS).read_text())
-        records = [StepRecord(**{**raw, "parameter_norms": tuple(raw["parameter_norms"])}) for raw in kept["records"]]
+        records = [StepRecord._make([*values, bytes.fromhex(norms)]) for *values, norms in kept["records"]]
         return int(kept["incarnation"]), records
     except (OSError, ValueError, KeyError, TypeError):
         return 0, []

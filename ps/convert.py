@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import struct
+from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
@@ -13,7 +14,7 @@ from ps.segment import SegmentReference
 from steepest.v1 import exchange_pb2 as pb
 from steepest.v1 import training_jobs_pb2 as jobs_pb
 
-_RECORD_FIELDS = tuple(f.name for f in fields(StepRecord))
+_NODE, _LEAF = struct.Struct("<qqq"), struct.Struct("<qddq")
 _ABSENT_SLOT = -1
 _ROUNDS = {str(kind): kind for kind in Round}  # a lookup takes a tenth of what Round(kind) does
 
@@ -48,43 +49,49 @@ def assign_from_proto(message: pb.Assign) -> Assign:
 
 def push_to_proto(push: Push) -> pb.Push:
     """Push, to the wire."""
-    leaves, losses, weights, samples, values, nonfinite = zip(*push.leaves, strict=True) if push.leaves else [()] * 6
-    return pb.Push(
+    message = pb.Push(
         step=push.step,
         kind=push.kind,
-        nodes=[n for low, high, slot in push.nodes for n in (low, high, _ABSENT_SLOT if slot is None else slot)],
-        leaves=leaves,
-        losses=losses,
-        weights=weights,
-        samples=samples,
-        values=chain(*values),
-        nonfinite={leaf: name for leaf, name in zip(leaves, nonfinite, strict=True) if name},
+        nodes=b"".join([_NODE.pack(n.low, n.high, _ABSENT_SLOT if n.slot is None else n.slot) for n in push.nodes]),
+        leaves=b"".join([_LEAF.pack(*r[:4]) for r in push.leaves]),
         buffers=push.buffers,
         seconds=push.seconds,
     )
+    for result in push.leaves:
+        if result.values:
+            message.values.extend(result.values)
+        if result.nonfinite:
+            message.nonfinite[result.leaf] = result.nonfinite
+    return message
 
 
 def push_from_proto(message: pb.Push) -> Push:
-    """Push, from the wire. Raises ValueError for columns of unequal length, KeyError for another kind."""
-    leaves, losses, weights, samples = message.leaves[:], message.losses[:], message.weights[:], message.samples[:]
-    if not len(leaves) == len(losses) == len(weights) == len(samples):
-        raise ValueError("a push whose columns are of unequal length")
+    """Push, from the wire. Raises ValueError for rows that are torn, KeyError for another kind."""
+    try:
+        nodes = [
+            PushedNode(*row) if row[2] != _ABSENT_SLOT else _absent(*row) for row in _NODE.iter_unpack(message.nodes)
+        ]
+        leaves = [LeafResult(*row) for row in _LEAF.iter_unpack(message.leaves)]
+    except struct.error as error:
+        raise ValueError(f"a push is torn: {error}") from error
     if message.values or message.nonfinite:
-        values = map(tuple, np.reshape(message.values, (len(leaves), -1)).tolist())
-        nonfinite = [message.nonfinite.get(leaf, "") for leaf in leaves]
-        results = tuple(map(LeafResult, leaves, losses, weights, samples, values, nonfinite))
-    else:
-        results = tuple(map(LeafResult, leaves, losses, weights, samples))
-    nodes = message.nodes[:]
-    slots = [None if slot == _ABSENT_SLOT else slot for slot in nodes[2::3]]
+        values = np.reshape(message.values, (len(leaves), -1)).tolist()
+        nonfinite = message.nonfinite
+        leaves = [
+            LeafResult(*r[:4], tuple(own), nonfinite.get(r.leaf, "")) for r, own in zip(leaves, values, strict=True)
+        ]
     return Push(
         step=message.step,
         kind=_ROUNDS[message.kind],
-        nodes=tuple(map(PushedNode, nodes[::3], nodes[1::3], slots)),
-        leaves=results,
+        nodes=tuple(nodes),
+        leaves=tuple(leaves),
         buffers=message.buffers if message.HasField("buffers") else None,
         seconds=message.seconds,
     )
+
+
+def _absent(low: int, high: int, _: int) -> PushedNode:
+    return PushedNode(low, high, None)
 
 
 def failure_to_proto(failure: Failure) -> pb.Failure:
@@ -136,14 +143,19 @@ def decision_from_proto(message: pb.Decision) -> Decision:
 
 
 def record_to_proto(record: StepRecord) -> jobs_pb.StepRecord:
-    """StepRecord, to the wire."""
-    return jobs_pb.StepRecord(**{name: getattr(record, name) for name in _RECORD_FIELDS})
+    """StepRecord, to clients."""
+    norms = np.frombuffer(record.parameter_norms, dtype="<f8")
+    return jobs_pb.StepRecord(**{**record._asdict(), "parameter_norms": norms})
 
 
-def record_from_proto(message: jobs_pb.StepRecord) -> StepRecord:
-    """StepRecord, from the wire."""
-    values = {name: getattr(message, name) for name in _RECORD_FIELDS}
-    return StepRecord(**{**values, "parameter_norms": tuple(message.parameter_norms)})
+def records_to_proto(records: Sequence[StepRecord]) -> pb.StepRecords:
+    """StepRecords, to the controller."""
+    return pb.StepRecords(**dict(zip(StepRecord._fields, zip(*records, strict=True), strict=False)))
+
+
+def records_from_proto(message: pb.StepRecords) -> list[StepRecord]:
+    """StepRecords, from the leader."""
+    return list(map(StepRecord, *[getattr(message, name)[:] for name in StepRecord._fields]))
 
 
 def sums_to_bytes(sums: NDArray[np.float64]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from ps.messages import Assign, Decision, Failure
 from ps.record import CompletedStep
@@ -24,8 +25,7 @@ class Phase(StrEnum):
 ENDED = frozenset({Phase.FINISHED, Phase.CANCELLED, Phase.FAILED})
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(NamedTuple):
     """Give work to a worker."""
 
     worker: str
@@ -40,15 +40,13 @@ class Dismiss:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Decide:
+class Decide(NamedTuple):
     """Tell all shards what to do with the round."""
 
     decision: Decision
 
 
-@dataclass(frozen=True, slots=True)
-class Stepped:
+class Stepped(NamedTuple):
     """A step is complete."""
 
     completed: CompletedStep

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ps.model import ModelDescription
 
@@ -79,9 +81,9 @@ class Layout:
         return -(-self.numel // BLOCK_NUMEL)
 
     @cached_property
-    def segment_owners(self) -> tuple[int, ...]:
+    def segment_owners(self) -> NDArray[np.int64]:
         """For every segment of the layout in order, the index of its parameter in `parameters`."""
-        return tuple(index for index, p in enumerate(self.parameters) for _ in p.blocks)
+        return np.repeat(np.arange(len(self.parameters)), [len(p.blocks) for p in self.parameters])
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Each parameter's own shape over `flat`, which holds the whole layout."""

@@ -49,8 +49,7 @@ class LeafResult(NamedTuple):
     nonfinite: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Assign:
+class Assign(NamedTuple):
     """Ranges of micro-batches to compute at version `step`. buffers: None when they are as in the last assignment."""
 
     step: int
@@ -59,8 +58,7 @@ class Assign:
     buffers: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Push:
+class Push(NamedTuple):
     """A worker's answer to one Assign. buffers: as micro-batch 0 left them, if it is among the leaves."""
 
     step: int
@@ -83,8 +81,7 @@ class Failure:
     kind: Round = Round.TRAIN
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """One decision for all shards: apply sum / divisor * coefficient as the gradient, with `lr`, or nothing."""
 
     step: int
@@ -95,11 +92,10 @@ class Decision:
     lr: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class StepRecord:
+class StepRecord(NamedTuple):
     """What the leader saw in one step. Norms are of the mean gradient; times are in seconds.
 
-    parameter_norms: of each parameter's gradient before the clip, in the layout's order.
+    parameter_norms: of each parameter's gradient before the clip, in the layout's order: float64, little-endian.
     """
 
     step: int
@@ -118,4 +114,4 @@ class StepRecord:
     compute_seconds: float
     reduce_seconds: float
     apply_seconds: float
-    parameter_norms: tuple[float, ...] = ()
+    parameter_norms: bytes = b""

@@ -1,9 +1,10 @@
-"""What is told of a step when it is over. Made while the workers compute the next one."""
+"""What is told of steps that are over. Made while the workers compute the next ones, some at a time."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,7 @@ from ps.layout import Layout
 from ps.messages import Decision, StepRecord
 
 
-@dataclass(frozen=True, slots=True)
-class CompletedStep:
+class CompletedStep(NamedTuple):
     """What the leader knew when all shards had applied its decision. Norm and loss are of the mean.
 
     segment_sums: of squares of the summed gradient, for each segment of the layout.
@@ -34,17 +34,12 @@ class CompletedStep:
     reported: float
     committed: float
 
-    def record(self, layout: Layout | None = None) -> StepRecord:
-        """The record of the step. layout: without it there are no parameter_norms."""
-        decision = self.decision
-        clipped_norm = self.norm * decision.coefficient
+    def record(self, parameter_norms: bytes = b"") -> StepRecord:
+        """The record of the step."""
+        decision, norm = self.decision, self.norm
+        clipped_norm = norm * decision.coefficient
         if self.clipped_sum is not None and decision.apply:
             clipped_norm = math.sqrt(self.clipped_sum)
-        norms: tuple[float, ...] = ()
-        if layout is not None:
-            # bincount adds in order, so a parameter's norm has the same bits for any number of shards.
-            sums = np.bincount(layout.segment_owners, self.segment_sums, len(layout.parameters))
-            norms = tuple((np.sqrt(sums) / self.weight).tolist())
         return StepRecord(
             step=decision.step,
             time=self.committed,
@@ -52,15 +47,28 @@ class CompletedStep:
             lr=decision.lr,
             weight=self.weight,
             samples=self.samples,
-            gradient_norm=self.norm,
+            gradient_norm=norm,
             clipped_norm=clipped_norm,
-            clip_coefficient=clipped_norm / self.norm if self.norm > 0 else 1.0,
-            clipped=clipped_norm < self.norm * (1 - 1e-12),
+            clip_coefficient=clipped_norm / norm if norm > 0 else 1.0,
+            clipped=clipped_norm < norm * (1 - 1e-12),
             skipped=not decision.apply,
             workers=self.workers,
             step_seconds=self.committed - self.began,
             compute_seconds=self.collected - self.began,
             reduce_seconds=max(0.0, self.reported - self.collected),
             apply_seconds=self.committed - self.reported,
-            parameter_norms=norms,
+            parameter_norms=parameter_norms,
         )
+
+
+def records_of(steps: Sequence[CompletedStep], layout: Layout | None) -> list[StepRecord]:
+    """The records of some steps. layout: without it they have no parameter_norms."""
+    if layout is None:
+        return [step.record() for step in steps]
+    owners, num_parameters = layout.segment_owners, len(layout.parameters)
+    records = []
+    for step in steps:
+        # bincount adds in order, so a parameter's norm has the same bits for any number of shards.
+        norms = np.sqrt(np.bincount(owners, step.segment_sums, num_parameters)) / step.weight
+        records.append(step.record(norms.astype("<f8", copy=False).tobytes()))
+    return records

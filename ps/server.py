@@ -48,7 +48,6 @@ class ParameterServer:
         self.layout = config.layout()
         self.shard = shards(self.layout, config.num_servers)[index]
         self._plan = config.plan()
-        self._measured = self.layout if config.spec.telemetry.parameter_norms else None
         self._lock = threading.RLock()
         self._peers: dict[str, Peer] = {}
         self._segment: Segment | None = None
@@ -64,7 +63,11 @@ class ParameterServer:
         self._to_leader: Connection[pb.LeaderMessage] | None = None
         self._hub = Hub()
         self._supervisor = Supervisor(
-            bind, self._controller_refusal, self._on_command, record_every=config.spec.telemetry.every
+            bind,
+            self._controller_refusal,
+            self._on_command,
+            record_every=config.spec.telemetry.every,
+            layout=self.layout if config.spec.telemetry.parameter_norms else None,
         )
         services: dict[Role, Service[Any]] = {
             Role.WORKER: Service(pb.WorkerMessage.FromString, self._serve_worker),
@@ -316,7 +319,7 @@ class ParameterServer:
                 case Decide(decision):
                     self._decide(leader, decision)
                 case Stepped(completed):
-                    self._supervisor.tell_record(completed.record(self._measured))
+                    self._supervisor.tell_step(completed)
                 case Evaluated(step, metrics):
                     self._supervisor.tell_evaluation(step, metrics)
                 case Save():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
@@ -13,11 +12,13 @@ import grpc
 from ps import convert
 from ps.config import GRPC_OPTIONS
 from ps.effects import PhaseChanged
+from ps.layout import Layout
 from ps.messages import StepRecord
+from ps.record import CompletedStep, records_of
 from steepest.v1 import exchange_pb2 as pb
 from steepest.v1 import exchange_pb2_grpc as pb_grpc
 
-REPORT_SECONDS = 0.1
+REPORT_SECONDS = 0.25  # between reports of steps; all else is told at once
 MAX_STREAMS = 4
 MAX_UNSTORED = 100_000  # records kept while no controller is there to take them
 
@@ -26,7 +27,7 @@ class Supervisor(pb_grpc.ParameterExchangeServiceServicer):
     """Listens for the controller on gRPC.
 
     refusal: why a peer is not let in, or nothing. obey: carries out a command, in a thread of the stream.
-    record_every: the records of every so many steps are for the history.
+    record_every: the records of every so many steps are for the history. layout: None leaves out parameter norms.
     """
 
     def __init__(
@@ -36,13 +37,17 @@ class Supervisor(pb_grpc.ParameterExchangeServiceServicer):
         obey: Callable[[pb.Command], None],
         *,
         record_every: int,
+        layout: Layout | None,
     ) -> None:
         self._refusal = refusal
         self._obey_command = obey
         self._record_every = record_every
+        self._layout = layout
         self._news = threading.Condition()
         self._report = pb.SupervisionMessage()
-        self._has_news = False
+        self._is_urgent = False
+        self._completed: list[CompletedStep] = []  # for the history, and not told yet
+        self._newest: CompletedStep | None = None
         self._unstored: deque[StepRecord] = deque(maxlen=MAX_UNSTORED)
         self._stopped = False
         self._grpc = grpc.server(futures.ThreadPoolExecutor(MAX_STREAMS), options=GRPC_OPTIONS)
@@ -60,13 +65,27 @@ class Supervisor(pb_grpc.ParameterExchangeServiceServicer):
             context.abort(grpc.StatusCode.PERMISSION_DENIED, refusal)
         threading.Thread(target=self._obey, args=(request_iterator,), daemon=True).start()
         while context.is_active() and not self._stopped:
-            report = None
             with self._news:
-                if self._news.wait_for(lambda: self._stopped or self._has_news, timeout=1.0):
-                    report, self._report, self._has_news = self._report, pb.SupervisionMessage(), False
-            if report is not None:
+                self._news.wait_for(lambda: self._stopped or self._is_urgent, timeout=REPORT_SECONDS)
+                report = self._take_report()
+            if report.ByteSize():
                 yield report
-            time.sleep(REPORT_SECONDS)
+
+    def _take_report(self) -> pb.SupervisionMessage:
+        """All that is to be told. The caller holds the lock."""
+        report, self._report, self._is_urgent = self._report, pb.SupervisionMessage(), False
+        if records := self._make_records():
+            report.records.CopyFrom(convert.records_to_proto(records))
+        if self._newest is not None and self._newest.decision.step % self._record_every:
+            report.newest.CopyFrom(convert.records_to_proto(records_of([self._newest], self._layout)))
+        self._newest = None
+        return report
+
+    def _make_records(self) -> list[StepRecord]:
+        """Of the steps that are for the history. The caller holds the lock."""
+        records, self._completed = records_of(self._completed, self._layout), []
+        self._unstored.extend(records)
+        return records
 
     def _obey(self, messages: Iterable[pb.ControllerMessage]) -> None:
         try:
@@ -86,21 +105,22 @@ class Supervisor(pb_grpc.ParameterExchangeServiceServicer):
     def _tell(self, add: Callable[[pb.SupervisionMessage], object]) -> None:
         with self._news:
             add(self._report)
-            self._has_news = True
+            self._is_urgent = True
             self._news.notify()
 
-    def tell_record(self, record: StepRecord) -> None:
+    def tell_step(self, completed: CompletedStep) -> None:
         """A step was made."""
-        if record.step % self._record_every:
-            self._tell(lambda report: report.newest.CopyFrom(convert.record_to_proto(record)))
-            return
-        self._unstored.append(record)
-        self._tell(lambda report: report.records.append(convert.record_to_proto(record)))
+        with self._news:
+            self._newest = completed
+            if completed.decision.step % self._record_every == 0:
+                self._completed.append(completed)
+                if len(self._completed) > MAX_UNSTORED:  # nobody listens
+                    self._make_records()
 
     def unstored(self) -> list[StepRecord]:
         """The records for the history that no controller has stored yet, as far as is known here."""
         with self._news:
-            return list(self._unstored)
+            return [*self._unstored, *records_of(self._completed, self._layout)]
 
     def tell_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """An evaluation is done."""

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from ps.layout import BLOCK_NUMEL, Shard
 
-MIN_NUMEL = 4 * BLOCK_NUMEL  # less is done sooner than a thread wakes up
+MIN_NUMEL = 32 * BLOCK_NUMEL  # less is done sooner than another core has woken up and fetched it
 
 
 def split(shard: Shard, num_threads: int) -> tuple[tuple[int, int], ...]:

@@ -8,9 +8,8 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
-from typing import Any
+from typing import Any, get_type_hints
 
-import numpy as np
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
@@ -20,8 +19,8 @@ from services.lifecycle import ENDED, JobState, check_move
 from services.schema import events, history, jobs
 from steepest.errors import ConflictError, NotFoundError
 
-_RECORD_FIELDS = tuple(f.name for f in fields(StepRecord))
-_FLOAT_FIELDS = frozenset(f.name for f in fields(StepRecord) if f.type == "float")
+_FLOAT_FIELDS = frozenset(name for name, type_ in get_type_hints(StepRecord).items() if type_ is float)
+_HISTORY_COLUMNS = ("job", "incarnation", "hidden", *StepRecord._fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +187,7 @@ class Store:
         """Add the records of steps."""
         if not records:
             return
-        rows = [{"job": job, "incarnation": incarnation, "hidden": False, **_record_values(r)} for r in records]
+        rows = [dict(zip(_HISTORY_COLUMNS, (job, incarnation, False, *map(_null, r)), strict=True)) for r in records]
         with self._write, self._engine.begin() as connection:
             connection.execute(sa.insert(history), rows)
         self._notify()
@@ -260,16 +259,10 @@ def _null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _record_values(record: StepRecord) -> dict[str, Any]:
-    values = {name: _null(getattr(record, name)) for name in _RECORD_FIELDS}
-    return {**values, "parameter_norms": np.array(record.parameter_norms, dtype="<f8").tobytes()}
-
-
 def _record(row: Any) -> StepRecord:
-    values: dict[str, Any] = {n: getattr(row, n) for n in _RECORD_FIELDS}
+    values: dict[str, Any] = {n: getattr(row, n) for n in StepRecord._fields}
     values.update({n: math.nan for n in _FLOAT_FIELDS if values[n] is None})
-    norms = np.frombuffer(row.parameter_norms or b"", dtype="<f8")
-    return StepRecord(**{**values, "parameter_norms": tuple(norms.tolist())})
+    return StepRecord(**{**values, "parameter_norms": row.parameter_norms or b""})
 
 
 def _result_json(result: Result) -> str:

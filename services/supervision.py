@@ -53,13 +53,11 @@ class Report:
 
 def report_from_proto(message: pb.SupervisionMessage) -> Report:
     """Report, from the wire."""
-    records = [convert.record_from_proto(r) for r in message.records]
-    newest = records[-1] if records else None
-    if message.HasField("newest") and (newest is None or message.newest.step > newest.step):
-        newest = convert.record_from_proto(message.newest)
+    records = convert.records_from_proto(message.records)
+    newest = [*records, *convert.records_from_proto(message.newest)]
     return Report(
         records=records,
-        newest=newest,
+        newest=newest[-1] if newest else None,
         evaluations=[(e.step, dict(e.metrics)) for e in message.evaluations],
         checkpoints=[
             CheckpointReport(c.step, c.parameters_sha256, c.state_sha256, c.problem) for c in message.checkpoints

@@ -18,6 +18,7 @@ class AnalyticEngine:
     """An `AnalyticTask`; its parameters are NumPy views of the bound flat tensor."""
 
     device = torch.device("cpu")
+    only_torch = False
 
     def __init__(self, task: AnalyticTask, layout: Layout) -> None:
         self._task = task

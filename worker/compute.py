@@ -242,5 +242,7 @@ class Computer:
         """Have the random generators seeded for user code that comes next; it uses them up."""
         wanted = purpose, step, index
         if wanted != self._seeded:
-            seed_all(self._spec.seed, *wanted, cuda=self._engine.device.type == "cuda")
+            cuda = self._engine.device.type == "cuda"
+            only_torch = purpose == COMPUTE and self._engine.only_torch
+            seed_all(self._spec.seed, *wanted, cuda=cuda, only_torch=only_torch)
             self._seeded = wanted

@@ -40,6 +40,7 @@ class Engine(Protocol):
     """Computes gradients of a task; `AnalyticEngine` and `TorchEngine` are the two."""
 
     device: torch.device
+    only_torch: bool  # whether no code but torch's own runs in `gradient`
     train_source: Source
     eval_source: Source | None
 
@@ -75,6 +76,7 @@ class TorchEngine:
         self.device = device
         self.train_source: Source = source_of(task.train_data, task.collate)
         self.eval_source: Source | None = None if task.eval_data is None else source_of(task.eval_data, task.collate)
+        self.only_torch = _is_torchs_own(task)
         self._task = task
         self._description = model
         self._layout = layout
@@ -263,6 +265,16 @@ class TorchEngine:
                 torch._foreach_add_(targets, gradients)
             else:
                 torch._foreach_copy_(targets, gradients)
+
+
+def _is_torchs_own(task: Task) -> bool:
+    """Whether model and loss are made of torch's own modules, with no code of the user in between."""
+    if not isinstance(task.loss, torch.nn.Module):
+        return False
+    modules = [*task.model.modules(), *task.loss.modules()]
+    own = all(type(m).__module__.startswith("torch.nn.modules.") for m in modules)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return own and not any(getattr(m, name) for m in modules for name in hooks)
 
 
 def _pair(batch: Any, what: str) -> tuple[Any, Any]:

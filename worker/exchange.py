@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -156,7 +156,7 @@ class Exchange:
         """
         if push.kind in (Round.TRAIN, Round.INITIALIZE):
             followers = self._links[1:]
-            to_followers = convert.push_to_proto(replace(push, leaves=(), buffers=None)) if followers else None
+            to_followers = convert.push_to_proto(push._replace(leaves=(), buffers=None)) if followers else None
             for link in followers:
                 self._send_gradients(link, push, slots)
                 link.connection.send(pb.WorkerMessage(push=to_followers))

@@ -7,7 +7,6 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
-from steepest.v1 import training_jobs_pb2 as _training_jobs_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -118,8 +117,8 @@ Global___Hello: _TypeAlias = Hello  # noqa: Y015
 
 @_typing.final
 class Push(_message.Message):
-    """The end of a worker's part of a round. Lists are columns: packed numbers are read and written much faster than lists of
-    messages, and small models notice.
+    """The end of a worker's part of a round. Nodes and leaves are rows of fixed width, little-endian: protobuf's lists of
+    messages or of numbers take several times as long to write and read, and small models notice.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -148,33 +147,20 @@ class Push(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
     LEAVES_FIELD_NUMBER: _builtins.int
-    LOSSES_FIELD_NUMBER: _builtins.int
-    WEIGHTS_FIELD_NUMBER: _builtins.int
-    SAMPLES_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     NONFINITE_FIELD_NUMBER: _builtins.int
     BUFFERS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     kind: _builtins.str
+    nodes: _builtins.bytes
+    """Nodes of the canonical tree, three int64 each: low, high, and the slot its sum lies in (-1: the range had no
+    samples, the sum is absent).
+    """
+    leaves: _builtins.bytes
+    """What was measured in each leaf: int64 leaf, double loss, double weight, int64 samples."""
     buffers: _builtins.bytes
     seconds: _builtins.float
-    @_builtins.property
-    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Nodes of the canonical tree, three numbers each: low, high, and the slot its sum lies in (-1: the range had no
-        samples, the sum is absent).
-        """
-
-    @_builtins.property
-    def leaves(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """What was measured in each leaf."""
-
-    @_builtins.property
-    def losses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
-    @_builtins.property
-    def weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
-    @_builtins.property
-    def samples(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Metric sums of an evaluation, as many for each leaf."""
@@ -188,11 +174,8 @@ class Push(_message.Message):
         *,
         step: _builtins.int = ...,
         kind: _builtins.str = ...,
-        nodes: _abc.Iterable[_builtins.int] | None = ...,
-        leaves: _abc.Iterable[_builtins.int] | None = ...,
-        losses: _abc.Iterable[_builtins.float] | None = ...,
-        weights: _abc.Iterable[_builtins.float] | None = ...,
-        samples: _abc.Iterable[_builtins.int] | None = ...,
+        nodes: _builtins.bytes = ...,
+        leaves: _builtins.bytes = ...,
         values: _abc.Iterable[_builtins.float] | None = ...,
         nonfinite: _abc.Mapping[_builtins.int, _builtins.str] | None = ...,
         buffers: _builtins.bytes | None = ...,
@@ -200,7 +183,7 @@ class Push(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "buffers", b"buffers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "buffers", b"buffers", "kind", b"kind", "leaves", b"leaves", "losses", b"losses", "nodes", b"nodes", "nonfinite", b"nonfinite", "samples", b"samples", "seconds", b"seconds", "step", b"step", "values", b"values", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "buffers", b"buffers", "kind", b"kind", "leaves", b"leaves", "nodes", b"nodes", "nonfinite", b"nonfinite", "seconds", b"seconds", "step", b"step", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__buffers: _TypeAlias = _typing.Literal["buffers"]  # noqa: Y015
     _WhichOneofArgType__buffers: _TypeAlias = _typing.Literal["_buffers", b"_buffers"]  # noqa: Y015
@@ -904,6 +887,94 @@ class MembershipChanged(_message.Message):
 Global___MembershipChanged: _TypeAlias = MembershipChanged  # noqa: Y015
 
 @_typing.final
+class StepRecords(_message.Message):
+    """Records of steps, one column a field: see StepRecord."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    LR_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    GRADIENT_NORM_FIELD_NUMBER: _builtins.int
+    CLIPPED_NORM_FIELD_NUMBER: _builtins.int
+    CLIP_COEFFICIENT_FIELD_NUMBER: _builtins.int
+    CLIPPED_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    REDUCE_SECONDS_FIELD_NUMBER: _builtins.int
+    APPLY_SECONDS_FIELD_NUMBER: _builtins.int
+    PARAMETER_NORMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def step(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def time(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def loss(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def lr(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def weight(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def gradient_norm(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def clipped_norm(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def clip_coefficient(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def clipped(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]: ...
+    @_builtins.property
+    def skipped(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]: ...
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def step_seconds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def compute_seconds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def reduce_seconds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def apply_seconds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def parameter_norms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """float64, little-endian."""
+
+    def __init__(
+        self,
+        *,
+        step: _abc.Iterable[_builtins.int] | None = ...,
+        time: _abc.Iterable[_builtins.float] | None = ...,
+        loss: _abc.Iterable[_builtins.float] | None = ...,
+        lr: _abc.Iterable[_builtins.float] | None = ...,
+        weight: _abc.Iterable[_builtins.float] | None = ...,
+        samples: _abc.Iterable[_builtins.int] | None = ...,
+        gradient_norm: _abc.Iterable[_builtins.float] | None = ...,
+        clipped_norm: _abc.Iterable[_builtins.float] | None = ...,
+        clip_coefficient: _abc.Iterable[_builtins.float] | None = ...,
+        clipped: _abc.Iterable[_builtins.bool] | None = ...,
+        skipped: _abc.Iterable[_builtins.bool] | None = ...,
+        workers: _abc.Iterable[_builtins.int] | None = ...,
+        step_seconds: _abc.Iterable[_builtins.float] | None = ...,
+        compute_seconds: _abc.Iterable[_builtins.float] | None = ...,
+        reduce_seconds: _abc.Iterable[_builtins.float] | None = ...,
+        apply_seconds: _abc.Iterable[_builtins.float] | None = ...,
+        parameter_norms: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "gradient_norm", b"gradient_norm", "loss", b"loss", "lr", b"lr", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "skipped", b"skipped", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepRecords: _TypeAlias = StepRecords  # noqa: Y015
+
+@_typing.final
 class SupervisionMessage(_message.Message):
     """Leader to controller."""
 
@@ -916,11 +987,11 @@ class SupervisionMessage(_message.Message):
     MEMBERS_FIELD_NUMBER: _builtins.int
     PHASES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def records(self) -> _containers.RepeatedCompositeFieldContainer[_training_jobs_pb2.StepRecord]:
+    def records(self) -> Global___StepRecords:
         """Those that go to the history."""
 
     @_builtins.property
-    def newest(self) -> _training_jobs_pb2.StepRecord:
+    def newest(self) -> Global___StepRecords:
         """Of the last step, when its record is not one of them."""
 
     @_builtins.property
@@ -934,19 +1005,17 @@ class SupervisionMessage(_message.Message):
     def __init__(
         self,
         *,
-        records: _abc.Iterable[_training_jobs_pb2.StepRecord] | None = ...,
-        newest: _training_jobs_pb2.StepRecord | None = ...,
+        records: Global___StepRecords | None = ...,
+        newest: Global___StepRecords | None = ...,
         evaluations: _abc.Iterable[Global___Evaluation] | None = ...,
         checkpoints: _abc.Iterable[Global___CheckpointSaved] | None = ...,
         members: _abc.Iterable[Global___MembershipChanged] | None = ...,
         phases: _abc.Iterable[Global___PhaseChanged] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_newest", b"_newest", "newest", b"newest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["newest", b"newest", "records", b"records"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_newest", b"_newest", "checkpoints", b"checkpoints", "evaluations", b"evaluations", "members", b"members", "newest", b"newest", "phases", b"phases", "records", b"records"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "evaluations", b"evaluations", "members", b"members", "newest", b"newest", "phases", b"phases", "records", b"records"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__newest: _TypeAlias = _typing.Literal["newest"]  # noqa: Y015
-    _WhichOneofArgType__newest: _TypeAlias = _typing.Literal["_newest", b"_newest"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__newest) -> _WhichOneofReturnType__newest | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SupervisionMessage: _TypeAlias = SupervisionMessage  # noqa: Y015

@@ -41,9 +41,11 @@ def test_push(it: Push) -> None:
     assert convert.push_from_proto(convert.push_to_proto(it)) == it
 
 
-def test_a_push_with_torn_columns_is_refused() -> None:
-    with pytest.raises(ValueError, match="unequal length"):
-        convert.push_from_proto(pb.Push(kind="train", leaves=[0, 1], losses=[1.0], weights=[1.0], samples=[1]))
+def test_a_torn_push_is_refused() -> None:
+    with pytest.raises(ValueError, match="torn"):
+        convert.push_from_proto(pb.Push(kind="train", leaves=b"\0" * 33))
+    with pytest.raises(ValueError, match="torn"):
+        convert.push_from_proto(pb.Push(kind="train", nodes=b"\0" * 8))
     with pytest.raises(KeyError):
         convert.push_from_proto(pb.Push(kind="senseless"))
 
@@ -58,12 +60,22 @@ def test_decision(it: Decision) -> None:
     assert convert.decision_from_proto(convert.decision_to_proto(it)) == it
 
 
-NORMS = st.lists(REAL, max_size=3).map(tuple)
+NORMS = st.lists(REAL, max_size=3).map(lambda values: np.array(values, dtype="<f8").tobytes())
+RECORDS = st.builds(
+    StepRecord, *[STEP, *[REAL] * 4, COUNT, *[REAL] * 3, *[st.booleans()] * 2, COUNT, *[REAL] * 4, NORMS]
+)
 
 
-@given(st.builds(StepRecord, *[STEP, *[REAL] * 4, COUNT, *[REAL] * 3, *[st.booleans()] * 2, COUNT, *[REAL] * 4, NORMS]))
-def test_record(it: StepRecord) -> None:
-    assert convert.record_from_proto(convert.record_to_proto(it)) == it
+@given(st.lists(RECORDS, max_size=3))
+def test_records(records: list[StepRecord]) -> None:
+    assert convert.records_from_proto(convert.records_to_proto(records)) == records
+
+
+@given(RECORDS)
+def test_a_client_gets_the_same_record(it: StepRecord) -> None:
+    message = convert.record_to_proto(it)
+    assert tuple(getattr(message, name) for name in StepRecord._fields[:-1]) == it[:-1]
+    assert np.array(message.parameter_norms, dtype="<f8").tobytes() == it.parameter_norms
 
 
 @given(st.builds(SegmentReference, st.integers(1, 2**22), COUNT, STEP, st.binary(min_size=16, max_size=16)))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ps.layout import Shard, build_layout, shards
+from ps.layout import BLOCK_NUMEL, Shard, build_layout, shards
 from ps.optimizer import ShardOptimizer, torch_class, torch_options
 from ps.threads import Threads, split
 from steepest.spec import OPTIMIZER_NAMES, OptimizerSpec
@@ -94,7 +94,10 @@ def test_bits_and_state_do_not_depend_on_the_number_of_shards(name: str, extra: 
 
 @pytest.mark.parametrize("name", OPTIMIZER_NAMES)
 @pytest.mark.parametrize("decay_biases_and_norms", [True, False])
-def test_bits_do_not_depend_on_the_number_of_threads(name: str, decay_biases_and_norms: bool) -> None:
+def test_bits_do_not_depend_on_the_number_of_threads(
+    name: str, decay_biases_and_norms: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ps.threads.MIN_NUMEL", BLOCK_NUMEL)
     layout = build_layout(described([(1_000, 900), (900,), (400_000,)]), decay_biases_and_norms=decay_biases_and_norms)
     (shard,) = shards(layout, 1)
     spec = OptimizerSpec(name=name, decay_biases_and_norms=decay_biases_and_norms)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import pytest
 
 from ps.layout import BLOCK_NUMEL, build_layout
 from ps.messages import Decision, Round
-from ps.record import CompletedStep
+from ps.record import CompletedStep, records_of
 from tests.ps.models import described
 
 
@@ -29,7 +29,7 @@ def test_the_record_of_a_step() -> None:
     assert not record.skipped
     times = (record.step_seconds, record.compute_seconds, record.reduce_seconds, record.apply_seconds)
     assert times == (2.0, 1.0, 0.5, 0.5)
-    assert record.parameter_norms == ()
+    assert record.parameter_norms == b""
 
 
 def test_a_clip_by_value_is_measured_by_the_shards() -> None:
@@ -40,6 +40,8 @@ def test_a_clip_by_value_is_measured_by_the_shards() -> None:
 def test_norms_of_parameters_are_of_the_mean_gradient() -> None:
     layout = build_layout(described([(BLOCK_NUMEL + 16,), (0,), (4,)]))
     sums = np.array([3.0, 6.0, 16.0])  # the first parameter lies in two blocks
-    record = completed(segment_sums=sums).record(layout)
-    assert record.parameter_norms == (pytest.approx(1.5), 0.0, 2.0)
-    assert math.fsum(n**2 for n in record.parameter_norms) == pytest.approx(sums.sum() / 4)
+    (first,) = records_of([completed(segment_sums=sums)], layout)
+    norms = np.frombuffer(first.parameter_norms, dtype="<f8").tolist()
+    assert norms == [pytest.approx(1.5), 0.0, 2.0]
+    assert math.fsum(n**2 for n in norms) == pytest.approx(sums.sum() / 4)
+    assert records_of([completed()], None)[0].parameter_norms == b""

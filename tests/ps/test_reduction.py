@@ -33,7 +33,8 @@ def _reducer(shard: Shard, num_threads: int = 1) -> Reducer:
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 5])
-def test_threads_do_not_show_in_the_bits(num_nodes: int) -> None:
+def test_threads_do_not_show_in_the_bits(num_nodes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ps.threads.MIN_NUMEL", BLOCK_NUMEL)
     layout = build_layout(described([(1_000, 900), (900,), (400_000,)]))
     (shard,) = shards(layout, 1)
     nodes = [Node(i, i + 1) for i in range(num_nodes)]
@@ -42,6 +43,7 @@ def test_threads_do_not_show_in_the_bits(num_nodes: int) -> None:
     for num_threads in (1, 4):
         generator = torch.Generator().manual_seed(0)
         gradients = {node: torch.randn(layout.numel, generator=generator) for node in nodes}
+        assert len(split(shard, num_threads)) == num_threads
         sums = _reducer(shard, num_threads)(plan, root, gradients)
         results.append((sums.tobytes(), gradients[nodes[0]]))
     assert results[0][0] == results[1][0]

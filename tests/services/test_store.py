@@ -98,9 +98,8 @@ def test_what_is_missing_is_filled_in_once(store: Store) -> None:
 
 def test_the_norms_of_parameters_keep_every_bit(store: Store) -> None:
     store.create(job())
-    norms = (0.1, math.inf, 1e-300)
-    store.append_history("a", 1, [replace(record(0), parameter_norms=norms), record(1)])
-    assert [r.parameter_norms for r in store.history_of("a")] == [norms, ()]
+    store.append_history("a", 1, [record(0)._replace(parameter_norms=b"norms"), record(1)])
+    assert [r.parameter_norms for r in store.history_of("a")] == [b"norms", b""]
 
 
 def test_throughput_is_over_the_last_half(store: Store) -> None:
