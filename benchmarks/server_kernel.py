@@ -51,7 +51,8 @@ def step_of(shard: Shard, num_threads: int) -> Callable[[], None]:
     ranges = split(shard, num_threads)
     threads = Threads(len(ranges))
     reducer = Reducer(shard, threads, ranges)
-    optimizer = ShardOptimizer(OptimizerSpec(name="adamw"), shard, torch.randn(shard.numel), threads, ranges)
+    optimizer = ShardOptimizer(OptimizerSpec(name="adamw"), shard, torch.randn(shard.numel))
+    optimizer.use_threads(threads, ranges)
     left, right = Node(0, 1), Node(1, 2)
     gradients = {node: torch.randn(shard.numel) for node in (left, right)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 
 import ray
 import torch
@@ -24,9 +25,9 @@ class ServerActor:
         """(address, pid, host name)."""
         return self._server.address, os.getpid(), socket.gethostname()
 
-    def connect(self, leader: ServerAddress) -> None:
-        """Enlist a follower."""
-        self._server.connect(leader)
+    def connect(self, addresses: Sequence[ServerAddress]) -> None:
+        """Meet the other servers."""
+        self._server.connect(addresses)
 
     def wait(self) -> None:
         """Block for as long as the process lives, so that whoever waits for it sees it die."""

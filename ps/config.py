@@ -8,6 +8,7 @@ from pathlib import Path
 from ps.layout import Layout, build_layout
 from ps.leader import Plan
 from ps.model import ModelDescription
+from ps.segment import SegmentReference
 from steepest.spec import TrainingJobSpec
 
 GRPC_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -28,11 +29,14 @@ class ServerAddress:
     """Where a server listens. control: host:port of its gRPC port, for the controller.
 
     network: host:port for workers and other servers; local: the same as a Unix socket on its own host.
+    host: which that is (ps.host); parameters: memory for the whole layout, for processes there.
     """
 
     control: str
     network: str
     local: str
+    host: str
+    parameters: SegmentReference
 
 
 @dataclass(frozen=True)

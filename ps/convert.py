@@ -33,18 +33,28 @@ def segment_from_proto(message: pb.SegmentReference) -> SegmentReference:
 
 def assign_to_proto(assign: Assign) -> pb.Assign:
     """Assign, to the wire."""
-    return pb.Assign(step=assign.step, kind=assign.kind, bounds=chain(*assign.ranges), buffers=assign.buffers)
+    return pb.Assign(
+        step=assign.step,
+        kind=assign.kind,
+        bounds=chain(*assign.ranges),
+        buffers=assign.buffers,
+        host_bounds=chain(*assign.host_ranges),
+    )
 
 
 def assign_from_proto(message: pb.Assign) -> Assign:
     """Assign, from the wire."""
-    bounds = message.bounds[:]
     return Assign(
         step=message.step,
         kind=_ROUNDS[message.kind],
-        ranges=tuple(zip(bounds[::2], bounds[1::2], strict=True)),
+        ranges=_ranges(message.bounds[:]),
         buffers=message.buffers if message.HasField("buffers") else None,
+        host_ranges=_ranges(message.host_bounds[:]),
     )
+
+
+def _ranges(bounds: list[int]) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(bounds[::2], bounds[1::2], strict=True))
 
 
 def push_to_proto(push: Push) -> pb.Push:
@@ -56,6 +66,7 @@ def push_to_proto(push: Push) -> pb.Push:
         leaves=b"".join([_LEAF.pack(*r[:4]) for r in push.leaves]),
         buffers=push.buffers,
         seconds=push.seconds,
+        host_bounds=chain(*push.host_ranges),
     )
     for result in push.leaves:
         if result.values:
@@ -87,6 +98,7 @@ def push_from_proto(message: pb.Push) -> Push:
         leaves=tuple(leaves),
         buffers=message.buffers if message.HasField("buffers") else None,
         seconds=message.seconds,
+        host_ranges=_ranges(message.host_bounds[:]),
     )
 
 

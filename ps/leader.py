@@ -10,7 +10,7 @@ A round moves so:  assign -> collect (pushes from workers, reports from shards) 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,7 +31,7 @@ from ps.effects import (
     Send,
     Stepped,
 )
-from ps.members import Member, Members, leaves_of
+from ps.members import Members, bits_of, leaves_of
 from ps.messages import Assign, Decision, Failure, LeafResult, Outcome, Push, Round
 from ps.record import CompletedStep
 from ps.schedule import learning_rate
@@ -114,11 +114,11 @@ class Leader:
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
-    def join(self, worker: str, now: float) -> list[Effect]:
-        """A worker is there."""
+    def join(self, worker: str, now: float, host: str = "") -> list[Effect]:
+        """A worker is there. host: which one it is on; the workers of one are dealt neighbouring micro-batches."""
         if self.phase in ENDED:
             return [Dismiss(worker, "the job has ended")]
-        self.members[worker] = Member()
+        self.members.join(worker, host)
         if self.phase == Phase.WAITING:
             effects: list[Effect] = [self._enter(Phase.WORKING, f"worker {worker} joined", worker)]
             return effects + (self._next_round(now) if self._round is None else self._deal(now))
@@ -327,12 +327,15 @@ class Leader:
         current = self._round
         assert current is not None  # noqa: S101  # callers are inside a round
         effects: list[Effect] = []
-        for worker, parts in self._deal_out(leaves, self.members.speeds(workers)).items():
+        dealt = self._deal_out(leaves, self.members.speeds(workers))
+        hosts = self.members.host_ranges(dealt)
+        for worker, parts in dealt.items():
             member = self.members[worker]
-            member.give(_bits(parts), now)
+            member.give(bits_of(parts), now)
             buffers = None if member.buffers is self.buffers else self.buffers
             member.buffers = self.buffers
-            effects.append(Send(worker, Assign(self.step, current.kind, tuple(parts), buffers)))
+            assign = Assign(self.step, current.kind, tuple(parts), buffers, hosts.get(member.host, ()))
+            effects.append(Send(worker, assign))
         return effects
 
     def _advance(self, now: float) -> list[Effect]:
@@ -479,14 +482,6 @@ class Leader:
             effects.append(Dismiss(name, "scaled down"))
             effects += self.leave(name, now)
         return effects
-
-
-def _bits(parts: Iterable[tuple[int, int]]) -> int:
-    """The micro-batches in half-open ranges, as a set."""
-    bits = 0
-    for low, high in parts:
-        bits |= (1 << high) - (1 << low)
-    return bits
 
 
 def _sum(values: Sequence[float]) -> float:

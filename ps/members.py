@@ -5,8 +5,10 @@ Sets of micro-batches are the bits of an integer.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ps.assignment import ranges
 from ps.messages import Push, Round
 
 SPEED_MEMORY = 0.8  # weight of the past in a worker's measured speed
@@ -25,12 +27,21 @@ def leaves_of(bits: int) -> list[int]:
     return found
 
 
+def bits_of(parts: Iterable[tuple[int, int]]) -> int:
+    """The micro-batches in half-open ranges, as a set."""
+    bits = 0
+    for low, high in parts:
+        bits |= (1 << high) - (1 << low)
+    return bits
+
+
 @dataclass(slots=True)
 class Member:
     """A worker. in_flight: rounds assigned and not answered. taken, leaves: what it was given in the present round,
     and what of it is still to come.
     """
 
+    host: str = ""
     speed: float = 1.0
     pushes: int = 0
     guessed: bool = True  # whether its speed is not known, or known too long ago
@@ -69,7 +80,31 @@ class Member:
 
 
 class Members(dict[str, Member]):
-    """All workers by name, in the order in which they joined."""
+    """All workers by name: host by host, and in the order in which they joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._has_hosts = False  # more than one, that is
+
+    def join(self, name: str, host: str) -> None:
+        """One more, in place of one of the same name if there was."""
+        self[name] = Member(host)
+        order = {h: place for place, h in enumerate(dict.fromkeys(m.host for m in self.values()))}
+        self._has_hosts = len(order) > 1
+        if self._has_hosts:
+            sorted_members = sorted(self.items(), key=lambda item: order[item[1].host])
+            self.clear()
+            self.update(sorted_members)
+
+    def host_ranges(self, dealt: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, tuple[tuple[int, int], ...]]:
+        """What each host's workers were dealt together; nothing when all are on one host."""
+        if not self._has_hosts:
+            return {}
+        bits: dict[str, int] = {}
+        for name, parts in dealt.items():
+            host = self[name].host
+            bits[host] = bits.get(host, 0) | bits_of(parts)
+        return {host: tuple(ranges(leaves_of(own))) for host, own in bits.items()}
 
     def begin_round(self) -> None:
         """What was given for the round before counts no more."""

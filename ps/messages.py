@@ -50,16 +50,23 @@ class LeafResult(NamedTuple):
 
 
 class Assign(NamedTuple):
-    """Ranges of micro-batches to compute at version `step`. buffers: None when they are as in the last assignment."""
+    """Ranges of micro-batches to compute at version `step`. buffers: None when they are as in the last assignment.
+
+    host_ranges: those of all workers on this one's host, when a job has several hosts.
+    """
 
     step: int
     kind: Round
     ranges: tuple[tuple[int, int], ...]
     buffers: bytes | None = None
+    host_ranges: tuple[tuple[int, int], ...] = ()
 
 
 class Push(NamedTuple):
-    """A worker's answer to one Assign. buffers: as micro-batch 0 left them, if it is among the leaves."""
+    """A worker's answer to one Assign. buffers: as micro-batch 0 left them, if it is among the leaves.
+
+    host_ranges: as in the Assign.
+    """
 
     step: int
     kind: Round
@@ -67,6 +74,7 @@ class Push(NamedTuple):
     leaves: tuple[LeafResult, ...]
     buffers: bytes | None = None
     seconds: float = 0.0
+    host_ranges: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,22 +145,12 @@ _KERNELS: dict[str, _Kernel] = {
 
 
 class ShardOptimizer:
-    """The optimizer of one shard. `parameters` is the shard's part of the layout, updated in place.
+    """The optimizer of one shard. `parameters` is the shard's part of the layout, updated in place."""
 
-    ranges: of the shard's elements, one for each thread.
-    """
-
-    def __init__(
-        self,
-        spec: OptimizerSpec,
-        shard: Shard,
-        parameters: torch.Tensor,
-        threads: Threads,
-        ranges: Sequence[tuple[int, int]],
-    ) -> None:
+    def __init__(self, spec: OptimizerSpec, shard: Shard, parameters: torch.Tensor) -> None:
         self._shard = shard
-        self._threads = threads
-        self._ranges = ranges
+        self._threads = Threads(1)
+        self._ranges: Sequence[tuple[int, int]] = [(0, shard.numel)]
         self._parts = [parameters[g.start - shard.start : g.stop - shard.start] for g in shard.groups]
         self._kernel = _KERNELS.get(spec.name)
         # The scale of a gradient goes into the fused kernel's own pass; that takes it as float32.
@@ -181,6 +171,10 @@ class ShardOptimizer:
         for part, group in zip(self._parts, shard.groups, strict=True):
             groups.append({"params": [part]} if group.decayed else {"params": [part], "weight_decay": 0.0})
         self._optimizer = _CLASSES[spec.name](groups, **options)
+
+    def use_threads(self, threads: Threads, ranges: Sequence[tuple[int, int]]) -> None:
+        """Spread the work, before the first step. ranges: of the shard's elements, one for each thread."""
+        self._threads, self._ranges = threads, ranges
 
     def step(
         self, gradient: torch.Tensor, *, lr: float, divisor: float, coefficient: float, max_value: float | None

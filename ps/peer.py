@@ -7,30 +7,34 @@ from collections.abc import Iterator
 import torch
 
 from ps.config import CHUNK_BYTES
-from ps.layout import Shard
+from ps.layout import Layout, Shard
 from ps.segment import Segment
 from ps.stream import Connection, StreamError
 from steepest.v1 import exchange_pb2 as pb
 
 
 class Peer:
-    """One worker's stream to one server.
+    """One worker's stream to one server, or that of another host's home.
 
-    slots: the worker's mapped gradient slots, each a whole layout; None for the inline transport.
-    inline_parameters: whether this server sends its parameters as chunks.
+    shard: the server's, None when it has none. slots: the worker's mapped gradient slots, each a whole layout; None for
+    gradients that come inline. inline_parameters: whether this server sends its parameters as chunks.
+    carries_gradients: False for a worker that pushes them to a server on its own host.
     """
 
     def __init__(
         self,
         worker: str,
-        shard: Shard,
+        shard: Shard | None,
         slots: Segment | None,
         connection: Connection[pb.WorkerMessage],
         *,
         inline_parameters: bool,
+        carries_gradients: bool,
     ) -> None:
         self.worker = worker
         self.inline_parameters = inline_parameters
+        self.carries_gradients = carries_gradients
+        self.is_mapped = slots is not None
         self.send = connection.send
         self.end = connection.close
         self._shard = shard
@@ -40,18 +44,29 @@ class Peer:
     def part(self, slot: int) -> torch.Tensor:
         """The shard's part of a slot, shape (shard.numel,)."""
         if slot not in self._parts:
-            shard, dtype = self._shard, self._shard.layout.dtype
+            shard = self._own
             if self._slots is not None:
                 offset = slot * shard.layout.numel + shard.start
-                self._parts[slot] = self._slots.tensor(dtype, shard.numel, offset=offset)
+                self._parts[slot] = self._slots.tensor(shard.layout.dtype, shard.numel, offset=offset)
             else:
-                self._parts[slot] = torch.zeros(shard.numel, dtype=dtype)
+                self._parts[slot] = torch.zeros(shard.numel, dtype=shard.layout.dtype)
         return self._parts[slot]
+
+    def whole(self, slot: int, layout: Layout) -> torch.Tensor:
+        """A mapped slot, shape (layout.numel,)."""
+        assert self._slots is not None  # noqa: S101  # the caller has looked
+        return self._slots.tensor(layout.dtype, layout.numel, offset=slot * layout.numel)
+
+    @property
+    def _own(self) -> Shard:
+        assert self._shard is not None  # noqa: S101  # nothing else is asked for a part
+        return self._shard
 
     def sink(self, message: pb.WorkerMessage, num_bytes: int) -> memoryview:
         """Where a piece of an inline gradient belongs. Raises StreamError for one that does not fit."""
         chunk = message.chunk
-        if message.WhichOneof("message") != "chunk" or self._slots is not None or chunk.slot < 0:
+        welcome = self.carries_gradients and self._slots is None and chunk.slot >= 0
+        if message.WhichOneof("message") != "chunk" or not welcome:
             raise StreamError(f"a tensor of {num_bytes} bytes is not expected here")
         return place(self.part(chunk.slot), chunk, num_bytes)
 

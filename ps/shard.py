@@ -40,11 +40,9 @@ class ShardServer:
         initialized: bool = False,
         num_threads: int = 1,
     ) -> None:
-        ranges = split(shard, num_threads)
-        threads = Threads(len(ranges))
         self.shard = shard
         self.parameters = parameters
-        self.optimizer = ShardOptimizer(optimizer, shard, parameters, threads, ranges)
+        self.optimizer = ShardOptimizer(optimizer, shard, parameters)
         self.step = step
         self.initialized = initialized
         self._num_leaves = num_leaves
@@ -53,10 +51,17 @@ class ShardServer:
         self._covered = 0  # a bit for each micro-batch in `_held`
         self._sum: torch.Tensor | None = None
         self._reduced = False
-        self._reducer = Reducer(shard, threads, ranges)
+        self.use_threads(num_threads)
         self._planned: dict[Node, bool] = {}
         self._plan: list[tuple[Node, Node]] = []
         self._last: Node | None = None
+
+    def use_threads(self, num_threads: int) -> None:
+        """How many cores there are for this shard, before its first round."""
+        ranges = split(self.shard, num_threads)
+        threads = Threads(len(ranges))
+        self._reducer = Reducer(self.shard, threads, ranges)
+        self.optimizer.use_threads(threads, ranges)
 
     @property
     def _root(self) -> Node:

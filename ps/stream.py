@@ -55,6 +55,7 @@ class Role(IntEnum):
 
     WORKER = 1
     FOLLOWER = 2
+    RELAY = 3
 
 
 class Message(Protocol):

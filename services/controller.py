@@ -320,8 +320,13 @@ class Controller(threading.Thread):
         self._store.note(self.job, f"{name} died and is replaced: {end.message}", time.time())
         self._start_worker(name)
 
+    def _name_of(self, server: int) -> str:
+        """Those beyond the number of shards are homes of their hosts only."""
+        shards = self.spec.placement.num_servers
+        return f"server-{server}" if server < shards else f"home-{server - shards}"
+
     def _server_ended(self, index: int, end: Exit) -> None:
-        self._lost = f"server-{index} died: {end.message}"
+        self._lost = f"{self._name_of(index)} died: {end.message}"
 
     # -- reports of the leader --------------------------------------------------------------------------------------
 
@@ -404,7 +409,7 @@ class Controller(threading.Thread):
 
     def _publish(self) -> None:
         """Write what is known to the store."""
-        members = [("server", f"server-{i}", s.pid, s.host, "running") for i, s in enumerate(self._servers)]
+        members = [("server", self._name_of(i), s.pid, s.host, "running") for i, s in enumerate(self._servers)]
         for name, worker in self._workers.items():
             started = worker.started or Started(0, "")
             members.append(("worker", name, started.pid, started.host, worker.state))

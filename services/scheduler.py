@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,12 @@ from services.ray_environment import prepare_ray_environment
 prepare_ray_environment()
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ps.actor import ServerActor
@@ -31,6 +37,8 @@ GROUP_SECONDS = 10.0
 EMBEDDED_CPUS = 8
 # A server holds its shard's parameters, two moments of each, and scratch.
 SERVER_COPIES = 4
+MIN_SERVER_BYTES = 1 << 20
+NODE_LABEL = "ray.io/node-id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +136,7 @@ class Scheduler:
         placed = Placement(placement, layout_bytes)
         for _ in range(num_workers):
             placed.add_group()
-        if placed.wait(GROUP_SECONDS):
+        if placed.wait(GROUP_SECONDS) and placed.add_servers(GROUP_SECONDS):
             return placed
         placed.release()
         return None
@@ -149,13 +157,32 @@ def _number(count: float, resource: str) -> str:
     return f"{count:g} {resource}{'s' if count != 1 else ''}"
 
 
+def _node_of(group: PlacementGroup) -> str:
+    return str(placement_group_table(group)["bundles_to_node_id"][0])
+
+
+def server_places(workers: Sequence[str], num_servers: int, *, inline: bool) -> list[str]:
+    """The node of every server: round the nodes with workers, those with most first; the leader comes to the first.
+
+    Then come the nodes with several workers and no server: a home there, without a shard, adds up what they push and
+    takes in the parameters for all. inline: no memory is shared, so a home would be of no use.
+
+    workers: the node of each.
+    """
+    nodes = [node for node, _ in Counter(workers).most_common()]
+    places = [nodes[index % len(nodes)] for index in range(num_servers)]
+    homes = [node for node, count in Counter(workers).items() if count > 1 and node not in places and not inline]
+    return places + homes
+
+
 class Placement:
     """The room of one job and the actors in it. Callbacks come in threads of Ray."""
 
     def __init__(self, placement: PlacementSpec, layout_bytes: int) -> None:
         self._placement = placement
-        self._memory = max(1 << 20, SERVER_COPIES * layout_bytes // placement.num_servers)
-        self._server_group = placement_group([{"memory": self._memory}] * placement.num_servers, strategy="SPREAD")
+        self._layout_bytes = layout_bytes
+        self._server_group: PlacementGroup | None = None
+        self._server_memory: list[int] = []  # of each server, in bytes
         self._spare: list[PlacementGroup] = []
         self._workers: dict[str, tuple[Any, PlacementGroup]] = {}
         self._servers: list[Any] = []
@@ -166,8 +193,26 @@ class Placement:
         self._spare.append(placement_group([_demand(self._placement, 1)]))
 
     def wait(self, seconds: float) -> bool:
-        """Whether all the room asked for is there."""
-        return all(group.wait(seconds) for group in [self._server_group, *self._spare])
+        """Whether all the room asked for the workers is there."""
+        return all(group.wait(seconds) for group in self._spare)
+
+    def add_servers(self, seconds: float) -> bool:
+        """Room for the servers, on the hosts of the workers if there is any, else where there is; whether it is had."""
+        placement = self._placement
+        own = max(MIN_SERVER_BYTES, SERVER_COPIES * self._layout_bytes // placement.num_servers)
+        places = server_places(
+            [_node_of(group) for group in self._spare], placement.num_servers, inline=placement.transport == "inline"
+        )
+        home = max(MIN_SERVER_BYTES, self._layout_bytes)
+        self._server_memory = [own] * placement.num_servers + [home] * (len(places) - placement.num_servers)
+        bundles = [{"memory": memory} for memory in self._server_memory]
+        group = placement_group(bundles, bundle_label_selector=[{NODE_LABEL: node} for node in places])
+        if not group.wait(seconds):
+            remove_placement_group(group)
+            del self._server_memory[placement.num_servers :]
+            group = placement_group(bundles[: placement.num_servers], strategy="SPREAD")
+        self._server_group = group
+        return bool(group.wait(seconds))
 
     def set_code(self, code: bytes) -> None:
         """The code bundle that every worker gets."""
@@ -179,16 +224,17 @@ class Placement:
         """Start all servers, connected to each other; their (address, where), the leader first."""
         # On a cluster of one host nothing needs to be reachable from outside it.
         bind = "127.0.0.1" if _num_hosts() == 1 else ""
-        for index in range(self._placement.num_servers):
+        assert self._server_group is not None  # noqa: S101  # `reserve` has seen to it
+        for index, memory in enumerate(self._server_memory):
             strategy = PlacementGroupSchedulingStrategy(self._server_group, placement_group_bundle_index=index)
             actor = ServerActor.options(  # type: ignore[attr-defined]
-                num_cpus=0, memory=self._memory, scheduling_strategy=strategy, max_concurrency=4
+                num_cpus=0, memory=memory, scheduling_strategy=strategy, max_concurrency=4
             ).remote(config, index, bind)
             self._servers.append(actor)
             _watch(actor.wait.remote(), partial(on_exit, index))
         described = ray.get([actor.describe.remote() for actor in self._servers])
-        leader = described[0][0]
-        ray.get([actor.connect.remote(leader) for actor in self._servers[1:]])
+        addresses = [address for address, _, _ in described]
+        ray.get([actor.connect.remote(addresses) for actor in self._servers])
         return [(address, Started(pid, host)) for address, pid, host in described]
 
     def start_worker(
@@ -242,8 +288,9 @@ class Placement:
         """Kill everything and give back the room."""
         self.stop_actors()
         for group in [self._server_group, *self._spare]:
-            remove_placement_group(group)
-        self._spare = []
+            if group is not None:
+                remove_placement_group(group)
+        self._server_group, self._spare = None, []
 
 
 def _watch(reference: Any, on_exit: Callable[[Exit], None]) -> None:

@@ -168,7 +168,7 @@ class Service:
         """The spec with a number of servers. Raises SpecError for a job that cannot fit the cluster."""
         layout = description.layout(spec)
         num_hosts = self.scheduler.num_hosts()
-        servers = spec.placement.servers or choose_num_servers(layout, num_hosts)
+        servers = spec.placement.servers or choose_num_servers(layout, min(num_hosts, spec.placement.workers))
         spec = spec.model_copy(update={"placement": spec.placement.model_copy(update={"servers": servers})})
         needed = footprint(spec, layout, one_host=num_hosts == 1)
         problem = explain_refusal(needed, int(self.scheduler.totals().get("memory", 0)))

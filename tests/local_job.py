@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.hosts import Host
 from ps.checkpoint import State, newest_valid, state_hashes
 from ps.config import JobConfig, ServerAddress
 from ps.server import ParameterServer
@@ -57,12 +58,18 @@ def final_state(config: JobConfig) -> State:
     return state
 
 
+def connect_all(servers: Sequence[ParameterServer]) -> None:
+    """Have servers of this process meet each other."""
+    addresses = [server.address for server in servers]
+    for server in servers:
+        server.connect(addresses)
+
+
 def run_here(config: JobConfig) -> State:
     """Train with one worker, all in this process."""
     servers = [ParameterServer(config, i, "127.0.0.1") for i in range(config.num_servers)]
     try:
-        for follower in servers[1:]:
-            follower.connect(servers[0].address)
+        connect_all(servers)
         WorkerLoop(config, "worker-0", 0, None).run([s.address for s in servers])
         return final_state(config)
     finally:
@@ -70,19 +77,26 @@ def run_here(config: JobConfig) -> State:
             server.stop()
 
 
-def _serve(config: JobConfig, index: int, pipe: Connection) -> None:
+def _enter(host: Host | None) -> str:
+    """Move to a host; the address to listen on there."""
+    if host is None:
+        return "127.0.0.1"
+    host.enter()
+    return host.address
+
+
+def _serve(config: JobConfig, index: int, pipe: Connection, host: Host | None) -> None:
     torch.set_num_threads(1)
-    server = ParameterServer(config, index, "127.0.0.1")
+    server = ParameterServer(config, index, _enter(host))
     pipe.send(server.address)
-    leader = pipe.recv()
-    if index:
-        server.connect(leader)
+    server.connect(pipe.recv())
     pipe.send("ready")
     with contextlib.suppress(EOFError):
         pipe.recv()
 
 
-def _work(config: JobConfig, name: str, generation: int, addresses: list[ServerAddress]) -> None:
+def _work(config: JobConfig, name: str, generation: int, addresses: list[ServerAddress], host: Host | None) -> None:
+    _enter(host)
     WorkerLoop(config, name, generation, None).run(addresses)
 
 
@@ -96,10 +110,10 @@ class LocalJob:
     workers: dict[str, BaseProcess] = field(default_factory=dict)
     generation: int = 0
 
-    def start_worker(self, name: str) -> None:
+    def start_worker(self, name: str, host: Host | None = None) -> None:
         """A new process, in place of one of the same name if there was."""
         self.generation += 1
-        process = _context().Process(target=_work, args=(self.config, name, self.generation, self.addresses))
+        process = _context().Process(target=_work, args=(self.config, name, self.generation, self.addresses, host))
         process.start()
         self.workers[name] = process
 
@@ -119,23 +133,32 @@ def _context() -> Any:
 
 
 @contextlib.contextmanager
-def running(config: JobConfig, workers: int) -> Iterator[LocalJob]:
-    """A job whose processes are gone at the end."""
+def running(
+    config: JobConfig,
+    workers: int,
+    servers_on: Sequence[Host | None] = (),
+    workers_on: Sequence[Host | None] = (),
+) -> Iterator[LocalJob]:
+    """A job whose processes are gone at the end. servers_on, workers_on: their hosts, this one when not said.
+
+    Servers beyond the job's own number are homes without a shard.
+    """
     pipes, servers = [], []
-    for index in range(config.num_servers):
+    for index in range(max(config.num_servers, len(servers_on))):
         ours, theirs = _context().Pipe()
-        process = _context().Process(target=_serve, args=(config, index, theirs), daemon=True)
+        host = servers_on[index] if servers_on else None
+        process = _context().Process(target=_serve, args=(config, index, theirs, host), daemon=True)
         process.start()
         pipes.append(ours)
         servers.append(process)
     job = LocalJob(config, [pipe.recv() for pipe in pipes], servers)
     try:
         for pipe in pipes:
-            pipe.send(job.addresses[0])
+            pipe.send(job.addresses)
         for pipe in pipes:
             assert pipe.recv() == "ready"
         for number in range(workers):
-            job.start_worker(f"worker-{number}")
+            job.start_worker(f"worker-{number}", workers_on[number] if workers_on else None)
         yield job
     finally:
         for process in [*servers, *job.workers.values()]:

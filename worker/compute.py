@@ -138,7 +138,15 @@ class Computer:
                             self._evaluate(index) if assign.kind == Round.EVALUATE else self._diagnose(index)
                         )
         seconds = time.perf_counter() - began
-        return Push(assign.step, assign.kind, tuple(nodes), tuple(self._leaves), self._new_buffers, seconds)
+        return Push(
+            assign.step,
+            assign.kind,
+            tuple(nodes),
+            tuple(self._leaves),
+            self._new_buffers,
+            seconds,
+            assign.host_ranges,
+        )
 
     def prefetch(self, assign: Assign) -> None:
         """While the servers work: fetch what the same assignment would need in the next step."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,11 +12,13 @@ import torch
 
 from ps import convert
 from ps.config import JobConfig, ServerAddress
+from ps.host import host_identity
 from ps.layout import Shard, shards
 from ps.messages import PROTOCOL, Assign, Failure, Push, Round
 from ps.peer import chunks, place
 from ps.segment import Segment
-from ps.stream import Connection, Role, StreamError, call
+from ps.stream import Connection, HungUpError, Role, StreamError, call
+from ps.topology import Contact, contacts
 from steepest.v1 import exchange_pb2 as pb
 
 
@@ -25,19 +28,22 @@ class RefusedError(Exception):
 
 @dataclass
 class _Link:
-    """The stream to one server. version: of the parameters that came in chunks."""
+    """The stream to one server. shard: what the server owns, None when that is nothing.
 
-    shard: Shard
+    version: of the shard's parameters that came in chunks. arrived: of all parameters from other hosts.
+    """
+
+    server: int
+    contact: Contact
+    shard: Shard | None
     connection: Connection[pb.ServerMessage]
-    replies: Iterator[pb.ServerMessage]
-    slots_mapped: bool = False
-    parameters: Segment | None = None
     version: int = -1
+    arrived: int = -1
     is_gone: bool = False
 
 
 class Exchange:
-    """Joins a job. Followers first, the leader last: when it deals work, all the servers know this worker.
+    """Joins a job. The leader comes last: when it deals work, all the servers know this worker.
 
     addresses: of all servers, the leader first. slots: the memory the gradients lie in.
 
@@ -48,7 +54,7 @@ class Exchange:
         self, config: JobConfig, worker: str, generation: int, addresses: Sequence[ServerAddress], slots: Segment
     ) -> None:
         self._layout = config.layout()
-        inline = config.spec.placement.transport == "inline"
+        host = host_identity()
         hello = pb.Hello(
             fence=pb.Fence(job=config.job, incarnation=config.incarnation),
             token=config.token,
@@ -56,98 +62,148 @@ class Exchange:
             worker=worker,
             generation=generation,
             layout_sha256=config.model.sha256(),
-            slots=None if inline else convert.segment_to_proto(slots.reference),
+            host=host,
         )
+        inline = config.spec.placement.transport == "inline"
+        cut = dict(enumerate(shards(self._layout, config.num_servers)))
+        self._shared: Segment | None = None
         self._links: list[_Link] = []
-        for shard, address in reversed(list(zip(shards(self._layout, len(addresses)), addresses, strict=True))):
-            self._links.insert(0, self._open(shard, address, hello, inline=inline))
+        for server, contact in reversed(contacts(addresses, host, len(cut), inline=inline).items()):
+            self._links.insert(0, self._open(server, contact, cut.get(server), addresses[server], hello, slots))
         self._leader = self._links[0]
-        shared = self._leader.parameters
-        self._is_shared = shared is not None and all(
-            link.parameters is not None and link.parameters.reference == shared.reference for link in self._links
-        )
         numel, dtype = self._layout.numel, self._layout.dtype
-        self.parameters = (
-            shared.tensor(dtype, numel) if shared is not None and self._is_shared else torch.zeros(numel, dtype=dtype)
-        )
+        self.parameters = torch.zeros(numel, dtype=dtype) if self._shared is None else self._shared.tensor(dtype, numel)
+        # With servers elsewhere, the first one here says when their parameters have arrived.
+        is_alone = all(address.host == host for address in addresses[: len(cut)])
+        here = [link for link in self._links if link.contact == Contact.SHARED]
+        self._home = here[0] if here and not is_alone else None
         self._arrival = threading.Condition()
+        self._put_back: deque[pb.ServerMessage] = deque()
         for link in self._links:
             link.connection.sink = partial(self._sink, link)
         for link in self._links[1:]:
             threading.Thread(target=self._listen, args=(link,), daemon=True).start()
 
-    def _open(self, shard: Shard, address: ServerAddress, hello: pb.Hello, *, inline: bool) -> _Link:
-        connection = call(address, Role.WORKER, pb.ServerMessage.FromString, inline=inline)
-        connection.send(pb.WorkerMessage(hello=hello))
-        link = _Link(shard, connection, iter(connection))
-        first = next(link.replies, None)
+    def _open(
+        self,
+        server: int,
+        contact: Contact,
+        shard: Shard | None,
+        address: ServerAddress,
+        hello: pb.Hello,
+        slots: Segment,
+    ) -> _Link:
+        connection = call(address, Role.WORKER, pb.ServerMessage.FromString, inline=contact != Contact.SHARED)
+        shared = convert.segment_to_proto(slots.reference) if contact == Contact.SHARED else None
+        own = pb.Hello(slots=shared, control_only=contact == Contact.CONTROL)
+        own.MergeFrom(hello)
+        connection.send(pb.WorkerMessage(hello=own))
+        try:
+            first = connection.receive()
+        except HungUpError:
+            first = None
         if first is None:
-            raise ConnectionError(f"server {shard.index} is gone")
+            raise ConnectionError(f"server {server} is gone")
         if first.WhichOneof("message") != "welcome":
             connection.release()
-            raise RefusedError(f"server {shard.index}: {first.refusal.reason}")
-        link.slots_mapped = first.welcome.slots_mapped
-        if first.welcome.HasField("parameters"):
-            link.parameters = Segment.open(convert.segment_from_proto(first.welcome.parameters))
-            if link.parameters is None:
-                raise RefusedError(f"server {shard.index}: its parameters cannot be mapped; use transport = inline")
-        return link
+            raise RefusedError(f"server {server}: {first.refusal.reason}")
+        if contact == Contact.SHARED:
+            self._shared = Segment.open(convert.segment_from_proto(first.welcome.parameters))
+            if self._shared is None or not first.welcome.slots_mapped:
+                raise RefusedError(
+                    f"server {server}: memory cannot be shared with it; use placement.transport = inline"
+                )
+        return _Link(server, contact, shard, connection)
 
     def _sink(self, link: _Link, message: pb.ServerMessage, num_bytes: int) -> memoryview:
         """Where a piece of the parameters belongs."""
-        if message.WhichOneof("message") != "chunk":
+        if message.WhichOneof("message") != "chunk" or link.shard is None or link.contact != Contact.INLINE:
             raise StreamError(f"a tensor of {num_bytes} bytes is not expected here")
         return place(self.parameters[link.shard.start : link.shard.stop], message.chunk, num_bytes)
 
     def _listen(self, link: _Link) -> None:
         try:
-            for message in link.replies:
-                self._on_chunk(link, message)
+            for message in link.connection:
+                self._on_news(link, message)
         finally:
             with self._arrival:
                 link.is_gone = True
                 self._arrival.notify()
 
-    def _on_chunk(self, link: _Link, message: pb.ServerMessage) -> None:
-        if message.WhichOneof("message") == "chunk" and message.chunk.last:
-            with self._arrival:
-                link.version = message.chunk.step
-                self._arrival.notify()
+    def _on_news(self, link: _Link, message: pb.ServerMessage) -> bool:
+        """Note which parameters are there; whether the message was about that."""
+        match message.WhichOneof("message"):
+            case "chunk":
+                if message.chunk.last:
+                    with self._arrival:
+                        link.version = message.chunk.step
+                        self._arrival.notify()
+            case "arrived":
+                with self._arrival:
+                    link.arrived = message.arrived
+                    self._arrival.notify()
+            case _:
+                return False
+        return True
 
     def assignments(self) -> Iterator[Assign]:
         """What the leader asks for, one at a time, until it dismisses this worker or is gone.
 
         Raises ConnectionError for that, RefusedError when a server finds fault with this worker.
         """
-        for message in self._leader.replies:
+        while True:
+            message = self._next()
             match message.WhichOneof("message"):
                 case "assign":
                     assign = convert.assign_from_proto(message.assign)
-                    if assign.kind != Round.INITIALIZE:
-                        self._pull(assign.step)
-                    yield assign
-                case "chunk":
-                    self._on_chunk(self._leader, message)
+                    if assign.kind == Round.INITIALIZE or self._pull(assign.step):
+                        yield assign
                 case "refusal":
                     raise RefusedError(f"server 0: {message.refusal.reason}")
                 case "stop":
                     return
-        raise ConnectionError("the leader is gone")
 
-    def _pull(self, version: int) -> None:
-        """Have this version in `parameters`. The leader has said that every server holds it."""
-        if self._is_shared:
-            return
+    def _next(self) -> pb.ServerMessage:
+        """The leader's next message that is not about parameters."""
+        if self._put_back:
+            return self._put_back.popleft()
+        while self._on_news(self._leader, message := self._receive()):
+            pass
+        return message
+
+    def _receive(self) -> pb.ServerMessage:
+        try:
+            message = self._leader.connection.receive()
+        except HungUpError:
+            message = None
+        if message is None:
+            raise ConnectionError("the leader is gone")
+        return message
+
+    def _pull(self, version: int) -> bool:
+        """Have this version, which every server holds by now, in `parameters`. False: dismissed meanwhile.
+
+        Raises ConnectionError when a server is gone.
+        """
+        if self._home is self._leader:
+            while self._leader.arrived < version:
+                message = self._receive()
+                if not self._on_news(self._leader, message):
+                    self._put_back.append(message)
+                    return False
+            return True
+        if self._home is not None:
+            self._await(self._home, lambda link: link.arrived >= version)
         for link in self._links:
-            if link.parameters is not None:
-                flat = link.parameters.tensor(self._layout.dtype, self._layout.numel)
-                part = slice(link.shard.start, link.shard.stop)
-                self.parameters[part] = flat[part]
-                continue
-            with self._arrival:
-                self._arrival.wait_for(lambda link=link: link.is_gone or link.version >= version)  # type: ignore[misc]
-                if link.version < version:
-                    raise ConnectionError(f"server {link.shard.index} is gone")
+            if link.contact == Contact.INLINE:
+                self._await(link, lambda link: link.version >= version)
+        return True
+
+    def _await(self, link: _Link, is_there: Callable[[_Link], bool]) -> None:
+        with self._arrival:
+            self._arrival.wait_for(lambda: link.is_gone or is_there(link))
+        if not is_there(link):
+            raise ConnectionError(f"server {link.server} is gone")
 
     def push(self, push: Push, slots: torch.Tensor) -> None:
         """Give an answer to every server that waits for it.
@@ -164,7 +220,7 @@ class Exchange:
         self._leader.connection.send(pb.WorkerMessage(push=convert.push_to_proto(push)))
 
     def _send_gradients(self, link: _Link, push: Push, slots: torch.Tensor) -> None:
-        if link.slots_mapped:
+        if link.contact != Contact.INLINE or link.shard is None:
             return
         for node in push.nodes:
             if node.slot is not None:

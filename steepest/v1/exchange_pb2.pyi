@@ -85,16 +85,22 @@ class Hello(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     LAYOUT_SHA256_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    CONTROL_ONLY_FIELD_NUMBER: _builtins.int
     token: _builtins.str
     protocol: _builtins.int
     worker: _builtins.str
     generation: _builtins.int
     layout_sha256: _builtins.str
+    host: _builtins.str
+    """Which host it is on: see ps/host.py."""
+    control_only: _builtins.bool
+    """A worker that a server on its own host serves, and that is here only to be given work."""
     @_builtins.property
     def fence(self) -> Global___Fence: ...
     @_builtins.property
     def slots(self) -> Global___SegmentReference:
-        """Absent: the worker asks for the inline transport."""
+        """Where its gradients lie, for a server on its host; absent: they come inline."""
 
     def __init__(
         self,
@@ -106,10 +112,12 @@ class Hello(_message.Message):
         generation: _builtins.int = ...,
         layout_sha256: _builtins.str = ...,
         slots: Global___SegmentReference | None = ...,
+        host: _builtins.str = ...,
+        control_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "slots", b"slots"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "generation", b"generation", "layout_sha256", b"layout_sha256", "protocol", b"protocol", "slots", b"slots", "token", b"token", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_only", b"control_only", "fence", b"fence", "generation", b"generation", "host", b"host", "layout_sha256", b"layout_sha256", "protocol", b"protocol", "slots", b"slots", "token", b"token", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -151,6 +159,7 @@ class Push(_message.Message):
     NONFINITE_FIELD_NUMBER: _builtins.int
     BUFFERS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
+    HOST_BOUNDS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     kind: _builtins.str
     nodes: _builtins.bytes
@@ -169,6 +178,10 @@ class Push(_message.Message):
     def nonfinite(self) -> _containers.ScalarMap[_builtins.int, _builtins.str]:
         """By leaf: the first parameter with a non-finite gradient, in a diagnosis."""
 
+    @_builtins.property
+    def host_bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As in the assignment."""
+
     def __init__(
         self,
         *,
@@ -180,10 +193,11 @@ class Push(_message.Message):
         nonfinite: _abc.Mapping[_builtins.int, _builtins.str] | None = ...,
         buffers: _builtins.bytes | None = ...,
         seconds: _builtins.float = ...,
+        host_bounds: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "buffers", b"buffers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "buffers", b"buffers", "kind", b"kind", "leaves", b"leaves", "nodes", b"nodes", "nonfinite", b"nonfinite", "seconds", b"seconds", "step", b"step", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "buffers", b"buffers", "host_bounds", b"host_bounds", "kind", b"kind", "leaves", b"leaves", "nodes", b"nodes", "nonfinite", b"nonfinite", "seconds", b"seconds", "step", b"step", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__buffers: _TypeAlias = _typing.Literal["buffers"]  # noqa: Y015
     _WhichOneofArgType__buffers: _TypeAlias = _typing.Literal["_buffers", b"_buffers"]  # noqa: Y015
@@ -264,7 +278,7 @@ Global___Failure: _TypeAlias = Failure  # noqa: Y015
 
 @_typing.final
 class WorkerMessage(_message.Message):
-    """Worker to server."""
+    """Worker to server, or a server that speaks for its host's workers."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -356,12 +370,17 @@ class Assign(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     BOUNDS_FIELD_NUMBER: _builtins.int
     BUFFERS_FIELD_NUMBER: _builtins.int
+    HOST_BOUNDS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     kind: _builtins.str
     buffers: _builtins.bytes
     @_builtins.property
     def bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Half-open ranges of micro-batches, two numbers each."""
+
+    @_builtins.property
+    def host_bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The ranges of all workers on this one's host, when a job has several hosts."""
 
     def __init__(
         self,
@@ -370,10 +389,11 @@ class Assign(_message.Message):
         kind: _builtins.str = ...,
         bounds: _abc.Iterable[_builtins.int] | None = ...,
         buffers: _builtins.bytes | None = ...,
+        host_bounds: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "buffers", b"buffers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "bounds", b"bounds", "buffers", b"buffers", "kind", b"kind", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "bounds", b"bounds", "buffers", b"buffers", "host_bounds", b"host_bounds", "kind", b"kind", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__buffers: _TypeAlias = _typing.Literal["buffers"]  # noqa: Y015
     _WhichOneofArgType__buffers: _TypeAlias = _typing.Literal["_buffers", b"_buffers"]  # noqa: Y015
@@ -413,6 +433,9 @@ class ServerMessage(_message.Message):
     ASSIGN_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
+    ARRIVED_FIELD_NUMBER: _builtins.int
+    arrived: _builtins.int
+    """The parameters of servers on other hosts are here up to this version."""
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -431,12 +454,13 @@ class ServerMessage(_message.Message):
         assign: Global___Assign | None = ...,
         chunk: Global___Chunk | None = ...,
         stop: Global___Stop | None = ...,
+        arrived: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "chunk", b"chunk", "message", b"message", "refusal", b"refusal", "stop", b"stop", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "assign", b"assign", "chunk", b"chunk", "message", b"message", "refusal", b"refusal", "stop", b"stop", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "chunk", b"chunk", "message", b"message", "refusal", b"refusal", "stop", b"stop", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "assign", b"assign", "chunk", b"chunk", "message", b"message", "refusal", b"refusal", "stop", b"stop", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "refusal", "assign", "chunk", "stop"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "refusal", "assign", "chunk", "stop", "arrived"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -636,17 +660,12 @@ class Enlisted(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    PARAMETERS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def parameters(self) -> Global___SegmentReference: ...
     def __init__(
         self,
-        *,
-        parameters: Global___SegmentReference | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -31,12 +31,15 @@ def leaves(draw: st.DrawFn) -> tuple[LeafResult, ...]:
 NODES = st.builds(PushedNode, COUNT, COUNT, st.one_of(st.none(), COUNT))
 
 
-@given(st.builds(Assign, STEP, KIND, st.lists(st.tuples(COUNT, COUNT), max_size=4).map(tuple), BYTES))
+RANGES = st.lists(st.tuples(COUNT, COUNT), max_size=4).map(tuple)
+
+
+@given(st.builds(Assign, STEP, KIND, RANGES, BYTES, RANGES))
 def test_assign(it: Assign) -> None:
     assert convert.assign_from_proto(convert.assign_to_proto(it)) == it
 
 
-@given(st.builds(Push, STEP, KIND, st.lists(NODES, max_size=4).map(tuple), leaves(), BYTES, REAL))
+@given(st.builds(Push, STEP, KIND, st.lists(NODES, max_size=4).map(tuple), leaves(), BYTES, REAL, RANGES))
 def test_push(it: Push) -> None:
     assert convert.push_from_proto(convert.push_to_proto(it)) == it
 

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from ps.footprint import explain_refusal, footprint, slots_of, state_tensors
 from ps.layout import build_layout, shards
 from ps.optimizer import ShardOptimizer
-from ps.threads import Threads
 from ps.tree import Node, maximal_nodes
 from steepest.spec import HYPER_PARAMETERS, OPTIMIZER_NAMES, TrainingJobSpec, spec_from_dict
 from tests.ps.models import described
@@ -58,7 +57,7 @@ def test_the_slots_are_those_that_the_computation_holds(num_leaves: int, data: s
 def test_the_state_is_what_torch_optim_keeps(name: str, extra: dict[str, object]) -> None:
     spec = _spec(optimizer={"name": name, **extra})
     (shard,) = shards(LAYOUT, 1)
-    optimizer = ShardOptimizer(spec.optimizer, shard, torch.zeros(shard.numel), Threads(1), [(0, shard.numel)])
+    optimizer = ShardOptimizer(spec.optimizer, shard, torch.zeros(shard.numel))
     optimizer.step(torch.ones(shard.numel), lr=0.1, divisor=1.0, coefficient=1.0, max_value=None)
     numel = sum(part.values.numel() for part in optimizer.export_state() if part.state != "step")
     assert numel == state_tensors(spec) * sum(p.numel for p in LAYOUT.parameters)

@@ -34,8 +34,10 @@ def _reference(spec: OptimizerSpec, parameters: list[torch.nn.Parameter]) -> tor
 
 
 def _shard_optimizer(spec: OptimizerSpec, shard: Shard, flat: torch.Tensor, num_threads: int = 1) -> ShardOptimizer:
+    optimizer = ShardOptimizer(spec, shard, flat)
     ranges = split(shard, num_threads)
-    return ShardOptimizer(spec, shard, flat, Threads(len(ranges)), ranges)
+    optimizer.use_threads(Threads(len(ranges)), ranges)
+    return optimizer
 
 
 def _run(spec: OptimizerSpec, num_servers: int, dtype: torch.dtype, steps: int = 20) -> tuple[Any, ...]:

@@ -29,6 +29,7 @@ def config(tmp_path: Path) -> JobConfig:
 @pytest.fixture
 def server(config: JobConfig) -> Iterator[ParameterServer]:
     made = ParameterServer(config, 0, "127.0.0.1")
+    made.connect([made.address])
     yield made
     made.stop()
 
@@ -82,6 +83,7 @@ def test_a_server_that_goes_is_noticed(config: JobConfig, transport: str) -> Non
     placement = config.spec.placement.model_copy(update={"transport": transport})
     config = replace(config, spec=config.spec.model_copy(update={"placement": placement}))
     server = ParameterServer(config, 0, "127.0.0.1")
+    server.connect([server.address])
     exchange = _join(config, server.address)
     assignments = exchange.assignments()
     next(assignments)

@@ -1,0 +1,167 @@
+"""Speaks for the workers of one host to the servers on others: their gradients out, added up, and parameters in.
+
+One server of each host, its home, does this. Every server elsewhere has a stream of its own, with a thread that adds
+and sends a piece at a time, so that streams run side by side and the network need not wait for the last addition.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from queue import SimpleQueue
+
+import torch
+
+from ps import convert
+from ps.config import JobConfig, ServerAddress
+from ps.gather import Forward, Gathering
+from ps.host import host_identity
+from ps.layout import Shard
+from ps.messages import PROTOCOL, Push, PushedNode, Round
+from ps.peer import chunks, place
+from ps.stream import Role, StreamError, call
+from ps.tree import Node
+from steepest.v1 import exchange_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 1.0  # a worker so much slower than the others of its host is not waited for
+
+
+class _Link:
+    """The stream to one server. flat: the host's parameters, shape (layout.numel,). on_version: a new one is there."""
+
+    def __init__(
+        self,
+        config: JobConfig,
+        name: str,
+        shard: Shard,
+        address: ServerAddress,
+        flat: torch.Tensor,
+        on_version: Callable[[int, int], None],
+    ) -> None:
+        self._shard = shard
+        self._parameters = flat[shard.start : shard.stop]
+        self._on_version = on_version
+        self._outbox: SimpleQueue[tuple[int, Round, list[Forward]] | None] = SimpleQueue()
+        self._round = (-1, Round.TRAIN)
+        self._slot = 0
+        self._connection = call(address, Role.RELAY, pb.ServerMessage.FromString, inline=True)
+        self._connection.sink = self._sink
+        hello = pb.Hello(
+            fence=pb.Fence(job=config.job, incarnation=config.incarnation),
+            token=config.token,
+            protocol=PROTOCOL,
+            worker=name,
+            layout_sha256=config.model.sha256(),
+            host=host_identity(),
+        )
+        self._connection.send(pb.WorkerMessage(hello=hello))
+        for target in (self._listen, self._send):
+            threading.Thread(target=target, daemon=True).start()
+
+    def forward(self, step: int, kind: Round, forwards: list[Forward]) -> None:
+        """Send nodes in time."""
+        self._outbox.put((step, kind, forwards))
+
+    def close(self) -> None:
+        """Hang up."""
+        self._outbox.put(None)
+        self._connection.close()
+
+    def _send(self) -> None:
+        for step, kind, forwards in iter(self._outbox.get, None):
+            if (step, kind) != self._round:
+                self._round, self._slot = (step, kind), 0
+            nodes = []
+            for forward in forwards:
+                nodes.append(PushedNode(*forward.node, None if forward.total is None else self._slot))
+                if forward.total is not None:
+                    self._send_sum(forward.total, forward, step)
+                    self._slot += 1
+            push = convert.push_to_proto(Push(step, kind, tuple(nodes), ()))
+            self._connection.send(pb.WorkerMessage(push=push))
+
+    def _send_sum(self, total: torch.Tensor, forward: Forward, step: int) -> None:
+        """Add up this server's part, and send each piece when it is done."""
+        own = total[self._shard.start : self._shard.stop]
+        for chunk, data in chunks(own, step=step, slot=self._slot):
+            start = self._shard.start + chunk.offset // own.itemsize
+            stop = start + len(data) // own.itemsize
+            for to, from_ in forward.additions:
+                to[start:stop].add_(from_[start:stop])
+            self._connection.send(pb.WorkerMessage(chunk=chunk), data)
+
+    def _sink(self, message: pb.ServerMessage, num_bytes: int) -> memoryview:
+        if message.WhichOneof("message") != "chunk":
+            raise StreamError(f"a tensor of {num_bytes} bytes is not expected here")
+        return place(self._parameters, message.chunk, num_bytes)
+
+    def _listen(self) -> None:
+        """When this ends the server is gone, and the controller starts a new incarnation."""
+        try:
+            for message in self._connection:
+                if message.WhichOneof("message") == "chunk" and message.chunk.last:
+                    self._on_version(self._shard.index, message.chunk.step)
+                elif message.WhichOneof("message") == "refusal":
+                    log.error("server %d refuses this host: %s", self._shard.index, message.refusal.reason)
+        except StreamError as error:
+            log.error("server %d: %s", self._shard.index, error)
+
+
+class Relay:
+    """One host's side. servers: those elsewhere, with their shards. announce: a version of all of them is here."""
+
+    def __init__(
+        self,
+        config: JobConfig,
+        name: str,
+        servers: Mapping[Shard, ServerAddress],
+        flat: torch.Tensor,
+        announce: Callable[[int], None],
+    ) -> None:
+        self._announce = announce
+        self._lock = threading.Lock()
+        self._versions = {shard.index: -1 for shard in servers}
+        self._gathering = Gathering(config.spec.data.num_micro_batches)
+        self._links = [
+            _Link(config, name, shard, address, flat, self._on_version) for shard, address in servers.items()
+        ]
+
+    @property
+    def arrived(self) -> int:
+        """The newest version that is here as a whole; -1: none."""
+        return min(self._versions.values())
+
+    def push(self, push: Push, nodes: Iterable[tuple[Node, torch.Tensor | None]], now: float) -> None:
+        """Take a worker's nodes, each a whole layout, and send on what is ready."""
+        self._forward(push.step, push.kind, self._gathering.add(push.step, push.kind, nodes, push.host_ranges, now))
+
+    def flush(self) -> None:
+        """A worker is gone: wait for nobody."""
+        step, kind = self._gathering.round
+        self._forward(step, kind, self._gathering.flush())
+
+    def tick(self, now: float) -> None:
+        """Time passes."""
+        if self._gathering.waited(now) > FLUSH_SECONDS:
+            self.flush()
+
+    def _forward(self, step: int, kind: Round, forwards: list[Forward]) -> None:
+        if forwards:
+            for link in self._links:
+                link.forward(step, kind, forwards)
+
+    def _on_version(self, server: int, version: int) -> None:
+        with self._lock:
+            before = self.arrived
+            self._versions[server] = version
+            after = self.arrived
+        if after > before:
+            self._announce(after)
+
+    def close(self) -> None:
+        """Hang up."""
+        for link in self._links:
+            link.close()

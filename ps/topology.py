@@ -1,0 +1,32 @@
+"""Who talks to whom: pure functions of where the servers of a job are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+
+from ps.config import ServerAddress
+
+
+class Contact(StrEnum):
+    """What a worker has to do with a server."""
+
+    SHARED = "shared"  # on its host: each maps the other's memory
+    INLINE = "inline"  # elsewhere: gradients and parameters go over the network
+    CONTROL = "control"  # the leader, elsewhere; gradients and parameters go by way of the home
+
+
+def home_of(addresses: Sequence[ServerAddress], host: str) -> int | None:
+    """The server whose memory holds the parameters on a host, and that speaks for its workers; None: there is none."""
+    return next((index for index, address in enumerate(addresses) if address.host == host), None)
+
+
+def contacts(addresses: Sequence[ServerAddress], host: str, num_shards: int, *, inline: bool) -> dict[int, Contact]:
+    """Which servers a worker on `host` talks to, in order, the leader first.
+
+    addresses: of all servers; those beyond `num_shards` are homes without a shard. inline: use no shared memory.
+    """
+    if inline or home_of(addresses, host) is None:
+        return dict.fromkeys(range(num_shards), Contact.INLINE)
+    here = {index: Contact.SHARED for index, address in enumerate(addresses) if address.host == host}
+    return here if 0 in here else {0: Contact.CONTROL, **here}

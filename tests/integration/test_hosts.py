@@ -1,0 +1,116 @@
+"""Several hosts, each a network namespace: the same bits, and no more traffic than one gradient a host."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.hosts import Host, hosts
+from tests.conftest import need_program
+from tests.local_job import hashes, job_config, run_here, running
+
+pytestmark = pytest.mark.cluster
+
+LARGE: dict[str, Any] = {"task": "tests.tasks:large", "steps": 4, "clip": {"norm": 1.0}, "data": {"global_batch": 24}}
+SLOW: dict[str, Any] = {
+    "task": "tests.tasks:slow",
+    "arguments": {"delay": 0.004},
+    "epochs": 8,
+    "data": {"global_batch": 24},
+}
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[list[Host]]:
+    need_program("ip", "iproute2")
+    if os.geteuid():
+        pytest.skip("network namespaces need root")
+    with hosts(3) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    """Of both jobs, undisturbed, in one process."""
+    slow = {**SLOW, "arguments": {"delay": 0.0}}
+    directory = tmp_path_factory.mktemp("expected")
+    return {
+        raw["task"]: hashes(run_here(job_config(directory / str(number), **raw)))
+        for number, raw in enumerate((LARGE, slow))
+    }
+
+
+@pytest.mark.parametrize(
+    ("servers", "workers", "shards"),
+    [
+        ([0, 1], [0, 0, 1, 1], 2),
+        ([0, 1, 2], [0, 1, 1, 2, 2], 3),
+        ([0, 1, 0, 1], [1, 1, 0], 4),
+        ([0], [0, 1, 2], 1),
+        ([0, 1], [0, 1, 1, 2], 1),
+        ([2], [0, 0, 1], 1),
+    ],
+    ids=["a server each", "three", "two servers each", "one server", "a home without a shard", "a leader apart"],
+)
+@pytest.mark.parametrize("raw", [LARGE, SLOW], ids=["large", "slow"])
+def test_where_hosts_are_does_not_show_in_the_bits(
+    three: list[Host],
+    expected: dict[str, tuple[str, str]],
+    tmp_path: Path,
+    raw: dict[str, Any],
+    servers: list[int],
+    workers: list[int],
+    shards: int,
+) -> None:
+    config = job_config(tmp_path, **{**raw, "placement": {"servers": shards}})
+    places = [three[i] for i in servers], [three[i] for i in workers]
+    with running(config, len(workers), *places) as job:
+        assert hashes(job.finish()) == expected[raw["task"]]
+
+
+def test_workers_killed_on_a_host_leave_no_trace(
+    three: list[Host], expected: dict[str, tuple[str, str]], tmp_path: Path
+) -> None:
+    config = job_config(tmp_path, **{**SLOW, "placement": {"servers": 2}})
+    where = [three[0], three[1], three[1]]
+    with running(config, 3, three[:2], where) as job:
+        time.sleep(0.3)
+        for victim in (1, 2, 0):
+            process = job.workers[f"worker-{victim}"]
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            job.start_worker(f"worker-{victim}", where[victim])
+            time.sleep(0.15)
+        assert hashes(job.finish()) == expected[SLOW["task"]]
+
+
+def _bytes_a_step(three: list[Host], directory: Path, workers: list[int], servers: list[int], steps: int) -> float:
+    """Over all interfaces, once the job is under way: the difference between a long job and a short one."""
+    totals = []
+    for number, length in enumerate((2, 2 + steps)):
+        data = {"global_batch": 24, "micro_batch": 3}
+        raw = {**LARGE, "steps": length, "data": data, "placement": {"servers": len(servers)}}
+        before = sum(sum(host.traffic()) for host in three)
+        places = [three[i] for i in servers], [three[i] for i in workers]
+        with running(job_config(directory / str(number), **raw), len(workers), *places) as job:
+            job.finish()
+        totals.append(sum(sum(host.traffic()) for host in three) - before)
+    return (totals[1] - totals[0]) / steps
+
+
+def test_a_host_sends_one_gradient_however_many_workers_it_has(three: list[Host], tmp_path: Path) -> None:
+    nbytes = job_config(tmp_path / "size", **LARGE).layout().nbytes
+    two = _bytes_a_step(three, tmp_path / "two", [0, 1], [0, 1], 60)
+    six = _bytes_a_step(three, tmp_path / "six", [0, 0, 0, 1, 1, 1], [0, 1], 60)
+    # Each host sends the part it does not own and gets as much back; every byte is counted at both ends. A host whose
+    # range of micro-batches is not quite a node of the tree sends two, which makes half as much again; three workers
+    # that each went over the network would make it threefold.
+    assert 3.9 * nbytes < two < 4 * nbytes * 1.6
+    assert 3.9 * nbytes < six < 4 * nbytes * 1.6

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from ps.config import ServerAddress
+from ps.segment import SegmentReference
+from ps.topology import Contact, contacts, home_of
+
+
+def addresses(*hosts: str) -> list[ServerAddress]:
+    return [ServerAddress("", "", "", host, SegmentReference(1, 1, 1, b"")) for host in hosts]
+
+
+def test_on_one_host_a_worker_shares_memory_with_all() -> None:
+    assert contacts(addresses("a", "a"), "a", 2, inline=False) == {0: Contact.SHARED, 1: Contact.SHARED}
+
+
+def test_a_worker_talks_to_its_own_host_and_to_the_leader() -> None:
+    where = addresses("a", "b", "a", "b")
+    assert contacts(where, "a", 4, inline=False) == {0: Contact.SHARED, 2: Contact.SHARED}
+    assert contacts(where, "b", 4, inline=False) == {0: Contact.CONTROL, 1: Contact.SHARED, 3: Contact.SHARED}
+    assert next(iter(contacts(where, "b", 4, inline=False))) == 0
+    assert (home_of(where, "a"), home_of(where, "b"), home_of(where, "c")) == (0, 1, None)
+
+
+def test_a_worker_that_is_alone_on_its_host_talks_to_all_over_the_network() -> None:
+    assert contacts(addresses("a", "b"), "c", 2, inline=False) == {0: Contact.INLINE, 1: Contact.INLINE}
+
+
+def test_a_home_without_a_shard_serves_its_host_and_nobody_else() -> None:
+    where = addresses("a", "b")
+    assert contacts(where, "b", 1, inline=False) == {0: Contact.CONTROL, 1: Contact.SHARED}
+    assert contacts(where, "c", 1, inline=False) == {0: Contact.INLINE}
+
+
+def test_inline_uses_no_shared_memory() -> None:
+    assert contacts(addresses("a", "a"), "a", 2, inline=True) == {0: Contact.INLINE, 1: Contact.INLINE}
