@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +18,7 @@ import pytest
 
 from benchmarks.hosts import Host, hosts
 from tests.conftest import need_program
+from tests.integration.conftest import TASKS, until
 from tests.local_job import hashes, job_config, run_here, running
 
 pytestmark = pytest.mark.cluster
@@ -114,3 +120,64 @@ def test_a_host_sends_one_gradient_however_many_workers_it_has(three: list[Host]
     # that each went over the network would make it threefold.
     assert 3.9 * nbytes < two < 4 * nbytes * 1.6
     assert 3.9 * nbytes < six < 4 * nbytes * 1.6
+
+
+CLUSTER = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+RAY_CPUS = (2, 3)
+
+
+@pytest.fixture
+def cluster_address(three: list[Host], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A raylet on each of two hosts."""
+    program = str(Path(sys.executable).parent / "ray")
+    address = f"{three[0].address}:6379"
+    # Sockets below a directory of pytest's would have names longer than Unix takes.
+    directory = tempfile.mkdtemp(prefix="ray-")
+    head = ["--head", "--port", "6379", "--include-dashboard", "false", "--temp-dir", directory]
+    raylets, logs = [], []
+    for host, cpus, own in zip(three, RAY_CPUS, (head, ["--address", address]), strict=False):
+        log = tmp_path_factory.mktemp("ray") / "log"
+        command = [*host.prefix, program, "start", *own, "--node-ip-address", host.address, "--num-cpus", str(cpus)]
+        with log.open("w") as output:
+            raylets.append(
+                subprocess.Popen([*command, "--block"], env={**os.environ, **CLUSTER}, stdout=output, stderr=output)
+            )
+        logs.append(log)
+        until(lambda log=log: "block forever" in log.read_text())
+    yield address
+    for raylet in reversed(raylets):
+        raylet.terminate()
+        raylet.wait(60)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.mark.parametrize(("servers", "names"), [(2, ["server-0", "server-1"]), (1, ["server-0", "home-0"])])
+def test_ray_puts_servers_where_the_workers_are(
+    three: list[Host], cluster_address: str, tmp_path: Path, servers: int, names: list[str]
+) -> None:
+    environment = {**os.environ, **CLUSTER}
+    command = [*three[0].prefix, sys.executable, "-c", "from steepest.cli import main; main()"]
+    serve = ["serve", "--port", "0", "--http-port", "0", "--ray-address", cluster_address, "--data-dir"]
+    service = subprocess.Popen(
+        [*command, *serve, str(tmp_path / "data")], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert service.stderr is not None
+    lines = [service.stderr.readline(), service.stderr.readline()]
+    assert lines[1] == "ready\n", lines
+    try:
+        run = subprocess.run(
+            [
+                *command, "submit", f"{TASKS}:large", "--steps", "6", "--workers", "5", "--servers", str(servers),
+                "--server", lines[0].split()[1], "--watch", "--json",
+            ],
+            check=False, capture_output=True, text=True, env=environment,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        result = json.loads(run.stdout.splitlines()[-1])
+        expected = hashes(run_here(job_config(tmp_path / "here", "tests.tasks:large", steps=6)))
+        assert (result["parameters_sha256"], result["state_sha256"]) == expected
+        assert [server["id"] for server in result["servers"]] == names
+    finally:
+        service.send_signal(signal.SIGINT)
+        service.communicate(timeout=60)
+    assert service.returncode == 0
