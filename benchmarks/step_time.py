@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from peers import LR, MAX_NORM, Peer
 from tasks import SIZES, Size
@@ -51,7 +52,15 @@ class Comparison:
 class Ours:
     """A job of the service that runs only during its rounds."""
 
-    def __init__(self, client: Client, size: Size, batch: int, workers: int, servers: int) -> None:
+    def __init__(
+        self,
+        client: Client,
+        size: Size,
+        batch: int,
+        workers: int,
+        servers: int,
+        telemetry: dict[str, Any] | None = None,
+    ) -> None:
         self._job: Job = client.submit(
             f"{HERE / 'tasks.py'}:mlp",
             arguments={"width": size.width, "layers": size.layers},
@@ -60,6 +69,7 @@ class Ours:
             optimizer={"name": "adamw", "lr": LR},
             clip={"norm": MAX_NORM},
             placement={"workers": workers, "servers": servers},
+            telemetry=telemetry or {},
         )
         self._await(lambda: self._job.get().state == "RUNNING" and self._job.get().step > 0)
         self._await(lambda: all(w.state == "running" for w in self._job.get().workers))
@@ -85,6 +95,16 @@ class Ours:
         self.pause()
         times = [record["time"] for record in self._job.history(first)]
         return [after - before for before, after in pairwise(times)]
+
+    def mean_step(self, seconds: float, min_steps: int) -> float:
+        """Seconds of a step over a round, from the first record of it that was kept to the last."""
+        first = self._next
+        self._job.resume()
+        time.sleep(seconds)
+        self._await(lambda: self._job.get().step >= first + min_steps)
+        self.pause()
+        records = list(self._job.history(first))
+        return float((records[-1]["time"] - records[0]["time"]) / (records[-1]["step"] - records[0]["step"]))
 
     def pids(self) -> list[int]:
         """Of all its workers and servers."""
