@@ -1,4 +1,4 @@
-"""How fast gradients go to servers on another host and parameters come back: two network namespaces, one veth pair.
+"""How fast gradients go to servers on another host and parameters come back: two network namespaces and a switch.
 
 `python benchmarks/network.py` (as root; needs iproute2). A round pushes a layout of 25 million float32 to 1, 2 or 4
 shards at once, as workers do with `transport = inline`, and then pulls as much back. `--limit 1gbit` shapes the link.
@@ -7,7 +7,6 @@ shards at once, as workers do with `transport = inline`, and then pulls as much 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -16,10 +15,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from hosts import Host, hosts
 
 from ps.layout import build_layout, shards
 from ps.model import ModelDescription, TensorDescription
@@ -29,58 +29,18 @@ from steepest.v1 import exchange_pb2 as pb
 
 HERE = Path(__file__).parent
 NUMEL = 25_000_000
-HOSTS = ("steepest-bench-a", "steepest-bench-b")
-ADDRESSES = ("10.213.7.1", "10.213.7.2")
 LAYOUT = build_layout(ModelDescription((TensorDescription("p", (NUMEL,), "float32"),), (), ()))
 
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
-
-
-@contextlib.contextmanager
-def two_hosts(limit: str) -> Iterator[None]:
-    """Two namespaces that reach each other."""
-    try:
-        for host in HOSTS:
-            ip("netns", "add", host)
-        ip("link", "add", "veth-a", "netns", HOSTS[0], "type", "veth", "peer", "name", "veth-b", "netns", HOSTS[1])
-        for host, address, end in zip(HOSTS, ADDRESSES, ("veth-a", "veth-b"), strict=True):
-            ip("-n", host, "addr", "add", f"{address}/24", "dev", end)
-            ip("-n", host, "link", "set", end, "up")
-            ip("-n", host, "link", "set", "lo", "up")
-            if limit:
-                shape = [
-                    "tc",
-                    "qdisc",
-                    "add",
-                    "dev",
-                    end,
-                    "root",
-                    "tbf",
-                    "rate",
-                    limit,
-                    "burst",
-                    "1mb",
-                    "latency",
-                    "50ms",
-                ]
-                ip("netns", "exec", host, *shape)
-        yield
-    finally:
-        for host in HOSTS:
-            subprocess.run(["ip", "netns", "del", host], check=False, stderr=subprocess.DEVNULL)
-
-
-def serve(num_shards: int) -> None:
+def serve(num_shards: int, address: str) -> None:
     """A host with `num_shards` servers that take gradients in and send as much back when all is there."""
-    cut = iter(shards(LAYOUT, num_shards))
-    taking = threading.Lock()
+    cut = shards(LAYOUT, num_shards)
 
     def run(connection: Connection[pb.WorkerMessage]) -> None:
-        with taking:
-            shard = next(cut)
-        flat = torch.zeros(shard.numel)
+        first = connection.next_message()
+        if first is None:
+            return
+        flat = torch.zeros(cut[int(first.hello.worker)].numel)
         connection.sink = lambda message, num_bytes: place(flat, message.chunk, num_bytes)
         for message in connection:
             if message.WhichOneof("message") == "push":
@@ -88,7 +48,7 @@ def serve(num_shards: int) -> None:
                 for chunk, data in chunks(flat):
                     connection.send(pb.ServerMessage(chunk=chunk), data)
 
-    listener = Listener({Role.WORKER: Service(pb.WorkerMessage.FromString, run)}, ADDRESSES[0])
+    listener = Listener({Role.WORKER: Service(pb.WorkerMessage.FromString, run)}, address)
     print(listener.address, flush=True)
     sys.stdin.read()
 
@@ -109,6 +69,8 @@ def work(address: str, num_shards: int, rounds: int) -> None:
 
     for link, part in zip(links, parts, strict=True):
         threading.Thread(target=listen, args=(link, part), daemon=True).start()
+    for number, link in enumerate(links):
+        link.send(pb.WorkerMessage(hello=pb.Hello(worker=str(number))))
     for _ in range(rounds):
         began = time.perf_counter()
         for link, part in zip(links, parts, strict=True):
@@ -121,17 +83,17 @@ def work(address: str, num_shards: int, rounds: int) -> None:
         print(json.dumps([pushed - began, time.perf_counter() - pushed]), flush=True)
 
 
-def measure(num_shards: int, rounds: int) -> tuple[float, float]:
+def measure(pair: Sequence[Host], num_shards: int, rounds: int) -> tuple[float, float]:
     """(push, pull) in GB/s: medians of the rounds after the first two."""
 
-    def start(host: str, *arguments: str) -> subprocess.Popen[str]:
-        command = ["ip", "netns", "exec", host, sys.executable, __file__, "--shards", str(num_shards), *arguments]
+    def start(host: Host, *arguments: str) -> subprocess.Popen[str]:
+        command = [*host.prefix, sys.executable, __file__, "--shards", str(num_shards), *arguments]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    with start(HOSTS[0], "--serve") as server:
+    with start(pair[0], "--serve", pair[0].address) as server:
         assert server.stdout is not None
         address = server.stdout.readline().strip()
-        with start(HOSTS[1], "--call", address, "--rounds", str(rounds + 2)) as worker:
+        with start(pair[1], "--call", address, "--rounds", str(rounds + 2)) as worker:
             assert worker.stdout is not None
             seconds = [json.loads(line) for line in worker.stdout][2:]
         server.kill()
@@ -144,13 +106,13 @@ def main() -> None:
     parser.add_argument("--shards", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--limit", default="", help="of the link, in tc's words, such as 1gbit [none]")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
     parser.add_argument("--call", default="", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, default=HERE / "results" / "network.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.serve:
-        return serve(options.shards[0])
+        return serve(options.shards[0], options.serve)
     if options.call:
         return work(options.call, options.shards[0], options.rounds)
     if os.geteuid():
@@ -158,8 +120,10 @@ def main() -> None:
     print("| shards | push, GB/s | pull, GB/s |\n|---|---|---|")
     results = []
     for num_shards in options.shards:
-        with two_hosts(options.limit):
-            push, pull = measure(num_shards, options.rounds)
+        with hosts(2) as pair:
+            for host in pair:
+                host.limit(options.limit)
+            push, pull = measure(pair, num_shards, options.rounds)
         results.append({"shards": num_shards, "push": push, "pull": pull, "limit": options.limit})
         print(f"| {num_shards} | {push:.2f} | {pull:.2f} |", flush=True)
     options.json.parent.mkdir(parents=True, exist_ok=True)

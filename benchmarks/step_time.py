@@ -88,23 +88,22 @@ class Ours:
 
     def round(self, seconds: float, min_steps: int) -> list[float]:
         """Seconds of each step of a round that lasts `seconds` and `min_steps` at least."""
-        first = self._next
-        self._job.resume()
-        time.sleep(seconds)
-        self._await(lambda: self._job.get().step >= first + min_steps + 2)
-        self.pause()
-        times = [record["time"] for record in self._job.history(first)]
+        times = [record["time"] for record in self._records(seconds, min_steps + 2)]
         return [after - before for before, after in pairwise(times)]
 
     def mean_step(self, seconds: float, min_steps: int) -> float:
         """Seconds of a step over a round, from the first record of it that was kept to the last."""
+        records = self._records(seconds, min_steps)
+        return float((records[-1]["time"] - records[0]["time"]) / (records[-1]["step"] - records[0]["step"]))
+
+    def _records(self, seconds: float, min_steps: int) -> list[dict[str, Any]]:
+        """Let it run for so long and so many steps at least; what was kept of them."""
         first = self._next
         self._job.resume()
         time.sleep(seconds)
         self._await(lambda: self._job.get().step >= first + min_steps)
         self.pause()
-        records = list(self._job.history(first))
-        return float((records[-1]["time"] - records[0]["time"]) / (records[-1]["step"] - records[0]["step"]))
+        return list(self._job.history(first))
 
     def pids(self) -> list[int]:
         """Of all its workers and servers."""

@@ -80,7 +80,8 @@ def push_from_proto(message: pb.Push) -> Push:
     """Push, from the wire. Raises ValueError for rows that are torn, KeyError for another kind."""
     try:
         nodes = [
-            PushedNode(*row) if row[2] != _ABSENT_SLOT else _absent(*row) for row in _NODE.iter_unpack(message.nodes)
+            PushedNode(low, high, None if slot == _ABSENT_SLOT else slot)
+            for low, high, slot in _NODE.iter_unpack(message.nodes)
         ]
         leaves = [LeafResult(*row) for row in _LEAF.iter_unpack(message.leaves)]
     except struct.error as error:
@@ -100,10 +101,6 @@ def push_from_proto(message: pb.Push) -> Push:
         seconds=message.seconds,
         host_ranges=_ranges(message.host_bounds[:]),
     )
-
-
-def _absent(low: int, high: int, _: int) -> PushedNode:
-    return PushedNode(low, high, None)
 
 
 def failure_to_proto(failure: Failure) -> pb.Failure:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from ps import convert
 from ps.checkpoint import newest_valid
 from ps.collection import parts_of, pieces
@@ -24,7 +26,7 @@ from ps.config import JobConfig, ServerAddress
 from ps.host import host_identity
 from ps.layout import shards
 from ps.leader import Leader
-from ps.leading import Leading
+from ps.leading import TICK_SECONDS, Leading
 from ps.messages import PROTOCOL, Decision, Outcome, Push, Round
 from ps.peer import Peer, chunks
 from ps.relay import Relay
@@ -38,7 +40,6 @@ from steepest.v1 import exchange_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-TICK_SECONDS = 0.5
 READY_SECONDS = 60.0  # for the servers of a job to find each other
 
 
@@ -167,10 +168,7 @@ class ParameterServer:
         fence = pb.Fence(job=self.config.job, incarnation=self.config.incarnation)
         enlist = pb.Enlist(fence=fence, token=self.config.token, server=self.index)
         self._to_leader.send(pb.FollowerMessage(enlist=enlist))
-        try:
-            first = self._to_leader.receive()
-        except HungUpError:
-            first = None
+        first = self._to_leader.next_message()
         if first is None or first.WhichOneof("message") != "enlisted":
             reason = "it is gone" if first is None else first.refusal.reason
             raise RuntimeError(f"the leader refused server {self.index}: {reason}")
@@ -230,8 +228,8 @@ class ParameterServer:
     def _greet(self, connection: Connection[pb.WorkerMessage]) -> pb.Hello | None:
         """A caller's hello; None when it is not let in."""
         try:
-            first = connection.receive()
-        except (HungUpError, StreamError):
+            first = connection.next_message()
+        except StreamError:
             first = None
         if first is None:
             connection.release()
@@ -323,14 +321,10 @@ class ParameterServer:
         if not peer.carries_gradients or push.kind not in (Round.TRAIN, Round.INITIALIZE):
             return
         shard = self._shard
-        if shard is not None:
-            nodes = [(Node(n.low, n.high), None if n.slot is None else peer.part(n.slot)) for n in push.nodes]
-            if shard.accept(push.step, push.kind, nodes) == Outcome.AHEAD:
-                raise StreamError(f"{peer.worker} pushed step {push.step}; this shard is at {shard.step}")
+        if shard is not None and shard.accept(push.step, push.kind, _values(push, peer.part)) == Outcome.AHEAD:
+            raise StreamError(f"{peer.worker} pushed step {push.step}; this shard is at {shard.step}")
         if self._relay is not None and peer.is_mapped:
-            whole = [
-                (Node(n.low, n.high), None if n.slot is None else peer.whole(n.slot, self.layout)) for n in push.nodes
-            ]
+            whole = _values(push, lambda slot: peer.whole(slot, self.layout))
             self._relay.push(push, whole, time.time())
 
     def _reduce(self, push: Push) -> None:
@@ -432,6 +426,11 @@ class ParameterServer:
                 assert self._shard is not None  # noqa: S101  # followers have one
                 for chunk, data in pieces(parts_of(self._shard), message.collect.step):
                     leader.send(pb.FollowerMessage(state=chunk), data)
+
+
+def _values(push: Push, in_slot: Callable[[int], torch.Tensor]) -> list[tuple[Node, torch.Tensor | None]]:
+    """The nodes of a push with their tensors."""
+    return [(Node(n.low, n.high), None if n.slot is None else in_slot(n.slot)) for n in push.nodes]
 
 
 def _read_all(

@@ -137,10 +137,16 @@ class Connection(Generic[Received]):
                 self._backlog.popleft()
 
     def __iter__(self) -> Iterator[Received]:
-        with contextlib.suppress(HungUpError):
-            while (message := self.receive()) is not None:
-                yield message
+        while (message := self.next_message()) is not None:
+            yield message
         self.release()
+
+    def next_message(self) -> Received | None:
+        """The next message, None when the other end is gone. Raises StreamError for what breaks the protocol."""
+        try:
+            return self.receive()
+        except HungUpError:
+            return None
 
     def receive(self, *, wait: bool = True) -> Received | None:
         """The next message, its tensor in place. wait: False gives None when none is there as a whole.

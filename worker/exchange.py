@@ -17,7 +17,7 @@ from ps.layout import Shard, shards
 from ps.messages import PROTOCOL, Assign, Failure, Push, Round
 from ps.peer import chunks, place
 from ps.segment import Segment
-from ps.stream import Connection, HungUpError, Role, StreamError, call
+from ps.stream import Connection, Role, StreamError, call
 from ps.topology import Contact, contacts
 from steepest.v1 import exchange_pb2 as pb
 
@@ -53,7 +53,7 @@ class Exchange:
     def __init__(
         self, config: JobConfig, worker: str, generation: int, addresses: Sequence[ServerAddress], slots: Segment
     ) -> None:
-        self._layout = config.layout()
+        layout = config.layout()
         host = host_identity()
         hello = pb.Hello(
             fence=pb.Fence(job=config.job, incarnation=config.incarnation),
@@ -65,13 +65,13 @@ class Exchange:
             host=host,
         )
         inline = config.spec.placement.transport == "inline"
-        cut = dict(enumerate(shards(self._layout, config.num_servers)))
+        cut = dict(enumerate(shards(layout, config.num_servers)))
         self._shared: Segment | None = None
         self._links: list[_Link] = []
         for server, contact in reversed(contacts(addresses, host, len(cut), inline=inline).items()):
             self._links.insert(0, self._open(server, contact, cut.get(server), addresses[server], hello, slots))
         self._leader = self._links[0]
-        numel, dtype = self._layout.numel, self._layout.dtype
+        numel, dtype = layout.numel, layout.dtype
         self.parameters = torch.zeros(numel, dtype=dtype) if self._shared is None else self._shared.tensor(dtype, numel)
         # With servers elsewhere, the first one here says when their parameters have arrived.
         is_alone = all(address.host == host for address in addresses[: len(cut)])
@@ -98,10 +98,7 @@ class Exchange:
         own = pb.Hello(slots=shared, control_only=contact == Contact.CONTROL)
         own.MergeFrom(hello)
         connection.send(pb.WorkerMessage(hello=own))
-        try:
-            first = connection.receive()
-        except HungUpError:
-            first = None
+        first = connection.next_message()
         if first is None:
             raise ConnectionError(f"server {server} is gone")
         if first.WhichOneof("message") != "welcome":
@@ -172,10 +169,7 @@ class Exchange:
         return message
 
     def _receive(self) -> pb.ServerMessage:
-        try:
-            message = self._leader.connection.receive()
-        except HungUpError:
-            message = None
+        message = self._leader.connection.next_message()
         if message is None:
             raise ConnectionError("the leader is gone")
         return message

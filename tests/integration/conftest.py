@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +52,36 @@ def submit(client: Client) -> Iterator[Callable[..., Job]]:
             job.cancel()
     for job in jobs:
         until(lambda job=job: job.get().has_ended)
+
+
+# A shell's background job ignores Ctrl-C, and so would its children: these do not.
+LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+COMMAND = [sys.executable, "-c", f"{LISTEN}; from steepest.cli import main; main()"]
+# For a Ray cluster of the test's own.
+RAY_ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@contextlib.contextmanager
+def serving(
+    directory: Path, *options: str, prefix: Sequence[str] = (), ending: signal.Signals = signal.SIGINT
+) -> Iterator[str]:
+    """The address of a service in a process of its own, which gets the signal at the end; Ctrl-C must end it well."""
+    process = subprocess.Popen(
+        [*prefix, *COMMAND, "serve", "--port", "0", "--http-port", "0", "--data-dir", str(directory), *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=RAY_ENVIRONMENT if "--ray-address" in options else None,
+    )
+    assert process.stderr is not None
+    lines = [process.stderr.readline(), process.stderr.readline()]
+    assert lines[1] == "ready\n", lines
+    try:
+        yield lines[0].split()[1]
+    finally:
+        process.send_signal(ending)
+        process.communicate(timeout=60)
+    if ending == signal.SIGINT:
+        assert process.returncode == 0
 
 
 def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:

@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks.hosts import Host, hosts
 from tests.conftest import need_program
-from tests.integration.conftest import TASKS, until
+from tests.integration.conftest import COMMAND, RAY_ENVIRONMENT, TASKS, serving, until
 from tests.local_job import hashes, job_config, run_here, running
 
 pytestmark = pytest.mark.cluster
@@ -122,7 +122,6 @@ def test_a_host_sends_one_gradient_however_many_workers_it_has(three: list[Host]
     assert 3.9 * nbytes < six < 4 * nbytes * 1.6
 
 
-CLUSTER = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 RAY_CPUS = (2, 3)
 
 
@@ -139,9 +138,7 @@ def cluster_address(three: list[Host], tmp_path_factory: pytest.TempPathFactory)
         log = tmp_path_factory.mktemp("ray") / "log"
         command = [*host.prefix, program, "start", *own, "--node-ip-address", host.address, "--num-cpus", str(cpus)]
         with log.open("w") as output:
-            raylets.append(
-                subprocess.Popen([*command, "--block"], env={**os.environ, **CLUSTER}, stdout=output, stderr=output)
-            )
+            raylets.append(subprocess.Popen([*command, "--block"], env=RAY_ENVIRONMENT, stdout=output, stderr=output))
         logs.append(log)
         until(lambda log=log: "block forever" in log.read_text())
     yield address
@@ -155,29 +152,17 @@ def cluster_address(three: list[Host], tmp_path_factory: pytest.TempPathFactory)
 def test_ray_puts_servers_where_the_workers_are(
     three: list[Host], cluster_address: str, tmp_path: Path, servers: int, names: list[str]
 ) -> None:
-    environment = {**os.environ, **CLUSTER}
-    command = [*three[0].prefix, sys.executable, "-c", "from steepest.cli import main; main()"]
-    serve = ["serve", "--port", "0", "--http-port", "0", "--ray-address", cluster_address, "--data-dir"]
-    service = subprocess.Popen(
-        [*command, *serve, str(tmp_path / "data")], stderr=subprocess.PIPE, text=True, env=environment
-    )
-    assert service.stderr is not None
-    lines = [service.stderr.readline(), service.stderr.readline()]
-    assert lines[1] == "ready\n", lines
-    try:
+    data, prefix = tmp_path / "data", three[0].prefix
+    with serving(data, "--ray-address", cluster_address, prefix=prefix) as address:
         run = subprocess.run(
             [
-                *command, "submit", f"{TASKS}:large", "--steps", "6", "--workers", "5", "--servers", str(servers),
-                "--server", lines[0].split()[1], "--watch", "--json",
+                *prefix, *COMMAND, "submit", f"{TASKS}:large", "--steps", "6", "--workers", "5",
+                "--servers", str(servers), "--server", address, "--watch", "--json",
             ],
-            check=False, capture_output=True, text=True, env=environment,
+            check=False, capture_output=True, text=True,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr
         result = json.loads(run.stdout.splitlines()[-1])
         expected = hashes(run_here(job_config(tmp_path / "here", "tests.tasks:large", steps=6)))
         assert (result["parameters_sha256"], result["state_sha256"]) == expected
         assert [server["id"] for server in result["servers"]] == names
-    finally:
-        service.send_signal(signal.SIGINT)
-        service.communicate(timeout=60)
-    assert service.returncode == 0

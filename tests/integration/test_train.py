@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,15 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
-from tests.integration.conftest import EXAMPLES, TASKS, until
+from tests.integration.conftest import COMMAND, EXAMPLES, RAY_ENVIRONMENT, TASKS, serving, until
 from tests.local_job import hashes, job_config, run_here
 from worker.load import load_task
 
 pytestmark = pytest.mark.cluster
 
-# A shell's background job ignores Ctrl-C, and so would its children: these do not.
-LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-COMMAND = [sys.executable, "-c", f"{LISTEN}; from steepest.cli import main; main()"]
 KEYS = """job state step samples loss metrics parameters_sha256 state_sha256 wall_seconds samples_per_second
 workers servers error""".split()
 
@@ -117,9 +113,8 @@ cluster.shutdown()
 @pytest.fixture
 def cluster_address() -> Iterator[str]:
     """Three raylets."""
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     process = subprocess.Popen(
-        [sys.executable, "-c", NODES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", NODES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=RAY_ENVIRONMENT
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -130,19 +125,7 @@ def cluster_address() -> Iterator[str]:
 
 
 def test_a_job_spreads_over_the_nodes_of_an_existing_cluster(cluster_address: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    service = subprocess.Popen(
-        [
-            *COMMAND, "serve", "--port", "0", "--http-port", "0", "--ray-address", cluster_address,
-            "--data-dir", str(tmp_path / "data"),
-        ],
-        stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    assert service.stderr is not None
-    lines = [service.stderr.readline(), service.stderr.readline()]
-    assert lines[1] == "ready\n", lines
-    address = lines[0].split()[1]
-    try:
+    with serving(tmp_path / "data", "--ray-address", cluster_address) as address:
         run = steepest(
             "submit", f"{TASKS}:large", "--steps", "6", "--workers", "5", "--servers", "3",
             "--set", "placement.transport=inline", "--server", address, "--watch", "--json",
@@ -152,7 +135,3 @@ def test_a_job_spreads_over_the_nodes_of_an_existing_cluster(cluster_address: st
         expected = hashes(run_here(job_config(tmp_path / "here", "tests.tasks:large", steps=6)))
         assert (result["parameters_sha256"], result["state_sha256"]) == expected
         assert len(result["workers"]) == 5
-    finally:
-        service.send_signal(signal.SIGINT)
-        service.communicate(timeout=60)
-    assert service.returncode == 0
