@@ -1,10 +1,10 @@
 """Checkpoints: safetensors files and a manifest that is written last.
 
 A checkpoint is a directory `step-{step:012d}` with model.safetensors (`state_dict` names), optimizer.safetensors
-("{parameter}.{state}", torch.optim's state names), extra.safetensors when the model has state outside `state_dict`, and
-manifest.json, which holds the SHA-256 of each file; beside them, records.json has what the history may not have yet.
-Everything is written under a temporary name, synced and renamed, so a directory with a manifest is whole. It knows
-nothing of topology.
+("{parameter}.{state}", torch.optim's state names), extra.safetensors when the model has state outside `state_dict`,
+compression.safetensors when the job compresses (ps.state says what is in it), and manifest.json, which holds the
+SHA-256 of each file; beside them, records.json has what the history may not have yet. Everything is written under a
+temporary name, synced and renamed, so a directory with a manifest is whole. It knows nothing of topology.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 EXTRA = "extra.safetensors"
+COMPRESSION = "compression.safetensors"
 RECORDS = "records.json"
 FORMAT = 1
 KEPT = 3
@@ -40,7 +41,8 @@ class State:
     """A job's whole training state, as tensors of the parameters' own shapes.
 
     model: `state_dict` name -> tensor. optimizer: "{parameter}.{state}" -> tensor. extra: non-persistent buffers.
-    updates: optimizer updates applied, which is less than `step` after skipped steps.
+    updates: optimizer updates applied, which is less than `step` after skipped steps. compression: what a job that
+    compresses has besides, see ps.state.
     """
 
     step: int
@@ -48,6 +50,7 @@ class State:
     model: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     extra: dict[str, torch.Tensor]
+    compression: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,8 @@ def write_checkpoint(
         files = {MODEL: state.model, OPTIMIZER: state.optimizer}
         if state.extra:
             files[EXTRA] = state.extra
+        if state.compression:
+            files[COMPRESSION] = state.compression
         for name, tensors in files.items():
             # Tied tensors appear under each of their names, so each gets memory of its own.
             try:
@@ -173,7 +178,7 @@ def _read(path: Path) -> tuple[Written, State]:
         raise CheckpointError(f"{path / MANIFEST}: {error}") from error
     if version != FORMAT:
         raise CheckpointError(f"{path / MANIFEST}: format {version}; this version reads format {FORMAT}")
-    tensors: dict[str, dict[str, torch.Tensor]] = {EXTRA: {}}
+    tensors: dict[str, dict[str, torch.Tensor]] = {EXTRA: {}, COMPRESSION: {}}
     for name, entry in files.items():
         try:
             if _file_sha256(path / name) != entry["sha256"]:
@@ -181,7 +186,7 @@ def _read(path: Path) -> tuple[Written, State]:
             tensors[name] = load_file(path / name)
         except OSError as error:
             raise CheckpointError(f"{path / name}: {error}") from error
-    state = State(step, updates, tensors[MODEL], tensors[OPTIMIZER], tensors[EXTRA])
+    state = State(step, updates, tensors[MODEL], tensors[OPTIMIZER], tensors[EXTRA], tensors[COMPRESSION])
     parameters, whole = state_hashes(state)
     if (parameters, whole) != (manifest["parameters_sha256"], manifest["state_sha256"]):
         raise CheckpointError(f"{path}: its state_sha256 is not the one in the manifest")

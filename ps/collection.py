@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -12,10 +12,18 @@ from ps.shard import ShardServer
 from ps.stream import StreamError
 from steepest.v1 import exchange_pb2 as pb
 
+MASTER = "master"
+
 
 def parts_of(server: ShardServer) -> list[StatePart]:
-    """What one shard has: its parameters (under no name, with their offset in the layout) and its optimizer's state."""
-    return [StatePart("", "", server.shard.start, server.parameters), *server.optimizer.export_state()]
+    """What one shard has: its parameters (under no name, with their offset in the layout), and its optimizer's state.
+
+    The optimizer's own parameters, if they are others, are there likewise, as the state MASTER.
+    """
+    parts = [StatePart("", "", server.shard.start, server.parameters)]
+    if server.master is not server.parameters:
+        parts.append(StatePart("", MASTER, server.shard.start, server.master))
+    return [*parts, *server.optimizer.export_state()]
 
 
 def pieces(parts: Iterable[StatePart], step: int) -> Iterator[tuple[pb.Chunk, memoryview | None]]:
@@ -27,10 +35,16 @@ def pieces(parts: Iterable[StatePart], step: int) -> Iterator[tuple[pb.Chunk, me
 
 
 class Collection:
-    """The parts that followers send for one checkpoint. servers: the followers it waits for."""
+    """The parts that followers send for one checkpoint. servers: the followers it waits for.
 
-    def __init__(self, step: int, servers: Iterable[int], dtype: torch.dtype) -> None:
+    residuals: what workers have handed in, by part of the step.
+    """
+
+    def __init__(
+        self, step: int, servers: Iterable[int], dtype: torch.dtype, residuals: Mapping[int, torch.Tensor]
+    ) -> None:
         self.step = step
+        self.residuals = residuals
         self._missing = set(servers)
         self._dtype = dtype
         self._parts: dict[tuple[int, str], StatePart] = {}

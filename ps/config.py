@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ps.codec import Codec, pull_codec, push_codec
 from ps.layout import Layout, build_layout
 from ps.leader import Plan
 from ps.model import ModelDescription
@@ -61,6 +62,14 @@ class JobConfig:
         """The layout of the parameters."""
         return build_layout(self.model, decay_biases_and_norms=self.spec.optimizer.decay_biases_and_norms)
 
+    def push_codec(self) -> Codec | None:
+        """What gradients are sent in, None for as they are."""
+        return push_codec(self.spec.compression, self.layout(), self.spec.seed)
+
+    def pull_codec(self) -> Codec | None:
+        """What updates are sent in, None for whole parameters."""
+        return pull_codec(self.spec.compression, self.layout(), self.spec.seed)
+
     def plan(self) -> Plan:
         """What the leader is to do."""
         spec = self.spec
@@ -68,6 +77,7 @@ class JobConfig:
             total_steps=spec.total_steps(self.num_samples),
             num_leaves=spec.data.num_micro_batches,
             num_servers=self.num_servers,
+            part_leaves=spec.part_leaves,
             base_lr=spec.optimizer.base_lr,
             schedule=spec.schedule,
             max_norm=spec.clip.norm,

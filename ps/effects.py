@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ class Phase(StrEnum):
     WORKING = "working"
     PAUSED = "paused"
     SAVING = "saving"
+    SETTLING = "settling"  # residuals change hands
     FINISHED = "finished"
     CANCELLED = "cancelled"
     FAILED = "failed"
@@ -26,10 +28,11 @@ ENDED = frozenset({Phase.FINISHED, Phase.CANCELLED, Phase.FAILED})
 
 
 class Send(NamedTuple):
-    """Give work to a worker."""
+    """Give work to a worker. handed: parts of the step whose residuals the leader has, and gives to it before."""
 
     worker: str
     assign: Assign
+    handed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +65,26 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """Write a checkpoint of the present version, then call `saved`."""
+    """Write a checkpoint of the present version, then call `saved`. owners: part -> the worker with its residual."""
 
     step: int
     updates: int
+    owners: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Have workers hand in residuals of parts that others are to compute, then call `settled`. owners: as in Save."""
+
+    step: int
+    owners: Mapping[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """State of the job is gone with a worker: all servers are to go back to the last checkpoint."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,4 +104,4 @@ class Hung:
     worker: str
 
 
-Effect = Send | Dismiss | Decide | Stepped | Evaluated | Save | PhaseChanged | Hung
+Effect = Send | Dismiss | Decide | Stepped | Evaluated | Save | Settle | Lost | PhaseChanged | Hung

@@ -10,13 +10,13 @@ A round moves so:  assign -> collect (pushes from workers, reports from shards) 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ps.assignment import Dealer
+from ps.assignment import Dealer, ranges
 from ps.clip import clip_coefficient
 from ps.effects import (
     ENDED,
@@ -25,14 +25,17 @@ from ps.effects import (
     Effect,
     Evaluated,
     Hung,
+    Lost,
     Phase,
     PhaseChanged,
     Save,
     Send,
+    Settle,
     Stepped,
 )
 from ps.members import Members, bits_of, leaves_of
 from ps.messages import Assign, Decision, Failure, LeafResult, Outcome, Push, Round
+from ps.ownership import redeal
 from ps.record import CompletedStep
 from ps.schedule import learning_rate
 from steepest.spec import ScheduleSpec
@@ -43,7 +46,10 @@ STRAGGLER_SECONDS = 5.0  # but never sooner than this
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a job does, as far as the leader needs to know it. evaluation_leaves: 0 without evaluation data."""
+    """What a job does, as far as the leader needs to know it. evaluation_leaves: 0 without evaluation data.
+
+    part_leaves: micro-batches that are compressed together, with a residual that stays at the worker; 0: nothing is.
+    """
 
     total_steps: int
     num_leaves: int
@@ -52,6 +58,7 @@ class Plan:
     schedule: ScheduleSpec
     max_norm: float | None = None
     max_value: float | None = None
+    part_leaves: int = 0
     evaluation_leaves: int = 0
     metric_names: tuple[str, ...] = ()
     eval_every: int = 0
@@ -87,7 +94,10 @@ _NOTHING = LeafResult(-1, 0.0, 0.0, 0)
 
 
 class Leader:
-    """The state of one job's training: step, membership, decisions."""
+    """The state of one job's training: step, membership, decisions.
+
+    kept: parts whose residuals lie with the servers, as after a restart.
+    """
 
     def __init__(
         self,
@@ -97,6 +107,7 @@ class Leader:
         updates: int = 0,
         buffers: bytes | None = None,
         initialized: bool = False,
+        kept: Iterable[int] = (),
     ) -> None:
         self.plan = plan
         self.step = step
@@ -111,6 +122,12 @@ class Leader:
         self._saved = step if initialized else -1
         self._pause = False
         self._cancel = False
+        size = plan.part_leaves
+        starts = range(0, plan.num_leaves, size) if size else ()
+        self._parts = [bits_of([(start, min(start + size, plan.num_leaves))]) for start in starts]
+        self._owners: list[str | None] = [None] * len(self._parts)
+        self._kept = set(kept)
+        self._moving: dict[int, str] = {}
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
@@ -130,6 +147,9 @@ class Leader:
         if member is None or self.phase in ENDED:
             return []
         current = self._round
+        if worker in self._owners:
+            self.phase = Phase.FAILED
+            return [Lost(f"{worker} is gone, and with it what it had not sent yet of the gradients")]
         if current is not None and current.decision is None:
             # What another worker has been given too, it has delivered or will deliver to every shard.
             lost = member.leaves
@@ -220,6 +240,16 @@ class Leader:
         self.phase = Phase.WORKING
         return self._next_round(now)
 
+    def settled(self, now: float) -> list[Effect]:
+        """The residuals that were asked for are here."""
+        if self.phase != Phase.SETTLING:
+            return []
+        for part in self._moving:
+            self._owners[part] = None
+        self._kept.update(self._moving)
+        self.phase = Phase.WORKING
+        return self._next_round(now)
+
     def pause(self, now: float) -> list[Effect]:
         """Hold at the next step boundary."""
         self._pause = True
@@ -259,7 +289,8 @@ class Leader:
                 effects.append(Hung(name))
                 continue
             expected = math.inf if member.guessed else member.leaves.bit_count() / member.speed
-            if idle and not member.duplicated and waited > max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * expected):
+            is_slow = waited > max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * expected)
+            if is_slow and idle and not member.duplicated and not self._parts:
                 member.duplicated = True
                 effects += self._assign(leaves_of(member.leaves), idle, now)
                 idle = []
@@ -289,14 +320,14 @@ class Leader:
             over or (plan.checkpoint_every and self.step and self.step % plan.checkpoint_every == 0)
         ):
             self.phase = Phase.SAVING
-            return [Save(self.step, self.updates)]
+            return [Save(self.step, self.updates, self._owned())]
         if self._cancel and not self._is_over:
             return self._end(Phase.CANCELLED, f"cancelled at step {self.step}")
         if self._is_over:
             return self._end(Phase.FINISHED, f"all {self.step} steps are done")
         if self._pause:
             return [self._enter(Phase.PAUSED, f"paused at step {self.step}")]
-        return self._begin(Round.TRAIN, plan.num_leaves, now)
+        return self._settle() or self._begin(Round.TRAIN, plan.num_leaves, now)
 
     def _wants_evaluation(self) -> bool:
         every = self.plan.eval_every
@@ -315,6 +346,8 @@ class Leader:
         current = self._round
         if current is None or not current.pending or current.decision is not None:
             return []
+        if self._parts and current.kind == Round.TRAIN:
+            return self._deal_parts(current, now)
         idle = self.members.idle()
         if not idle:
             return []
@@ -324,18 +357,57 @@ class Leader:
         return self._assign(leaves, idle, now)
 
     def _assign(self, leaves: Sequence[int], workers: list[str], now: float) -> list[Effect]:
-        current = self._round
-        assert current is not None  # noqa: S101  # callers are inside a round
-        effects: list[Effect] = []
         dealt = self._deal_out(leaves, self.members.speeds(workers))
         hosts = self.members.host_ranges(dealt)
-        for worker, parts in dealt.items():
-            member = self.members[worker]
-            member.give(bits_of(parts), now)
-            buffers = None if member.buffers is self.buffers else self.buffers
-            member.buffers = self.buffers
-            assign = Assign(self.step, current.kind, tuple(parts), buffers, hosts.get(member.host, ()))
-            effects.append(Send(worker, assign))
+        return [self._give(name, parts, now, hosts.get(self.members[name].host, ())) for name, parts in dealt.items()]
+
+    def _give(
+        self,
+        worker: str,
+        given: Sequence[tuple[int, int]],
+        now: float,
+        host_ranges: tuple[tuple[int, int], ...] = (),
+        handed: tuple[int, ...] = (),
+    ) -> Send:
+        current, member = self._round, self.members[worker]
+        assert current is not None  # noqa: S101  # callers are inside a round
+        member.give(bits_of(given), now)
+        buffers = None if member.buffers is self.buffers else self.buffers
+        member.buffers = self.buffers
+        return Send(worker, Assign(self.step, current.kind, tuple(given), buffers, host_ranges), handed)
+
+    # -- parts whose residuals stay with a worker -------------------------------------------------------------------
+
+    def _owned(self) -> dict[int, str]:
+        """Part -> the worker that has its residual."""
+        return {part: owner for part, owner in enumerate(self._owners) if owner is not None}
+
+    def _settle(self) -> list[Effect]:
+        """Before a step: have parts change hands if the workers are others now."""
+        staying = [name for name, member in self.members.items() if not member.retiring]
+        after = redeal(self._owners, staying)
+        self._moving = {part: owner for part, owner in self._owned().items() if owner != after[part]}
+        if not self._moving:
+            self._owners = after
+            return []
+        self.phase = Phase.SETTLING
+        return [Settle(self.step, self._moving)]
+
+    def _deal_parts(self, current: _Round, now: float) -> list[Effect]:
+        """Give each worker the parts that are its own."""
+        if None in self._owners:  # every other part's owner has it at hand
+            staying = [name for name, member in self.members.items() if not member.retiring]
+            after = redeal(self._owners, staying)
+            self._owners = [new if owner is None else owner for owner, new in zip(self._owners, after, strict=True)]
+        effects: list[Effect] = []
+        for worker, member in self.members.items():
+            own = [part for part, owner in enumerate(self._owners) if owner == worker]
+            leaves = current.pending & sum(self._parts[part] for part in own)
+            if leaves and not member.in_flight:
+                current.pending &= ~leaves
+                handed = tuple(self._kept.intersection(own))
+                self._kept.difference_update(handed)
+                effects.append(self._give(worker, ranges(leaves_of(leaves)), now, handed=handed))
         return effects
 
     def _advance(self, now: float) -> list[Effect]:
@@ -476,7 +548,7 @@ class Leader:
         return self._dismiss_idle_retired(now) + self._deal(now)
 
     def _dismiss_idle_retired(self, now: float) -> list[Effect]:
-        gone = [name for name, m in self.members.items() if m.retiring and m.in_flight <= 0]
+        gone = [n for n, m in self.members.items() if m.retiring and m.in_flight <= 0 and n not in self._owners]
         effects: list[Effect] = []
         for name in gone:
             effects.append(Dismiss(name, "scaled down"))

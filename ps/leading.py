@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -16,14 +16,28 @@ from numpy.typing import NDArray
 
 from ps import convert
 from ps.checkpoint import write_checkpoint
-from ps.collection import Collection, parts_of
+from ps.collection import MASTER, Collection, parts_of
 from ps.config import JobConfig
-from ps.effects import Decide, Dismiss, Effect, Evaluated, Hung, PhaseChanged, Save, Send, Stepped
+from ps.effects import (
+    Decide,
+    Dismiss,
+    Effect,
+    Evaluated,
+    Hung,
+    Lost,
+    PhaseChanged,
+    Save,
+    Send,
+    Settle,
+    Stepped,
+)
 from ps.layout import Layout
 from ps.leader import Leader
 from ps.messages import Decision, Failure, Push, Round
+from ps.peer import chunks
+from ps.residuals import NAME, Residuals
 from ps.shard import ShardServer
-from ps.state import assemble
+from ps.state import assemble, compression_state
 from ps.stream import Connection, StreamError
 from ps.supervisor import Supervisor
 from steepest.v1 import exchange_pb2 as pb
@@ -36,8 +50,9 @@ TICK_SECONDS = 0.5
 class Leading:
     """Leads a job. flat: the whole layout, of which `shard` owns a part.
 
-    post: sends a message to a worker by name. apply: carries out a decision on this server's own shard.
-    fail: ends this server, with the reason. refusal: why a peer is not let in, or nothing.
+    residuals: those of a job that compresses. post: sends a message to a worker by name, with the bytes of a tensor if
+    there are any. apply: carries out a decision on this server's own shard. fail: ends this server, with the reason.
+    refusal: why a peer is not let in, or nothing.
     """
 
     def __init__(
@@ -49,8 +64,9 @@ class Leading:
         flat: torch.Tensor,
         bind: str,
         lock: threading.RLock,
+        residuals: Residuals,
         *,
-        post: Callable[[str, pb.ServerMessage], None],
+        post: Callable[[str, pb.ServerMessage, memoryview | None], None],
         apply: Callable[[Decision], float],
         fail: Callable[[str], None],
         refusal: Callable[[pb.Fence, str], str],
@@ -60,6 +76,7 @@ class Leading:
         self._layout = layout
         self._shard = shard
         self._flat = flat
+        self._residuals = residuals
         self._lock = lock
         self._post = post
         self._apply = apply
@@ -116,16 +133,26 @@ class Leading:
         """A shard is reduced."""
         self._carry_out(self.leader.report(server, step, kind, sums, time.time())[1])
 
+    def residual_sink(self, worker: str, chunk: pb.Chunk, num_bytes: int) -> memoryview:
+        """Where a piece of a residual belongs."""
+        return self._residuals.sink(worker, chunk, num_bytes)
+
+    def residual(self, worker: str, part: int) -> None:
+        """A worker has handed in the residual of a part."""
+        self._residuals.arrived(worker, part)
+
     # -- effects ------------------------------------------------------------------------------------------------------
 
     def _carry_out(self, effects: Iterable[Effect]) -> None:
         leader = self.leader
         for effect in effects:
             match effect:
-                case Send(worker, assign):
-                    self._post(worker, pb.ServerMessage(assign=convert.assign_to_proto(assign)))
+                case Send(worker, assign, handed):
+                    for part in handed:
+                        self._hand_over(worker, part)
+                    self._post(worker, pb.ServerMessage(assign=convert.assign_to_proto(assign)), None)
                 case Dismiss(worker, reason):
-                    self._post(worker, pb.ServerMessage(stop=pb.Stop(reason=reason)))
+                    self._post(worker, pb.ServerMessage(stop=pb.Stop(reason=reason)), None)
                 case Decide(decision):
                     self._decide(decision)
                 case Stepped(completed):
@@ -134,6 +161,10 @@ class Leading:
                     self._supervisor.tell_evaluation(step, metrics)
                 case Save():
                     self._save(effect)
+                case Settle(step, owners):
+                    self._collect_residuals(step, owners, self._settle)
+                case Lost(reason):
+                    self._fail(reason)
                 case Hung(worker):
                     self._supervisor.tell_member(worker, "hung")
                 case PhaseChanged():
@@ -146,6 +177,22 @@ class Leading:
                 send(message)
         clamped = self._apply(decision)
         self._carry_out(self.leader.applied(0, decision.step, clamped, time.time())[1])
+
+    # -- residuals ----------------------------------------------------------------------------------------------------
+
+    def _hand_over(self, worker: str, part: int) -> None:
+        for chunk, data in chunks(self._residuals.held.pop(part), slot=part, name=NAME):
+            self._post(worker, pb.ServerMessage(chunk=chunk), data)
+
+    def _collect_residuals(
+        self, step: int, owners: Mapping[int, str], then: Callable[[dict[int, torch.Tensor]], None]
+    ) -> None:
+        for worker, parts in self._residuals.await_from(owners, then).items():
+            self._post(worker, pb.ServerMessage(collect=pb.CollectState(step=step, parts=parts)), None)
+
+    def _settle(self, arrived: dict[int, torch.Tensor]) -> None:
+        self._residuals.held.update(arrived)
+        self._carry_out(self.leader.settled(time.time()))
 
     # -- followers ----------------------------------------------------------------------------------------------------
 
@@ -199,7 +246,10 @@ class Leading:
 
     def _save(self, save: Save) -> None:
         """Collect every shard's state, then write it in a thread of its own; the leader waits in phase SAVING."""
-        collection = Collection(save.step, self._followers, self._layout.dtype)
+        self._collect_residuals(save.step, save.owners, lambda arrived: self._collect_shards(save, arrived))
+
+    def _collect_shards(self, save: Save, residuals: dict[int, torch.Tensor]) -> None:
+        collection = Collection(save.step, self._followers, self._layout.dtype, {**self._residuals.held, **residuals})
         self._collection = collection
         for send in self._followers.values():
             send(pb.LeaderMessage(collect=pb.CollectState(step=save.step)))
@@ -209,15 +259,26 @@ class Leading:
     def _write(self, collection: Collection) -> None:
         self._collection = None
         leader, step = self.leader, collection.step
-        flat = self._flat.clone()
+        flat, master = self._flat.clone(), None
         states = []
         for part in [*parts_of(self._shard), *collection.parts]:
             if part.parameter:
                 states.append(part)
-            else:
-                flat[part.offset : part.offset + part.values.numel()] = part.values
-        buffers = leader.buffers or b""
-        state = assemble(self._config.model, self._layout, flat, buffers, states, step=step, updates=leader.updates)
+                continue
+            if part.state == MASTER and master is None:
+                master = torch.zeros_like(flat)
+            into = flat if part.state != MASTER or master is None else master
+            into[part.offset : part.offset + part.values.numel()] = part.values
+        state = assemble(
+            self._config.model,
+            self._layout,
+            flat,
+            leader.buffers or b"",
+            states,
+            step=step,
+            updates=leader.updates,
+            compression=compression_state(self._layout, master, collection.residuals),
+        )
         records = self._supervisor.unstored()
 
         def write() -> None:

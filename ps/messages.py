@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class Round(StrEnum):

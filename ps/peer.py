@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -18,7 +18,8 @@ class Peer:
 
     shard: the server's, None when it has none. slots: the worker's mapped gradient slots, each a whole layout; None for
     gradients that come inline. inline_parameters: whether this server sends its parameters as chunks.
-    carries_gradients: False for a worker that pushes them to a server on its own host.
+    carries_gradients: False for a worker that pushes them to a server on its own host. payload_bytes: of a compressed
+    gradient's part for this server; 0 when none are welcome. residual: where the residual of a part belongs.
     """
 
     def __init__(
@@ -30,6 +31,8 @@ class Peer:
         *,
         inline_parameters: bool,
         carries_gradients: bool,
+        payload_bytes: int = 0,
+        residual: Callable[[str, pb.Chunk, int], memoryview] | None = None,
     ) -> None:
         self.worker = worker
         self.inline_parameters = inline_parameters
@@ -40,6 +43,27 @@ class Peer:
         self._shard = shard
         self._slots = slots
         self._parts: dict[int, torch.Tensor] = {}
+        self._payload_bytes = payload_bytes
+        self._payloads: dict[int, torch.Tensor] = {}
+        self._residual = residual
+        self._arrived: dict[tuple[int, bool], int] = {}  # bytes of what is coming in: by slot, and whether compressed
+
+    def pushed(self, slot: int, *, compressed: bool) -> torch.Tensor:
+        """The shard's part of a slot that was pushed, or of its payload.
+
+        Raises StreamError when it did not come in as a whole.
+        """
+        value = self._payload(slot) if compressed else self.part(slot)
+        if self._slots is None:
+            arrived = self._arrived.pop((slot, compressed), 0)
+            if arrived != value.nbytes:
+                raise StreamError(f"{arrived} bytes of slot {slot} came before its push; it has {value.nbytes}")
+        return value
+
+    def _payload(self, slot: int) -> torch.Tensor:
+        if slot not in self._payloads:
+            self._payloads[slot] = torch.empty(self._payload_bytes, dtype=torch.uint8)
+        return self._payloads[slot]
 
     def part(self, slot: int) -> torch.Tensor:
         """The shard's part of a slot, shape (shard.numel,)."""
@@ -63,12 +87,18 @@ class Peer:
         return self._shard
 
     def sink(self, message: pb.WorkerMessage, num_bytes: int) -> memoryview:
-        """Where a piece of an inline gradient belongs. Raises StreamError for one that does not fit."""
+        """Where a piece of an inline gradient or a residual belongs. Raises StreamError for one that does not fit."""
         chunk = message.chunk
+        if chunk.name and self._residual is not None:
+            return self._residual(self.worker, chunk, num_bytes)
         welcome = self.carries_gradients and self._slots is None and chunk.slot >= 0
         if message.WhichOneof("message") != "chunk" or not welcome:
             raise StreamError(f"a tensor of {num_bytes} bytes is not expected here")
-        return place(self.part(chunk.slot), chunk, num_bytes)
+        into = self._payload(chunk.slot) if chunk.compressed else self.part(chunk.slot)
+        memory = place(into, chunk, num_bytes)
+        key = (chunk.slot, chunk.compressed)
+        self._arrived[key] = self._arrived.get(key, 0) + num_bytes
+        return memory
 
 
 def place(flat: torch.Tensor, chunk: pb.Chunk, num_bytes: int) -> memoryview:
@@ -86,10 +116,12 @@ def raw(flat: torch.Tensor) -> memoryview:
 
 
 def chunks(
-    flat: torch.Tensor, *, step: int = 0, slot: int = 0, name: str = ""
+    flat: torch.Tensor, *, step: int = 0, slot: int = 0, name: str = "", compressed: bool = False
 ) -> Iterator[tuple[pb.Chunk, memoryview]]:
     """A flat tensor in pieces of at most CHUNK_BYTES, at least one; the last is marked."""
     data = raw(flat)
     for start in range(0, max(len(data), 1), CHUNK_BYTES):
         stop = start + CHUNK_BYTES
-        yield pb.Chunk(step=step, slot=slot, name=name, offset=start, last=stop >= len(data)), data[start:stop]
+        last = stop >= len(data)
+        chunk = pb.Chunk(step=step, slot=slot, name=name, offset=start, last=last, compressed=compressed)
+        yield chunk, data[start:stop]

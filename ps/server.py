@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ps import convert
-from ps.checkpoint import newest_valid
+from ps.checkpoint import State, newest_valid
 from ps.collection import parts_of, pieces
 from ps.config import JobConfig, ServerAddress
 from ps.host import host_identity
@@ -30,9 +30,10 @@ from ps.leading import TICK_SECONDS, Leading
 from ps.messages import PROTOCOL, Decision, Outcome, Push, Round
 from ps.peer import Peer, chunks
 from ps.relay import Relay
+from ps.residuals import Residuals
 from ps.segment import Segment
 from ps.shard import ShardServer
-from ps.state import flatten
+from ps.state import flatten, master_of, residuals_of
 from ps.stream import Connection, Hub, HungUpError, Listener, Role, Service, StreamError, call
 from ps.topology import home_of
 from ps.tree import Node
@@ -51,6 +52,7 @@ class ParameterServer:
         self.index = index
         self.layout = config.layout()
         self._plan = config.plan()
+        self._push_codec, self._pull_codec = config.push_codec(), config.pull_codec()
         self._lock = threading.RLock()
         self._ended = threading.Event()
         self._ready = threading.Event()
@@ -80,7 +82,14 @@ class ParameterServer:
     # -- start and end ------------------------------------------------------------------------------------------------
 
     def _lead(self, bind: str) -> None:
-        shard, leader = self._open(num_threads=1)
+        shard, state = self._open(num_threads=1)
+        held = {} if state is None else residuals_of(self.layout, state.compression)
+        step, updates, buffers = (0, 0, None) if state is None else (state.step, state.updates, self._buffers(state))
+        leader = Leader(
+            self._plan, step=step, updates=updates, buffers=buffers, initialized=state is not None, kept=held
+        )
+        codec = self._push_codec
+        numel = self.layout.numel + (0 if codec is None else codec.state_numel)
         self._leading = Leading(
             self.config,
             self.layout,
@@ -89,38 +98,44 @@ class ParameterServer:
             self._flat,
             bind,
             self._lock,
+            Residuals(numel, self.layout.dtype, held),
             post=self._post,
             apply=self._apply,
             fail=self._break,
             refusal=self._refusal,
         )
 
-    def _open(self, num_threads: int) -> tuple[ShardServer, Leader]:
-        """Make the shard, from the newest checkpoint if there is one, and what its leader would be."""
+    def _open(self, num_threads: int) -> tuple[ShardServer, State | None]:
+        """Make the shard, from the newest checkpoint if there is one, which is returned too."""
         own = shards(self.layout, self.config.num_servers)[self.index]
-        parameters = self._flat[own.start : own.stop]
+        here = slice(own.start, own.stop)
+        parameters = self._flat[here]
         restored = newest_valid(self.config.checkpoint_directory)
-        step, updates, buffers = 0, 0, None
-        if restored is not None:
-            state = restored[1]
-            flat, buffers = flatten(self.config.model, self.layout, state)
-            parameters.copy_(flat[own.start : own.stop])
-            step, updates = state.step, state.updates
-        initialized = restored is not None
+        state = None if restored is None else restored[1]
+        if state is not None:
+            parameters.copy_(flatten(self.config.model, self.layout, state)[0][here])
         shard = ShardServer(
             own,
             parameters,
             self.config.spec.optimizer,
             num_leaves=self._plan.num_leaves,
             max_value=self._plan.max_value,
-            step=step,
-            initialized=initialized,
+            step=0 if state is None else state.step,
+            initialized=state is not None,
             num_threads=num_threads,
+            push=self._push_codec,
+            pull=self._pull_codec,
         )
-        if restored is not None:
-            shard.optimizer.import_state(restored[1].optimizer)
+        if state is not None:
+            shard.optimizer.import_state(state.optimizer)
+            master = master_of(self.layout, state.compression)
+            if master is not None:
+                shard.master.copy_(master[here])
         self._shard = shard
-        return shard, Leader(self._plan, step=step, updates=updates, buffers=buffers, initialized=initialized)
+        return shard, state
+
+    def _buffers(self, state: State) -> bytes:
+        return flatten(self.config.model, self.layout, state)[1]
 
     def connect(self, addresses: Sequence[ServerAddress]) -> None:
         """Meet the other servers; returns when this one is ready for workers. addresses: of all, the leader first."""
@@ -152,7 +167,7 @@ class ParameterServer:
 
     @property
     def _is_inline(self) -> bool:
-        return self.config.spec.placement.transport == "inline"
+        return self.config.spec.is_inline
 
     def _share(self, home: ServerAddress) -> None:
         """Have the parameters in the memory of this host's home."""
@@ -265,6 +280,8 @@ class ParameterServer:
             connection,
             inline_parameters=not shares and not hello.control_only,
             carries_gradients=not hello.control_only,
+            payload_bytes=self._payload_bytes,
+            residual=None if self._leading is None else self._leading.residual_sink,
         )
         connection.sink = peer.sink
         parameters = convert.segment_to_proto(self._segment.reference) if shares else None
@@ -279,6 +296,14 @@ class ParameterServer:
             if self._leading is not None:
                 self._leading.join(hello.worker, hello.host)
         return peer
+
+    @property
+    def _payload_bytes(self) -> int:
+        """Of this shard's part of a compressed gradient."""
+        if self._push_codec is None or self._shard is None:
+            return 0
+        first, last = self._push_codec.span(self._shard.shard.start, self._shard.shard.stop)
+        return last - first
 
     def _on_worker_end(self, peer: Peer, connection: Connection[pb.WorkerMessage], error: Exception) -> None:
         with self._lock:
@@ -313,6 +338,8 @@ class ParameterServer:
                     if self._leading is not None:
                         self._leading.push(peer.worker, push)
                     self._reduce(push)
+                case "chunk" if self._leading is not None and message.chunk.name and message.chunk.last:
+                    self._leading.residual(peer.worker, message.chunk.slot)
                 case "failure" if self._leading is not None:
                     self._leading.failure(peer.worker, convert.failure_from_proto(message.failure))
 
@@ -321,8 +348,11 @@ class ParameterServer:
         if not peer.carries_gradients or push.kind not in (Round.TRAIN, Round.INITIALIZE):
             return
         shard = self._shard
-        if shard is not None and shard.accept(push.step, push.kind, _values(push, peer.part)) == Outcome.AHEAD:
-            raise StreamError(f"{peer.worker} pushed step {push.step}; this shard is at {shard.step}")
+        if shard is not None:
+            compressed = self._push_codec is not None and push.kind == Round.TRAIN
+            values = _values(push, partial(peer.pushed, compressed=compressed))
+            if shard.accept(push.step, push.kind, values) == Outcome.AHEAD:
+                raise StreamError(f"{peer.worker} pushed step {push.step}; this shard is at {shard.step}")
         if self._relay is not None and peer.is_mapped:
             whole = _values(push, lambda slot: peer.whole(slot, self.layout))
             self._relay.push(push, whole, time.time())
@@ -350,28 +380,40 @@ class ParameterServer:
     def _apply(self, decision: Decision) -> float:
         assert self._shard is not None  # noqa: S101  # a decision follows a report
         clamped = self._shard.apply(decision)
-        self._send_parameters(self._peers.values())
-        self._send_parameters(self._relays.values())
+        peers = [*self._peers.values(), *self._relays.values()]
+        if self._shard.update is None:
+            self._send_parameters(peers)
+        else:
+            self._send_update(peers, self._shard.step, self._shard.update)
         return clamped
 
     def _send_parameters(self, peers: Iterable[Peer]) -> None:
-        """Give the present version to the peers that do not map it.
+        """Give the present version as a whole to the peers that do not map it.
 
         The next version may overwrite what is still on its way to a worker that was not waited for; what that worker
-        makes of it comes too late to count.
+        makes of it comes too late to count. Where only updates follow, nothing may overwrite it.
         """
         shard = self._shard
         if shard is None or not shard.initialized:
             return
+        parameters = shard.parameters if self._pull_codec is None else shard.parameters.clone()
         for peer in peers:
             if peer.inline_parameters:
-                for chunk, data in chunks(shard.parameters, step=shard.step):
+                for chunk, data in chunks(parameters, step=shard.step):
                     peer.send(pb.ServerMessage(chunk=chunk), data)
 
-    def _post(self, worker: str, message: pb.ServerMessage) -> None:
+    @staticmethod
+    def _send_update(peers: Iterable[Peer], step: int, update: torch.Tensor) -> None:
+        """Give what makes the present version of the last one; nothing when they are the same."""
+        for peer in peers:
+            if peer.inline_parameters:
+                for chunk, data in chunks(update, step=step, compressed=True):
+                    peer.send(pb.ServerMessage(chunk=chunk), data)
+
+    def _post(self, worker: str, message: pb.ServerMessage, tensor: memoryview | None) -> None:
         peer = self._peers.get(worker)
         if peer is not None:
-            peer.send(message)
+            peer.send(message, tensor)
 
     # -- other hosts --------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ps.codec import Codec
 from ps.layout import Shard
 from ps.messages import Decision, Outcome, Round
 from ps.optimizer import ShardOptimizer
@@ -24,8 +25,10 @@ from steepest.spec import OptimizerSpec
 class ShardServer:
     """The state of one shard.
 
-    parameters: the shard's part of the layout, shape (shard.numel,), written in place.
-    num_leaves: micro-batches of a training step.
+    parameters: the shard's part of the layout, shape (shard.numel,), written in place: what workers compute with.
+    num_leaves: micro-batches of a training step. push: what gradients come in, added up in the order of micro-batches.
+    pull: what updates are sent in; the optimizer then has parameters of its own (`master`), and what an update could
+    not say stays between the two.
     """
 
     def __init__(
@@ -39,13 +42,19 @@ class ShardServer:
         step: int = 0,
         initialized: bool = False,
         num_threads: int = 1,
+        push: Codec | None = None,
+        pull: Codec | None = None,
     ) -> None:
         self.shard = shard
         self.parameters = parameters
-        self.optimizer = ShardOptimizer(optimizer, shard, parameters)
+        self.master = parameters if pull is None else parameters.clone()
+        self.update: torch.Tensor | None = None  # the payload that makes this version of the last; None: it is whole
+        self.optimizer = ShardOptimizer(optimizer, shard, self.master)
         self.step = step
         self.initialized = initialized
         self._num_leaves = num_leaves
+        self._push, self._pull = push, pull
+        self._scratch = torch.empty(0)
         self._max_value = max_value
         self._held: dict[Node, torch.Tensor | None] = {}
         self._covered = 0  # a bit for each micro-batch in `_held`
@@ -71,7 +80,10 @@ class ShardServer:
         return step == self.step and kind == (Round.TRAIN if self.initialized else Round.INITIALIZE)
 
     def accept(self, step: int, kind: Round, nodes: Iterable[tuple[Node, torch.Tensor | None]]) -> Outcome:
-        """Hold nodes of the round in progress; each tensor, shape (shard.numel,), may be changed from now on."""
+        """Hold nodes of the round in progress.
+
+        Each tensor, shape (shard.numel,), may be changed from now on; of a step that is compressed it is a payload.
+        """
         if step > self.step:
             return Outcome.AHEAD
         if not self._is_current(step, kind) or self._reduced:
@@ -91,6 +103,8 @@ class ShardServer:
 
     def reduce(self) -> NDArray[np.float64]:
         """Add up the round and return the sum of squares of each segment of the shard."""
+        if self._push is not None and self.initialized:
+            self._decode(self._push)
         present = {node: self._held[node] is not None for node in sorted(self._held)}
         if present != self._planned:  # steps are alike
             self._plan, self._last = addition_plan(self._root, present)
@@ -101,6 +115,29 @@ class ShardServer:
         self._sum = values[root] if root is not None else None
         self._reduced = True
         return sums
+
+    def _decode(self, codec: Codec) -> None:
+        """Put the sum of the payloads in their place."""
+        payloads = [value for _, value in sorted(self._held.items()) if value is not None]
+        root = Node(0, self._num_leaves)
+        if not payloads:
+            self._held = {root: None}
+            return
+        if not len(self._scratch):
+            self._scratch = torch.empty_like(self.parameters)
+        self._scratch.zero_()
+        for payload in payloads:
+            codec.decode(payload, self._scratch, self.shard.start)
+        self._held = {root: self._scratch}
+
+    def _encode_update(self, codec: Codec) -> None:
+        """Bring the workers' parameters as near to the optimizer's as one payload can."""
+        start = self.shard.start
+        first, last = codec.span(start, self.shard.stop)
+        self.update = torch.empty(last - first, dtype=torch.uint8)  # the last one may still be under way
+        rest = torch.sub(self.master, self.parameters, out=self._scratch)
+        codec.encode(rest, self.update, codec.initial_state(), start)
+        codec.decode(self.update, self.parameters, start)
 
     def apply(self, decision: Decision) -> float:
         """Carry out the leader's decision and end the round.
@@ -115,8 +152,11 @@ class ShardServer:
             if self._sum is None:
                 raise ValueError("the initial parameters are absent")
             self.parameters.copy_(self._sum)
+            if self.master is not self.parameters:
+                self.master.copy_(self._sum)
             self.initialized = True
         else:
+            self.update = None if self._pull is None else torch.empty(0, dtype=torch.uint8)
             if decision.apply and self._sum is not None:
                 clamped = self.optimizer.step(
                     self._sum,
@@ -125,6 +165,8 @@ class ShardServer:
                     coefficient=decision.coefficient,
                     max_value=self._max_value,
                 )
+                if self._pull is not None:
+                    self._encode_update(self._pull)
             self.step += 1
         self._held.clear()
         self._covered = 0

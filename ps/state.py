@@ -44,8 +44,12 @@ def assemble(
     *,
     step: int,
     updates: int,
+    compression: Mapping[str, torch.Tensor] | None = None,
 ) -> State:
-    """The state of all shards as named tensors. flat: the whole layout, shape (layout.numel,)."""
+    """The state of all shards as named tensors. flat: the whole layout, shape (layout.numel,).
+
+    compression: from `compression_state`.
+    """
     named = {p.name: view for p, view in zip(layout.parameters, layout.views(flat), strict=True)}
     named.update(unpack_buffers(model, buffers))
     shown = dict(model.state_names)
@@ -65,7 +69,56 @@ def assemble(
         model={key: named[name] for key, name in shown.items()},
         optimizer=states,
         extra={b.name: named[b.name] for b in model.buffers if b.name not in set(shown.values())},
+        compression=dict(compression or {}),
     )
+
+
+def compression_state(
+    layout: Layout, master: torch.Tensor | None, residuals: Mapping[int, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What a lossy job has to keep, as named tensors.
+
+    master: what the optimizer works on, when workers have something else, shape (layout.numel,): "master.{parameter}".
+    residuals: of each part, shape (layout.numel + the codec's state,): "residual.{part}.{parameter}", "codec.{part}".
+    """
+    named = {}
+    if master is not None:
+        named.update(_named(layout, master, "master"))
+    for part, residual in sorted(residuals.items()):
+        named.update(_named(layout, residual[: layout.numel], f"residual.{part}"))
+        if len(residual) > layout.numel:
+            named[f"codec.{part}"] = residual[layout.numel :]
+    return named
+
+
+def _named(layout: Layout, flat: torch.Tensor, prefix: str) -> dict[str, torch.Tensor]:
+    return {f"{prefix}.{p.name}": view for p, view in zip(layout.parameters, layout.views(flat), strict=True)}
+
+
+def master_of(layout: Layout, named: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The master parameters in a `compression_state`, shape (layout.numel,); None without."""
+    return _flat(layout, named, "master")
+
+
+def residuals_of(layout: Layout, named: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """The residuals in a `compression_state`, by part."""
+    parts = {int(name.split(".")[1]) for name in named if name.startswith("residual.")}
+    residuals = {}
+    for part in parts:
+        residual = _flat(layout, named, f"residual.{part}")
+        assert residual is not None  # noqa: S101  # the part was found by its names
+        state = named.get(f"codec.{part}")
+        residuals[part] = residual if state is None else torch.cat([residual, state])
+    return residuals
+
+
+def _flat(layout: Layout, named: Mapping[str, torch.Tensor], prefix: str) -> torch.Tensor | None:
+    if f"{prefix}.{layout.parameters[0].name}" not in named:
+        return None
+    flat = torch.zeros(layout.numel, dtype=layout.dtype)
+    for p, view in zip(layout.parameters, layout.views(flat), strict=True):
+        view.copy_(_checked(named, f"{prefix}.{p.name}", p.shape))
+    return flat
 
 
 def flatten(model: ModelDescription, layout: Layout, state: State) -> tuple[torch.Tensor, bytes]:

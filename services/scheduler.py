@@ -28,7 +28,7 @@ from ps.actor import ServerActor
 from ps.config import JobConfig, ServerAddress
 from services.settings import Settings
 from steepest.errors import ServiceUnavailableError
-from steepest.spec import PlacementSpec
+from steepest.spec import PlacementSpec, TrainingJobSpec
 from worker.actor import WorkerActor
 
 log = logging.getLogger(__name__)
@@ -130,10 +130,10 @@ class Scheduler:
             return f"{text}, {total - left:g} are in use{by}"
         return ""
 
-    def reserve(self, placement: PlacementSpec, num_workers: int, layout_bytes: int) -> Placement | None:
+    def reserve(self, spec: TrainingJobSpec, num_workers: int, layout_bytes: int) -> Placement | None:
         """Room for all servers and workers of a job, or None when it cannot be had now."""
         self.wait_ready()
-        placed = Placement(placement, layout_bytes)
+        placed = Placement(spec.placement, layout_bytes, inline=spec.is_inline)
         for _ in range(num_workers):
             placed.add_group()
         if placed.wait(GROUP_SECONDS) and placed.add_servers(GROUP_SECONDS):
@@ -178,8 +178,9 @@ def server_places(workers: Sequence[str], num_servers: int, *, inline: bool) -> 
 class Placement:
     """The room of one job and the actors in it. Callbacks come in threads of Ray."""
 
-    def __init__(self, placement: PlacementSpec, layout_bytes: int) -> None:
+    def __init__(self, placement: PlacementSpec, layout_bytes: int, *, inline: bool) -> None:
         self._placement = placement
+        self._inline = inline
         self._layout_bytes = layout_bytes
         self._server_group: PlacementGroup | None = None
         self._server_memory: list[int] = []  # of each server, in bytes
@@ -200,9 +201,7 @@ class Placement:
         """Room for the servers, on the hosts of the workers if there is any, else where there is; whether it is had."""
         placement = self._placement
         own = max(MIN_SERVER_BYTES, SERVER_COPIES * self._layout_bytes // placement.num_servers)
-        places = server_places(
-            [_node_of(group) for group in self._spare], placement.num_servers, inline=placement.transport == "inline"
-        )
+        places = server_places([_node_of(group) for group in self._spare], placement.num_servers, inline=self._inline)
         home = max(MIN_SERVER_BYTES, self._layout_bytes)
         self._server_memory = [own] * placement.num_servers + [home] * (len(places) - placement.num_servers)
         bundles = [{"memory": memory} for memory in self._server_memory]

@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client.registry import CollectorRegistry
 
+from ps.codec import compression_problem
 from ps.footprint import explain_refusal, footprint
 from ps.layout import choose_num_servers
 from services.code import CodeStore
@@ -131,6 +132,7 @@ class Service:
             self._refuse_taken(job)
         description = probe_task(spec, self.code.unpacked(spec.task.code_bundle), self.settings.probe_timeout_seconds)
         self._check_device(spec)
+        _check_compression(spec, description)
         spec = self._place(spec, description)
         total_steps = spec.total_steps(description.num_samples)
         if spec.schedule.warmup_steps >= total_steps:
@@ -277,7 +279,7 @@ class Service:
         description = TaskDescription.from_json(row.description)
         layout_bytes = 8 * sum(p.numel for p in description.model.parameters)
         code = self.code.read(spec.task.code_bundle)
-        placement = self.scheduler.reserve(spec.placement, row.workers, layout_bytes)
+        placement = self.scheduler.reserve(spec, row.workers, layout_bytes)
         if placement is None:
             return (
                 "waiting for room: there are CPUs enough, but not in pieces of the size it needs, or too little memory"
@@ -309,6 +311,13 @@ def _lock(directory: Path) -> IO[str]:
         file.close()
         raise OSError(f"another service uses the data directory {directory}; choose another with --data-dir") from error
     return file
+
+
+def _check_compression(spec: TrainingJobSpec, description: TaskDescription) -> None:
+    compression = spec.compression
+    problem = compression_problem(compression, description.layout(spec))
+    if problem:
+        raise SpecError([Violation("compression.name", f"{compression.name!r}: {problem}")])
 
 
 def _slug(text: str) -> str:

@@ -112,6 +112,14 @@ class JobOptions:
     staleness: Annotated[
         str | None, Option(metavar="INTEGER", help="Only for modes other than sync.", rich_help_panel=_STEP)
     ] = None
+    compression: Annotated[
+        str | None,
+        Option(
+            help="Of gradients and updates on the network, lossy: none, bf16, fp16, topk, powersgd or ternary "
+            "(default: none).",
+            rich_help_panel=_STEP,
+        ),
+    ] = None
     arg: Annotated[
         list[str], Option(metavar="KEY=VALUE", help="Argument of the task function; repeatable.", rich_help_panel=_TASK)
     ] = field(default_factory=list)
@@ -142,6 +150,7 @@ _PATHS = {
     "clip_norm": "clip.norm",
     "clip_value": "clip.value",
     "sync": "sync.mode",
+    "compression": "compression.name",
     "staleness": "sync.staleness",
 }
 _NOT_SPEC = frozenset({"name", "arg", "set"})

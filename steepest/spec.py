@@ -34,6 +34,7 @@ HYPER_PARAMETERS: Mapping[str, tuple[str, ...]] = {
 }
 DEFAULT_LR: Mapping[str, float] = {"adagrad": 1e-2, "rmsprop": 1e-2}
 DEFAULT_LR_OTHERWISE = 1e-3
+DEFAULT_RATIO, DEFAULT_RANK, DEFAULT_PARTS = 0.01, 4, 8
 
 
 class _Model(BaseModel):
@@ -139,6 +140,56 @@ class ClipSpec(_Model):
         return self
 
 
+class CompressionSpec(_Model):
+    """Lossy compression of what goes over the network; what is left out of one step goes into the next.
+
+    name: of gradients. ratio: of topk, the share of elements that is sent. rank: of powersgd. pull: of updates to the
+    parameters; by default as the gradients for bf16 and fp16, else ternary. parts: in how many parts, of neighbouring
+    micro-batches, a step's gradient is compressed; no more workers than that have work.
+    """
+
+    name: Literal["none", "bf16", "fp16", "topk", "powersgd", "ternary"] = "none"
+    ratio: Annotated[float, Field(gt=0, le=0.5, allow_inf_nan=False)] | None = None
+    rank: Annotated[int, Field(ge=1, le=1024)] | None = None
+    pull: Literal["none", "bf16", "fp16", "topk", "ternary"] | None = None
+    parts: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _only_own_fields(self) -> Self:
+        if self.ratio is not None and "topk" not in (self.name, self.pull):
+            raise ValueError(f"ratio = {self.ratio} is of topk; name = {self.name} takes none")
+        if self.rank is not None and self.name != "powersgd":
+            raise ValueError(f"rank = {self.rank} is of powersgd; name = {self.name} takes none")
+        if self.name == "none" and (self.pull is not None or self.parts is not None):
+            given = f"pull = {self.pull}" if self.pull is not None else f"parts = {self.parts}"
+            raise ValueError(f"{given} is of no use without name; allowed: bf16, fp16, topk, powersgd, ternary")
+        return self
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is compressed."""
+        return self.name != "none"
+
+    @property
+    def top_ratio(self) -> float:
+        """Of topk."""
+        return DEFAULT_RATIO if self.ratio is None else self.ratio
+
+    @property
+    def low_rank(self) -> int:
+        """Of powersgd."""
+        return DEFAULT_RANK if self.rank is None else self.rank
+
+    @property
+    def pull_name(self) -> str:
+        """How updates are sent."""
+        return self.pull or (self.name if self.name in ("none", "bf16", "fp16") else "ternary")
+
+    def part_leaves(self, num_micro_batches: int) -> int:
+        """How many micro-batches are compressed together: a power of two, so that a part is a node of the tree."""
+        return 1 << (math.ceil(num_micro_batches / (self.parts or DEFAULT_PARTS)) - 1).bit_length()
+
+
 class SyncSpec(_Model):
     """When the servers apply a push. This version applies every step as a whole: `sync`."""
 
@@ -193,6 +244,7 @@ class TrainingJobSpec(_Model):
     schedule: ScheduleSpec = ScheduleSpec()
     clip: ClipSpec = ClipSpec()
     sync: SyncSpec = SyncSpec()
+    compression: CompressionSpec = CompressionSpec()
     checkpoint_every: NonNegativeInt = 0
     eval_every: NonNegativeInt = 0
     on_nonfinite: Literal["fail", "skip"] = "fail"
@@ -210,6 +262,16 @@ class TrainingJobSpec(_Model):
                 f"allowed: 0 to {self.steps - 1}"
             )
         return self
+
+    @property
+    def is_inline(self) -> bool:
+        """Whether gradients and parameters go over the network between all processes; what is compressed does."""
+        return self.placement.transport == "inline" or self.compression.is_on
+
+    @property
+    def part_leaves(self) -> int:
+        """How many micro-batches are compressed together; 0 without compression."""
+        return self.compression.part_leaves(self.data.num_micro_batches) if self.compression.is_on else 0
 
     def total_steps(self, num_samples: int) -> int:
         """The length of the job in steps, for a training set of `num_samples`."""

@@ -13,6 +13,7 @@ from ps.layout import Layout
 from ps.messages import Assign, LeafResult, Push, PushedNode, Round
 from ps.tree import Node, maximal_nodes
 from steepest.spec import TrainingJobSpec
+from worker.compressor import Compressor
 from worker.data import Source
 from worker.engine import Engine, as_indices, finite_parameters
 from worker.sampler import Sampler
@@ -96,8 +97,10 @@ class Computer:
         *,
         num_samples: int,
         num_evaluation_samples: int,
+        compressor: Compressor | None = None,
     ) -> None:
         self._spec = spec
+        self._compressor = compressor
         self._engine = engine
         self._layout = layout
         self._slots = slots
@@ -124,6 +127,8 @@ class Computer:
             case Round.INITIALIZE:
                 nodes = self._initial()
                 self._new_buffers = initial_buffers
+            case Round.TRAIN if self._compressor is not None:
+                nodes = self._compressed(self._compressor, assign)
             case Round.TRAIN:
                 for low, high in assign.ranges:
                     for node in maximal_nodes(low, high, self._spec.data.num_micro_batches):
@@ -173,6 +178,20 @@ class Computer:
         self._engine.write_initial(self._slots.shared(slot))
         self._leaves.append(LeafResult(0, 0.0, 0.0, 0))
         return [PushedNode(0, 1, slot)]
+
+    def _compressed(self, compressor: Compressor, assign: Assign) -> list[PushedNode]:
+        """The parts of an assignment; the payload of each lies with the compressor, under its number."""
+        parts = [node for low, high in assign.ranges for node in compressor.nodes(low, high)]
+        compressor.keep(map(compressor.part_of, parts))
+        pushed = []
+        for node in parts:
+            slot, part = self._sum(node), compressor.part_of(node)
+            if slot is not None:
+                self._slots.publish(slot)
+                compressor.compress(part, self._slots.shared(slot))
+                self._slots.release(slot)
+            pushed.append(PushedNode(node.low, node.high, None if slot is None else part))
+        return pushed
 
     def _sum(self, node: Node) -> int | None:
         """Compute a node of the tree; the slot with its sum, or None when it has no samples."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -16,10 +16,12 @@ from ps.host import host_identity
 from ps.layout import Shard, shards
 from ps.messages import PROTOCOL, Assign, Failure, Push, Round
 from ps.peer import chunks, place
+from ps.residuals import NAME
 from ps.segment import Segment
 from ps.stream import Connection, Role, StreamError, call
 from ps.topology import Contact, contacts
 from steepest.v1 import exchange_pb2 as pb
+from worker.compressor import Compressor
 
 
 class RefusedError(Exception):
@@ -31,6 +33,7 @@ class _Link:
     """The stream to one server. shard: what the server owns, None when that is nothing.
 
     version: of the shard's parameters that came in chunks. arrived: of all parameters from other hosts.
+    update: the payload that is coming in, and how much of it has.
     """
 
     server: int
@@ -40,19 +43,29 @@ class _Link:
     version: int = -1
     arrived: int = -1
     is_gone: bool = False
+    update: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    update_bytes: int = 0
 
 
 class Exchange:
     """Joins a job. The leader comes last: when it deals work, all the servers know this worker.
 
-    addresses: of all servers, the leader first. slots: the memory the gradients lie in.
+    addresses: of all servers, the leader first. slots: the memory the gradients lie in. compressor: of gradients.
 
     Raises RefusedError, or OSError when a server cannot be reached.
     """
 
     def __init__(
-        self, config: JobConfig, worker: str, generation: int, addresses: Sequence[ServerAddress], slots: Segment
+        self,
+        config: JobConfig,
+        worker: str,
+        generation: int,
+        addresses: Sequence[ServerAddress],
+        slots: Segment,
+        compressor: Compressor | None = None,
     ) -> None:
+        self._compressor = compressor
+        self._push_codec, self._pull_codec = config.push_codec(), config.pull_codec()
         layout = config.layout()
         host = host_identity()
         hello = pb.Hello(
@@ -64,7 +77,7 @@ class Exchange:
             layout_sha256=config.model.sha256(),
             host=host,
         )
-        inline = config.spec.placement.transport == "inline"
+        inline = config.spec.is_inline
         cut = dict(enumerate(shards(layout, config.num_servers)))
         self._shared: Segment | None = None
         self._links: list[_Link] = []
@@ -113,10 +126,31 @@ class Exchange:
         return _Link(server, contact, shard, connection)
 
     def _sink(self, link: _Link, message: pb.ServerMessage, num_bytes: int) -> memoryview:
-        """Where a piece of the parameters belongs."""
+        """Where a piece of the parameters, of an update to them or of a residual belongs."""
+        chunk = message.chunk
         if message.WhichOneof("message") != "chunk" or link.shard is None or link.contact != Contact.INLINE:
             raise StreamError(f"a tensor of {num_bytes} bytes is not expected here")
-        return place(self.parameters[link.shard.start : link.shard.stop], message.chunk, num_bytes)
+        if chunk.name and self._compressor is not None and link is self._leader:
+            return place(self._compressor.residual(chunk.slot), chunk, num_bytes)
+        if not chunk.compressed:
+            return place(self.parameters[link.shard.start : link.shard.stop], chunk, num_bytes)
+        if not len(link.update) and self._pull_codec is not None:
+            first, last = self._pull_codec.span(link.shard.start, link.shard.stop)
+            link.update = torch.empty(last - first, dtype=torch.uint8)
+        link.update_bytes += num_bytes
+        return place(link.update, chunk, num_bytes)
+
+    def _take_update(self, link: _Link) -> None:
+        """Add an update that is here to the parameters; an empty one says that they stay as they are.
+
+        Raises StreamError for one that is not whole.
+        """
+        arrived, link.update_bytes = link.update_bytes, 0
+        if arrived and arrived != len(link.update):
+            raise StreamError(f"an update has {arrived} bytes instead of {len(link.update)}")
+        if arrived and self._pull_codec is not None and link.shard is not None:
+            own = self.parameters[link.shard.start : link.shard.stop]
+            self._pull_codec.decode(link.update, own, link.shard.start)
 
     def _listen(self, link: _Link) -> None:
         try:
@@ -131,7 +165,9 @@ class Exchange:
         """Note which parameters are there; whether the message was about that."""
         match message.WhichOneof("message"):
             case "chunk":
-                if message.chunk.last:
+                if message.chunk.last and not message.chunk.name:
+                    if message.chunk.compressed:
+                        self._take_update(link)
                     with self._arrival:
                         link.version = message.chunk.step
                         self._arrival.notify()
@@ -155,10 +191,19 @@ class Exchange:
                     assign = convert.assign_from_proto(message.assign)
                     if assign.kind == Round.INITIALIZE or self._pull(assign.step):
                         yield assign
+                case "collect":
+                    self._hand_in(message.collect.parts)
                 case "refusal":
                     raise RefusedError(f"server 0: {message.refusal.reason}")
                 case "stop":
                     return
+
+    def _hand_in(self, parts: Iterable[int]) -> None:
+        """Give residuals to the leader."""
+        assert self._compressor is not None  # noqa: S101  # only a job that compresses has any
+        for part in parts:
+            for chunk, data in chunks(self._compressor.residual(part), slot=part, name=NAME):
+                self._leader.connection.send(pb.WorkerMessage(chunk=chunk), data)
 
     def _next(self) -> pb.ServerMessage:
         """The leader's next message that is not about parameters."""
@@ -202,7 +247,8 @@ class Exchange:
     def push(self, push: Push, slots: torch.Tensor) -> None:
         """Give an answer to every server that waits for it.
 
-        slots: shape (slots, layout.numel); what is pushed stays as it is until the next step.
+        slots: shape (slots, layout.numel), for what is not compressed; what is pushed stays as it is until the next
+        step.
         """
         if push.kind in (Round.TRAIN, Round.INITIALIZE):
             followers = self._links[1:]
@@ -216,10 +262,16 @@ class Exchange:
     def _send_gradients(self, link: _Link, push: Push, slots: torch.Tensor) -> None:
         if link.contact != Contact.INLINE or link.shard is None:
             return
+        compressor, codec = self._compressor, self._push_codec
+        compressed = compressor is not None and push.kind == Round.TRAIN
         for node in push.nodes:
             if node.slot is not None:
-                flat = slots[node.slot, link.shard.start : link.shard.stop]
-                for chunk, data in chunks(flat, step=push.step, slot=node.slot):
+                if compressor is not None and codec is not None and compressed:
+                    first, last = codec.span(link.shard.start, link.shard.stop)
+                    flat = compressor.payload(node.slot)[first:last]
+                else:
+                    flat = slots[node.slot, link.shard.start : link.shard.stop]
+                for chunk, data in chunks(flat, step=push.step, slot=node.slot, compressed=compressed):
                     link.connection.send(pb.WorkerMessage(chunk=chunk), data)
 
     def fail(self, failure: Failure) -> None:

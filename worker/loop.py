@@ -16,6 +16,7 @@ from ps.messages import Assign, Failure
 from ps.segment import Segment
 from steepest.task import AnalyticTask
 from worker.analytic import AnalyticEngine
+from worker.compressor import Compressor
 from worker.compute import Computer, MicroBatchError, Slots, num_slots
 from worker.engine import Engine, LossError, TorchEngine
 from worker.exchange import Exchange
@@ -61,6 +62,11 @@ class WorkerLoop:
         slots = num_slots(config.spec.data.num_micro_batches)
         self._segment = Segment.create(slots * self._layout.nbytes, f"gradients-{config.job}")
         self._slots = self._segment.tensor(self._layout.dtype, slots * self._layout.numel).view(slots, -1)
+        codec = config.push_codec()
+        num_leaves = config.spec.data.num_micro_batches
+        self._compressor = (
+            None if codec is None else Compressor(codec, self._layout, config.spec.part_leaves, num_leaves)
+        )
         self._computer = Computer(
             config.spec,
             self._engine,
@@ -68,13 +74,14 @@ class WorkerLoop:
             Slots(self._slots, self._layout, self._engine.device),
             num_samples=config.num_samples,
             num_evaluation_samples=config.num_evaluation_samples,
+            compressor=self._compressor,
         )
 
     def run(self, addresses: Sequence[ServerAddress]) -> None:
         """Work until dismissed. addresses: of the servers, the leader first.
 
         Raises ConnectionError when a server is gone, RefusedError when one says no."""
-        exchange = Exchange(self._config, self._worker, self._generation, addresses, self._segment)
+        exchange = Exchange(self._config, self._worker, self._generation, addresses, self._segment, self._compressor)
         bound = False
         version = -1
         try:

@@ -216,13 +216,19 @@ class Chunk(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
+    COMPRESSED_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     slot: _builtins.int
-    """Gradients: the slot. Parameters: unused. State: unused."""
+    """Gradients: the slot, or the part if they are compressed. Residuals: the part. Otherwise unused."""
     offset: _builtins.int
-    """In bytes from the start of the shard (gradients, parameters) or of the named tensor (state)."""
+    """In bytes from the start of the shard (gradients, parameters), of its part of the payload (compressed), or of the
+    tensor (state, residuals).
+    """
     name: _builtins.str
+    """Of a piece of state; "residual" for a residual."""
     last: _builtins.bool
+    compressed: _builtins.bool
+    """Of a gradient, or of an update to the parameters: see ps/codec.py."""
     def __init__(
         self,
         *,
@@ -231,10 +237,11 @@ class Chunk(_message.Message):
         offset: _builtins.int = ...,
         name: _builtins.str = ...,
         last: _builtins.bool = ...,
+        compressed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["last", b"last", "name", b"name", "offset", b"offset", "slot", b"slot", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "last", b"last", "name", b"name", "offset", b"offset", "slot", b"slot", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -434,6 +441,7 @@ class ServerMessage(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     ARRIVED_FIELD_NUMBER: _builtins.int
+    COLLECT_FIELD_NUMBER: _builtins.int
     arrived: _builtins.int
     """The parameters of servers on other hosts are here up to this version."""
     @_builtins.property
@@ -446,6 +454,8 @@ class ServerMessage(_message.Message):
     def chunk(self) -> Global___Chunk: ...
     @_builtins.property
     def stop(self) -> Global___Stop: ...
+    @_builtins.property
+    def collect(self) -> Global___CollectState: ...
     def __init__(
         self,
         *,
@@ -455,12 +465,13 @@ class ServerMessage(_message.Message):
         chunk: Global___Chunk | None = ...,
         stop: Global___Stop | None = ...,
         arrived: _builtins.int = ...,
+        collect: Global___CollectState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "assign", b"assign", "chunk", b"chunk", "message", b"message", "refusal", b"refusal", "stop", b"stop", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "assign", b"assign", "chunk", b"chunk", "collect", b"collect", "message", b"message", "refusal", b"refusal", "stop", b"stop", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "assign", b"assign", "chunk", b"chunk", "message", b"message", "refusal", b"refusal", "stop", b"stop", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "assign", b"assign", "chunk", b"chunk", "collect", b"collect", "message", b"message", "refusal", b"refusal", "stop", b"stop", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "refusal", "assign", "chunk", "stop", "arrived"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "refusal", "assign", "chunk", "stop", "arrived", "collect"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -635,20 +646,24 @@ Global___Decision: _TypeAlias = Decision  # noqa: Y015
 
 @_typing.final
 class CollectState(_message.Message):
-    """Asks a follower for its part of the state."""
+    """Asks a follower for its part of the state, or a worker for the residuals of parts."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
+        parts: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

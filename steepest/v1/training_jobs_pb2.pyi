@@ -376,6 +376,63 @@ class SyncSpec(_message.Message):
 Global___SyncSpec: _TypeAlias = SyncSpec  # noqa: Y015
 
 @_typing.final
+class CompressionSpec(_message.Message):
+    """Lossy compression of gradients and of updates; what is left out of one step goes into the next."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    RATIO_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    PULL_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Of gradients: none, bf16, fp16, topk, powersgd, ternary."""
+    ratio: _builtins.float
+    """Of topk: the share of elements that is sent."""
+    rank: _builtins.int
+    """Of powersgd."""
+    pull: _builtins.str
+    """Of updates: none, bf16, fp16, topk, ternary."""
+    parts: _builtins.int
+    """In how many parts the micro-batches of a step are compressed."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str | None = ...,
+        ratio: _builtins.float | None = ...,
+        rank: _builtins.int | None = ...,
+        pull: _builtins.str | None = ...,
+        parts: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "_parts", b"_parts", "_pull", b"_pull", "_rank", b"_rank", "_ratio", b"_ratio", "name", b"name", "parts", b"parts", "pull", b"pull", "rank", b"rank", "ratio", b"ratio"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "_parts", b"_parts", "_pull", b"_pull", "_rank", b"_rank", "_ratio", b"_ratio", "name", b"name", "parts", b"parts", "pull", b"pull", "rank", b"rank", "ratio", b"ratio"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
+    _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
+    _WhichOneofReturnType__parts: _TypeAlias = _typing.Literal["parts"]  # noqa: Y015
+    _WhichOneofArgType__parts: _TypeAlias = _typing.Literal["_parts", b"_parts"]  # noqa: Y015
+    _WhichOneofReturnType__pull: _TypeAlias = _typing.Literal["pull"]  # noqa: Y015
+    _WhichOneofArgType__pull: _TypeAlias = _typing.Literal["_pull", b"_pull"]  # noqa: Y015
+    _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
+    _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
+    _WhichOneofReturnType__ratio: _TypeAlias = _typing.Literal["ratio"]  # noqa: Y015
+    _WhichOneofArgType__ratio: _TypeAlias = _typing.Literal["_ratio", b"_ratio"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__name) -> _WhichOneofReturnType__name | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__parts) -> _WhichOneofReturnType__parts | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pull) -> _WhichOneofReturnType__pull | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ratio) -> _WhichOneofReturnType__ratio | None: ...
+
+Global___CompressionSpec: _TypeAlias = CompressionSpec  # noqa: Y015
+
+@_typing.final
 class TelemetrySpec(_message.Message):
     """What is kept of every step."""
 
@@ -494,6 +551,7 @@ class TrainingJobSpec(_message.Message):
     ON_NONFINITE_FIELD_NUMBER: _builtins.int
     PLACEMENT_FIELD_NUMBER: _builtins.int
     TELEMETRY_FIELD_NUMBER: _builtins.int
+    COMPRESSION_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     steps: _builtins.int
     epochs: _builtins.int
@@ -516,6 +574,8 @@ class TrainingJobSpec(_message.Message):
     def placement(self) -> Global___PlacementSpec: ...
     @_builtins.property
     def telemetry(self) -> Global___TelemetrySpec: ...
+    @_builtins.property
+    def compression(self) -> Global___CompressionSpec: ...
     def __init__(
         self,
         *,
@@ -533,10 +593,11 @@ class TrainingJobSpec(_message.Message):
         on_nonfinite: _builtins.str | None = ...,
         placement: Global___PlacementSpec | None = ...,
         telemetry: Global___TelemetrySpec | None = ...,
+        compression: Global___CompressionSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_on_nonfinite", b"_on_nonfinite", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_on_nonfinite", b"_on_nonfinite", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_on_nonfinite", b"_on_nonfinite", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_on_nonfinite", b"_on_nonfinite", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checkpoint_every: _TypeAlias = _typing.Literal["checkpoint_every"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_every: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every"]  # noqa: Y015
