@@ -56,7 +56,8 @@ def probe_task(spec: TrainingJobSpec, code: Path | None, timeout_seconds: float)
     with tempfile.TemporaryDirectory(prefix="steepest-probe-") as directory:
         request, reply, output = (Path(directory) / name for name in ("request", "reply", "output"))
         task = spec.task.model_dump(mode="json")
-        request.write_text(json.dumps({"task": task, "code": str(code or ""), "seed": spec.seed}))
+        wanted = {"seed": spec.seed, "precision": spec.precision, "device": spec.placement.device}
+        request.write_text(json.dumps({"task": task, "code": str(code or ""), **wanted}))
         with output.open("wb") as stream:
             try:
                 status = subprocess.run(

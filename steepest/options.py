@@ -112,6 +112,13 @@ class JobOptions:
     staleness: Annotated[
         str | None, Option(metavar="INTEGER", help="Only for modes other than sync.", rich_help_panel=_STEP)
     ] = None
+    precision: Annotated[
+        str | None,
+        Option(
+            help="full, or bf16: forward pass under autocast, gradients in float32 (default: full).",
+            rich_help_panel=_TRAIN,
+        ),
+    ] = None
     compression: Annotated[
         str | None,
         Option(

@@ -34,7 +34,7 @@ HYPER_PARAMETERS: Mapping[str, tuple[str, ...]] = {
 }
 DEFAULT_LR: Mapping[str, float] = {"adagrad": 1e-2, "rmsprop": 1e-2}
 DEFAULT_LR_OTHERWISE = 1e-3
-DEFAULT_RATIO, DEFAULT_RANK, DEFAULT_PARTS = 0.01, 4, 8
+DEFAULT_RATIO, DEFAULT_RANK, DEFAULT_PARTS = 0.01, 16, 8
 
 
 class _Model(BaseModel):
@@ -233,7 +233,7 @@ class TelemetrySpec(_Model):
 
 
 class TrainingJobSpec(_Model):
-    """Everything a job is."""
+    """Everything a job is. precision: bf16 runs the forward pass under autocast; gradients stay float32."""
 
     task: TaskReference
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -245,6 +245,7 @@ class TrainingJobSpec(_Model):
     clip: ClipSpec = ClipSpec()
     sync: SyncSpec = SyncSpec()
     compression: CompressionSpec = CompressionSpec()
+    precision: Literal["full", "bf16"] = "full"
     checkpoint_every: NonNegativeInt = 0
     eval_every: NonNegativeInt = 0
     on_nonfinite: Literal["fail", "skip"] = "fail"

@@ -17,7 +17,6 @@ from worker.engine import LossError, Measured, measure_metrics
 class AnalyticEngine:
     """An `AnalyticTask`; its parameters are NumPy views of the bound flat tensor."""
 
-    device = torch.device("cpu")
     only_torch = False
 
     def __init__(self, task: AnalyticTask, layout: Layout) -> None:

@@ -13,6 +13,7 @@ from ps.layout import Layout
 from ps.messages import Assign, LeafResult, Push, PushedNode, Round
 from ps.tree import Node, maximal_nodes
 from steepest.spec import TrainingJobSpec
+from worker.backend import Backend
 from worker.compressor import Compressor
 from worker.data import Source
 from worker.engine import Engine, as_indices, finite_parameters
@@ -26,15 +27,15 @@ def num_slots(num_leaves: int) -> int:
 
 
 class Slots:
-    """The worker's gradient slots, each a whole layout. On a GPU the sums grow on the device and are published at last.
+    """The worker's gradient slots, each a whole layout. Sums grow where the backend computes, and are published then.
 
     shared: shape (num_slots, layout.numel), where servers read.
     """
 
-    def __init__(self, shared: torch.Tensor, layout: Layout, device: torch.device) -> None:
+    def __init__(self, shared: torch.Tensor, layout: Layout, backend: Backend) -> None:
         self._shared = shared
         self._layout = layout
-        self._device = device
+        self._backend = backend
         self._free: list[int] = []
         self._flats: dict[int, torch.Tensor] = {}
         self._views: dict[int, list[torch.Tensor]] = {}
@@ -55,10 +56,7 @@ class Slots:
     def flat(self, slot: int) -> torch.Tensor:
         """A slot's sum where it grows, shape (layout.numel,)."""
         if slot not in self._flats:
-            on_cpu = self._device.type == "cpu"
-            self._flats[slot] = (
-                self._shared[slot] if on_cpu else torch.zeros_like(self._shared[slot], device=self._device)
-            )
+            self._flats[slot] = self._backend.gradient(self._shared[slot])
         return self._flats[slot]
 
     def views(self, slot: int) -> list[torch.Tensor]:
@@ -68,9 +66,12 @@ class Slots:
         return self._views[slot]
 
     def publish(self, slot: int) -> None:
-        """Let servers see a slot."""
-        if self._device.type != "cpu":
-            self._shared[slot].copy_(self._flats[slot])
+        """Have a slot on its way to where servers see it."""
+        self._backend.publish(self.flat(slot), self._shared[slot])
+
+    def wait(self) -> None:
+        """Return when servers see all that was published."""
+        self._backend.wait()
 
     def shared(self, slot: int) -> torch.Tensor:
         """A published slot, shape (layout.numel,)."""
@@ -94,6 +95,7 @@ class Computer:
         engine: Engine,
         layout: Layout,
         slots: Slots,
+        backend: Backend,
         *,
         num_samples: int,
         num_evaluation_samples: int,
@@ -104,6 +106,7 @@ class Computer:
         self._engine = engine
         self._layout = layout
         self._slots = slots
+        self._backend = backend
         self._sampler = Sampler(num_samples, spec.data, spec.seed)
         self._eval_sampler = Sampler(max(num_evaluation_samples, 1), spec.data, spec.seed)
         self._total_steps = spec.total_steps(num_samples)
@@ -136,6 +139,7 @@ class Computer:
                         if slot is not None:
                             self._slots.publish(slot)
                         nodes.append(PushedNode(node.low, node.high, slot))
+                self._slots.wait()
             case Round.EVALUATE | Round.DIAGNOSE:
                 for low, high in assign.ranges:
                     for index in range(low, high):
@@ -188,6 +192,7 @@ class Computer:
             slot, part = self._sum(node), compressor.part_of(node)
             if slot is not None:
                 self._slots.publish(slot)
+                self._slots.wait()
                 compressor.compress(part, self._slots.shared(slot))
                 self._slots.release(slot)
             pushed.append(PushedNode(node.low, node.high, None if slot is None else part))
@@ -269,7 +274,6 @@ class Computer:
         """Have the random generators seeded for user code that comes next; it uses them up."""
         wanted = purpose, step, index
         if wanted != self._seeded:
-            cuda = self._engine.device.type == "cuda"
             only_torch = purpose == COMPUTE and self._engine.only_torch
-            seed_all(self._spec.seed, *wanted, cuda=cuda, only_torch=only_torch)
+            seed_all(self._spec.seed, *wanted, backend=self._backend, only_torch=only_torch)
             self._seeded = wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -14,12 +15,14 @@ from ps.layout import Layout
 from ps.model import ModelDescription
 from ps.state import pack_buffers, unpack_buffers
 from steepest.task import Task
-from worker.data import Source, source_of, to_device
+from worker.backend import Backend
+from worker.data import Source, source_of
 from worker.direct import write_directly
 from worker.load import named_state
 
 SMALL_NUMEL = 1 << 14
 MAX_FACTORS = 64
+_AS_IT_IS = contextlib.nullcontext()
 
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
 
@@ -39,7 +42,6 @@ class LossError(Exception):
 class Engine(Protocol):
     """Computes gradients of a task; `AnalyticEngine` and `TorchEngine` are the two."""
 
-    device: torch.device
     only_torch: bool  # whether no code but torch's own runs in `gradient`
     train_source: Source
     eval_source: Source | None
@@ -70,10 +72,17 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """A `Task` on one device. The model's parameters become views of the bound flat tensor."""
+    """A `Task` on one device. The model's parameters become views of the bound flat tensor.
 
-    def __init__(self, task: Task, model: ModelDescription, layout: Layout, device: torch.device) -> None:
-        self.device = device
+    precision: of the spec.
+    """
+
+    def __init__(
+        self, task: Task, model: ModelDescription, layout: Layout, backend: Backend, precision: str = "full"
+    ) -> None:
+        device = backend.device
+        self._backend = backend
+        self._autocasts = precision == "bf16"
         self.train_source: Source = source_of(task.train_data, task.collate)
         self.eval_source: Source | None = None if task.eval_data is None else source_of(task.eval_data, task.collate)
         self.only_torch = _is_torchs_own(task)
@@ -114,14 +123,13 @@ class TorchEngine:
         """See Engine."""
         self._flat = flat
         self._initial = []  # from here on the servers have them
-        self._on_device = flat if self.device.type == "cpu" else torch.empty_like(flat, device=self.device)
+        self._on_device = self._backend.parameters(flat)
         for parameter, view in zip(self._parameters, self._layout.views(self._on_device), strict=True):
             parameter.data = view
 
     def refresh(self) -> None:
         """See Engine."""
-        if self._on_device is not self._flat:
-            self._on_device.copy_(self._flat)
+        self._backend.refresh(self._on_device, self._flat)
 
     def gradient(self, batch: Any, num_samples: int, into: list[torch.Tensor], *, add: bool) -> Measured:
         """See Engine. Raises LossError."""
@@ -132,8 +140,7 @@ class TorchEngine:
         self._unfinished = True
         self._into, self._add, self._missing = into, add, set(self._large)
         self._free = set() if add else set(self._large)
-        if self.device.type != "cpu":
-            batch = to_device(batch, self.device)
+        batch = self._backend.batch(batch)
         value, factor, weight = self._loss(batch, num_samples)
         if not value.requires_grad:
             raise LossError("the loss does not depend on any trainable parameter")
@@ -156,20 +163,21 @@ class TorchEngine:
     def evaluate(self, batch: Any, num_samples: int) -> Measured:
         """See Engine. Raises LossError."""
         self._start(training=False)
-        batch = to_device(batch, self.device)
+        batch = self._backend.batch(batch)
         with torch.inference_mode():
             value, factor, weight = self._loss(batch, num_samples)
             values: tuple[float, ...] = ()
             if self._task.metrics:
                 inputs, targets = _pair(batch, "metrics")
-                outputs = self._model(inputs)
+                with self._precision():
+                    outputs = self._model(inputs)
                 values = measure_metrics(self._task.metrics, outputs, targets, num_samples)
             return Measured(float(value) * factor, weight, values)
 
     def set_buffers(self, packed: bytes) -> None:
         """See Engine."""
         named = unpack_buffers(self._description, packed)
-        self._snapshot = [named[b.name].to(self.device) for b in self._description.buffers]
+        self._snapshot = [named[b.name].to(self._backend.device) for b in self._description.buffers]
 
     def buffers(self) -> bytes | None:
         """See Engine."""
@@ -191,12 +199,13 @@ class TorchEngine:
 
     def _loss(self, batch: Any, num_samples: int) -> tuple[torch.Tensor, float, float]:
         """(value, factor, weight): value * factor is the loss sum, a tensor of one element times a number."""
-        if self._task.loss is not None:
-            inputs, targets = _pair(batch, "loss")
-            value, what = self._task.loss(self._model(inputs), targets), "loss"
-        else:
-            assert self._task.batch_loss is not None  # noqa: S101  # Task has one of the two
-            value, what = self._task.batch_loss(self._model, batch), "batch_loss"
+        with self._precision():
+            if self._task.loss is not None:
+                inputs, targets = _pair(batch, "loss")
+                value, what = self._task.loss(self._model(inputs), targets), "loss"
+            else:
+                assert self._task.batch_loss is not None  # noqa: S101  # Task has one of the two
+                value, what = self._task.batch_loss(self._model, batch), "batch_loss"
         if what == "batch_loss" and isinstance(value, tuple):
             if len(value) != 2:
                 raise LossError(
@@ -212,7 +221,15 @@ class TorchEngine:
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise LossError(f"{what} must return a scalar tensor; it returned {got}")
+        if value.dtype == torch.bfloat16:  # which has no room for a factor above 256
+            value = value.float()
         return value, factor, weight
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        """What the forward pass runs in; gradients and parameters keep the model's own type."""
+        if not self._autocasts:
+            return _AS_IT_IS
+        return torch.autocast(self._backend.device.type, torch.bfloat16)
 
     def _factor(self, factor: float, value: torch.Tensor) -> torch.Tensor:
         """A tensor like the loss with this number in it."""

@@ -174,6 +174,21 @@ def describe_model(task: Task | AnalyticTask) -> ModelDescription:
     return description
 
 
+def check_fits(task: Task | AnalyticTask, model: ModelDescription, precision: str, device: str) -> None:
+    """Raises TaskError when a task cannot be computed as a spec wants it."""
+    if isinstance(task, AnalyticTask) and device != "cpu":
+        problem = f"{device!r} is not for an AnalyticTask, which computes in NumPy; allowed: cpu"
+        raise TaskError("placement.device", problem)
+    if precision == "full":
+        return
+    if isinstance(task, AnalyticTask):
+        problem = f"{precision!r} is not for an AnalyticTask, which computes in NumPy; allowed: full"
+        raise TaskError("precision", problem)
+    if any(p.dtype != "float32" for p in model.parameters):
+        problem = f"{precision!r} is for models of float32; this one has float64 parameters; allowed: full"
+        raise TaskError("precision", problem)
+
+
 def num_samples(data: Any, field: str) -> int:
     """The length of a data set. Raises TaskError when it has none, or when it is 0."""
     try:

@@ -16,6 +16,7 @@ from ps.messages import Assign, Failure
 from ps.segment import Segment
 from steepest.task import AnalyticTask
 from worker.analytic import AnalyticEngine
+from worker.backend import backend_of
 from worker.compressor import Compressor
 from worker.compute import Computer, MicroBatchError, Slots, num_slots
 from worker.engine import Engine, LossError, TorchEngine
@@ -53,11 +54,11 @@ class WorkerLoop:
         self._generation = generation
         task = load_task(config.spec.task, code, config.spec.seed)
         self._layout = config.layout()
+        backend = backend_of(config.spec.placement.device)
         if isinstance(task, AnalyticTask):
             self._engine: Engine = AnalyticEngine(task, self._layout)
         else:
-            device = torch.device(config.spec.placement.device)
-            self._engine = TorchEngine(task, config.model, self._layout, device)
+            self._engine = TorchEngine(task, config.model, self._layout, backend, config.spec.precision)
         self._initial_buffers = self._engine.initial_buffers()
         slots = num_slots(config.spec.data.num_micro_batches)
         self._segment = Segment.create(slots * self._layout.nbytes, f"gradients-{config.job}")
@@ -71,7 +72,8 @@ class WorkerLoop:
             config.spec,
             self._engine,
             self._layout,
-            Slots(self._slots, self._layout, self._engine.device),
+            Slots(self._slots, self._layout, backend),
+            backend,
             num_samples=config.num_samples,
             num_evaluation_samples=config.num_evaluation_samples,
             compressor=self._compressor,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from steepest.spec import TaskReference
-from worker.load import TaskError, describe_model, load_task, num_samples
+from worker.load import TaskError, check_fits, describe_model, load_task, num_samples
 
 
 def probe(request: dict[str, Any]) -> dict[str, Any]:
@@ -22,8 +22,10 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
     code = Path(request["code"]) if request["code"] else None
     try:
         task = load_task(TaskReference.model_validate(request["task"]), code, request["seed"])
+        model = describe_model(task)
+        check_fits(task, model, request["precision"], request["device"])
         return {
-            "model": describe_model(task).to_dict(),
+            "model": model.to_dict(),
             "num_samples": num_samples(task.train_data, "train_data"),
             "num_evaluation_samples": 0 if task.eval_data is None else num_samples(task.eval_data, "eval_data"),
             "metric_names": list(task.metrics),

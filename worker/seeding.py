@@ -7,6 +7,8 @@ import random
 import numpy as np
 import torch
 
+from worker.backend import Backend
+
 _MASK = (1 << 64) - 1
 
 COMPUTE, DATA, EVALUATE = range(3)
@@ -24,7 +26,7 @@ def mix(*numbers: int) -> int:
 
 
 def seed_all(
-    seed: int, purpose: int, step: int, micro_batch: int, *, cuda: bool = False, only_torch: bool = False
+    seed: int, purpose: int, step: int, micro_batch: int, *, backend: Backend, only_torch: bool = False
 ) -> None:
     """Seed torch, NumPy's global generator and `random` for one purpose in one micro-batch.
 
@@ -32,8 +34,7 @@ def seed_all(
     """
     value = mix(seed, purpose, step, micro_batch)
     torch.default_generator.manual_seed(value)
-    if cuda:
-        torch.cuda.manual_seed(value)
+    backend.seed(value)
     if only_torch:
         return
     np.random.seed(value & 0xFFFFFFFF)  # user code draws from the global generator

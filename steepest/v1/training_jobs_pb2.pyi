@@ -552,12 +552,15 @@ class TrainingJobSpec(_message.Message):
     PLACEMENT_FIELD_NUMBER: _builtins.int
     TELEMETRY_FIELD_NUMBER: _builtins.int
     COMPRESSION_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     steps: _builtins.int
     epochs: _builtins.int
     checkpoint_every: _builtins.int
     eval_every: _builtins.int
     on_nonfinite: _builtins.str
+    precision: _builtins.str
+    """full, or bf16: the forward pass under autocast, gradients and parameters in float32."""
     @_builtins.property
     def task(self) -> Global___TaskReference: ...
     @_builtins.property
@@ -594,10 +597,11 @@ class TrainingJobSpec(_message.Message):
         placement: Global___PlacementSpec | None = ...,
         telemetry: Global___TelemetrySpec | None = ...,
         compression: Global___CompressionSpec | None = ...,
+        precision: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_on_nonfinite", b"_on_nonfinite", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_on_nonfinite", b"_on_nonfinite", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checkpoint_every: _TypeAlias = _typing.Literal["checkpoint_every"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_every: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every"]  # noqa: Y015
@@ -607,6 +611,8 @@ class TrainingJobSpec(_message.Message):
     _WhichOneofArgType__eval_every: _TypeAlias = _typing.Literal["_eval_every", b"_eval_every"]  # noqa: Y015
     _WhichOneofReturnType__on_nonfinite: _TypeAlias = _typing.Literal["on_nonfinite"]  # noqa: Y015
     _WhichOneofArgType__on_nonfinite: _TypeAlias = _typing.Literal["_on_nonfinite", b"_on_nonfinite"]  # noqa: Y015
+    _WhichOneofReturnType__precision: _TypeAlias = _typing.Literal["precision"]  # noqa: Y015
+    _WhichOneofArgType__precision: _TypeAlias = _typing.Literal["_precision", b"_precision"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
@@ -619,6 +625,8 @@ class TrainingJobSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_every) -> _WhichOneofReturnType__eval_every | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__on_nonfinite) -> _WhichOneofReturnType__on_nonfinite | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__precision) -> _WhichOneofReturnType__precision | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload

@@ -33,6 +33,11 @@ JOBS: dict[str, dict[str, Any]] = {
         "optimizer": {"name": "rmsprop", "momentum": 0.5, "decay_biases_and_norms": False, "weight_decay": 0.1},
     },
     "dataset with noise": {"task": "tests.tasks:slow", "arguments": {"delay": 0.0}, "epochs": 2},
+    "bf16": {
+        "task": "examples.digits:convnet",
+        "steps": 6,
+        "precision": "bf16",
+    },
     "analytic": {"task": "tests.tasks:least_squares", "epochs": 2, "optimizer": {"name": "nesterov"}},
 }
 PLACEMENTS = [(w, s, t) for w in (1, 2, 3, 5) for s in (1, 2, 3) for t in ("auto", "inline")]

@@ -13,6 +13,7 @@ from ps.tree import Node
 from steepest.spec import TrainingJobSpec, spec_from_dict
 from tests import tasks
 from worker.analytic import AnalyticEngine
+from worker.backend import CpuBackend
 from worker.compute import Computer, MicroBatchError, Slots, num_slots
 from worker.engine import LossError, TorchEngine
 from worker.load import describe_model, num_samples
@@ -30,9 +31,11 @@ def _computer(make: Any, spec: TrainingJobSpec) -> tuple[Computer, torch.Tensor,
     layout = build_layout(description)
     count = num_slots(spec.data.num_micro_batches)
     slots = torch.full((count, layout.numel), torch.nan, dtype=layout.dtype)
-    device = torch.device("cpu")
+    backend = CpuBackend()
     is_torch = hasattr(task, "model")
-    engine: Any = TorchEngine(task, description, layout, device) if is_torch else AnalyticEngine(task, layout)
+    engine: Any = (
+        TorchEngine(task, description, layout, backend, spec.precision) if is_torch else AnalyticEngine(task, layout)
+    )
     flat = torch.zeros(layout.numel, dtype=layout.dtype)
     engine.write_initial(flat)
     for slot in slots:
@@ -42,7 +45,7 @@ def _computer(make: Any, spec: TrainingJobSpec) -> tuple[Computer, torch.Tensor,
     engine.bind(flat)
     samples = num_samples(task.train_data, "train_data")
     computer = Computer(
-        spec, engine, layout, Slots(slots, layout, device), num_samples=samples, num_evaluation_samples=0
+        spec, engine, layout, Slots(slots, layout, backend), backend, num_samples=samples, num_evaluation_samples=0
     )
     return computer, slots, layout, flat
 
@@ -83,6 +86,35 @@ def test_the_sum_is_the_gradient_of_the_whole_batch_and_padding_stays_zero() -> 
     assert (slots[node.slot][~_mask(layout)] == 0).all()
     assert sum(leaf.loss for leaf in push.leaves) == pytest.approx(float(loss.detach()) * 32, rel=1e-12)
     assert all(p.grad is None for p in task.model.parameters())
+
+
+def test_bf16_runs_the_forward_pass_in_it_and_gives_gradients_of_float32() -> None:
+    task = tasks.regression(hidden=300)
+    spec = _spec(data={"global_batch": 32}, precision="bf16")
+    computer, slots, layout, _ = _computer(task, spec)
+    push = _train(computer, 0, (0, 8))
+    sampler = Sampler(101, spec.data, spec.seed)
+    inputs, targets = task.train_data.arrays
+    parameters = dict(task.model.named_parameters())
+    expected = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    total = 0.0
+    for m in range(8):
+        chosen = torch.from_numpy(sampler.indices(0, m))
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = task.model(inputs[chosen])
+            loss = task.loss(outputs, targets[chosen])
+        assert outputs.dtype == torch.bfloat16
+        total += 4 * float(loss.detach())
+        for name, gradient in zip(parameters, torch.autograd.grad(4 * loss, list(parameters.values())), strict=True):
+            expected[name] += gradient
+    assert push.nodes[0].slot is not None
+    views = dict(zip([p.name for p in layout.parameters], layout.views(slots[push.nodes[0].slot]), strict=True))
+    for name, gradient in expected.items():
+        assert views[name].dtype == torch.float32
+        torch.testing.assert_close(views[name], gradient, rtol=1e-5, atol=1e-6)
+    assert sum(leaf.loss for leaf in push.leaves) == pytest.approx(total, rel=1e-6)
+    full = _train(_computer(tasks.regression(hidden=300), _spec(data={"global_batch": 32}))[0], 0, (0, 8))
+    assert sum(leaf.loss for leaf in full.leaves) != pytest.approx(total, rel=1e-6), "autocast changed nothing"
 
 
 def _total(nodes: dict[Node, torch.Tensor | None], root: Node) -> torch.Tensor | None:

@@ -1,0 +1,106 @@
+"""What compression gains on a slow link: two hosts (network namespaces), on each a server and a worker of one job.
+
+`python benchmarks/compression.py` (as root; needs iproute2). Whole jobs of ten million parameters take turns; the time
+of a step is the median over a job's steps, and the bytes are those that the first host's interface sent and received.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from benchmarks.hosts import Host, hosts  # the repository is not a package that can be installed
+from ps.checkpoint import checkpoints, read_records
+from tests.local_job import job_config, running
+
+WIDTH, LAYERS = 1800, 4  # 9.9 million parameters
+WARM_UP = 2
+COMPRESSIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "bf16": {"name": "bf16"},
+    "topk 1 %": {"name": "topk", "ratio": 0.01},
+    "powersgd 4": {"name": "powersgd", "rank": 4},
+    "powersgd 16": {"name": "powersgd", "rank": 16},
+    "ternary": {"name": "ternary"},
+}
+
+
+def measure(pair: Sequence[Host], compression: dict[str, Any], steps: int) -> tuple[float, float]:
+    """(median seconds of a step, megabytes a step in both directions)."""
+    with tempfile.TemporaryDirectory() as directory:
+        config = job_config(
+            Path(directory),
+            "benchmarks.tasks:mlp",
+            arguments={"width": WIDTH, "layers": LAYERS},
+            steps=steps + WARM_UP,
+            data={"global_batch": 32, "micro_batch": 16},
+            clip={"norm": 1.0},
+            compression=compression,
+            placement={"servers": 2},
+        )
+        with running(config, 2, servers_on=pair, workers_on=pair) as job:
+            job.finish()
+            traffic = sum(pair[0].traffic())
+        _, records = read_records(checkpoints(Path(directory))[0])
+    times = [record.time for record in records][WARM_UP - 1 :]
+    seconds = [after - before for before, after in pairwise(times)]
+    return statistics.median(seconds), traffic / 1e6
+
+
+def bytes_per_step(pair: Sequence[Host], compression: dict[str, Any]) -> float:
+    """From two jobs of different lengths, so that start and end cancel out."""
+    amounts = []
+    for steps in (2, 6):
+        before = sum(pair[0].traffic())
+        amounts.append(measure(pair, compression, steps)[1] - before / 1e6)
+    return (amounts[1] - amounts[0]) / 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", default="100mbit", help="of the link, in tc's words [100mbit]")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5, help="of each job, after the first two")
+    parser.add_argument("--only", nargs="*", default=list(COMPRESSIONS), choices=list(COMPRESSIONS))
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "compression.json")
+    options = parser.parse_args()
+    if os.geteuid():
+        sys.exit("network namespaces need root")
+    times: dict[str, list[float]] = {name: [] for name in options.only}
+    with hosts(2) as pair:
+        traffic = {name: bytes_per_step(pair, COMPRESSIONS[name]) for name in options.only}
+        for host in pair:
+            host.limit(options.limit)
+        for number in range(options.rounds):
+            for name in options.only:
+                times[name].append(measure(pair, COMPRESSIONS[name], options.steps)[0])
+            print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
+    baseline = times[options.only[0]]
+    print(f"link: {options.limit}\n| compression | MB a step | s a step | times as fast (range) |\n|---|---|---|---|")
+    results = []
+    for name, seconds in times.items():
+        gains = [whole / own for whole, own in zip(baseline, seconds, strict=True)]
+        gain, least, most = statistics.median(gains), min(gains), max(gains)
+        results.append({"compression": name, "seconds": seconds, "gain": gain, "megabytes": traffic[name]})
+        middle = statistics.median(seconds)
+        print(f"| {name} | {traffic[name]:.2f} | {middle:.3f} | {gain:.1f} ({least:.1f} to {most:.1f}) |")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    report = {"machine": machine, "limit": options.limit, "results": results}
+    options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
