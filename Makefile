@@ -10,7 +10,7 @@ PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS)
 endef
 
-.PHONY: help demo test test-core check format proto bench clean
+.PHONY: help demo test test-core check format proto bench bench-full clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -50,6 +50,17 @@ proto: $(INSTALLED)  ## generate steepest/v1 from proto/
 bench: $(INSTALLED)  ## the server against memory bandwidth; step time against PyTorch DDP and a plain loop
 	$(BIN)/python benchmarks/server_kernel.py
 	$(BIN)/python benchmarks/step_time.py
+
+bench-full: bench  ## all benchmarks (an hour; those between hosts need root and iproute2)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,examples,dev,benchmarks]'
+	$(BIN)/python benchmarks/step_time.py --workers 2 --against zero ray --json benchmarks/results/step_time_peers.json
+	$(BIN)/python benchmarks/telemetry.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/network.py
+	$(BIN)/python benchmarks/compression.py
+	$(BIN)/python benchmarks/plots.py
 
 clean:  ## remove what make made
 	rm -rf $(VENV) build *.egg-info

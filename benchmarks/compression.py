@@ -31,9 +31,9 @@ COMPRESSIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "bf16": {"name": "bf16"},
     "topk 1 %": {"name": "topk", "ratio": 0.01},
-    "powersgd 4": {"name": "powersgd", "rank": 4},
     "powersgd 16": {"name": "powersgd", "rank": 16},
-    "ternary": {"name": "ternary"},
+    "powersgd 32": {"name": "powersgd", "rank": 32},
+    "twobit": {"name": "twobit"},
 }
 
 

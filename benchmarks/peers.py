@@ -1,4 +1,5 @@
-"""What the service is compared with: PyTorch DistributedDataParallel over gloo, and a plain PyTorch loop.
+"""What the service is compared with: PyTorch DistributedDataParallel over gloo, the same with ZeroRedundancyOptimizer,
+TorchTrainer of Ray Train around the same loop, and a plain PyTorch loop.
 
 Each peer stays alive between rounds, so that rounds of both sides can take turns in one run.
 """
@@ -6,24 +7,32 @@ Each peer stays alive between rounds, so that rounds of both sides can take turn
 from __future__ import annotations
 
 import os
+import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Client, Connection, Listener
+from typing import Any
 
 import torch
 from tasks import NUM_SAMPLES, Size, arrays, model
 from torch import distributed, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 LR, MAX_NORM = 1e-4, 1.0
 
 
-def _trainer(module: nn.Module, batch: int, rank: int, world: int) -> Callable[[], None]:
-    """One step: batch, forward, backward, clip by norm, fused AdamW."""
+def _trainer(module: nn.Module, batch: int, rank: int, world: int, *, zero: bool = False) -> Callable[[], None]:
+    """One step: batch, forward, backward, clip by norm, fused AdamW. zero: with its state cut over the ranks."""
     inputs, targets = arrays()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=LR, fused=True)
+    optimizer: torch.optim.Optimizer
+    if zero:
+        optimizer = ZeroRedundancyOptimizer(module.parameters(), torch.optim.AdamW, lr=LR, fused=True)
+    else:
+        optimizer = torch.optim.AdamW(module.parameters(), lr=LR, fused=True)
     criterion = nn.CrossEntropyLoss()
     generator = torch.Generator().manual_seed(1)
     order = torch.randperm(NUM_SAMPLES, generator=generator)
@@ -42,15 +51,8 @@ def _trainer(module: nn.Module, batch: int, rank: int, world: int) -> Callable[[
     return step
 
 
-def _run(rank: int, world: int, port: int, size: Size, batch: int, orders: Connection) -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    module = model(size.width, size.layers)
-    if world > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-        distributed.init_process_group("gloo", rank=rank, world_size=world)
-        module = DistributedDataParallel(module, gradient_as_bucket_view=True)
-    step = _trainer(module, batch, rank, world)
+def _obey(orders: Connection, step: Callable[[], None]) -> None:
+    """Make as many steps as is asked for and say how long each took, until none are."""
     while (steps := orders.recv()) > 0:
         times = []
         for _ in range(steps):
@@ -58,6 +60,17 @@ def _run(rank: int, world: int, port: int, size: Size, batch: int, orders: Conne
             step()
             times.append(time.perf_counter() - began)
         orders.send(times)
+
+
+def _run(rank: int, world: int, port: int, size: Size, batch: int, zero: bool, orders: Connection) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    module = model(size.width, size.layers)
+    if world > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+        distributed.init_process_group("gloo", rank=rank, world_size=world)
+        module = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    _obey(orders, _trainer(module, batch, rank, world, zero=zero))
     if world > 1:
         distributed.destroy_process_group()
 
@@ -69,16 +82,16 @@ def _free_port() -> int:
 
 
 class Peer:
-    """`world` processes of one thread each that train `size` with `batch` samples each a step."""
+    """`world` processes of one thread each that train `size` with `batch` samples each a step. zero: see `_trainer`."""
 
-    def __init__(self, size: Size, batch: int, world: int) -> None:
+    def __init__(self, size: Size, batch: int, world: int, *, zero: bool = False) -> None:
         context = get_context("spawn")
         port = _free_port()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_run, args=(rank, world, port, size, batch, theirs), daemon=True)
+            process = context.Process(target=_run, args=(rank, world, port, size, batch, zero, theirs), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -100,3 +113,55 @@ class Peer:
             pipe.send(0)
         for process in self._processes:
             process.join()
+
+
+def _ray_loop(config: dict[str, Any]) -> None:
+    """What TorchTrainer runs in every worker."""
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    size = config["size"]
+    module = ray.train.torch.prepare_model(
+        model(size.width, size.layers), parallel_strategy_kwargs={"gradient_as_bucket_view": True}
+    )
+    with Client(config["address"], authkey=config["key"]) as orders:
+        orders.send(rank)
+        _obey(orders, _trainer(module, config["batch"], rank, world))
+
+
+class RayPeer:
+    """The same as `Peer` in workers of Ray Train, on the Ray cluster that is there already."""
+
+    def __init__(self, size: Size, batch: int, world: int) -> None:
+        from ray.train import ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        key = secrets.token_bytes(16)
+        with Listener(("127.0.0.1", 0), authkey=key) as listener:
+            config = {"size": size, "batch": batch, "address": listener.address, "key": key}
+            trainer = TorchTrainer(
+                _ray_loop,
+                train_loop_config=config,
+                scaling_config=ScalingConfig(num_workers=world, use_gpu=False),
+                torch_config=TorchConfig(backend="gloo"),
+            )
+            self._thread = threading.Thread(target=trainer.fit)
+            self._thread.start()
+            pipes = [listener.accept() for _ in range(world)]
+        self._pipes = sorted(pipes, key=lambda pipe: int(pipe.recv()))
+
+    def round(self, steps: int) -> list[float]:
+        """See Peer."""
+        for pipe in self._pipes:
+            pipe.send(steps)
+        seconds: list[list[float]] = [pipe.recv() for pipe in self._pipes]
+        return seconds[0]
+
+    def close(self) -> None:
+        """End the workers."""
+        for pipe in self._pipes:
+            pipe.send(0)
+        self._thread.join()

@@ -2,7 +2,8 @@
 
 `python benchmarks/step_time.py` (make bench). Both sides train the same model on the same data with one thread a
 process: global-norm clip and fused AdamW in float32. They take turns, a round each, in one run; the figure is
-the median over the rounds of each round's median step.
+the median over the rounds of each round's median step. `--against zero ray` compares two workers with DDP and
+ZeroRedundancyOptimizer, and with TorchTrainer of Ray Train around the same loop, which needs `ray[train]`.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ import json
 import math
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from peers import LR, MAX_NORM, Peer
+from peers import LR, MAX_NORM, Peer, RayPeer
 from tasks import SIZES, Size
 from torch import __version__ as torch_version
 
@@ -60,7 +61,9 @@ class Ours:
         workers: int,
         servers: int,
         telemetry: dict[str, Any] | None = None,
+        workers_started: int | None = None,
     ) -> None:
+        """workers: a batch each makes the global batch. workers_started: if they are to be others than so many."""
         self._job: Job = client.submit(
             f"{HERE / 'tasks.py'}:mlp",
             arguments={"width": size.width, "layers": size.layers},
@@ -68,7 +71,7 @@ class Ours:
             data={"global_batch": batch * workers, "micro_batch": batch},
             optimizer={"name": "adamw", "lr": LR},
             clip={"norm": MAX_NORM},
-            placement={"workers": workers, "servers": servers},
+            placement={"workers": workers_started or workers, "servers": servers},
             telemetry=telemetry or {},
         )
         self._await(lambda: self._job.get().state == "RUNNING" and self._job.get().step > 0)
@@ -119,11 +122,21 @@ class Ours:
             time.sleep(0.05)
 
 
-def compare(client: Client, size: Size, batch: int, workers: int, servers: int, rounds: int) -> Comparison:
+PEERS: dict[str, tuple[str, Callable[[Size, int, int], Peer | RayPeer]]] = {
+    "ddp": ("DDP, gloo", Peer),
+    "zero": ("DDP + ZeRO", partial(Peer, zero=True)),
+    "ray": ("Ray Train", RayPeer),
+}
+
+
+def compare(
+    client: Client, size: Size, batch: int, workers: int, servers: int, rounds: int, against: str
+) -> Comparison:
     """Take turns for `rounds` rounds."""
     ours = Ours(client, size, batch, workers, servers)
     ours.pause()
-    theirs = Peer(size, batch, workers)
+    label, make = PEERS[against]
+    theirs = make(size, batch, workers)
     try:
         theirs.round(max(3, size.steps // 10))
         pairs = []
@@ -139,7 +152,7 @@ def compare(client: Client, size: Size, batch: int, workers: int, servers: int, 
     return Comparison(
         size.name,
         workers,
-        "DDP, gloo" if workers > 1 else "plain loop",
+        label if workers > 1 else "plain loop",
         statistics.median(a for a, _ in pairs),
         statistics.median(b for _, b in pairs),
         statistics.median(ratios),
@@ -161,9 +174,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="samples of a worker's micro-batch [16]")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each side [7]")
     parser.add_argument("--workers", type=int, nargs="*", default=[2, 1])
+    parser.add_argument("--against", nargs="*", default=["ddp"], choices=list(PEERS), help="with more workers than one")
     parser.add_argument("--servers", type=int, default=0, help="of a job [2 from 25 M parameters on, else 1]")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "step_time.json")
     options = parser.parse_args()
+    os.environ["PYTHONPATH"] = str(HERE)  # for the workers of Ray Train
     print("|  size  | workers | against | ours, ms | theirs, ms | ratio | spread of rounds |")
     print("|---|---|---|---|---|---|---|")
     results = []
@@ -173,9 +188,9 @@ def main() -> None:
             for workers in options.workers:
                 for size in (s for s in SIZES if s.name.replace(" ", "") in options.sizes):
                     servers = options.servers or (2 if size.width >= 2048 and workers > 1 else 1)
-                    results.append(compare(client, size, options.batch, workers, servers, options.rounds))
-                    print(line(results[-1]))
-                    sys.stdout.flush()
+                    for against in options.against if workers > 1 else ["ddp"]:
+                        results.append(compare(client, size, options.batch, workers, servers, options.rounds, against))
+                        print(line(results[-1]), flush=True)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

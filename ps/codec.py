@@ -79,10 +79,10 @@ def codec_of(name: str, compression: CompressionSpec, layout: Layout, seed: int)
             from ps.topk import TopK
 
             return TopK(layout, compression.top_ratio)
-        case "ternary":
-            from ps.ternary import Ternary
+        case "twobit":
+            from ps.twobit import TwoBit
 
-            return Ternary(layout)
+            return TwoBit(layout)
         case "powersgd":
             from ps.lowrank import LowRank
 
@@ -100,7 +100,7 @@ def compression_problem(compression: CompressionSpec, layout: Layout) -> str:
     if any(rank * (rows + columns) < rows * columns for rows, columns in shapes):
         return ""
     if not shapes:
-        return "the model has no matrix, which is all it makes smaller; allowed: none, bf16, fp16, topk, ternary"
+        return "the model has no matrix, which is all it makes smaller; allowed: none, bf16, fp16, topk, twobit"
     return f"compression.rank = {rank} makes none of the model's matrices smaller; use a smaller one"
 
 

@@ -6,14 +6,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ps.assignment import Dealer
+from ps.codec import pull_codec, push_codec
 from ps.layout import Layout, shards
+from ps.ownership import redeal
 from ps.tree import Node, maximal_nodes
 from steepest.spec import TrainingJobSpec
 
 
 @dataclass(frozen=True, slots=True)
 class ServerFootprint:
-    """Bytes of one server. received: gradients that came over the network, none on one host."""
+    """Bytes of one server. received: gradients that came over the network, none on one host, and where they are added.
+
+    parameters: twice, when what workers have is not what the optimizer has.
+    """
 
     parameters: int
     optimizer_state: int
@@ -28,6 +33,7 @@ class ServerFootprint:
 @dataclass(frozen=True, slots=True)
 class WorkerFootprint:
     """Bytes of one worker. parameters: its own copy, none on the servers' host. pushed, pulled: on the network, a step.
+    residuals: what it keeps of the parts that it compresses.
 
     What the user's model takes besides (activations, data) and what each Python process takes is not known here.
     """
@@ -36,11 +42,12 @@ class WorkerFootprint:
     gradients: int
     pushed: int
     pulled: int
+    residuals: int = 0
 
     @property
     def total(self) -> int:
         """Its memory."""
-        return self.parameters + self.gradients
+        return self.parameters + self.gradients + self.residuals
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,15 +126,30 @@ def slots_of(low: int, high: int, num_leaves: int) -> tuple[int, int]:
 
 def footprint(spec: TrainingJobSpec, layout: Layout, *, one_host: bool) -> Footprint:
     """What a job takes with all its workers, equally fast. one_host: whether tensors go through shared memory."""
+    workers = _compressing_workers(spec, layout) if spec.compression.is_on else _workers(spec, layout, one_host)
+    received = sum(worker.pushed for worker in workers) / layout.nbytes
+    copies = 1 if pull_codec(spec.compression, layout, spec.seed) is None else 2
+    scratch = int(spec.compression.is_on)
+    servers = []
+    for shard in shards(layout, spec.placement.num_servers):
+        nbytes = shard.numel * layout.itemsize
+        in_slots = int(received * nbytes) + scratch * nbytes
+        servers.append(ServerFootprint(copies * nbytes, state_tensors(spec) * nbytes, in_slots))
+    residuals = sum(worker.residuals for worker in workers)
+    checkpoint = (copies + state_tensors(spec)) * layout.nbytes + residuals
+    return Footprint(sum(p.numel for p in layout.parameters), tuple(servers), workers, checkpoint)
+
+
+def _workers(spec: TrainingJobSpec, layout: Layout, one_host: bool) -> tuple[WorkerFootprint, ...]:
     placement = spec.placement
-    shared = one_host and placement.transport != "inline"
+    shared = one_host and not spec.is_inline
     num_leaves = spec.data.num_micro_batches
     names = [str(i) for i in range(placement.workers)]
     parts = Dealer()(range(num_leaves), dict.fromkeys(names, 1.0))
     slots = [[slots_of(low, high, num_leaves) for low, high in parts.get(name, [])] or [(0, 0)] for name in names]
     held = [max(most for most, _ in ranges) for ranges in slots]
     pushed = [sum(count for _, count in ranges) for ranges in slots]
-    workers = tuple(
+    return tuple(
         WorkerFootprint(
             parameters=0 if shared else layout.nbytes,
             gradients=most * layout.nbytes,
@@ -136,10 +158,23 @@ def footprint(spec: TrainingJobSpec, layout: Layout, *, one_host: bool) -> Footp
         )
         for most, count in zip(held, pushed, strict=True)
     )
-    servers = []
-    for shard in shards(layout, placement.num_servers):
-        nbytes = shard.numel * layout.itemsize
-        received = 0 if shared else sum(pushed) * nbytes
-        servers.append(ServerFootprint(nbytes, state_tensors(spec) * nbytes, received))
-    checkpoint = (1 + state_tensors(spec)) * layout.nbytes
-    return Footprint(sum(p.numel for p in layout.parameters), tuple(servers), workers, checkpoint)
+
+
+def _compressing_workers(spec: TrainingJobSpec, layout: Layout) -> tuple[WorkerFootprint, ...]:
+    push, pull = (make(spec.compression, layout, spec.seed) for make in (push_codec, pull_codec))
+    assert push is not None  # noqa: S101  # the caller has looked
+    num_leaves = spec.data.num_micro_batches
+    names = [str(i) for i in range(spec.placement.workers)]
+    owners = redeal([None] * -(-num_leaves // spec.part_leaves), names)
+    payload = push.span(0, layout.numel)[1]
+    most, _ = slots_of(0, min(spec.part_leaves, num_leaves), num_leaves)
+    return tuple(
+        WorkerFootprint(
+            parameters=layout.nbytes,
+            gradients=most * layout.nbytes if count else 0,
+            pushed=count * payload,
+            pulled=layout.nbytes if pull is None else pull.span(0, layout.numel)[1],
+            residuals=count * (layout.nbytes + push.state_numel * layout.itemsize + payload),
+        )
+        for count in map(owners.count, names)
+    )

@@ -123,7 +123,8 @@ def show_plan(needed: Footprint, available: int) -> None:
         )
     for index, worker in enumerate(needed.workers):
         traffic = _size(worker.pushed + worker.pulled)
-        table.add_row(f"worker-{index}", _size(worker.parameters), _size(worker.gradients), "", traffic)
+        gradients = _size(worker.gradients + worker.residuals)
+        table.add_row(f"worker-{index}", _size(worker.parameters), gradients, "", traffic)
     table.add_row("checkpoint", _size(needed.checkpoint), "", "", "")
     console = Console(stderr=True)
     console.print(table)

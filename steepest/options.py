@@ -122,7 +122,7 @@ class JobOptions:
     compression: Annotated[
         str | None,
         Option(
-            help="Of gradients and updates on the network, lossy: none, bf16, fp16, topk, powersgd or ternary "
+            help="Of gradients and updates on the network, lossy: none, bf16, fp16, topk, powersgd or twobit "
             "(default: none).",
             rich_help_panel=_STEP,
         ),

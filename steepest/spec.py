@@ -144,14 +144,14 @@ class CompressionSpec(_Model):
     """Lossy compression of what goes over the network; what is left out of one step goes into the next.
 
     name: of gradients. ratio: of topk, the share of elements that is sent. rank: of powersgd. pull: of updates to the
-    parameters; by default as the gradients for bf16 and fp16, else ternary. parts: in how many parts, of neighbouring
+    parameters; by default as the gradients for bf16 and fp16, else twobit. parts: in how many parts, of neighbouring
     micro-batches, a step's gradient is compressed; no more workers than that have work.
     """
 
-    name: Literal["none", "bf16", "fp16", "topk", "powersgd", "ternary"] = "none"
+    name: Literal["none", "bf16", "fp16", "topk", "powersgd", "twobit"] = "none"
     ratio: Annotated[float, Field(gt=0, le=0.5, allow_inf_nan=False)] | None = None
     rank: Annotated[int, Field(ge=1, le=1024)] | None = None
-    pull: Literal["none", "bf16", "fp16", "topk", "ternary"] | None = None
+    pull: Literal["none", "bf16", "fp16", "topk", "twobit"] | None = None
     parts: PositiveInt | None = None
 
     @model_validator(mode="after")
@@ -162,7 +162,7 @@ class CompressionSpec(_Model):
             raise ValueError(f"rank = {self.rank} is of powersgd; name = {self.name} takes none")
         if self.name == "none" and (self.pull is not None or self.parts is not None):
             given = f"pull = {self.pull}" if self.pull is not None else f"parts = {self.parts}"
-            raise ValueError(f"{given} is of no use without name; allowed: bf16, fp16, topk, powersgd, ternary")
+            raise ValueError(f"{given} is of no use without name; allowed: bf16, fp16, topk, powersgd, twobit")
         return self
 
     @property
@@ -183,7 +183,7 @@ class CompressionSpec(_Model):
     @property
     def pull_name(self) -> str:
         """How updates are sent."""
-        return self.pull or (self.name if self.name in ("none", "bf16", "fp16") else "ternary")
+        return self.pull or (self.name if self.name in ("none", "bf16", "fp16") else "twobit")
 
     def part_leaves(self, num_micro_batches: int) -> int:
         """How many micro-batches are compressed together: a power of two, so that a part is a node of the tree."""

@@ -387,13 +387,13 @@ class CompressionSpec(_message.Message):
     PULL_FIELD_NUMBER: _builtins.int
     PARTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Of gradients: none, bf16, fp16, topk, powersgd, ternary."""
+    """Of gradients: none, bf16, fp16, topk, powersgd, twobit."""
     ratio: _builtins.float
     """Of topk: the share of elements that is sent."""
     rank: _builtins.int
     """Of powersgd."""
     pull: _builtins.str
-    """Of updates: none, bf16, fp16, topk, ternary."""
+    """Of updates: none, bf16, fp16, topk, twobit."""
     parts: _builtins.int
     """In how many parts the micro-batches of a step are compressed."""
     def __init__(

@@ -30,7 +30,7 @@ COMPRESSIONS: dict[str, dict[str, Any]] = {
     "topk both ways": {"name": "topk", "pull": "topk", "parts": 3},
     "powersgd": {"name": "powersgd", "rank": 2},
     "powersgd one way": {"name": "powersgd", "pull": "none", "parts": 1},
-    "ternary": {"name": "ternary", "parts": 4},
+    "twobit": {"name": "twobit", "parts": 4},
 }
 
 
@@ -133,7 +133,7 @@ def test_a_step_that_is_not_finite_is_skipped_without_a_trace_in_the_residuals(s
         steps=8,
         data={"global_batch": 64},
         on_nonfinite="skip",
-        compression={"name": "ternary"},
+        compression={"name": "twobit"},
     )
     assert job.wait().state == "SUCCEEDED"
     # One of the two steps of each epoch has the bad sample.

@@ -16,7 +16,7 @@ from ps.topk import TopK
 from steepest.spec import CompressionSpec
 from tests.ps.models import described
 
-NAMES = ("bf16", "fp16", "topk", "ternary", "powersgd")
+NAMES = ("bf16", "fp16", "topk", "twobit", "powersgd")
 SHAPES = [(300, 400), (7,), (500, 300), (64, 3, 5), (1,), (0,)]
 EPSILON = {"float32": 1e-6, "float64": 1e-14}
 
@@ -70,7 +70,7 @@ def test_every_shard_decodes_its_part_of_the_same_bits(name: str, num_servers: i
     assert torch.equal(into, whole)
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp16", "topk", "ternary"])
+@pytest.mark.parametrize("name", ["bf16", "fp16", "topk", "twobit"])
 def test_every_shard_encodes_its_part_of_the_same_bits(name: str) -> None:
     codec, layout = made(name)
     payload, whole = payload_of(codec, layout), random(layout, 3)
@@ -168,7 +168,7 @@ def test_powersgd_needs_a_matrix_that_it_makes_smaller() -> None:
     assert not compression_problem(CompressionSpec(name="topk"), vectors)
 
 
-@pytest.mark.parametrize(("name", "most"), [("bf16", 0.5), ("topk", 0.0151), ("ternary", 0.0704), ("powersgd", 0.032)])
+@pytest.mark.parametrize(("name", "most"), [("bf16", 0.5), ("topk", 0.0151), ("twobit", 0.0704), ("powersgd", 0.032)])
 def test_how_small_payloads_are(name: str, most: float) -> None:
     layout = build_layout(described([(1024, 1024)]))
     codec = codec_of(name, CompressionSpec(name=name), layout, seed=0)

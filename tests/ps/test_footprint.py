@@ -73,6 +73,19 @@ def test_on_one_host_nothing_is_on_the_network_and_nobody_has_a_copy() -> None:
     assert many.total > one.total
 
 
+@pytest.mark.parametrize(("name", "most"), [("bf16", 0.51), ("topk", 0.08), ("powersgd", 0.2)])
+def test_compression_takes_less_network_and_more_memory(name: str, most: float) -> None:
+    common: dict[str, object] = {"placement": {"workers": 2, "servers": 2}, "data": {"global_batch": 32}}
+    whole = footprint(_spec(**common), LAYOUT, one_host=False)
+    small = footprint(_spec(**common, compression={"name": name, "parts": 2}), LAYOUT, one_host=False)
+    assert small.network <= most * whole.network
+    assert all(w.residuals >= LAYOUT.nbytes for w in small.workers)
+    assert sum(s.parameters for s in small.servers) == 2 * LAYOUT.nbytes
+    # A part more than there are workers for has its residual too.
+    eight = footprint(_spec(**common, compression={"name": name}), LAYOUT, one_host=False)
+    assert sum(w.residuals for w in eight.workers) == 4 * sum(w.residuals for w in small.workers)
+
+
 def test_more_workers_than_micro_batches_take_nothing() -> None:
     spec = _spec(placement={"workers": 12}, data={"global_batch": 8, "micro_batch": 1})
     needed = footprint(spec, LAYOUT, one_host=True)

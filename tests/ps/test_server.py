@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from ps import convert
 from ps.config import JobConfig, ServerAddress
-from ps.messages import Push, Round
+from ps.messages import LeafResult, Push, PushedNode, Round
 from ps.segment import Segment
 from ps.server import ParameterServer
+from steepest.spec import spec_from_dict
 from steepest.v1 import exchange_pb2 as pb
 from tests.local_job import job_config
 from worker.exchange import Exchange, RefusedError
@@ -129,3 +131,30 @@ def test_a_push_of_a_step_that_is_not_there_yet_is_refused(config: JobConfig, se
     with pytest.raises(RefusedError, match="pushed step 5"):
         next(assignments)
     exchange.close()
+
+
+@pytest.mark.parametrize("compression", [{}, {"name": "topk"}], ids=["whole", "compressed"])
+def test_a_push_whose_gradient_is_not_all_there_never_reaches_the_sum(
+    config: JobConfig, compression: dict[str, Any]
+) -> None:
+    raw = config.spec.model_dump()
+    spec = spec_from_dict({**raw, "compression": compression, "placement": {**raw["placement"], "transport": "inline"}})
+    config = replace(config, spec=spec)
+    server = ParameterServer(config, 0, "127.0.0.1")
+    server.connect([server.address])
+    exchange = _join(config, server.address)
+    assignments = exchange.assignments()
+    assert next(assignments).kind == Round.INITIALIZE
+    slots = torch.zeros(1, config.layout().numel)
+    exchange.push(Push(0, Round.INITIALIZE, (PushedNode(0, 1, 0),), (LeafResult(0, 0.0, 0.0, 0),), b""), slots)
+    assert next(assignments).kind == Round.TRAIN
+    leader, push = exchange._leader, Push(0, Round.TRAIN, (PushedNode(0, 1, 0),), (LeafResult(0, 1.0, 1.0, 1),))
+    torn = memoryview(b"\0" * 64)
+    leader.connection.send(pb.WorkerMessage(chunk=pb.Chunk(compressed=bool(compression), last=True)), torn)
+    leader.connection.send(pb.WorkerMessage(push=convert.push_to_proto(push)))
+    with pytest.raises(RefusedError, match="64 bytes of slot 0 came before its push"):
+        next(assignments)
+    assert server.leader is not None
+    assert server.leader.step == 0
+    exchange.close()
+    server.stop()

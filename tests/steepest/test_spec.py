@@ -90,6 +90,14 @@ SPECS = st.fixed_dictionaries(
         ),
         "placement": st.fixed_dictionaries({}, optional={"workers": st.integers(1, 1024), "device": st.just("cuda")}),
         "on_nonfinite": st.just("skip"),
+        "precision": st.just("bf16"),
+        "compression": st.sampled_from(
+            [
+                {"name": "topk", "ratio": 0.5, "parts": 3},
+                {"name": "powersgd", "rank": 2, "pull": "none"},
+                {"name": "bf16"},
+            ]
+        ),
     },
 )
 
@@ -112,3 +120,29 @@ def test_the_number_of_servers_may_be_left_open(servers: Any) -> None:
     made = spec(placement={"servers": servers})
     assert made.placement.servers == (None if servers == "auto" else servers)
     assert spec_from_proto(spec_to_proto(made)) == made
+
+
+@pytest.mark.parametrize(
+    ("compression", "words"),
+    [
+        ({"name": "gzip"}, "compression.name: 'gzip' must be 'none', 'bf16', 'fp16', 'topk', 'powersgd' or 'twobit'"),
+        ({"name": "topk", "ratio": 0.7}, "compression.ratio: 0.7 must be less than or equal to 0.5"),
+        ({"name": "bf16", "ratio": 0.1}, "ratio = 0.1 is of topk; name = bf16 takes none"),
+        ({"name": "topk", "rank": 2}, "rank = 2 is of powersgd; name = topk takes none"),
+        ({"pull": "bf16"}, "pull = bf16 is of no use without name"),
+        ({"parts": 2}, "parts = 2 is of no use without name"),
+        ({"name": "powersgd", "pull": "powersgd"}, "compression.pull: 'powersgd' must be"),
+    ],
+)
+def test_a_compression_that_makes_no_sense_is_refused(compression: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        spec(compression=compression)
+    assert words in str(caught.value)
+
+
+@given(st.integers(1, 200), st.integers(1, 16))
+def test_parts_are_nodes_of_the_tree_and_no_more_than_asked_for(num_micro_batches: int, parts: int) -> None:
+    size = spec(compression={"name": "bf16", "parts": parts}).compression.part_leaves(num_micro_batches)
+    assert size.bit_count() == 1
+    assert -(-num_micro_batches // size) <= parts
+    assert size == 1 or -(-num_micro_batches // (size // 2)) > parts

@@ -29,7 +29,7 @@ def test_ranges_are_whole_parts() -> None:
             it.nodes(low, high)
 
 
-@pytest.mark.parametrize("name", ["bf16", "topk", "ternary", "powersgd"])
+@pytest.mark.parametrize("name", ["bf16", "topk", "twobit", "powersgd"])
 def test_what_was_not_sent_goes_into_the_next_step(name: str) -> None:
     it = compressor(name)
     codec = codec_of(name, CompressionSpec(name=name), LAYOUT, seed=0)
@@ -44,7 +44,7 @@ def test_what_was_not_sent_goes_into_the_next_step(name: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("name", ["bf16", "fp16", "topk", "ternary", "powersgd"])
+@pytest.mark.parametrize("name", ["bf16", "fp16", "topk", "twobit", "powersgd"])
 def test_a_gradient_that_is_not_finite_is_told_and_leaves_no_trace(name: str, bad: float) -> None:
     it = compressor(name)
     codec = codec_of(name, CompressionSpec(name=name), LAYOUT, seed=0)

@@ -1,0 +1,103 @@
+"""What a step costs as a job grows: workers 1 to 16, servers 1 to 8, parameters 10 thousand to 300 million.
+
+`python benchmarks/scaling.py`. The jobs of a row stay alive and take turns, a round each, through one service; a figure
+is the median over the rounds of each round's median step. Workers share one global batch, so that more of them than
+there are cores show what a worker costs, and not what it computes.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from step_time import Ours
+from tasks import SIZES, Size
+
+from steepest.client import Client
+from steepest.embedded import running_service
+
+HERE = Path(__file__).parent
+GLOBAL_BATCH = 64
+NUM_CPUS = 40  # of Ray's counting: workers take turns on what there is
+LARGEST = Size("300 M", 6900, 7, 3)
+BY_NAME = {size.name: size for size in (*SIZES, LARGEST)}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A job to measure. value: what varies in its row."""
+
+    row: str
+    value: int
+    size: Size
+    workers: int
+    servers: int
+
+
+def points() -> dict[str, list[Point]]:
+    """All of them, by row."""
+    small, middle = BY_NAME["1 M"], BY_NAME["25 M"]
+    sizes = {10_000: "10 k", 1_000_000: "1 M", 25_000_000: "25 M", 100_000_000: "100 M", 300_000_000: "300 M"}
+    return {
+        "workers": [Point("workers", n, small, n, 1) for n in (1, 2, 4, 8, 16)],
+        "servers": [Point("servers", n, middle, 2, n) for n in (1, 2, 4, 8)],
+        "parameters": [Point("parameters", n, BY_NAME[name], 1, 1) for n, name in sizes.items()],
+    }
+
+
+def measure(row: Sequence[Point], rounds: int, seconds: float) -> list[list[float]]:
+    """For each point, the median step of every round, in seconds. The jobs end with the service."""
+    with (
+        tempfile.TemporaryDirectory() as data,
+        running_service(Path(data), grpc_port=0, http_port=0, num_cpus=NUM_CPUS) as service,
+    ):
+        service.scheduler.wait_ready()
+        with Client(f"127.0.0.1:{service.grpc_port}") as client:
+            jobs = []
+            for point in row:
+                batch = GLOBAL_BATCH // 16
+                jobs.append(Ours(client, point.size, batch, 16, point.servers, workers_started=point.workers))
+                jobs[-1].pause()
+            return list(
+                zip(*[[statistics.median(job.round(seconds, 3)) for job in jobs] for _ in range(rounds)], strict=True)
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="*", default=list(points()), choices=list(points()))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a round [2]")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "scaling.json")
+    options = parser.parse_args()
+    results = []
+    for name in options.rows:
+        row = points()[name]
+        print(
+            f"| {name} | model | workers | servers | step, ms | against the first |\n|---|---|---|---|---|---|",
+            flush=True,
+        )
+        found = measure(row, options.rounds, options.seconds)
+        for point, times in zip(row, found, strict=True):
+            ratio = statistics.median(own / first for own, first in zip(times, found[0], strict=True))
+            middle = statistics.median(times)
+            place = f"{point.size.name} | {point.workers} | {point.servers}"
+            print(f"| {point.value} | {place} | {middle * 1e3:.2f} | {ratio:.2f} |", flush=True)
+            results.append({"row": name, "value": point.value, "seconds": list(times), "ratio": ratio})
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
