@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
 from numpy.typing import NDArray
 
-from ps.layout import Layout, Placed
+from ps.layout import Layout, Placed, align
+
+FACTORS = torch.bfloat16
+ALIGNMENT_BYTES = 8
 
 
 @njit(
@@ -58,17 +62,21 @@ def add_product(
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A parameter's part of payload and state. rows, columns: 0 for one that is sent as it is."""
+    """A parameter's part of payload and state. rows, columns: 0 for one that is sent as it is.
+
+    payload, end: in bytes. basis: where it begins, in elements.
+    """
 
     placed: Placed
     rows: int
     columns: int
-    payload: int  # where it begins, in elements
+    payload: int
+    end: int
     basis: int
 
 
 class LowRank:
-    """The codec. rank: of the product."""
+    """The codec. rank: of the product. Thin matrices travel as bfloat16: what that rounds off is residual too."""
 
     def __init__(self, layout: Layout, rank: int, seed: int) -> None:
         self._layout = layout
@@ -81,16 +89,13 @@ class LowRank:
             columns = placed.numel // rows if rows else 0
             if rank * (rows + columns) >= placed.numel:
                 rows = columns = 0
-            self._pieces.append(_Piece(placed, rows, columns, payload, basis))
-            payload += rank * (rows + columns) if rows else placed.numel
+            thin = rank * (rows + columns) * FACTORS.itemsize
+            end = align(payload + (thin if rows else placed.numel * layout.itemsize), ALIGNMENT_BYTES)
+            self._pieces.append(_Piece(placed, rows, columns, payload, end, basis))
+            payload = end
             basis += rank * columns
-        self._payload_numel, self.state_numel = payload, basis
+        self.state_numel = basis
         self._offsets = [piece.placed.offset for piece in self._pieces]
-
-    @property
-    def num_matrices(self) -> int:
-        """How many parameters it makes smaller."""
-        return sum(piece.rows > 0 for piece in self._pieces)
 
     def initial_state(self) -> torch.Tensor:
         """See Codec: a random basis."""
@@ -105,39 +110,40 @@ class LowRank:
     def span(self, start: int, stop: int) -> tuple[int, int]:
         """See Codec."""
         touched = self._touched(start, stop)
-        if not touched:
-            return 0, 0
-        last = self._pieces.index(touched[-1]) + 1
-        end = self._pieces[last].payload if last < len(self._pieces) else self._payload_numel
-        return touched[0].payload * self._layout.itemsize, end * self._layout.itemsize
+        return (touched[0].payload, touched[-1].end) if touched else (0, 0)
 
-    def _factors(self, piece: _Piece, sent: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where a matrix's two thin ones lie in a payload that begins at element `first`."""
+    def _factors(self, piece: _Piece, payload: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A matrix's two thin ones in a payload of which `first` bytes are missing."""
+        numel = self._rank * (piece.rows + piece.columns)
         start = piece.payload - first
-        middle, end = start + piece.rows * self._rank, start + (piece.rows + piece.columns) * self._rank
-        return sent[start:middle].view(piece.rows, self._rank), sent[middle:end].view(self._rank, piece.columns)
+        both = payload[start : start + numel * FACTORS.itemsize].view(FACTORS)
+        middle = self._rank * piece.rows
+        return both[:middle].view(piece.rows, self._rank), both[middle:].view(self._rank, piece.columns)
+
+    def _whole(self, piece: _Piece, payload: torch.Tensor, first: int) -> torch.Tensor:
+        """A parameter that is sent as it is, flat, likewise."""
+        start = piece.payload - first
+        return payload[start : start + piece.placed.numel * self._layout.itemsize].view(self._layout.dtype)
 
     def encode(self, values: torch.Tensor, payload: torch.Tensor, state: torch.Tensor, start: int = 0) -> None:
         """See Codec. Only whole layouts: a part of a matrix would have another basis."""
-        sent = payload.view(self._layout.dtype)
         for piece in self._pieces:
             own = values[piece.placed.offset : piece.placed.offset + piece.placed.numel]
             if not piece.rows:
-                sent[piece.payload : piece.payload + len(own)] = own
+                self._whole(piece, payload, 0).copy_(own)
                 own.zero_()
                 continue
             matrix = own.view(piece.rows, piece.columns)
             basis = state[piece.basis : piece.basis + self._rank * piece.columns].view(self._rank, piece.columns)
-            left, right = self._factors(piece, sent, 0)
+            left, right = self._factors(piece, payload, 0)
             left.copy_(torch.linalg.qr(matrix @ basis.t())[0])
-            torch.mm(left.t(), matrix, out=right)
-            basis.copy_(right)
-            add_product(own.numpy(), left.numpy(), right.numpy(), 0, -1)
+            torch.mm(left.to(own.dtype).t(), matrix, out=basis)
+            right.copy_(basis)
+            add_product(own.numpy(), _wide(left, own), _wide(right, own), 0, -1)
 
     def decode(self, payload: torch.Tensor, into: torch.Tensor, start: int = 0) -> None:
         """See Codec."""
         stop = start + len(into)
-        sent = payload.view(self._layout.dtype)
         touched = self._touched(start, stop)
         for piece in touched:
             first, last = max(piece.placed.offset, start), min(piece.placed.offset + piece.placed.numel, stop)
@@ -145,8 +151,12 @@ class LowRank:
                 continue
             target, offset = into[first - start : last - start], first - piece.placed.offset
             if piece.rows:
-                left, right = self._factors(piece, sent, touched[0].payload)
-                add_product(target.numpy(), left.numpy(), right.numpy(), offset, 1)
+                left, right = self._factors(piece, payload, touched[0].payload)
+                add_product(target.numpy(), _wide(left, into), _wide(right, into), offset, 1)
             else:
-                begin = piece.payload - touched[0].payload + offset
-                target.add_(sent[begin : begin + len(target)])
+                target.add_(self._whole(piece, payload, touched[0].payload)[offset : offset + len(target)])
+
+
+def _wide(factor: torch.Tensor, like: torch.Tensor) -> NDArray[Any]:
+    """A thin matrix in the type it is multiplied in."""
+    return factor.to(like.dtype).numpy()

@@ -149,14 +149,14 @@ def test_top_k_takes_the_largest_of_every_block(seed: int, ratio: float, dtype: 
         assert (values[block] != 0).sum() == (own != 0).sum() - taken.sum()
 
 
-def test_powersgd_finds_a_matrix_of_low_rank_exactly() -> None:
+def test_powersgd_finds_a_matrix_of_low_rank() -> None:
     layout = build_layout(described([(60, 80)], "float64"))
     codec = LowRank(layout, 2, seed=0)
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(n, 2, generator=generator, dtype=torch.float64) for n in (60, 80))
     rest = (left @ right.T).flatten()
     codec.encode(rest, payload_of(codec, layout), codec.initial_state())
-    assert rest.norm() < 1e-12 * (left @ right.T).norm()
+    assert rest.norm() < 2**-7 * (left @ right.T).norm(), "no more is left than bfloat16 rounds off"
 
 
 def test_powersgd_needs_a_matrix_that_it_makes_smaller() -> None:
@@ -168,7 +168,7 @@ def test_powersgd_needs_a_matrix_that_it_makes_smaller() -> None:
     assert not compression_problem(CompressionSpec(name="topk"), vectors)
 
 
-@pytest.mark.parametrize(("name", "most"), [("bf16", 0.5), ("topk", 0.0151), ("twobit", 0.0704), ("powersgd", 0.032)])
+@pytest.mark.parametrize(("name", "most"), [("bf16", 0.5), ("topk", 0.0151), ("twobit", 0.0704), ("powersgd", 0.016)])
 def test_how_small_payloads_are(name: str, most: float) -> None:
     layout = build_layout(described([(1024, 1024)]))
     codec = codec_of(name, CompressionSpec(name=name), layout, seed=0)

@@ -149,10 +149,10 @@ def test_a_push_whose_gradient_is_not_all_there_never_reaches_the_sum(
     exchange.push(Push(0, Round.INITIALIZE, (PushedNode(0, 1, 0),), (LeafResult(0, 0.0, 0.0, 0),), b""), slots)
     assert next(assignments).kind == Round.TRAIN
     leader, push = exchange._leader, Push(0, Round.TRAIN, (PushedNode(0, 1, 0),), (LeafResult(0, 1.0, 1.0, 1),))
-    torn = memoryview(b"\0" * 64)
+    torn = memoryview(b"\0" * 16)
     leader.connection.send(pb.WorkerMessage(chunk=pb.Chunk(compressed=bool(compression), last=True)), torn)
     leader.connection.send(pb.WorkerMessage(push=convert.push_to_proto(push)))
-    with pytest.raises(RefusedError, match="64 bytes of slot 0 came before its push"):
+    with pytest.raises(RefusedError, match="16 bytes of slot 0 came before its push"):
         next(assignments)
     assert server.leader is not None
     assert server.leader.step == 0
