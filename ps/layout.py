@@ -85,6 +85,14 @@ class Layout:
         """For every segment of the layout in order, the index of its parameter in `parameters`."""
         return np.repeat(np.arange(len(self.parameters)), [len(p.blocks) for p in self.parameters])
 
+    @cached_property
+    def padding(self) -> torch.Tensor:
+        """The elements that belong to no parameter, in order: int64."""
+        is_padding = np.ones(self.numel, dtype=bool)
+        for p in self.parameters:
+            is_padding[p.offset : p.offset + p.numel] = False
+        return torch.from_numpy(np.flatnonzero(is_padding))
+
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Each parameter's own shape over `flat`, which holds the whole layout."""
         return [flat[p.offset : p.offset + p.numel].view(p.shape) for p in self.parameters]

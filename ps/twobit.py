@@ -127,14 +127,23 @@ class TwoBit:
     def encode(self, values: torch.Tensor, payload: torch.Tensor, state: torch.Tensor, start: int = 0) -> None:
         """See Codec."""
         flat = values.numpy()
+        values[self._padding(start, len(flat))] = 0
         for block, sizes, codes in self._blocks(len(flat), payload):
             quantize(flat[block], sizes, codes)
+        values[self._padding(start, len(flat))] = 0
 
     def decode(self, payload: torch.Tensor, into: torch.Tensor, start: int = 0) -> None:
         """See Codec."""
         flat = into.numpy()
         for block, sizes, codes in self._blocks(len(flat), payload):
             add_quantized(flat[block], sizes, codes)
+        into[self._padding(start, len(flat))] = 0
+
+    def _padding(self, start: int, numel: int) -> torch.Tensor:
+        """Elements that no code can leave at zero, and that have to stay there: no checkpoint has them."""
+        padding = self._layout.padding
+        first, last = torch.searchsorted(padding, torch.tensor([start, start + numel])).tolist()
+        return padding[first:last] - start
 
     def _blocks(self, numel: int, payload: torch.Tensor) -> list[tuple[slice, NDArray[Any], NDArray[np.uint8]]]:
         data = payload.numpy()

@@ -111,6 +111,19 @@ def test_what_is_not_a_number_is_not_hidden(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_padding_stays_zero_and_leaves_no_trace(name: str) -> None:
+    """Checkpoints have no padding, so nothing may depend on it."""
+    codec, layout = made(name)
+    payload, into = payload_of(codec, layout), torch.zeros(layout.numel)
+    rest = random(layout, 5)
+    codec.encode(rest, payload, codec.initial_state())
+    codec.decode(payload, into)
+    assert len(layout.padding)
+    assert not rest[layout.padding].any()
+    assert not into[layout.padding].any()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_nothing_comes_of_nothing(name: str) -> None:
     codec, layout = made(name)
     payload, into = payload_of(codec, layout), torch.zeros(layout.numel)
