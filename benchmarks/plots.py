@@ -58,6 +58,7 @@ def bars(name: str, label: str, value: str, title: str) -> None:
     drawn = pyplot.barh(labels, [r[value] for r in results])
     pyplot.bar_label(drawn, fmt="%.2f", padding=3)
     pyplot.gca().invert_yaxis()
+    pyplot.margins(x=0.15)
     pyplot.axvline(1.0, color="black", linewidth=0.8)
     pyplot.xlabel(title)
     _save(name)
