@@ -55,22 +55,19 @@ def points() -> dict[str, list[Point]]:
     }
 
 
-def measure(row: Sequence[Point], rounds: int, seconds: float) -> list[list[float]]:
-    """For each point, the median step of every round, in seconds. The jobs end with the service."""
-    with (
-        tempfile.TemporaryDirectory() as data,
-        running_service(Path(data), grpc_port=0, http_port=0, num_cpus=NUM_CPUS) as service,
-    ):
-        service.scheduler.wait_ready()
-        with Client(f"127.0.0.1:{service.grpc_port}") as client:
-            jobs = []
-            for point in row:
-                batch = GLOBAL_BATCH // 16
-                jobs.append(Ours(client, point.size, batch, 16, point.servers, workers_started=point.workers))
-                jobs[-1].pause()
-            return list(
-                zip(*[[statistics.median(job.round(seconds, 3)) for job in jobs] for _ in range(rounds)], strict=True)
-            )
+def measure(client: Client, row: Sequence[Point], rounds: int, seconds: float) -> list[tuple[float, ...]]:
+    """For each point, the median step of every round, in seconds."""
+    jobs: list[Ours] = []
+    try:
+        for point in row:
+            batch = GLOBAL_BATCH // 16
+            jobs.append(Ours(client, point.size, batch, 16, point.servers, workers_started=point.workers))
+            jobs[-1].pause()
+        times = [[statistics.median(job.round(seconds, 3)) for job in jobs] for _ in range(rounds)]
+        return list(zip(*times, strict=True))
+    finally:
+        for job in jobs:
+            job.close()
 
 
 def main() -> None:
@@ -81,19 +78,22 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=HERE / "results" / "scaling.json")
     options = parser.parse_args()
     results = []
-    for name in options.rows:
-        row = points()[name]
-        print(
-            f"| {name} | model | workers | servers | step, ms | against the first |\n|---|---|---|---|---|---|",
-            flush=True,
-        )
-        found = measure(row, options.rounds, options.seconds)
-        for point, times in zip(row, found, strict=True):
-            ratio = statistics.median(own / first for own, first in zip(times, found[0], strict=True))
-            middle = statistics.median(times)
-            place = f"{point.size.name} | {point.workers} | {point.servers}"
-            print(f"| {point.value} | {place} | {middle * 1e3:.2f} | {ratio:.2f} |", flush=True)
-            results.append({"row": name, "value": point.value, "seconds": list(times), "ratio": ratio})
+    with (
+        tempfile.TemporaryDirectory() as data,
+        running_service(Path(data), grpc_port=0, http_port=0, num_cpus=NUM_CPUS) as service,
+        Client(f"127.0.0.1:{service.grpc_port}") as client,
+    ):
+        service.scheduler.wait_ready()
+        for name in options.rows:
+            row = points()[name]
+            print(f"| {name} | model | workers | servers | step, ms | against the first |\n|---|---|---|---|---|---|")
+            found = measure(client, row, options.rounds, options.seconds)
+            for point, times in zip(row, found, strict=True):
+                ratio = statistics.median(own / first for own, first in zip(times, found[0], strict=True))
+                middle = statistics.median(times)
+                place = f"{point.size.name} | {point.workers} | {point.servers}"
+                print(f"| {point.value} | {place} | {middle * 1e3:.2f} | {ratio:.2f} |", flush=True)
+                results.append({"row": name, "value": point.value, "seconds": list(times), "ratio": ratio})
     options.json.parent.mkdir(parents=True, exist_ok=True)
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
