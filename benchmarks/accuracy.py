@@ -27,6 +27,7 @@ sys.path.insert(0, str(HERE.parent))
 from examples import charlm, digits  # the repository is not a package that can be installed
 from tests.local_job import job_config, run_processes
 
+MAX_SECONDS = 1800.0
 PARTS = 2  # one for each worker
 COMPRESSIONS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -79,7 +80,7 @@ def train(job: Job, compression: dict[str, Any], seed: int) -> float:
             clip={"norm": 1.0},
             compression=compression,
         )
-        state = run_processes(config, 2)
+        state = run_processes(config, 2, MAX_SECONDS)
     model = job.make().model
     model.load_state_dict(state.model)
     model.eval()

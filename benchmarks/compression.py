@@ -27,6 +27,7 @@ from tests.local_job import job_config, running
 
 WIDTH, LAYERS = 1800, 4  # 9.9 million parameters
 WARM_UP = 2
+MAX_SECONDS = 1800.0
 COMPRESSIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "bf16": {"name": "bf16"},
@@ -51,7 +52,7 @@ def measure(pair: Sequence[Host], compression: dict[str, Any], steps: int) -> tu
             placement={"servers": 2},
         )
         with running(config, 2, servers_on=pair, workers_on=pair) as job:
-            job.finish()
+            job.finish(MAX_SECONDS)
             traffic = sum(pair[0].traffic())
         _, records = read_records(checkpoints(Path(directory))[0])
     times = [record.time for record in records][WARM_UP - 1 :]

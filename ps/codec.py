@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from ps.layout import Layout
+from ps.layout import Layout, Placed
 from steepest.spec import CompressionSpec
 
 _CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,15 +91,22 @@ def codec_of(name: str, compression: CompressionSpec, layout: Layout, seed: int)
             return Cast(layout, _CASTS[name])
 
 
+def thin_shape(placed: Placed, rank: int) -> tuple[int, int]:
+    """(rows, columns) of a parameter as a matrix; (0, 0) when two thin ones of this rank would not be smaller."""
+    rows = placed.shape[0] if len(placed.shape) > 1 and placed.numel else 0
+    columns = placed.numel // rows if rows else 0
+    return (rows, columns) if rank * (rows + columns) < placed.numel else (0, 0)
+
+
 def compression_problem(compression: CompressionSpec, layout: Layout) -> str:
     """Why a compression is of no use for a model, or nothing."""
     if compression.name != "powersgd":
         return ""
     rank = compression.low_rank
-    shapes = [(p.shape[0], p.numel // p.shape[0]) for p in layout.parameters if len(p.shape) > 1 and p.numel]
-    if any(rank * (rows + columns) < rows * columns for rows, columns in shapes):
+    matrices = [p for p in layout.parameters if len(p.shape) > 1 and p.numel]
+    if any(thin_shape(p, rank) != (0, 0) for p in matrices):
         return ""
-    if not shapes:
+    if not matrices:
         return "the model has no matrix, which is all it makes smaller; allowed: none, bf16, fp16, topk, twobit"
     return f"compression.rank = {rank} makes none of the model's matrices smaller; use a smaller one"
 

@@ -9,7 +9,7 @@ from ps.assignment import Dealer
 from ps.codec import pull_codec, push_codec
 from ps.layout import Layout, shards
 from ps.ownership import redeal
-from ps.tree import Node, maximal_nodes
+from ps.tree import Node, maximal_nodes, parts_of_step
 from steepest.spec import TrainingJobSpec
 
 
@@ -165,9 +165,10 @@ def _compressing_workers(spec: TrainingJobSpec, layout: Layout) -> tuple[WorkerF
     assert push is not None  # noqa: S101  # the caller has looked
     num_leaves = spec.data.num_micro_batches
     names = [str(i) for i in range(spec.placement.workers)]
-    owners = redeal([None] * -(-num_leaves // spec.part_leaves), names)
+    parts = parts_of_step(num_leaves, spec.part_leaves)
+    owners = redeal([None] * len(parts), names)
     payload = push.span(0, layout.numel)[1]
-    most, _ = slots_of(0, min(spec.part_leaves, num_leaves), num_leaves)
+    most, _ = slots_of(*parts[0], num_leaves)
     return tuple(
         WorkerFootprint(
             parameters=layout.nbytes,

@@ -38,6 +38,7 @@ from ps.messages import Assign, Decision, Failure, LeafResult, Outcome, Push, Ro
 from ps.ownership import redeal
 from ps.record import CompletedStep
 from ps.schedule import learning_rate
+from ps.tree import parts_of_step
 from steepest.spec import ScheduleSpec
 
 STRAGGLER_FACTOR = 4.0  # a range this many times over its expected time is given to an idle worker too
@@ -122,9 +123,8 @@ class Leader:
         self._saved = step if initialized else -1
         self._pause = False
         self._cancel = False
-        size = plan.part_leaves
-        starts = range(0, plan.num_leaves, size) if size else ()
-        self._parts = [bits_of([(start, min(start + size, plan.num_leaves))]) for start in starts]
+        parts = parts_of_step(plan.num_leaves, plan.part_leaves) if plan.part_leaves else []
+        self._parts = [node.leaves for node in parts]
         self._owners: list[str | None] = [None] * len(self._parts)
         self._kept = set(kept)
         self._moving: dict[int, str] = {}
@@ -382,10 +382,13 @@ class Leader:
         """Part -> the worker that has its residual."""
         return {part: owner for part, owner in enumerate(self._owners) if owner is not None}
 
+    def _redealt(self) -> list[str | None]:
+        """Who is to have each part, of those who stay."""
+        return redeal(self._owners, [name for name, member in self.members.items() if not member.retiring])
+
     def _settle(self) -> list[Effect]:
         """Before a step: have parts change hands if the workers are others now."""
-        staying = [name for name, member in self.members.items() if not member.retiring]
-        after = redeal(self._owners, staying)
+        after = self._redealt()
         self._moving = {part: owner for part, owner in self._owned().items() if owner != after[part]}
         if not self._moving:
             self._owners = after
@@ -396,9 +399,8 @@ class Leader:
     def _deal_parts(self, current: _Round, now: float) -> list[Effect]:
         """Give each worker the parts that are its own."""
         if None in self._owners:  # every other part's owner has it at hand
-            staying = [name for name, member in self.members.items() if not member.retiring]
-            after = redeal(self._owners, staying)
-            self._owners = [new if owner is None else owner for owner, new in zip(self._owners, after, strict=True)]
+            dealt = zip(self._owners, self._redealt(), strict=True)
+            self._owners = [new if owner is None else owner for owner, new in dealt]
         effects: list[Effect] = []
         for worker, member in self.members.items():
             own = [part for part, owner in enumerate(self._owners) if owner == worker]

@@ -259,25 +259,24 @@ class Leading:
     def _write(self, collection: Collection) -> None:
         self._collection = None
         leader, step = self.leader, collection.step
-        flat, master = self._flat.clone(), None
+        wholes = {"": self._flat.clone()}  # of the layout, by the name of what they are
         states = []
         for part in [*parts_of(self._shard), *collection.parts]:
             if part.parameter:
                 states.append(part)
                 continue
-            if part.state == MASTER and master is None:
-                master = torch.zeros_like(flat)
-            into = flat if part.state != MASTER or master is None else master
-            into[part.offset : part.offset + part.values.numel()] = part.values
+            if part.state not in wholes:
+                wholes[part.state] = torch.zeros_like(self._flat)
+            wholes[part.state][part.offset : part.offset + part.values.numel()] = part.values
         state = assemble(
             self._config.model,
             self._layout,
-            flat,
+            wholes[""],
             leader.buffers or b"",
             states,
             step=step,
             updates=leader.updates,
-            compression=compression_state(self._layout, master, collection.residuals),
+            compression=compression_state(self._layout, wholes.get(MASTER), collection.residuals),
         )
         records = self._supervisor.unstored()
 

@@ -16,6 +16,7 @@ import torch
 from numba import njit
 from numpy.typing import NDArray
 
+from ps.codec import thin_shape
 from ps.layout import Layout, Placed, align
 
 FACTORS = torch.bfloat16
@@ -85,10 +86,7 @@ class LowRank:
         self._pieces: list[_Piece] = []
         payload = basis = 0
         for placed in layout.parameters:
-            rows = placed.shape[0] if len(placed.shape) > 1 and placed.numel else 0
-            columns = placed.numel // rows if rows else 0
-            if rank * (rows + columns) >= placed.numel:
-                rows = columns = 0
+            rows, columns = thin_shape(placed, rank)
             thin = rank * (rows + columns) * FACTORS.itemsize
             end = align(payload + (thin if rows else placed.numel * layout.itemsize), ALIGNMENT_BYTES)
             self._pieces.append(_Piece(placed, rows, columns, payload, end, basis))

@@ -82,9 +82,9 @@ class ParameterServer:
     # -- start and end ------------------------------------------------------------------------------------------------
 
     def _lead(self, bind: str) -> None:
-        shard, state = self._open(num_threads=1)
+        shard, state, buffers = self._open(num_threads=1)
         held = {} if state is None else residuals_of(self.layout, state.compression)
-        step, updates, buffers = (0, 0, None) if state is None else (state.step, state.updates, self._buffers(state))
+        step, updates = (0, 0) if state is None else (state.step, state.updates)
         leader = Leader(
             self._plan, step=step, updates=updates, buffers=buffers, initialized=state is not None, kept=held
         )
@@ -105,15 +105,17 @@ class ParameterServer:
             refusal=self._refusal,
         )
 
-    def _open(self, num_threads: int) -> tuple[ShardServer, State | None]:
-        """Make the shard, from the newest checkpoint if there is one, which is returned too."""
+    def _open(self, num_threads: int) -> tuple[ShardServer, State | None, bytes | None]:
+        """Make the shard, from the newest checkpoint if there is one; that is returned too, and its packed buffers."""
         own = shards(self.layout, self.config.num_servers)[self.index]
         here = slice(own.start, own.stop)
         parameters = self._flat[here]
         restored = newest_valid(self.config.checkpoint_directory)
         state = None if restored is None else restored[1]
+        buffers = None
         if state is not None:
-            parameters.copy_(flatten(self.config.model, self.layout, state)[0][here])
+            flat, buffers = flatten(self.config.model, self.layout, state)
+            parameters.copy_(flat[here])
         shard = ShardServer(
             own,
             parameters,
@@ -132,10 +134,7 @@ class ParameterServer:
             if master is not None:
                 shard.master.copy_(master[here])
         self._shard = shard
-        return shard, state
-
-    def _buffers(self, state: State) -> bytes:
-        return flatten(self.config.model, self.layout, state)[1]
+        return shard, state, buffers
 
     def connect(self, addresses: Sequence[ServerAddress]) -> None:
         """Meet the other servers; returns when this one is ready for workers. addresses: of all, the leader first."""
@@ -384,7 +383,7 @@ class ParameterServer:
         if self._shard.update is None:
             self._send_parameters(peers)
         else:
-            self._send_update(peers, self._shard.step, self._shard.update)
+            self._send_tensor(peers, self._shard.update, compressed=True)
         return clamped
 
     def _send_parameters(self, peers: Iterable[Peer]) -> None:
@@ -397,17 +396,14 @@ class ParameterServer:
         if shard is None or not shard.initialized:
             return
         parameters = shard.parameters if self._pull_codec is None else shard.parameters.clone()
-        for peer in peers:
-            if peer.inline_parameters:
-                for chunk, data in chunks(parameters, step=shard.step):
-                    peer.send(pb.ServerMessage(chunk=chunk), data)
+        self._send_tensor(peers, parameters, compressed=False)
 
-    @staticmethod
-    def _send_update(peers: Iterable[Peer], step: int, update: torch.Tensor) -> None:
-        """Give what makes the present version of the last one; nothing when they are the same."""
+    def _send_tensor(self, peers: Iterable[Peer], tensor: torch.Tensor, *, compressed: bool) -> None:
+        """Send the present version, or what makes it of the last one, to the peers that do not map it."""
+        assert self._shard is not None  # noqa: S101  # a server without a shard has nothing to send
         for peer in peers:
             if peer.inline_parameters:
-                for chunk, data in chunks(update, step=step, compressed=True):
+                for chunk, data in chunks(tensor, step=self._shard.step, compressed=compressed):
                     peer.send(pb.ServerMessage(chunk=chunk), data)
 
     def _post(self, worker: str, message: pb.ServerMessage, tensor: memoryview | None) -> None:

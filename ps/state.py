@@ -50,7 +50,7 @@ def assemble(
 
     compression: from `compression_state`.
     """
-    named = {p.name: view for p, view in zip(layout.parameters, layout.views(flat), strict=True)}
+    named = _named(layout, flat)
     named.update(unpack_buffers(model, buffers))
     shown = dict(model.state_names)
     shapes = {p.name: p.shape for p in model.parameters}
@@ -83,21 +83,21 @@ def compression_state(
     """
     named = {}
     if master is not None:
-        named.update(_named(layout, master, "master"))
+        named.update(_named(layout, master, "master."))
     for part, residual in sorted(residuals.items()):
-        named.update(_named(layout, residual[: layout.numel], f"residual.{part}"))
+        named.update(_named(layout, residual[: layout.numel], f"residual.{part}."))
         if len(residual) > layout.numel:
             named[f"codec.{part}"] = residual[layout.numel :]
     return named
 
 
-def _named(layout: Layout, flat: torch.Tensor, prefix: str) -> dict[str, torch.Tensor]:
-    return {f"{prefix}.{p.name}": view for p, view in zip(layout.parameters, layout.views(flat), strict=True)}
+def _named(layout: Layout, flat: torch.Tensor, prefix: str = "") -> dict[str, torch.Tensor]:
+    return {f"{prefix}{p.name}": view for p, view in zip(layout.parameters, layout.views(flat), strict=True)}
 
 
 def master_of(layout: Layout, named: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """The master parameters in a `compression_state`, shape (layout.numel,); None without."""
-    return _flat(layout, named, "master")
+    return _flat(layout, named, "master.") if any(name.startswith("master.") for name in named) else None
 
 
 def residuals_of(layout: Layout, named: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
@@ -105,19 +105,17 @@ def residuals_of(layout: Layout, named: Mapping[str, torch.Tensor]) -> dict[int,
     parts = {int(name.split(".")[1]) for name in named if name.startswith("residual.")}
     residuals = {}
     for part in parts:
-        residual = _flat(layout, named, f"residual.{part}")
-        assert residual is not None  # noqa: S101  # the part was found by its names
+        residual = _flat(layout, named, f"residual.{part}.")
         state = named.get(f"codec.{part}")
         residuals[part] = residual if state is None else torch.cat([residual, state])
     return residuals
 
 
-def _flat(layout: Layout, named: Mapping[str, torch.Tensor], prefix: str) -> torch.Tensor | None:
-    if f"{prefix}.{layout.parameters[0].name}" not in named:
-        return None
+def _flat(layout: Layout, named: Mapping[str, torch.Tensor], prefix: str = "") -> torch.Tensor:
+    """The inverse of `_named`. Raises KeyError for a missing name, ValueError for another shape."""
     flat = torch.zeros(layout.numel, dtype=layout.dtype)
     for p, view in zip(layout.parameters, layout.views(flat), strict=True):
-        view.copy_(_checked(named, f"{prefix}.{p.name}", p.shape))
+        view.copy_(_checked(named, f"{prefix}{p.name}", p.shape))
     return flat
 
 
@@ -126,10 +124,7 @@ def flatten(model: ModelDescription, layout: Layout, state: State) -> tuple[torc
     by_name: dict[str, torch.Tensor] = dict(state.extra)
     for key, name in model.state_names:
         by_name[name] = state.model[key]
-    flat = torch.zeros(layout.numel, dtype=layout.dtype)
-    for p, view in zip(layout.parameters, layout.views(flat), strict=True):
-        view.copy_(_checked(by_name, p.name, p.shape))
-    return flat, pack_buffers(_checked(by_name, b.name, b.shape) for b in model.buffers)
+    return _flat(layout, by_name), pack_buffers(_checked(by_name, b.name, b.shape) for b in model.buffers)
 
 
 def _checked(tensors: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> torch.Tensor:

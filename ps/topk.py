@@ -7,6 +7,7 @@ Source: Aji & Heafield 2017, "Sparse Communication for Distributed Gradient Desc
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -115,27 +116,23 @@ class TopK:
 
     def encode(self, values: torch.Tensor, payload: torch.Tensor, state: torch.Tensor, start: int = 0) -> None:
         """See Codec."""
-        flat = values.numpy()
-        bits = flat.view(np.uint32 if flat.itemsize == 4 else np.uint64)
-        for block, taken, places in self._blocks(len(flat), payload):
-            take_largest(flat[block], bits[block], taken, places)
+        for block, taken, places in self._blocks(values, payload):
+            take_largest(block, block.view(f"u{block.itemsize}"), taken, places)
 
     def decode(self, payload: torch.Tensor, into: torch.Tensor, start: int = 0) -> None:
         """See Codec."""
-        flat = into.numpy()
-        for block, values, places in self._blocks(len(flat), payload):
-            put_back(flat[block], values, places)
+        for block, values, places in self._blocks(into, payload):
+            put_back(block, values, places)
 
-    def _blocks(self, numel: int, payload: torch.Tensor) -> list[tuple[slice, NDArray[Any], NDArray[np.uint16]]]:
-        """Every block of `numel` elements with its part of the payload: values, then places."""
-        data = payload.numpy()
-        dtype = np.float32 if self._layout.itemsize == 4 else np.float64
-        blocks = []
+    def _blocks(
+        self, values: torch.Tensor, payload: torch.Tensor
+    ) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[np.uint16]]]:
+        """Every block with its part of the payload: values, then places."""
+        flat, data = values.numpy(), payload.numpy()
         position = 0
-        for start in range(0, numel, BLOCK_NUMEL):
-            block = slice(start, min(start + BLOCK_NUMEL, numel))
-            kept = self._kept(block.stop - block.start)
-            middle, end = position + kept * self._layout.itemsize, position + kept * (self._layout.itemsize + 2)
-            blocks.append((block, data[position:middle].view(dtype), data[middle:end].view(np.uint16)))
+        for start in range(0, len(flat), BLOCK_NUMEL):
+            block = flat[start : start + BLOCK_NUMEL]
+            kept = self._kept(len(block))
+            middle, end = position + kept * flat.itemsize, position + kept * (flat.itemsize + 2)
+            yield block, data[position:middle].view(flat.dtype), data[middle:end].view(np.uint16)
             position = end
-        return blocks

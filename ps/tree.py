@@ -46,6 +46,11 @@ def maximal_nodes(low: int, high: int, num_leaves: int) -> list[Node]:
     return list(inside(Node(0, num_leaves))) if low < high else []
 
 
+def parts_of_step(num_leaves: int, part_leaves: int) -> list[Node]:
+    """A step in parts of `part_leaves`, a power of two: nodes of the tree; the last may be short."""
+    return [Node(low, min(low + part_leaves, num_leaves)) for low in range(0, num_leaves, part_leaves)]
+
+
 def addition_plan(node: Node, present: dict[Node, bool]) -> tuple[list[tuple[Node, Node]], Node | None]:
     """The additions that turn the held nodes into the sum of `node`.
 

@@ -7,6 +7,7 @@ optimizers are alike in size, and such a group needs few values; one with a sing
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -126,18 +127,17 @@ class TwoBit:
 
     def encode(self, values: torch.Tensor, payload: torch.Tensor, state: torch.Tensor, start: int = 0) -> None:
         """See Codec."""
-        flat = values.numpy()
-        values[self._padding(start, len(flat))] = 0
-        for block, sizes, codes in self._blocks(len(flat), payload):
-            quantize(flat[block], sizes, codes)
-        values[self._padding(start, len(flat))] = 0
+        padding = self._padding(start, len(values))
+        values[padding] = 0
+        for block, sizes, codes in self._blocks(values, payload):
+            quantize(block, sizes, codes)
+        values[padding] = 0
 
     def decode(self, payload: torch.Tensor, into: torch.Tensor, start: int = 0) -> None:
         """See Codec."""
-        flat = into.numpy()
-        for block, sizes, codes in self._blocks(len(flat), payload):
-            add_quantized(flat[block], sizes, codes)
-        into[self._padding(start, len(flat))] = 0
+        for block, sizes, codes in self._blocks(into, payload):
+            add_quantized(block, sizes, codes)
+        into[self._padding(start, len(into))] = 0
 
     def _padding(self, start: int, numel: int) -> torch.Tensor:
         """Elements that no code can leave at zero, and that have to stay there: no checkpoint has them."""
@@ -145,14 +145,14 @@ class TwoBit:
         first, last = torch.searchsorted(padding, torch.tensor([start, start + numel])).tolist()
         return padding[first:last] - start
 
-    def _blocks(self, numel: int, payload: torch.Tensor) -> list[tuple[slice, NDArray[Any], NDArray[np.uint8]]]:
-        data = payload.numpy()
-        dtype = np.float32 if self._layout.itemsize == 4 else np.float64
-        blocks = []
-        for start in range(0, numel, BLOCK_NUMEL):
-            block = slice(start, min(start + BLOCK_NUMEL, numel))
-            first, last = self._position(block.start), self._position(block.stop)
-            middle = first + (last - first) // self._group_bytes * 2 * self._layout.itemsize
-            codes = data[middle:last].reshape(-1, CODE_BYTES)
-            blocks.append((block, data[first:middle].view(dtype).reshape(-1, 2), codes))
-        return blocks
+    def _blocks(
+        self, values: torch.Tensor, payload: torch.Tensor
+    ) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[np.uint8]]]:
+        """Every block with its part of the payload: magnitudes, then codes."""
+        flat, data = values.numpy(), payload.numpy()
+        for start in range(0, len(flat), BLOCK_NUMEL):
+            block = flat[start : start + BLOCK_NUMEL]
+            first, last = self.span(start, start + len(block))
+            middle = first + (last - first) // self._group_bytes * 2 * flat.itemsize
+            sizes, codes = data[first:middle].view(flat.dtype), data[middle:last]
+            yield block, sizes.reshape(-1, 2), codes.reshape(-1, CODE_BYTES)

@@ -26,7 +26,7 @@ from steepest.spec import spec_from_dict
 from worker.load import describe_model, load_task, num_samples
 from worker.loop import WorkerLoop
 
-WAIT_SECONDS = 600.0  # pytest sets a limit of its own
+WAIT_SECONDS = 60.0
 
 
 def job_config(directory: Path, task: str, **raw: Any) -> JobConfig:
@@ -117,10 +117,10 @@ class LocalJob:
         process.start()
         self.workers[name] = process
 
-    def finish(self) -> State:
-        """Wait for the end."""
+    def finish(self, seconds: float = WAIT_SECONDS) -> State:
+        """Wait for the end, for no longer than so many seconds for each worker."""
         for process in self.workers.values():
-            process.join(WAIT_SECONDS)
+            process.join(seconds)
             assert not process.is_alive(), "a worker was not dismissed"
         return final_state(self.config)
 
@@ -166,10 +166,10 @@ def running(
             process.join()
 
 
-def run_processes(config: JobConfig, workers: int) -> State:
+def run_processes(config: JobConfig, workers: int, seconds: float = WAIT_SECONDS) -> State:
     """Train with real processes."""
     with running(config, workers) as job:
-        return job.finish()
+        return job.finish(seconds)
 
 
 def hashes(state: State) -> tuple[str, str]:

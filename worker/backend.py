@@ -7,8 +7,6 @@ beside the computation of the next.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -89,9 +87,7 @@ class CudaBackend:
 
     def refresh(self, parameters: torch.Tensor, shared: torch.Tensor) -> None:
         """See Backend."""
-        with self._on_copies():
-            for to, from_ in _buckets(parameters, shared):
-                to.copy_(from_, non_blocking=True)
+        self._copy(parameters, shared)
         torch.cuda.current_stream(self.device).wait_stream(self._copies)
 
     def gradient(self, shared: torch.Tensor) -> torch.Tensor:
@@ -101,9 +97,7 @@ class CudaBackend:
 
     def publish(self, gradient: torch.Tensor, shared: torch.Tensor) -> None:
         """See Backend."""
-        with self._on_copies():
-            for from_, to in _buckets(gradient, shared):
-                to.copy_(from_, non_blocking=True)
+        self._copy(shared, gradient)
 
     def wait(self) -> None:
         """See Backend."""
@@ -117,22 +111,18 @@ class CudaBackend:
         """See Backend."""
         torch.cuda.manual_seed(value)
 
-    @contextlib.contextmanager
-    def _on_copies(self) -> Iterator[None]:
-        """On the stream for copies, after what has been computed so far."""
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """On the stream for copies, after what has been computed so far, and in buckets."""
+        numel = BUCKET_BYTES // target.itemsize
         self._copies.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._copies):
-            yield
+            for to, from_ in zip(target.split(numel), source.split(numel), strict=True):  # type: ignore[no-untyped-call]
+                to.copy_(from_, non_blocking=True)
 
 
 def backend_of(device: str) -> Backend:
     """The backend of a spec's placement.device."""
     return CpuBackend() if device == "cpu" else CudaBackend(torch.device(device, 0))
-
-
-def _buckets(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    numel = BUCKET_BYTES // one.itemsize
-    return zip(one.split(numel), other.split(numel), strict=True)  # type: ignore[no-untyped-call]
 
 
 def _lock(shared: torch.Tensor) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import torch
 
 from ps.codec import Codec
-from ps.layout import Layout
-from ps.tree import Node
+from ps.layout import Layout, Shard
+from ps.tree import Node, parts_of_step
 
 
 class Compressor:
@@ -21,22 +21,18 @@ class Compressor:
     def __init__(self, codec: Codec, layout: Layout, part_leaves: int, num_leaves: int) -> None:
         self._codec = codec
         self._layout = layout
-        self._part_leaves = part_leaves
-        self._num_leaves = num_leaves
+        self._parts = parts_of_step(num_leaves, part_leaves)
         self._payload_bytes = codec.span(0, layout.numel)[1]
         self._residuals: dict[int, torch.Tensor] = {}
         self._payloads: dict[int, torch.Tensor] = {}
 
-    def part_of(self, node: Node) -> int:
-        """The part that a node of `nodes` is."""
-        return node.low // self._part_leaves
-
-    def nodes(self, low: int, high: int) -> list[Node]:
-        """The parts in a range of micro-batches. Raises ValueError for a range that is not made of whole parts."""
-        size, end = self._part_leaves, self._num_leaves
-        if low % size or (high % size and high != end):
+    def parts(self, low: int, high: int) -> dict[int, Node]:
+        """The parts in a range of micro-batches, by number. Raises ValueError for a range not made of whole parts."""
+        inside = {part: node for part, node in enumerate(self._parts) if low <= node.low and node.high <= high}
+        if sum(node.high - node.low for node in inside.values()) != high - low:
+            size = self._parts[0].high
             raise ValueError(f"micro-batches [{low}, {high}) are no whole parts of {size}")
-        return [Node(start, min(start + size, end)) for start in range(low, high, size)]
+        return inside
 
     def keep(self, parts: Iterable[int]) -> None:
         """Forget all parts but these: others compute them from now on."""
@@ -57,6 +53,11 @@ class Compressor:
         if part not in self._payloads:
             self._payloads[part] = torch.empty(self._payload_bytes, dtype=torch.uint8)
         return self._payloads[part]
+
+    def payload_for(self, part: int, shard: Shard) -> torch.Tensor:
+        """What a shard needs of it."""
+        first, last = self._codec.span(shard.start, shard.stop)
+        return self.payload(part)[first:last]
 
     def compress(self, part: int, gradient: torch.Tensor) -> None:
         """Encode the gradient of a part, shape (layout.numel,), together with what was left of the last one.

@@ -185,11 +185,11 @@ class Computer:
 
     def _compressed(self, compressor: Compressor, assign: Assign) -> list[PushedNode]:
         """The parts of an assignment; the payload of each lies with the compressor, under its number."""
-        parts = [node for low, high in assign.ranges for node in compressor.nodes(low, high)]
-        compressor.keep(map(compressor.part_of, parts))
+        parts = {part: node for low, high in assign.ranges for part, node in compressor.parts(low, high).items()}
+        compressor.keep(parts)
         pushed = []
-        for node in parts:
-            slot, part = self._sum(node), compressor.part_of(node)
+        for part, node in parts.items():
+            slot = self._sum(node)
             if slot is not None:
                 self._slots.publish(slot)
                 self._slots.wait()

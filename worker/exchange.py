@@ -65,7 +65,7 @@ class Exchange:
         compressor: Compressor | None = None,
     ) -> None:
         self._compressor = compressor
-        self._push_codec, self._pull_codec = config.push_codec(), config.pull_codec()
+        self._pull_codec = config.pull_codec()
         layout = config.layout()
         host = host_identity()
         hello = pb.Hello(
@@ -262,16 +262,14 @@ class Exchange:
     def _send_gradients(self, link: _Link, push: Push, slots: torch.Tensor) -> None:
         if link.contact != Contact.INLINE or link.shard is None:
             return
-        compressor, codec = self._compressor, self._push_codec
-        compressed = compressor is not None and push.kind == Round.TRAIN
+        compressor = self._compressor if push.kind == Round.TRAIN else None
         for node in push.nodes:
             if node.slot is not None:
-                if compressor is not None and codec is not None and compressed:
-                    first, last = codec.span(link.shard.start, link.shard.stop)
-                    flat = compressor.payload(node.slot)[first:last]
-                else:
+                if compressor is None:
                     flat = slots[node.slot, link.shard.start : link.shard.stop]
-                for chunk, data in chunks(flat, step=push.step, slot=node.slot, compressed=compressed):
+                else:
+                    flat = compressor.payload_for(node.slot, link.shard)
+                for chunk, data in chunks(flat, step=push.step, slot=node.slot, compressed=compressor is not None):
                     link.connection.send(pb.WorkerMessage(chunk=chunk), data)
 
     def fail(self, failure: Failure) -> None:

@@ -22,11 +22,10 @@ def compressor(name: str = "powersgd", part_leaves: int = 2, num_leaves: int = 7
 
 def test_ranges_are_whole_parts() -> None:
     it = compressor()
-    assert it.nodes(2, 7) == [Node(2, 4), Node(4, 6), Node(6, 7)]
-    assert [it.part_of(node) for node in it.nodes(2, 7)] == [1, 2, 3]
+    assert it.parts(2, 7) == {1: Node(2, 4), 2: Node(4, 6), 3: Node(6, 7)}
     for low, high in ((1, 4), (2, 5)):
         with pytest.raises(ValueError, match="no whole parts of 2"):
-            it.nodes(low, high)
+            it.parts(low, high)
 
 
 @pytest.mark.parametrize("name", ["bf16", "topk", "twobit", "powersgd"])
