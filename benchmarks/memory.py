@@ -2,8 +2,8 @@
 
 `python benchmarks/memory.py`. Both train the perceptron of 25 million parameters of `step_time.py` with AdamW and a
 clip by global norm. Memory is PSS, which counts a page shared by n processes as 1/n in each, summed over all workers
-and servers (or ranks) and sampled while they train. The service, which a job shares with others, and Ray's own
-processes are not in it.
+and servers (or ranks) and sampled while they train; the fork server from which they started and its actor are in it.
+The service, which a job shares with others, and Ray's own processes are not.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main() -> None:
         with Client(f"127.0.0.1:{service.grpc_port}") as client:
             for workers in options.workers:
                 job = Ours(client, size, options.batch, workers, 1)
-                with Peak(job.pids()) as ours:
+                with Peak([*job.pids(), *service.scheduler.fork_servers.pids()]) as ours:
                     time.sleep(3.0)
                     job.pause()
                     job.round(0.0, STEPS)

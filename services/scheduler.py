@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ps.actor import ServerActor
 from ps.config import JobConfig, ServerAddress
+from services.fork_servers import ForkServers
 from services.settings import Settings
 from steepest.errors import ServiceUnavailableError
 from steepest.spec import PlacementSpec, TrainingJobSpec
@@ -66,6 +67,7 @@ class Scheduler:
         self._ready = threading.Event()
         self._stop = threading.Event()
         self._problem = ""
+        self.fork_servers = ForkServers()
         self._thread = threading.Thread(target=self._run, name="ray", daemon=True)
 
     def start(self) -> None:
@@ -89,6 +91,7 @@ class Scheduler:
             else:
                 cpus = settings.num_cpus or max(EMBEDDED_CPUS, os.cpu_count() or 1)
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
+                self.fork_servers.start(node["NodeID"] for node in ray.nodes())  # ready by the first job
         except Exception as error:
             log.exception("Ray")
             where = f"the Ray cluster at {settings.ray_address}" if settings.ray_address else "embedded Ray"
@@ -133,10 +136,11 @@ class Scheduler:
     def reserve(self, spec: TrainingJobSpec, num_workers: int, layout_bytes: int) -> Placement | None:
         """Room for all servers and workers of a job, or None when it cannot be had now."""
         self.wait_ready()
-        placed = Placement(spec.placement, layout_bytes, inline=spec.is_inline)
+        placed = Placement(spec.placement, layout_bytes, self.fork_servers, inline=spec.is_inline)
         for _ in range(num_workers):
             placed.add_group()
         if placed.wait(GROUP_SECONDS) and placed.add_servers(GROUP_SECONDS):
+            self.fork_servers.start(placed.nodes())
             return placed
         placed.release()
         return None
@@ -157,8 +161,10 @@ def _number(count: float, resource: str) -> str:
     return f"{count:g} {resource}{'s' if count != 1 else ''}"
 
 
-def _node_of(group: PlacementGroup) -> str:
-    return str(placement_group_table(group)["bundles_to_node_id"][0])
+def _nodes_of(group: PlacementGroup) -> list[str | None]:
+    """The node of each bundle, None for as long as it has none."""
+    nodes = placement_group_table(group)["bundles_to_node_id"]
+    return [nodes[index] or None for index in range(len(nodes))]
 
 
 def server_places(workers: Sequence[str], num_servers: int, *, inline: bool) -> list[str]:
@@ -178,8 +184,9 @@ def server_places(workers: Sequence[str], num_servers: int, *, inline: bool) -> 
 class Placement:
     """The room of one job and the actors in it. Callbacks come in threads of Ray."""
 
-    def __init__(self, placement: PlacementSpec, layout_bytes: int, *, inline: bool) -> None:
+    def __init__(self, placement: PlacementSpec, layout_bytes: int, fork_servers: ForkServers, *, inline: bool) -> None:
         self._placement = placement
+        self._fork_servers = fork_servers
         self._inline = inline
         self._layout_bytes = layout_bytes
         self._server_group: PlacementGroup | None = None
@@ -201,7 +208,8 @@ class Placement:
         """Room for the servers, on the hosts of the workers if there is any, else where there is; whether it is had."""
         placement = self._placement
         own = max(MIN_SERVER_BYTES, SERVER_COPIES * self._layout_bytes // placement.num_servers)
-        places = server_places([_node_of(group) for group in self._spare], placement.num_servers, inline=self._inline)
+        workers = [str(*_nodes_of(group)) for group in self._spare]
+        places = server_places(workers, placement.num_servers, inline=self._inline)
         home = max(MIN_SERVER_BYTES, self._layout_bytes)
         self._server_memory = [own] * placement.num_servers + [home] * (len(places) - placement.num_servers)
         bundles = [{"memory": memory} for memory in self._server_memory]
@@ -212,6 +220,11 @@ class Placement:
             group = placement_group(bundles[: placement.num_servers], strategy="SPREAD")
         self._server_group = group
         return bool(group.wait(seconds))
+
+    def nodes(self) -> set[str]:
+        """All that have room for something of the job."""
+        groups = [*self._spare, *([self._server_group] if self._server_group else [])]
+        return {node for group in groups for node in _nodes_of(group) if node}
 
     def set_code(self, code: bytes) -> None:
         """The code bundle that every worker gets."""
@@ -224,10 +237,15 @@ class Placement:
         # On a cluster of one host nothing needs to be reachable from outside it.
         bind = "127.0.0.1" if _num_hosts() == 1 else ""
         assert self._server_group is not None  # noqa: S101  # `reserve` has seen to it
+        nodes = _nodes_of(self._server_group)
         for index, memory in enumerate(self._server_memory):
             strategy = PlacementGroupSchedulingStrategy(self._server_group, placement_group_bundle_index=index)
             actor = ServerActor.options(  # type: ignore[attr-defined]
-                num_cpus=0, memory=memory, scheduling_strategy=strategy, max_concurrency=4
+                num_cpus=0,
+                memory=memory,
+                scheduling_strategy=strategy,
+                max_concurrency=4,
+                runtime_env=self._fork_servers.runtime_env(nodes[index]),
             ).remote(config, index, bind)
             self._servers.append(actor)
             _watch(actor.wait.remote(), partial(on_exit, index))
@@ -254,6 +272,7 @@ class Placement:
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+            runtime_env=self._fork_servers.runtime_env(*_nodes_of(group)),
         ).remote()
         self._workers[worker] = (actor, group)
 

@@ -1,0 +1,44 @@
+"""Workers and servers of a job come from their host's fork server, and outlive it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from services.service import Service
+from steepest.client import Job
+from tests.integration.conftest import until
+
+pytestmark = pytest.mark.cluster
+
+
+def _parents(job: Job) -> set[int]:
+    info = job.get()
+    return {psutil.Process(member.pid).ppid() for member in (*info.workers, *info.servers)}
+
+
+def _fork_server(service: Service) -> int:
+    _, pid = service.scheduler.fork_servers.pids()
+    return pid
+
+
+def test_a_job_outlives_the_fork_server_and_the_next_gets_another(service: Service, submit: Callable[..., Job]) -> None:
+    job = submit("slow", arguments={"delay": 0.02}, steps=150, placement={"workers": 2})
+    until(lambda: job.get().step > 2 and all(worker.pid for worker in job.get().workers))
+    first = _fork_server(service)
+    assert _parents(job) == {first}
+    os.kill(first, signal.SIGKILL)
+    until(lambda: first not in _parents(job))
+    until(lambda: job.get().has_ended)
+    assert job.get().state == "SUCCEEDED"
+    second = submit("slow", arguments={"delay": 0.02}, steps=100_000, placement={"workers": 2})
+    until(lambda: second.get().step > 2 and all(worker.pid for worker in second.get().workers))
+    assert _fork_server(service) != first
+    assert _parents(second) == {_fork_server(service)}
+    second.cancel()
+    until(lambda: second.get().has_ended)
+    assert psutil.pid_exists(_fork_server(service))

@@ -1,0 +1,43 @@
+"""Has the fork server of this host become a Ray worker: `python -I -S fork_client.py SOCKET SCRIPT [ARGUMENT...]`.
+
+Ray runs this as the Python interpreter of a worker. It passes on the arguments, environment, directory and standard
+streams it was given, and ends; without an answer it becomes that worker itself, by a plain start. It imports little,
+for it runs once for every process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+
+ANSWER_SECONDS = 10.0
+LENGTH_BYTES = 8
+STANDARD_STREAMS = (0, 1, 2)
+
+
+def ask(path: str, command: list[str]) -> bool:
+    """Whether the server at that socket has started the command as a process of its own."""
+    request = {"command": command, "environment": dict(os.environ), "directory": os.getcwd()}  # noqa: PTH109
+    data = json.dumps(request).encode()
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(ANSWER_SECONDS)
+            connection.connect(path)
+            socket.send_fds(connection, [len(data).to_bytes(LENGTH_BYTES, "little")], STANDARD_STREAMS)
+            connection.sendall(data)
+            return connection.recv(1) != b""
+    except OSError:
+        return False
+
+
+def main() -> None:
+    """Entry point of the process."""
+    path, *command = sys.argv[1:]
+    if not ask(path, command):
+        os.execv(sys.executable, [sys.executable, *command])  # noqa: S606
+
+
+if __name__ == "__main__":
+    main()
