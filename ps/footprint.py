@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from ps.assignment import Dealer
 from ps.codec import pull_codec, push_codec
 from ps.layout import Layout, shards
 from ps.ownership import redeal
+from ps.topology import server_places
 from ps.tree import Node, maximal_nodes, parts_of_step
 from steepest.spec import TrainingJobSpec
 
@@ -17,12 +19,15 @@ from steepest.spec import TrainingJobSpec
 class ServerFootprint:
     """Bytes of one server. received: gradients that came over the network, none on one host, and where they are added.
 
-    parameters: twice, when what workers have is not what the optimizer has.
+    parameters: all of them at the home of a host; twice, when what workers have is not what the optimizer has. pushed,
+    pulled: on the network in a step, by a home for all the workers of its host.
     """
 
     parameters: int
     optimizer_state: int
     received: int
+    pushed: int = 0
+    pulled: int = 0
 
     @property
     def total(self) -> int:
@@ -32,8 +37,8 @@ class ServerFootprint:
 
 @dataclass(frozen=True, slots=True)
 class WorkerFootprint:
-    """Bytes of one worker. parameters: its own copy, none on the servers' host. pushed, pulled: on the network, a step.
-    residuals: what it keeps of the parts that it compresses.
+    """Bytes of one worker. parameters: its own copy, none where a server is on its host. pushed, pulled: on the network
+    in a step, by itself. residuals: what it keeps of the parts that it compresses.
 
     What the user's model takes besides (activations, data) and what each Python process takes is not known here.
     """
@@ -67,7 +72,7 @@ class Footprint:
     @property
     def network(self) -> int:
         """Bytes on the network in a step."""
-        return sum(w.pushed + w.pulled for w in self.workers)
+        return sum(s.pushed + s.pulled for s in self.servers) + sum(w.pushed + w.pulled for w in self.workers)
 
     def to_dict(self) -> dict[str, Any]:
         """A form that JSON can carry."""
@@ -124,40 +129,80 @@ def slots_of(low: int, high: int, num_leaves: int) -> tuple[int, int]:
     return most, pushed
 
 
-def footprint(spec: TrainingJobSpec, layout: Layout, *, one_host: bool) -> Footprint:
-    """What a job takes with all its workers, equally fast. one_host: whether tensors go through shared memory."""
-    workers = _compressing_workers(spec, layout) if spec.compression.is_on else _workers(spec, layout, one_host)
-    received = sum(worker.pushed for worker in workers) / layout.nbytes
+def footprint(spec: TrainingJobSpec, layout: Layout, *, num_hosts: int) -> Footprint:
+    """What a job takes with all its workers, equally fast and spread evenly over that many hosts."""
+    places = _Places(spec, num_hosts)
+    workers = _compressing_workers(spec, layout) if spec.compression.is_on else _workers(spec, layout, places)
     copies = 1 if pull_codec(spec.compression, layout, spec.seed) is None else 2
-    scratch = int(spec.compression.is_on)
-    servers = []
-    for shard in shards(layout, spec.placement.num_servers):
-        nbytes = shard.numel * layout.itemsize
-        in_slots = int(received * nbytes) + scratch * nbytes
-        servers.append(ServerFootprint(copies * nbytes, state_tensors(spec) * nbytes, in_slots))
+    servers = _servers(spec, layout, places, sum(worker.pushed for worker in workers), copies)
     residuals = sum(worker.residuals for worker in workers)
     checkpoint = (copies + state_tensors(spec)) * layout.nbytes + residuals
-    return Footprint(sum(p.numel for p in layout.parameters), tuple(servers), workers, checkpoint)
+    return Footprint(sum(p.numel for p in layout.parameters), servers, workers, checkpoint)
 
 
-def _workers(spec: TrainingJobSpec, layout: Layout, one_host: bool) -> tuple[WorkerFootprint, ...]:
-    placement = spec.placement
-    shared = one_host and not spec.is_inline
-    num_leaves = spec.data.num_micro_batches
-    names = [str(i) for i in range(placement.workers)]
-    parts = Dealer()(range(num_leaves), dict.fromkeys(names, 1.0))
-    slots = [[slots_of(low, high, num_leaves) for low, high in parts.get(name, [])] or [(0, 0)] for name in names]
-    held = [max(most for most, _ in ranges) for ranges in slots]
-    pushed = [sum(count for _, count in ranges) for ranges in slots]
-    return tuple(
-        WorkerFootprint(
-            parameters=0 if shared else layout.nbytes,
-            gradients=most * layout.nbytes,
-            pushed=0 if shared else count * layout.nbytes,
-            pulled=0 if shared else layout.nbytes,
+class _Places:
+    """The host of every worker and server, and what its workers compute, by number."""
+
+    def __init__(self, spec: TrainingJobSpec, num_hosts: int) -> None:
+        num_workers, self.num_leaves = spec.placement.workers, spec.data.num_micro_batches
+        names = [str(i) for i in range(num_workers)]
+        hosts = min(num_hosts, num_workers)
+        dealt = Dealer()(range(self.num_leaves), dict.fromkeys(names, 1.0))
+        self.ranges = [dealt.get(name, []) for name in names]
+        self.workers = [str(i * hosts // num_workers) for i in range(num_workers)]
+        self.servers = server_places(self.workers, spec.placement.num_servers, inline=spec.is_inline)
+        self.homes = {} if spec.is_inline else {host: self.servers.index(host) for host in set(self.servers)}
+
+    def sent_by(self, host: str) -> int:
+        """How many gradients leave a host whose workers add up theirs before."""
+        own = [
+            bound for place, ranges in zip(self.workers, self.ranges, strict=True) for bound in ranges if place == host
+        ]
+        return len(maximal_nodes(own[0][0], own[-1][1], self.num_leaves)) if own else 0
+
+
+def _servers(
+    spec: TrainingJobSpec, layout: Layout, places: _Places, pushed: int, copies: int
+) -> tuple[ServerFootprint, ...]:
+    """pushed: by the workers themselves. copies: of the parameters at their server."""
+    cut = {shard.index: shard.numel * layout.itemsize for shard in shards(layout, spec.placement.num_servers)}
+    here: Counter[str] = Counter()  # bytes of the shards on a host
+    for index, nbytes in cut.items():
+        here[places.servers[index]] += nbytes
+    sent = {host: places.sent_by(host) for host in places.homes}
+    servers = []
+    for index, host in enumerate(places.servers):
+        nbytes = cut.get(index, 0)
+        is_home = places.homes.get(host) == index
+        shared = host in places.homes
+        received = sum(count for other, count in sent.items() if other != host) + pushed / layout.nbytes
+        elsewhere = layout.nbytes - here[host] if is_home else 0
+        servers.append(
+            ServerFootprint(
+                parameters=layout.nbytes if is_home else 0 if shared else copies * nbytes,
+                optimizer_state=state_tensors(spec) * nbytes,
+                received=int(received * nbytes) + int(spec.compression.is_on) * nbytes,
+                pushed=sent.get(host, 0) * elsewhere,
+                pulled=elsewhere,
+            )
         )
-        for most, count in zip(held, pushed, strict=True)
-    )
+    return tuple(servers)
+
+
+def _workers(spec: TrainingJobSpec, layout: Layout, places: _Places) -> tuple[WorkerFootprint, ...]:
+    workers = []
+    for host, ranges in zip(places.workers, places.ranges, strict=True):
+        slots = [slots_of(low, high, places.num_leaves) for low, high in ranges]
+        shared = host in places.homes
+        workers.append(
+            WorkerFootprint(
+                parameters=0 if shared else layout.nbytes,
+                gradients=max((most for most, _ in slots), default=0) * layout.nbytes,
+                pushed=0 if shared else sum(count for _, count in slots) * layout.nbytes,
+                pulled=0 if shared else layout.nbytes,
+            )
+        )
+    return tuple(workers)
 
 
 def _compressing_workers(spec: TrainingJobSpec, layout: Layout) -> tuple[WorkerFootprint, ...]:

@@ -1,7 +1,8 @@
-"""Who talks to whom: pure functions of where the servers of a job are."""
+"""Where servers go and who talks to whom, as pure functions."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
 
@@ -30,3 +31,17 @@ def contacts(addresses: Sequence[ServerAddress], host: str, num_shards: int, *, 
         return dict.fromkeys(range(num_shards), Contact.INLINE)
     here = {index: Contact.SHARED for index, address in enumerate(addresses) if address.host == host}
     return here if 0 in here else {0: Contact.CONTROL, **here}
+
+
+def server_places(workers: Sequence[str], num_servers: int, *, inline: bool) -> list[str]:
+    """The node of every server: round the nodes with workers, those with most first; the leader comes to the first.
+
+    Then come the nodes with several workers and no server: a home there, without a shard, adds up what they push and
+    takes in the parameters for all. inline: no memory is shared, so a home would be of no use.
+
+    workers: the node of each.
+    """
+    nodes = [node for node, _ in Counter(workers).most_common()]
+    places = [nodes[index % len(nodes)] for index in range(num_servers)]
+    homes = [node for node, count in Counter(workers).items() if count > 1 and node not in places and not inline]
+    return places + homes

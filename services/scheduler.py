@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ps.actor import ServerActor
 from ps.config import JobConfig, ServerAddress
+from ps.topology import server_places
 from services.fork_servers import ForkServers
 from services.settings import Settings
 from steepest.errors import ServiceUnavailableError
@@ -165,20 +165,6 @@ def _nodes_of(group: PlacementGroup) -> list[str | None]:
     """The node of each bundle, None for as long as it has none."""
     nodes = placement_group_table(group)["bundles_to_node_id"]
     return [nodes[index] or None for index in range(len(nodes))]
-
-
-def server_places(workers: Sequence[str], num_servers: int, *, inline: bool) -> list[str]:
-    """The node of every server: round the nodes with workers, those with most first; the leader comes to the first.
-
-    Then come the nodes with several workers and no server: a home there, without a shard, adds up what they push and
-    takes in the parameters for all. inline: no memory is shared, so a home would be of no use.
-
-    workers: the node of each.
-    """
-    nodes = [node for node, _ in Counter(workers).most_common()]
-    places = [nodes[index % len(nodes)] for index in range(num_servers)]
-    homes = [node for node, count in Counter(workers).items() if count > 1 and node not in places and not inline]
-    return places + homes
 
 
 class Placement:

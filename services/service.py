@@ -172,7 +172,7 @@ class Service:
         num_hosts = self.scheduler.num_hosts()
         servers = spec.placement.servers or choose_num_servers(layout, min(num_hosts, spec.placement.workers))
         spec = spec.model_copy(update={"placement": spec.placement.model_copy(update={"servers": servers})})
-        needed = footprint(spec, layout, one_host=num_hosts == 1)
+        needed = footprint(spec, layout, num_hosts=num_hosts)
         problem = explain_refusal(needed, int(self.scheduler.totals().get("memory", 0)))
         if problem:
             raise SpecError([Violation("placement", problem)])

@@ -118,9 +118,8 @@ def show_plan(needed: Footprint, available: int) -> None:
     for column in ("process", "parameters", "gradients", "optimizer state", "network a step"):
         table.add_column(column, justify="left" if column == "process" else "right")
     for index, server in enumerate(needed.servers):
-        table.add_row(
-            f"server-{index}", _size(server.parameters), _size(server.received), _size(server.optimizer_state), ""
-        )
+        own = [server.parameters, server.received, server.optimizer_state, server.pushed + server.pulled]
+        table.add_row(f"server-{index}", *map(_size, own))
     for index, worker in enumerate(needed.workers):
         traffic = _size(worker.pushed + worker.pulled)
         gradients = _size(worker.gradients + worker.residuals)

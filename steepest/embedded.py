@@ -35,7 +35,7 @@ def plan_job(bundle: Bundle, spec: TrainingJobSpec) -> tuple[Footprint, int, str
         code = unpack_code(bundle.data, Path(directory)) if bundle.data else None
         description = probe_task(spec, code, PROBE_SECONDS)
     layout = build_layout(description.model, decay_biases_and_norms=spec.optimizer.decay_biases_and_norms)
-    needed, available = footprint(spec, layout, one_host=True), machine_memory()
+    needed, available = footprint(spec, layout, num_hosts=1), machine_memory()
     return needed, available, explain_refusal(needed, available)
 
 

@@ -64,37 +64,65 @@ def test_the_state_is_what_torch_optim_keeps(name: str, extra: dict[str, object]
 
 
 def test_on_one_host_nothing_is_on_the_network_and_nobody_has_a_copy() -> None:
-    spec = _spec(placement={"workers": 3, "servers": 2}, data={"global_batch": 32})
-    one, many = (footprint(spec, LAYOUT, one_host=one_host) for one_host in (True, False))
+    one, inline = (
+        footprint(
+            _spec(placement={"workers": 3, "servers": 2, "transport": name}, data={"global_batch": 32}),
+            LAYOUT,
+            num_hosts=1,
+        )
+        for name in ("auto", "inline")
+    )
     assert one.network == 0
     assert sum(s.parameters for s in one.servers) == LAYOUT.nbytes
     assert all(w.parameters == 0 for w in one.workers)
-    assert many.network == sum(w.pushed + w.pulled for w in many.workers) >= 6 * LAYOUT.nbytes
-    assert many.total > one.total
+    assert inline.network == sum(w.pushed + w.pulled for w in inline.workers) >= 6 * LAYOUT.nbytes
+    assert inline.total > one.total
+
+
+def test_a_host_has_one_copy_and_sends_one_gradient_however_many_workers_it_has() -> None:
+    for workers in (2, 4, 8):
+        spec = _spec(placement={"workers": workers, "servers": 2}, data={"global_batch": 64, "micro_batch": 8})
+        needed = footprint(spec, LAYOUT, num_hosts=2)
+        assert [s.parameters for s in needed.servers] == [LAYOUT.nbytes] * 2
+        assert all(w.parameters == w.pushed == w.pulled == 0 for w in needed.workers)
+        # Each host sends the other half of its sum, and takes in the other half of the parameters.
+        assert needed.network == 2 * LAYOUT.nbytes
+        assert sum(s.received for s in needed.servers) == LAYOUT.nbytes
+
+
+def test_hosts_without_a_shard() -> None:
+    spec = _spec(placement={"workers": 5, "servers": 1}, data={"global_batch": 40, "micro_batch": 8})
+    needed = footprint(spec, LAYOUT, num_hosts=3)  # two workers on the first, two on the second, one on the third
+    assert [s.parameters for s in needed.servers] == [LAYOUT.nbytes] * 2  # the second is a home without a shard
+    assert [s.optimizer_state > 0 for s in needed.servers] == [True, False]
+    assert [w.parameters for w in needed.workers] == [0, 0, 0, 0, LAYOUT.nbytes]
+    assert needed.servers[1].pulled == needed.workers[4].pulled == LAYOUT.nbytes
+    assert needed.servers[0].received == needed.servers[1].pushed + needed.workers[4].pushed
 
 
 @pytest.mark.parametrize(("name", "most"), [("bf16", 0.51), ("topk", 0.08), ("powersgd", 0.2)])
 def test_compression_takes_less_network_and_more_memory(name: str, most: float) -> None:
-    common: dict[str, object] = {"placement": {"workers": 2, "servers": 2}, "data": {"global_batch": 32}}
-    whole = footprint(_spec(**common), LAYOUT, one_host=False)
-    small = footprint(_spec(**common, compression={"name": name, "parts": 2}), LAYOUT, one_host=False)
+    placement = {"workers": 2, "servers": 2, "transport": "inline"}
+    common: dict[str, object] = {"placement": placement, "data": {"global_batch": 32}}
+    whole = footprint(_spec(**common), LAYOUT, num_hosts=2)
+    small = footprint(_spec(**common, compression={"name": name, "parts": 2}), LAYOUT, num_hosts=2)
     assert small.network <= most * whole.network
     assert all(w.residuals >= LAYOUT.nbytes for w in small.workers)
     assert sum(s.parameters for s in small.servers) == 2 * LAYOUT.nbytes
     # A part more than there are workers for has its residual too.
-    eight = footprint(_spec(**common, compression={"name": name}), LAYOUT, one_host=False)
+    eight = footprint(_spec(**common, compression={"name": name}), LAYOUT, num_hosts=2)
     assert sum(w.residuals for w in eight.workers) == 4 * sum(w.residuals for w in small.workers)
 
 
 def test_more_workers_than_micro_batches_take_nothing() -> None:
     spec = _spec(placement={"workers": 12}, data={"global_batch": 8, "micro_batch": 1})
-    needed = footprint(spec, LAYOUT, one_host=True)
+    needed = footprint(spec, LAYOUT, num_hosts=1)
     assert [w.gradients for w in needed.workers].count(0) == 4
 
 
 def test_a_refusal_says_what_would_fit() -> None:
     spec = _spec(placement={"workers": 8}, optimizer={"name": "adamw"})
-    needed = footprint(spec, LAYOUT, one_host=True)
+    needed = footprint(spec, LAYOUT, num_hosts=1)
     assert explain_refusal(needed, needed.total) == ""
     refusal = explain_refusal(needed, needed.total - 1)
     assert "7 workers" in refusal
