@@ -1,7 +1,8 @@
 """How fast gradients go to servers on another host and parameters come back: two network namespaces and a switch.
 
 `python benchmarks/network.py` (as root; needs iproute2). A round pushes a layout of 25 million float32 to 1, 2 or 4
-shards at once, as workers do with `transport = inline`, and then pulls as much back. `--limit 1gbit` shapes the link.
+shards at once, as workers do with `transport = inline`, and then pulls as much back; numbers of shards take turns, and
+a figure is the median of the rounds. `--limit 1gbit` shapes the link.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from steepest.v1 import exchange_pb2 as pb
 
 HERE = Path(__file__).parent
 NUMEL = 25_000_000
+WARM_UP_ROUNDS = 2
 LAYOUT = build_layout(ModelDescription((TensorDescription("p", (NUMEL,), "float32"),), (), ()))
 
 
@@ -43,18 +45,20 @@ def serve(num_shards: int, address: str) -> None:
         flat = torch.zeros(cut[int(first.hello.worker)].numel)
         connection.sink = lambda message, num_bytes: place(flat, message.chunk, num_bytes)
         for message in connection:
-            if message.WhichOneof("message") == "push":
-                connection.send(pb.ServerMessage(welcome=pb.Welcome()))
-                for chunk, data in chunks(flat):
-                    connection.send(pb.ServerMessage(chunk=chunk), data)
+            match message.WhichOneof("message"):
+                case "push":
+                    connection.send(pb.ServerMessage(welcome=pb.Welcome()))
+                case "hello":
+                    for chunk, data in chunks(flat):
+                        connection.send(pb.ServerMessage(chunk=chunk), data)
 
     listener = Listener({Role.WORKER: Service(pb.WorkerMessage.FromString, run)}, address)
     print(listener.address, flush=True)
     sys.stdin.read()
 
 
-def work(address: str, num_shards: int, rounds: int) -> None:
-    """A worker; prints the seconds of each round's push and pull."""
+def work(address: str, num_shards: int) -> None:
+    """A worker; for each line of its input, it prints the seconds of a push and a pull."""
     flat = torch.randn(LAYOUT.numel)
     cut = shards(LAYOUT, num_shards)
     links = [connect(address, Role.WORKER, pb.ServerMessage.FromString) for _ in cut]
@@ -71,7 +75,7 @@ def work(address: str, num_shards: int, rounds: int) -> None:
         threading.Thread(target=listen, args=(link, part), daemon=True).start()
     for number, link in enumerate(links):
         link.send(pb.WorkerMessage(hello=pb.Hello(worker=str(number))))
-    for _ in range(rounds):
+    for _ in sys.stdin:
         began = time.perf_counter()
         for link, part in zip(links, parts, strict=True):
             for chunk, data in chunks(part):
@@ -79,26 +83,40 @@ def work(address: str, num_shards: int, rounds: int) -> None:
             link.send(pb.WorkerMessage(push=pb.Push()))
         arrived.wait()
         pushed = time.perf_counter()
+        for link in links:  # as in a job, nothing comes back before all shards have everything
+            link.send(pb.WorkerMessage(hello=pb.Hello()))
         arrived.wait()
         print(json.dumps([pushed - began, time.perf_counter() - pushed]), flush=True)
 
 
-def measure(pair: Sequence[Host], num_shards: int, rounds: int) -> tuple[float, float]:
-    """(push, pull) in GB/s: medians of the rounds after the first two."""
+class Pair:
+    """A server and a worker on two hosts, that exchange a layout when they are told to."""
 
-    def start(host: Host, *arguments: str) -> subprocess.Popen[str]:
-        command = [*host.prefix, sys.executable, __file__, "--shards", str(num_shards), *arguments]
+    def __init__(self, pair: Sequence[Host], num_shards: int) -> None:
+        self.num_shards = num_shards
+        self.gigabytes: list[tuple[float, float]] = []  # a second, of push and pull, in each round
+        self._server = self._start(pair[0], "--serve", pair[0].address)
+        assert self._server.stdout is not None
+        self._worker = self._start(pair[1], "--call", self._server.stdout.readline().strip())
+
+    def _start(self, host: Host, *arguments: str) -> subprocess.Popen[str]:
+        command = [*host.prefix, sys.executable, __file__, "--shards", str(self.num_shards), *arguments]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    with start(pair[0], "--serve", pair[0].address) as server:
-        assert server.stdout is not None
-        address = server.stdout.readline().strip()
-        with start(pair[1], "--call", address, "--rounds", str(rounds + 2)) as worker:
-            assert worker.stdout is not None
-            seconds = [json.loads(line) for line in worker.stdout][2:]
-        server.kill()
-    push, pull = (statistics.median(column) for column in zip(*seconds, strict=True))
-    return LAYOUT.nbytes / push / 1e9, LAYOUT.nbytes / pull / 1e9
+    def round(self, *, counts: bool) -> None:
+        """Push and pull once. counts: whether it is measured."""
+        assert self._worker.stdin is not None
+        assert self._worker.stdout is not None
+        self._worker.stdin.write("go\n")
+        self._worker.stdin.flush()
+        push, pull = json.loads(self._worker.stdout.readline())
+        if counts:
+            self.gigabytes.append((LAYOUT.nbytes / push / 1e9, LAYOUT.nbytes / pull / 1e9))
+
+    def close(self) -> None:
+        for process in (self._worker, self._server):
+            process.kill()
+            process.communicate()
 
 
 def main() -> None:
@@ -114,18 +132,29 @@ def main() -> None:
     if options.serve:
         return serve(options.shards[0], options.serve)
     if options.call:
-        return work(options.call, options.shards[0], options.rounds)
+        return work(options.call, options.shards[0])
     if os.geteuid():
         sys.exit("network namespaces need root")
-    print("| shards | push, GB/s | pull, GB/s |\n|---|---|---|")
+    with hosts(2) as ends:
+        for host in ends:
+            host.limit(options.limit)
+        pairs = [Pair(ends, num_shards) for num_shards in options.shards]
+        for number in range(WARM_UP_ROUNDS + options.rounds):
+            for pair in pairs:
+                pair.round(counts=number >= WARM_UP_ROUNDS)
+        for pair in pairs:
+            pair.close()
+    print("| shards | push, GB/s | against one shard | pull, GB/s | against one shard |\n|---|---|---|---|---|")
     results = []
-    for num_shards in options.shards:
-        with hosts(2) as pair:
-            for host in pair:
-                host.limit(options.limit)
-            push, pull = measure(pair, num_shards, options.rounds)
-        results.append({"shards": num_shards, "push": push, "pull": pull, "limit": options.limit})
-        print(f"| {num_shards} | {push:.2f} | {pull:.2f} |", flush=True)
+    for pair in pairs:
+        push, pull = (statistics.median(column) for column in zip(*pair.gigabytes, strict=True))
+        both = zip(pair.gigabytes, pairs[0].gigabytes, strict=True)
+        ratios = [(own[0] / first[0], own[1] / first[1]) for own, first in both]
+        to, back = (statistics.median(column) for column in zip(*ratios, strict=True))
+        results.append(
+            {"shards": pair.num_shards, "push": push, "pull": pull, "ratios": ratios, "limit": options.limit}
+        )
+        print(f"| {pair.num_shards} | {push:.2f} | {to:.2f} | {pull:.2f} | {back:.2f} |")
     options.json.parent.mkdir(parents=True, exist_ok=True)
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")

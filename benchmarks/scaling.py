@@ -2,7 +2,8 @@
 
 `python benchmarks/scaling.py`. The jobs of a row stay alive and take turns, a round each, through one service; a figure
 is the median over the rounds of each round's median step. Workers share one global batch, so that more of them than
-there are cores show what a worker costs, and not what it computes.
+there are cores show what a worker costs, and not what it computes. A batch is 16 micro-batches, or one where
+parameters grow.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ BY_NAME = {size.name: size for size in (*SIZES, LARGEST)}
 class Point:
     """A job to measure. value: what varies in its row."""
 
-    row: str
     value: int
     size: Size
     workers: int
     servers: int
+    micro_batches: int = 16
 
 
 def points() -> dict[str, list[Point]]:
@@ -49,9 +50,9 @@ def points() -> dict[str, list[Point]]:
     small, middle = BY_NAME["1 M"], BY_NAME["25 M"]
     sizes = {10_000: "10 k", 1_000_000: "1 M", 25_000_000: "25 M", 100_000_000: "100 M", 300_000_000: "300 M"}
     return {
-        "workers": [Point("workers", n, small, n, 1) for n in (1, 2, 4, 8, 16)],
-        "servers": [Point("servers", n, middle, 2, n) for n in (1, 2, 4, 8)],
-        "parameters": [Point("parameters", n, BY_NAME[name], 1, 1) for n, name in sizes.items()],
+        "workers": [Point(n, small, n, 1) for n in (1, 2, 4, 8, 16)],
+        "servers": [Point(n, middle, 2, n) for n in (1, 2, 4, 8)],
+        "parameters": [Point(n, BY_NAME[name], 1, 1, 1) for n, name in sizes.items()],
     }
 
 
@@ -60,8 +61,8 @@ def measure(client: Client, row: Sequence[Point], rounds: int, seconds: float) -
     jobs: list[Ours] = []
     try:
         for point in row:
-            batch = GLOBAL_BATCH // 16
-            jobs.append(Ours(client, point.size, batch, 16, point.servers, workers_started=point.workers))
+            batch, count = GLOBAL_BATCH // point.micro_batches, point.micro_batches
+            jobs.append(Ours(client, point.size, batch, count, point.servers, workers_started=point.workers))
             jobs[-1].pause()
         times = [[statistics.median(job.round(seconds, 3)) for job in jobs] for _ in range(rounds)]
         return list(zip(*times, strict=True))

@@ -388,6 +388,8 @@ class Leader:
 
     def _settle(self) -> list[Effect]:
         """Before a step: have parts change hands if the workers are others now."""
+        if not self._parts:
+            return []
         after = self._redealt()
         self._moving = {part: owner for part, owner in self._owned().items() if owner != after[part]}
         if not self._moving:
