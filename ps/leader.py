@@ -35,7 +35,7 @@ from ps.effects import (
 )
 from ps.members import Members, bits_of, leaves_of
 from ps.messages import Assign, Decision, Failure, LeafResult, Outcome, Push, Round
-from ps.ownership import redeal
+from ps.ownership import Parts
 from ps.record import CompletedStep
 from ps.schedule import learning_rate
 from ps.tree import parts_of_step
@@ -124,10 +124,7 @@ class Leader:
         self._pause = False
         self._cancel = False
         parts = parts_of_step(plan.num_leaves, plan.part_leaves) if plan.part_leaves else []
-        self._parts = [node.leaves for node in parts]
-        self._owners: list[str | None] = [None] * len(self._parts)
-        self._kept = set(kept)
-        self._moving: dict[int, str] = {}
+        self._parts = Parts([node.leaves for node in parts], kept)
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
@@ -147,7 +144,7 @@ class Leader:
         if member is None or self.phase in ENDED:
             return []
         current = self._round
-        if worker in self._owners:
+        if self._parts.is_owner(worker):
             self.phase = Phase.FAILED
             return [Lost(f"{worker} is gone, and with it what it had not sent yet of the gradients")]
         if current is not None and current.decision is None:
@@ -244,9 +241,7 @@ class Leader:
         """The residuals that were asked for are here."""
         if self.phase != Phase.SETTLING:
             return []
-        for part in self._moving:
-            self._owners[part] = None
-        self._kept.update(self._moving)
+        self._parts.settle()
         self.phase = Phase.WORKING
         return self._next_round(now)
 
@@ -320,7 +315,7 @@ class Leader:
             over or (plan.checkpoint_every and self.step and self.step % plan.checkpoint_every == 0)
         ):
             self.phase = Phase.SAVING
-            return [Save(self.step, self.updates, self._owned())]
+            return [Save(self.step, self.updates, self._parts.owners)]
         if self._cancel and not self._is_over:
             return self._end(Phase.CANCELLED, f"cancelled at step {self.step}")
         if self._is_over:
@@ -378,40 +373,26 @@ class Leader:
 
     # -- parts whose residuals stay with a worker -------------------------------------------------------------------
 
-    def _owned(self) -> dict[int, str]:
-        """Part -> the worker that has its residual."""
-        return {part: owner for part, owner in enumerate(self._owners) if owner is not None}
-
-    def _redealt(self) -> list[str | None]:
-        """Who is to have each part, of those who stay."""
-        return redeal(self._owners, [name for name, member in self.members.items() if not member.retiring])
+    def _stayers(self) -> list[str]:
+        return [name for name, member in self.members.items() if not member.retiring]
 
     def _settle(self) -> list[Effect]:
         """Before a step: have parts change hands if the workers are others now."""
-        if not self._parts:
-            return []
-        after = self._redealt()
-        self._moving = {part: owner for part, owner in self._owned().items() if owner != after[part]}
-        if not self._moving:
-            self._owners = after
+        moving = self._parts.begin_step(self._stayers()) if self._parts else {}
+        if not moving:
             return []
         self.phase = Phase.SETTLING
-        return [Settle(self.step, self._moving)]
+        return [Settle(self.step, moving)]
 
     def _deal_parts(self, current: _Round, now: float) -> list[Effect]:
         """Give each worker the parts that are its own."""
-        if None in self._owners:  # every other part's owner has it at hand
-            dealt = zip(self._owners, self._redealt(), strict=True)
-            self._owners = [new if owner is None else owner for owner, new in dealt]
+        self._parts.deal(self._stayers())
         effects: list[Effect] = []
         for worker, member in self.members.items():
-            own = [part for part, owner in enumerate(self._owners) if owner == worker]
-            leaves = current.pending & sum(self._parts[part] for part in own)
+            leaves = current.pending & self._parts.leaves_of(worker)
             if leaves and not member.in_flight:
                 current.pending &= ~leaves
-                handed = tuple(self._kept.intersection(own))
-                self._kept.difference_update(handed)
-                effects.append(self._give(worker, ranges(leaves_of(leaves)), now, handed=handed))
+                effects.append(self._give(worker, ranges(leaves_of(leaves)), now, handed=self._parts.hand_over(worker)))
         return effects
 
     def _advance(self, now: float) -> list[Effect]:
@@ -552,7 +533,7 @@ class Leader:
         return self._dismiss_idle_retired(now) + self._deal(now)
 
     def _dismiss_idle_retired(self, now: float) -> list[Effect]:
-        gone = [n for n, m in self.members.items() if m.retiring and m.in_flight <= 0 and n not in self._owners]
+        gone = [n for n, m in self.members.items() if m.retiring and m.in_flight <= 0 and not self._parts.is_owner(n)]
         effects: list[Effect] = []
         for name in gone:
             effects.append(Dismiss(name, "scaled down"))

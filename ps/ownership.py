@@ -1,4 +1,4 @@
-"""Which worker holds the residual of which part of a step, as pure arithmetic.
+"""Which worker holds the residual of which part of a step, as a deterministic state machine.
 
 A part is some neighbouring micro-batches that are compressed together. Its residual stays with the worker that computes
 it, so a part changes hands only when the workers change.
@@ -6,7 +6,7 @@ it, so a part changes hands only when the workers change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def redeal(owners: Sequence[str | None], workers: Sequence[str]) -> list[str | None]:
@@ -29,3 +29,62 @@ def redeal(owners: Sequence[str | None], workers: Sequence[str]) -> list[str | N
             after[part] = worker
         del free[:wanted]
     return after
+
+
+class Parts:
+    """The parts of every step of a job. Without any, which is false, the job compresses nothing.
+
+    leaves: the micro-batches of each, as bits. kept: parts whose residuals lie with the servers, as after a restart.
+    """
+
+    def __init__(self, leaves: Sequence[int], kept: Iterable[int]) -> None:
+        self._leaves = leaves
+        self._owners: list[str | None] = [None] * len(leaves)
+        self._kept = set(kept)
+        self._moving: dict[int, str] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._leaves)
+
+    @property
+    def owners(self) -> dict[int, str]:
+        """Part -> the worker that has its residual."""
+        return {part: owner for part, owner in enumerate(self._owners) if owner is not None}
+
+    def is_owner(self, worker: str) -> bool:
+        """Whether a worker has a residual."""
+        return worker in self._owners
+
+    def begin_step(self, workers: Sequence[str]) -> dict[int, str]:
+        """What must change hands before a step of these workers: part -> who has it now.
+
+        If there is anything, `settle` is to follow when the servers have it.
+        """
+        after = redeal(self._owners, workers)
+        self._moving = {part: owner for part, owner in self.owners.items() if owner != after[part]}
+        if not self._moving:
+            self._owners = after
+        return self._moving
+
+    def settle(self) -> None:
+        """What is to change hands lies with the servers now."""
+        for part in self._moving:
+            self._owners[part] = None
+        self._kept.update(self._moving)
+        self._moving = {}
+
+    def deal(self, workers: Sequence[str]) -> None:
+        """Give to these what nobody has; every other part's owner has it at hand."""
+        if None in self._owners:
+            dealt = zip(self._owners, redeal(self._owners, workers), strict=True)
+            self._owners = [new if owner is None else owner for owner, new in dealt]
+
+    def leaves_of(self, worker: str) -> int:
+        """The micro-batches of a worker's parts, as bits."""
+        return sum(leaves for leaves, owner in zip(self._leaves, self._owners, strict=True) if owner == worker)
+
+    def hand_over(self, worker: str) -> tuple[int, ...]:
+        """The parts of a worker whose residuals lie with the servers; they are with the worker from now on."""
+        handed = tuple(part for part, owner in self.owners.items() if owner == worker and part in self._kept)
+        self._kept.difference_update(handed)
+        return handed
