@@ -7,9 +7,6 @@ last checkpoint on the test data, in per cent: of digits, or of next characters.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -19,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report import RESULTS, write_report
 from torch import nn
 
 HERE = Path(__file__).parent
@@ -93,7 +91,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=list(COMPRESSIONS), choices=list(COMPRESSIONS))
     parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS))
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "accuracy.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "accuracy.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("| job | compression | accuracy of each seed, % | mean | against none, points |\n|---|---|---|---|---|")
@@ -107,9 +105,7 @@ def main() -> None:
             shown = ", ".join(f"{value:.2f}" for value in found)
             print(f"| {name} | {compression} | {shown} | {mean:.2f} | {mean - baseline:+.2f} |", flush=True)
             results.append({"job": name, "compression": compression, "accuracies": found})
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+    write_report(options.json, results=results)
 
 
 if __name__ == "__main__":

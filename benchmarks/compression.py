@@ -7,9 +7,7 @@ of a step is the median over a job's steps, and the bytes are those that the fir
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -17,6 +15,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from report import RESULTS, write_report
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="of each job, after the first two")
     parser.add_argument("--only", nargs="*", default=list(COMPRESSIONS), choices=list(COMPRESSIONS))
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "compression.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "compression.json")
     options = parser.parse_args()
     if os.geteuid():
         sys.exit("network namespaces need root")
@@ -98,10 +98,7 @@ def main() -> None:
         results.append({"compression": name, "seconds": seconds, "gain": gain, "megabytes": traffic[name]})
         middle = statistics.median(seconds)
         print(f"| {name} | {traffic[name]:.2f} | {middle:.3f} | {gain:.1f} ({least:.1f} to {most:.1f}) |")
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    report = {"machine": machine, "limit": options.limit, "results": results}
-    options.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(options.json, limit=options.limit, results=results)
 
 
 if __name__ == "__main__":

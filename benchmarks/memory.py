@@ -13,8 +13,6 @@ import os
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 import argparse
-import json
-import platform
 import tempfile
 import threading
 import time
@@ -22,13 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peers import Peer
+from report import RESULTS, write_report
 from step_time import Ours
 from tasks import SIZES
 
 from steepest.client import Client
 from steepest.embedded import running_service
 
-HERE = Path(__file__).parent
 SAMPLE_SECONDS = 0.05
 STEPS = 5
 
@@ -70,7 +68,7 @@ def main() -> None:
     parser.add_argument("--size", default="25M", help="10k 1M 25M 100M [25M]")
     parser.add_argument("--workers", type=int, nargs="*", default=[2, 4, 8])
     parser.add_argument("--batch", type=int, default=16, help="samples of a worker's micro-batch [16]")
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "memory.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "memory.json")
     options = parser.parse_args()
     (size,) = (s for s in SIZES if s.name.replace(" ", "") == options.size)
     print("| workers | ours, GB | DDP, GB | ratio |\n|---|---|---|---|")
@@ -93,9 +91,7 @@ def main() -> None:
                 ratio = ours.nbytes / theirs.nbytes
                 results.append({"workers": workers, "ours": ours.nbytes, "ddp": theirs.nbytes, "ratio": ratio})
                 print(f"| {workers} | {ours.nbytes / 1e9:.2f} | {theirs.nbytes / 1e9:.2f} | {ratio:.2f} |", flush=True)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+    write_report(options.json, results=results)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 from hosts import Host, hosts
+from report import RESULTS, write_report
 
 from ps.layout import build_layout, shards
 from ps.model import ModelDescription, TensorDescription
@@ -28,7 +28,6 @@ from ps.peer import chunks, place
 from ps.stream import Connection, Listener, Role, Service, connect
 from steepest.v1 import exchange_pb2 as pb
 
-HERE = Path(__file__).parent
 NUMEL = 25_000_000
 WARM_UP_ROUNDS = 2
 LAYOUT = build_layout(ModelDescription((TensorDescription("p", (NUMEL,), "float32"),), (), ()))
@@ -126,7 +125,7 @@ def main() -> None:
     parser.add_argument("--limit", default="", help="of the link, in tc's words, such as 1gbit [none]")
     parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
     parser.add_argument("--call", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "network.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "network.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.serve:
@@ -155,9 +154,7 @@ def main() -> None:
             {"shards": pair.num_shards, "push": push, "pull": pull, "ratios": ratios, "limit": options.limit}
         )
         print(f"| {pair.num_shards} | {push:.2f} | {to:.2f} | {pull:.2f} | {back:.2f} |")
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+    write_report(options.json, results=results)
     return None
 
 

@@ -13,21 +13,19 @@ import os
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 import argparse
-import json
-import platform
 import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from report import RESULTS, write_report
 from step_time import Ours
 from tasks import SIZES, Size
 
 from steepest.client import Client
 from steepest.embedded import running_service
 
-HERE = Path(__file__).parent
 GLOBAL_BATCH = 64
 NUM_CPUS = 40  # of Ray's counting: workers take turns on what there is
 LARGEST = Size("300 M", 6900, 7, 3)
@@ -76,7 +74,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=list(points()), choices=list(points()))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of a round [2]")
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "scaling.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "scaling.json")
     options = parser.parse_args()
     results = []
     with (
@@ -95,9 +93,7 @@ def main() -> None:
                 place = f"{point.size.name} | {point.workers} | {point.servers}"
                 print(f"| {point.value} | {place} | {middle * 1e3:.2f} | {ratio:.2f} |", flush=True)
                 results.append({"row": name, "value": point.value, "seconds": list(times), "ratio": ratio})
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+    write_report(options.json, results=results)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ sum, parameters and both moments read, and three of them written. The triad `c =
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from report import RESULTS, write_report
 
 from ps.clip import clip_coefficient
 from ps.layout import Shard, build_layout, shards
@@ -29,7 +28,6 @@ from ps.threads import Threads, split
 from ps.tree import Node
 from steepest.spec import OptimizerSpec
 
-HERE = Path(__file__).parent
 STEP_BYTES, TRIAD_BYTES = 40, 12
 LAYERS = 24
 
@@ -84,7 +82,7 @@ def main() -> None:
     parser.add_argument("--numel", type=float, nargs="*", default=[1e6, 25e6, 100e6], help="parameters [1e6 25e6 1e8]")
     parser.add_argument("--threads", type=int, nargs="*", default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--rounds", type=int, default=9, help="of each side [9]")
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "server_kernel.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "server_kernel.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("| parameters | threads | step, ms | GB/s | triad, GB/s | of the triad's |")
@@ -107,11 +105,7 @@ def main() -> None:
                 f"{shard.numel:11,} | {num_threads} | {seconds * 1e3:8.2f} | {ours:5.1f} | {theirs:5.1f} | {ratio:.2f}"
             )
             print(f"| {row} |", flush=True)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    options.json.write_text(
-        json.dumps({"machine": machine, "torch": torch.__version__, "results": results}, indent=2) + "\n"
-    )
+    write_report(options.json, results=results)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ import os
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 import argparse
-import json
 import math
-import platform
 import statistics
 import tempfile
 import time
@@ -27,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from peers import LR, MAX_NORM, Peer, RayPeer
+from report import RESULTS, write_report
 from tasks import SIZES, Size
-from torch import __version__ as torch_version
 
 from steepest.client import Client, Job
 from steepest.embedded import running_service
@@ -176,7 +174,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="*", default=[2, 1])
     parser.add_argument("--against", nargs="*", default=["ddp"], choices=list(PEERS), help="with more workers than one")
     parser.add_argument("--servers", type=int, default=0, help="of a job [2 from 25 M parameters on, else 1]")
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "step_time.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "step_time.json")
     options = parser.parse_args()
     os.environ["PYTHONPATH"] = str(HERE)  # for the workers of Ray Train
     print("|  size  | workers | against | ours, ms | theirs, ms | ratio | spread of rounds |")
@@ -191,14 +189,7 @@ def main() -> None:
                     for against in options.against if workers > 1 else ["ddp"]:
                         results.append(compare(client, size, options.batch, workers, servers, options.rounds, against))
                         print(line(results[-1]), flush=True)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    report = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch_version,
-        "batch": options.batch,
-        "results": [vars(c) for c in results],
-    }
-    options.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(options.json, batch=options.batch, results=[vars(c) for c in results])
     print(f"geometric mean of ratios {math.exp(statistics.fmean(math.log(c.ratio) for c in results)):.2f}")
 
 

@@ -13,20 +13,18 @@ import os
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 import argparse
-import json
-import platform
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from report import RESULTS, write_report
 from step_time import Ours
 from tasks import Size
 
 from steepest.client import Client
 from steepest.embedded import running_service
 
-HERE = Path(__file__).parent
 SIZE = Size("1 M", 70, 200, 0)
 ON: dict[str, Any] = {"every": 1, "parameter_norms": True}
 OFF: dict[str, Any] = {"every": 50, "parameter_norms": False}
@@ -37,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11, help="rounds of each side [11]")
     parser.add_argument("--seconds", type=float, default=5.0, help="of a round [5]")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "telemetry.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "telemetry.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as data, running_service(Path(data), grpc_port=0, http_port=0) as service:
         service.scheduler.wait_ready()
@@ -59,10 +57,7 @@ def main() -> None:
     print("| telemetry on, ms | off, ms | ratio | spread of rounds |")
     print("|---|---|---|---|")
     print(f"| {on * 1e3:.2f} | {off * 1e3:.2f} | {ratio:.3f} | {min(ratios):.3f} to {max(ratios):.3f} |")
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    report = {"machine": machine, "on": on, "off": off, "ratio": ratio, "ratios": ratios}
-    options.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(options.json, on=on, off=off, ratio=ratio, ratios=ratios)
 
 
 if __name__ == "__main__":
