@@ -11,6 +11,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from worker.fork_actor import ForkServerActor
+from worker.fork_server import PLAIN_PRIORITY
 
 log = logging.getLogger(__name__)
 
@@ -30,20 +31,25 @@ class ForkServers:
             for node in nodes:
                 if node not in self._actors:
                     here = NodeAffinitySchedulingStrategy(node, soft=False)
-                    options = ForkServerActor.options(num_cpus=0, scheduling_strategy=here)  # type: ignore[attr-defined]
+                    options = ForkServerActor.options(  # type: ignore[attr-defined]
+                        num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": PLAIN_PRIORITY}
+                    )
                     self._actors[node] = options.remote()
+                    self._actors[node].interpreter.remote()  # nobody waits for it, but it starts the server
 
     def runtime_env(self, node: str | None) -> dict[str, Any]:
         """Of an actor on that node, which its fork server is to start."""
-        if node is None or node not in self._actors:
+        with self._lock:
+            actor = self._actors.get(node or "")
+        if actor is None:
             return {}
-        actor = self._actors[node]
         try:
             interpreter, _ = ray.get(actor.interpreter.remote(), timeout=START_SECONDS)
         except Exception as error:  # what an actor raised has the type of that, too
             log.warning("the fork server of node %s does not answer, processes start without it: %s", node, error)
             with self._lock:
-                self._actors.pop(node, None)
+                if self._actors.get(node or "") is actor:
+                    del self._actors[node or ""]
             return {}
         return {"py_executable": interpreter}
 

@@ -35,6 +35,7 @@ from worker.actor import WorkerActor
 log = logging.getLogger(__name__)
 
 GROUP_SECONDS = 10.0
+PLACING_SECONDS = 1.0  # more than it takes where there is room
 EMBEDDED_CPUS = 8
 # A server holds its shard's parameters, two moments of each, and scratch.
 SERVER_COPIES = 4
@@ -253,6 +254,7 @@ class Placement:
         if not self._spare:
             self.add_group()
         group = self._spare.pop()
+        group.wait(PLACING_SECONDS)  # a fork needs to know where
         resources = _demand(self._placement, 1)
         actor = WorkerActor.options(  # type: ignore[attr-defined]
             num_cpus=resources["CPU"],
@@ -274,18 +276,18 @@ class Placement:
         actor, group = self._workers.pop(worker, (None, None))
         if actor is None or group is None:
             return
-        ray.kill(actor)
+        _kill(actor)
         if keep_room:
             self._spare.append(group)
         else:
-            remove_placement_group(group)
+            _remove(group)
 
     def stop_actors(self) -> None:
         """Kill everything, but keep the room."""
         for worker in list(self._workers):
             self.stop_worker(worker, keep_room=True)
         for actor in self._servers:
-            ray.kill(actor)
+            _kill(actor)
         self._servers = []
 
     def release(self) -> None:
@@ -293,8 +295,18 @@ class Placement:
         self.stop_actors()
         for group in [self._server_group, *self._spare]:
             if group is not None:
-                remove_placement_group(group)
+                _remove(group)
         self._server_group, self._spare = None, []
+
+
+def _kill(actor: Any) -> None:
+    if ray.is_initialized():  # else the cluster has been left, and ends it; to ask would join again
+        ray.kill(actor)
+
+
+def _remove(group: PlacementGroup) -> None:
+    if ray.is_initialized():
+        remove_placement_group(group)
 
 
 def _watch(reference: Any, on_exit: Callable[[Exit], None]) -> None:

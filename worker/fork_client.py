@@ -2,7 +2,7 @@
 
 Ray runs this as the Python interpreter of a worker. It passes on the arguments, environment, directory and standard
 streams it was given, and ends; without an answer it becomes that worker itself, by a plain start. It imports little,
-for it runs once for every process.
+for it runs once for every process. SOCKET is a name in Linux's abstract namespace.
 """
 
 from __future__ import annotations
@@ -15,27 +15,31 @@ import sys
 ANSWER_SECONDS = 10.0
 LENGTH_BYTES = 8
 STANDARD_STREAMS = (0, 1, 2)
+READY, GO = b"r", b"g"
 
 
-def ask(path: str, command: list[str]) -> bool:
-    """Whether the server at that socket has started the command as a process of its own."""
-    request = {"command": command, "environment": dict(os.environ), "directory": os.getcwd()}  # noqa: PTH109
-    data = json.dumps(request).encode()
+def ask(name: str, command: list[str]) -> bool:
+    """Whether a fork of the server of that name runs the command."""
     try:
+        request = {"command": command, "environment": dict(os.environ), "directory": os.getcwd()}  # noqa: PTH109
+        data = json.dumps(request).encode()
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(ANSWER_SECONDS)
-            connection.connect(path)
+            connection.connect("\0" + name)
             socket.send_fds(connection, [len(data).to_bytes(LENGTH_BYTES, "little")], STANDARD_STREAMS)
             connection.sendall(data)
-            return connection.recv(1) != b""
+            if connection.recv(1) != READY:
+                return False
+            connection.sendall(GO)  # the fork ends if this does not come: nothing is started twice
+            return True
     except OSError:
         return False
 
 
 def main() -> None:
     """Entry point of the process."""
-    path, *command = sys.argv[1:]
-    if not ask(path, command):
+    name, *command = sys.argv[1:]
+    if not ask(name, command):
         os.execv(sys.executable, [sys.executable, *command])  # noqa: S606
 
 

@@ -2,7 +2,7 @@
 
 Importing them takes a process seconds, and 150 MB that a fork shares with its parent for as long as neither writes to
 them. `python -P -m worker.fork_server SOCKET` serves until its standard input ends. Nothing in it starts threads or
-touches a GPU, for neither survives a fork.
+touches a GPU, for neither survives a fork; nor does it draw a random number, which all forks would share.
 """
 
 from __future__ import annotations
@@ -13,23 +13,26 @@ import importlib
 import json
 import os
 import runpy
+import secrets
 import select
 import shlex
-import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from worker import fork_client
 
-# What a worker or server imports in the course of its life; optimizers of PyTorch import torch._dynamo.
-PRELOADED = ("ray._private.workers.default_worker", "ps.actor", "worker.actor", "torch._dynamo")
-REQUEST_SECONDS = 10.0
+# What a worker or server imports in the course of its life; optimizers of PyTorch import torch._dynamo. Not the actors:
+# Ray draws an identifier for each class, and with that the seed of all identifiers of the process.
+PRELOADED = ("ray._private.workers.default_worker", "ps.server", "worker.loop", "torch._dynamo")
+# Environment of the actor: Ray lowers the priority of its processes, forks too, and must not have lowered it before.
+PLAIN_PRIORITY = {"RAY_worker_niceness": "0"}
+REQUEST_SECONDS = 2.0
 PIECE_BYTES = 1 << 16
 ENDING_SECONDS = 5.0
 
@@ -45,17 +48,20 @@ class Request:
 
     @staticmethod
     def receive(connection: socket.socket) -> Request:
-        """Raises OSError when the client sends no whole request."""
+        """Raises OSError or ValueError when the client sends no whole request."""
         length, streams, _, _ = socket.recv_fds(connection, fork_client.LENGTH_BYTES, len(fork_client.STANDARD_STREAMS))
-        remaining = int.from_bytes(length, "little")
-        data = bytearray()
-        while len(data) < remaining and (piece := connection.recv(PIECE_BYTES)):
-            data += piece
-        if not data or len(data) < remaining or len(streams) != len(fork_client.STANDARD_STREAMS):
-            for stream in streams:
-                os.close(stream)
-            raise ConnectionError("the request ended early")
-        return Request(**json.loads(data), streams=streams)
+        try:
+            remaining = int.from_bytes(length, "little")
+            data = bytearray()
+            while len(data) < remaining and (piece := connection.recv(PIECE_BYTES)):
+                data += piece
+            raw = json.loads(data)
+            if len(streams) != len(fork_client.STANDARD_STREAMS):
+                raise ValueError(f"{len(streams)} streams came with the request")
+            return Request(list(raw["command"]), dict(raw["environment"]), str(raw["directory"]), streams)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            _close(streams)
+            raise ValueError(f"this is no request: {error}") from error
 
     def become(self) -> None:
         """Run the script in this process, as if a new interpreter did."""
@@ -67,16 +73,19 @@ class Request:
         os.environ.clear()
         os.environ.update(self.environment)
         os.chdir(self.directory)
+        import numpy as np
+
+        np.random.seed()  # all forks have the same state
         script = self.command[0]
         sys.argv = self.command
         sys.path.insert(0, str(Path(script).parent))
         runpy.run_path(script, run_name="__main__")
 
 
-def serve(path: Path) -> Request | None:
+def serve(name: str) -> Request | None:
     """Fork a process for each request. Returns the request in each of them, and None here when standard input ends."""
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
+        listener.bind("\0" + name)
         listener.listen(128)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that end
         sys.stdout.write("ready\n")
@@ -85,23 +94,53 @@ def serve(path: Path) -> Request | None:
             readable, _, _ = select.select([listener, sys.stdin], [], [])
             if sys.stdin in readable:
                 return None
-            connection, _ = listener.accept()
-            with connection, contextlib.suppress(OSError):  # a client without an answer does without
-                connection.settimeout(REQUEST_SECONDS)
-                request = Request.receive(connection)
-                if os.fork() == 0:
-                    _confirm(connection)
+            with contextlib.suppress(OSError, ValueError):  # a client without an answer does without
+                request = _answer(listener)
+                if request is not None:
                     return request
-                for stream in request.streams:
-                    os.close(stream)
+
+
+def _answer(listener: socket.socket) -> Request | None:
+    """Take one call and fork; the request in the fork. Raises OSError or ValueError when nothing comes of it."""
+    connection, _ = listener.accept()
+    with connection:
+        if _caller(connection) != os.getuid():
+            return None
+        connection.settimeout(REQUEST_SECONDS)
+        request = Request.receive(connection)
+        try:
+            is_fork = os.fork() == 0
+        except OSError:
+            _close(request.streams)
+            raise
+        if not is_fork:
+            _close(request.streams)
+            return None
+        _confirm(connection)
+        return request
+
+
+def _caller(connection: socket.socket) -> int:
+    """The user at the other end."""
+    credentials = struct.Struct("iII")  # unix(7): pid, uid, gid
+    _, uid, _ = credentials.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
+    return int(uid)
 
 
 def _confirm(connection: socket.socket) -> None:
-    """The client may have given up and started on its own: then there is nothing to do for this process."""
+    """In a fork. The client may have given up and started on its own: then there is nothing to do for this process."""
     try:
-        connection.sendall(b"1")
+        connection.sendall(fork_client.READY)
+        if connection.recv(1) == fork_client.GO:
+            return
     except OSError:
-        os._exit(1)
+        pass
+    os._exit(1)
+
+
+def _close(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def main() -> None:
@@ -110,12 +149,9 @@ def main() -> None:
         importlib.import_module(module)
     gc.collect()
     gc.freeze()  # a collection would write to what is shared
-    path = Path(sys.argv[1])
-    request = serve(path)
+    request = serve(sys.argv[1])
     if request is not None:
         request.become()
-    else:
-        shutil.rmtree(path.parent)
 
 
 class ForkServer:
@@ -123,7 +159,7 @@ class ForkServer:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[Any] | None = None
-        self._socket = Path()
+        self._name = ""
 
     @property
     def pid(self) -> int:
@@ -137,16 +173,16 @@ class ForkServer:
         """
         if self._process is None or self._process.poll() is not None:
             self._start()
-        return shlex.join([sys.executable, "-I", "-S", fork_client.__file__, str(self._socket)])
+        return shlex.join([sys.executable, "-I", "-S", fork_client.__file__, self._name])
 
     def _start(self) -> None:
-        self._socket = Path(tempfile.mkdtemp(prefix="steepest-fork-")) / "socket"
+        self._name = f"steepest-fork-{secrets.token_hex(16)}"
+        environment = {name: value for name, value in os.environ.items() if name not in PLAIN_PRIORITY}
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "worker.fork_server", str(self._socket)],
+            [sys.executable, "-P", "-m", "worker.fork_server", self._name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # No BLAS is to have threads before a fork. And Ray, which made this process nice, is to make no fork nicer.
-            env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"},
+            env={**environment, "OMP_NUM_THREADS": "1"},  # no BLAS is to have threads before a fork
         )
         assert self._process.stdout is not None  # noqa: S101  # a pipe
         if self._process.stdout.readline() != b"ready\n":

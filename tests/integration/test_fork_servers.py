@@ -27,7 +27,7 @@ def _fork_server(service: Service) -> int:
 
 
 def test_a_job_outlives_the_fork_server_and_the_next_gets_another(service: Service, submit: Callable[..., Job]) -> None:
-    job = submit("slow", arguments={"delay": 0.02}, steps=150, placement={"workers": 2})
+    job = submit("slow", arguments={"delay": 0.02}, steps=60, placement={"workers": 2})
     until(lambda: job.get().step > 2 and all(worker.pid for worker in job.get().workers))
     first = _fork_server(service)
     assert _parents(job) == {first}
@@ -39,6 +39,10 @@ def test_a_job_outlives_the_fork_server_and_the_next_gets_another(service: Servi
     until(lambda: second.get().step > 2 and all(worker.pid for worker in second.get().workers))
     assert _fork_server(service) != first
     assert _parents(second) == {_fork_server(service)}
+    second.scale(4)
+    until(lambda: [worker.state for worker in second.get().workers].count("running") == 4)
+    assert _parents(second) == {_fork_server(service)}
+    assert len({psutil.Process(member.pid).nice() for member in second.get().workers}) == 1
     second.cancel()
     until(lambda: second.get().has_ended)
     assert psutil.pid_exists(_fork_server(service))
