@@ -131,6 +131,7 @@ def _confirm(connection: socket.socket) -> None:
     """In a fork. The client may have given up and started on its own: then there is nothing to do for this process."""
     try:
         connection.sendall(fork_client.READY)
+        connection.settimeout(None)  # the client's clock counts: it confirms, or hangs up
         if connection.recv(1) == fork_client.GO:
             return
     except OSError:
