@@ -60,6 +60,7 @@ bench-full: bench  ## all benchmarks (an hour; those between hosts need root and
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/network.py
 	$(BIN)/python benchmarks/compression.py
+	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/plots.py
 
 clean:  ## remove what make made

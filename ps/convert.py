@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from ps.messages import Assign, Decision, Failure, LeafResult, Push, PushedNode, Round, StepRecord
+from ps.messages import Assign, Decision, Failure, LeafResult, Push, PushedNode, Ready, Round, StepRecord
 from ps.segment import SegmentReference
 from steepest.v1 import exchange_pb2 as pb
 from steepest.v1 import training_jobs_pb2 as jobs_pb
@@ -99,6 +99,32 @@ def push_from_proto(message: pb.Push) -> Push:
         leaves=tuple(leaves),
         buffers=message.buffers if message.HasField("buffers") else None,
         seconds=message.seconds,
+        host_ranges=_ranges(message.host_bounds[:]),
+    )
+
+
+def ready_to_proto(ready: Ready) -> pb.Ready:
+    """Ready, to the wire."""
+    return pb.Ready(
+        step=ready.step,
+        low=ready.low,
+        high=ready.high,
+        slot=ready.slot,
+        start=ready.start,
+        stop=ready.stop,
+        host_bounds=chain(*ready.host_ranges),
+    )
+
+
+def ready_from_proto(message: pb.Ready) -> Ready:
+    """Ready, from the wire."""
+    return Ready(
+        step=message.step,
+        low=message.low,
+        high=message.high,
+        slot=message.slot,
+        start=message.start,
+        stop=message.stop,
         host_ranges=_ranges(message.host_bounds[:]),
     )
 

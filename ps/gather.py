@@ -53,12 +53,8 @@ class Gathering:
         expected: ranges that this host's workers have been given; nothing is sent before all of them are there.
         A push of a round before the present one is left out: nobody waits for it.
         """
-        if (step, kind == Round.TRAIN) < (self.round[0], self.round[1] == Round.TRAIN):
+        if not self._enter(step, kind):
             return []
-        if (step, kind) != self.round:
-            self.round = (step, kind)
-            self._held.clear()
-            self._covered = self._forwarded = self._expected = 0
         if self._covered == self._forwarded:
             self._since = now
         for node, value in nodes:
@@ -67,6 +63,25 @@ class Gathering:
                 self._covered |= node.leaves
         self._expected |= bits_of(expected)
         return self.flush() if not self._expected & ~self._covered else []
+
+    def goes_alone(self, step: int, node: Node, expected: Iterable[tuple[int, int]]) -> bool:
+        """Whether a node of a training step that is still to be added will be sent on as it is, as far as is known.
+
+        expected: as for `add`. If a worker dies it may come to be a part of another node after all.
+        """
+        if not self._enter(step, Round.TRAIN) or not node.leaves & ~self._covered:
+            return False
+        return any(node in maximal_nodes(low, high, self._num_leaves) for low, high in expected)
+
+    def _enter(self, step: int, kind: Round) -> bool:
+        """Go on to a round. False: it is over."""
+        if (step, kind == Round.TRAIN) < (self.round[0], self.round[1] == Round.TRAIN):
+            return False
+        if (step, kind) != self.round:
+            self.round = (step, kind)
+            self._held.clear()
+            self._covered = self._forwarded = self._expected = 0
+        return True
 
     def waited(self, now: float) -> float:
         """For how many seconds something has been held back."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 
 class Round(StrEnum):
@@ -74,6 +74,21 @@ class Push(NamedTuple):
     leaves: tuple[LeafResult, ...]
     buffers: bytes | None = None
     seconds: float = 0.0
+    host_ranges: tuple[tuple[int, int], ...] = ()
+
+
+class Ready(NamedTuple):
+    """Of a sum that is still computed, the elements [start, stop) of the layout, which stay as they are.
+
+    low, high: the node it will be pushed as, of a training round; slot: where it lies. host_ranges: as in the Assign.
+    """
+
+    step: int
+    low: int
+    high: int
+    slot: int
+    start: int
+    stop: int
     host_ranges: tuple[tuple[int, int], ...] = ()
 
 

@@ -46,17 +46,18 @@ class Peer:
         self._payload_bytes = payload_bytes
         self._payloads: dict[int, torch.Tensor] = {}
         self._residual = residual
-        self._arrived: dict[tuple[int, bool], int] = {}  # bytes of what is coming in: by slot, and whether compressed
+        # Of what is coming in, by slot and whether it is compressed: the step it is of, and how many bytes are here.
+        self._arrived: dict[tuple[int, bool], tuple[int, int]] = {}
 
-    def pushed(self, slot: int, *, compressed: bool) -> torch.Tensor:
-        """The shard's part of a slot that was pushed, or of its payload.
+    def pushed(self, slot: int, step: int, *, compressed: bool) -> torch.Tensor:
+        """The shard's part of a slot that was pushed in a step, or of its payload.
 
         Raises StreamError when it did not come in as a whole.
         """
         value = self._payload(slot) if compressed else self.part(slot)
         if self._slots is None:
-            arrived = self._arrived.pop((slot, compressed), 0)
-            if arrived != value.nbytes:
+            of_step, arrived = self._arrived.pop((slot, compressed), (step, 0))
+            if (of_step, arrived) != (step, value.nbytes):
                 raise StreamError(f"{arrived} bytes of slot {slot} came before its push; it has {value.nbytes}")
         return value
 
@@ -97,7 +98,10 @@ class Peer:
         into = self._payload(chunk.slot) if chunk.compressed else self.part(chunk.slot)
         memory = place(into, chunk, num_bytes)
         key = (chunk.slot, chunk.compressed)
-        self._arrived[key] = self._arrived.get(key, 0) + num_bytes
+        of_step, arrived = self._arrived.get(key, (chunk.step, 0))
+        if of_step != chunk.step:  # a sum of which a part came, and that was never pushed
+            arrived = 0
+        self._arrived[key] = chunk.step, arrived + num_bytes
         return memory
 
 
@@ -116,12 +120,15 @@ def raw(flat: torch.Tensor) -> memoryview:
 
 
 def chunks(
-    flat: torch.Tensor, *, step: int = 0, slot: int = 0, name: str = "", compressed: bool = False
+    flat: torch.Tensor, *, step: int = 0, slot: int = 0, name: str = "", compressed: bool = False, offset: int = 0
 ) -> Iterator[tuple[pb.Chunk, memoryview]]:
-    """A flat tensor in pieces of at most CHUNK_BYTES, at least one; the last is marked."""
+    """A flat tensor in pieces of at most CHUNK_BYTES, at least one; the last is marked.
+
+    offset: in bytes, of `flat` in the tensor that it is a part of.
+    """
     data = raw(flat)
     for start in range(0, max(len(data), 1), CHUNK_BYTES):
         stop = start + CHUNK_BYTES
         last = stop >= len(data)
-        chunk = pb.Chunk(step=step, slot=slot, name=name, offset=start, last=last, compressed=compressed)
+        chunk = pb.Chunk(step=step, slot=slot, name=name, offset=offset + start, last=last, compressed=compressed)
         yield chunk, data[start:stop]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from queue import SimpleQueue
 
 import torch
@@ -18,8 +19,9 @@ from ps.config import JobConfig, ServerAddress
 from ps.gather import Forward, Gathering
 from ps.host import host_identity
 from ps.layout import Shard
-from ps.messages import PROTOCOL, Push, PushedNode, Round
-from ps.peer import chunks, place
+from ps.messages import PROTOCOL, Push, PushedNode, Ready, Round
+from ps.outgoing import Outgoing
+from ps.peer import place
 from ps.stream import Role, StreamError, call
 from ps.tree import Node
 from steepest.v1 import exchange_pb2 as pb
@@ -27,6 +29,16 @@ from steepest.v1 import exchange_pb2 as pb
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 1.0  # a worker so much slower than the others of its host is not waited for
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Elements [start, stop) of a sum, before the rest. total: shape (layout.numel,)."""
+
+    node: Node
+    total: torch.Tensor
+    start: int
+    stop: int
 
 
 class _Link:
@@ -44,9 +56,9 @@ class _Link:
         self._shard = shard
         self._parameters = flat[shard.start : shard.stop]
         self._on_version = on_version
-        self._outbox: SimpleQueue[tuple[int, Round, list[Forward]] | None] = SimpleQueue()
+        self._outbox: SimpleQueue[tuple[int, Round, _Part | list[Forward]] | None] = SimpleQueue()
         self._round = (-1, Round.TRAIN)
-        self._slot = 0
+        self._slots: dict[Node, int] = {}  # of what was sent in this round
         self._connection = call(address, Role.RELAY, pb.ServerMessage.FromString, inline=True)
         self._connection.sink = self._sink
         hello = pb.Hello(
@@ -58,8 +70,13 @@ class _Link:
             host=host_identity(),
         )
         self._connection.send(pb.WorkerMessage(hello=hello))
+        self._outgoing = Outgoing(shard, self._connection.send)
         for target in (self._listen, self._send):
             threading.Thread(target=target, daemon=True).start()
+
+    def begin(self, step: int, part: _Part) -> None:
+        """Send a part of a sum in time."""
+        self._outbox.put((step, Round.TRAIN, part))
 
     def forward(self, step: int, kind: Round, forwards: list[Forward]) -> None:
         """Send nodes in time."""
@@ -71,27 +88,31 @@ class _Link:
         self._connection.close()
 
     def _send(self) -> None:
-        for step, kind, forwards in iter(self._outbox.get, None):
+        for step, kind, what in iter(self._outbox.get, None):
             if (step, kind) != self._round:
-                self._round, self._slot = (step, kind), 0
-            nodes = []
-            for forward in forwards:
-                nodes.append(PushedNode(*forward.node, None if forward.total is None else self._slot))
-                if forward.total is not None:
-                    self._send_sum(forward.total, forward, step)
-                    self._slot += 1
+                self._round, self._slots = (step, kind), {}
+            if isinstance(what, _Part):
+                self._outgoing.part(step, self._slot(what.node), what.total, what.start, what.stop)
+                continue
+            nodes = [PushedNode(*forward.node, self._send_sum(step, forward)) for forward in what]
             push = convert.push_to_proto(Push(step, kind, tuple(nodes), ()))
             self._connection.send(pb.WorkerMessage(push=push))
 
-    def _send_sum(self, total: torch.Tensor, forward: Forward, step: int) -> None:
-        """Add up this server's part, and send each piece when it is done."""
-        own = total[self._shard.start : self._shard.stop]
-        for chunk, data in chunks(own, step=step, slot=self._slot):
-            start = self._shard.start + chunk.offset // own.itemsize
-            stop = start + len(data) // own.itemsize
+    def _slot(self, node: Node) -> int:
+        return self._slots.setdefault(node, len(self._slots))
+
+    def _send_sum(self, step: int, forward: Forward) -> int | None:
+        """Send what is missing of a sum, each piece when it is added up. Returns its slot, None for no samples."""
+        if forward.total is None:
+            return None
+
+        def add(start: int, stop: int) -> None:
             for to, from_ in forward.additions:
                 to[start:stop].add_(from_[start:stop])
-            self._connection.send(pb.WorkerMessage(chunk=chunk), data)
+
+        slot = self._slot(forward.node)
+        self._outgoing.rest(step, slot, forward.total, add)
+        return slot
 
     def _sink(self, message: pb.ServerMessage, num_bytes: int) -> memoryview:
         if message.WhichOneof("message") != "chunk":
@@ -137,6 +158,16 @@ class Relay:
     def push(self, push: Push, nodes: Iterable[tuple[Node, torch.Tensor | None]], now: float) -> None:
         """Take a worker's nodes, each a whole layout, and send on what is ready."""
         self._forward(push.step, push.kind, self._gathering.add(push.step, push.kind, nodes, push.host_ranges, now))
+
+    def begin(self, ready: Ready, total: torch.Tensor) -> None:
+        """Send on a part of a sum that a worker still computes, if no other's must be added to it.
+
+        total: shape (layout.numel,). Whoever pushes the node in the end, its bits are the same.
+        """
+        node = Node(ready.low, ready.high)
+        if self._gathering.goes_alone(ready.step, node, ready.host_ranges):
+            for link in self._links:
+                link.begin(ready.step, _Part(node, total, ready.start, ready.stop))
 
     def flush(self) -> None:
         """A worker is gone: wait for nobody."""

@@ -337,6 +337,9 @@ class ParameterServer:
                     if self._leading is not None:
                         self._leading.push(peer.worker, push)
                     self._reduce(push)
+                case "ready" if self._relay is not None and peer.is_mapped:
+                    total = peer.whole(message.ready.slot, self.layout)
+                    self._relay.begin(convert.ready_from_proto(message.ready), total)
                 case "chunk" if self._leading is not None and message.chunk.name and message.chunk.last:
                     self._leading.residual(peer.worker, message.chunk.slot)
                 case "failure" if self._leading is not None:
@@ -349,7 +352,7 @@ class ParameterServer:
         shard = self._shard
         if shard is not None:
             compressed = self._push_codec is not None and push.kind == Round.TRAIN
-            values = _values(push, partial(peer.pushed, compressed=compressed))
+            values = _values(push, lambda slot: peer.pushed(slot, push.step, compressed=compressed))
             if shard.accept(push.step, push.kind, values) == Outcome.AHEAD:
                 raise StreamError(f"{peer.worker} pushed step {push.step}; this shard is at {shard.step}")
         if self._relay is not None and peer.is_mapped:

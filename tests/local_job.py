@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -95,7 +95,8 @@ def _serve(config: JobConfig, index: int, pipe: Connection, host: Host | None) -
         pipe.recv()
 
 
-def _work(config: JobConfig, name: str, generation: int, addresses: list[ServerAddress], host: Host | None) -> None:
+def work(config: JobConfig, name: str, generation: int, addresses: list[ServerAddress], host: Host | None) -> None:
+    """A worker's process."""
     _enter(host)
     WorkerLoop(config, name, generation, None).run(addresses)
 
@@ -109,11 +110,12 @@ class LocalJob:
     servers: list[BaseProcess]
     workers: dict[str, BaseProcess] = field(default_factory=dict)
     generation: int = 0
+    work: Callable[..., None] = field(default=work)
 
     def start_worker(self, name: str, host: Host | None = None) -> None:
         """A new process, in place of one of the same name if there was."""
         self.generation += 1
-        process = _context().Process(target=_work, args=(self.config, name, self.generation, self.addresses, host))
+        process = _context().Process(target=self.work, args=(self.config, name, self.generation, self.addresses, host))
         process.start()
         self.workers[name] = process
 
@@ -138,10 +140,13 @@ def running(
     workers: int,
     servers_on: Sequence[Host | None] = (),
     workers_on: Sequence[Host | None] = (),
+    *,
+    work: Callable[..., None] = work,
 ) -> Iterator[LocalJob]:
     """A job whose processes are gone at the end. servers_on, workers_on: their hosts, this one when not said.
 
-    Servers beyond the job's own number are homes without a shard.
+    work: what a worker's process does, if it is not `work`. Servers beyond the job's own number are homes without a
+    shard.
     """
     pipes, servers = [], []
     for index in range(max(config.num_servers, len(servers_on))):
@@ -151,7 +156,7 @@ def running(
         process.start()
         pipes.append(ours)
         servers.append(process)
-    job = LocalJob(config, [pipe.recv() for pipe in pipes], servers)
+    job = LocalJob(config, [pipe.recv() for pipe in pipes], servers, work=work)
     try:
         for pipe in pipes:
             pipe.send(job.addresses)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import steepest
 
@@ -68,6 +69,40 @@ def slow(delay: float = 0.01) -> steepest.Task:
     """Each micro-batch takes a while, so that a test can do something in mid-step."""
     model = nn.Sequential(nn.Linear(NUM_INPUTS, 64), nn.BatchNorm1d(64), nn.Dropout(0.1), nn.Linear(64, NUM_OUTPUTS))
     return steepest.Task(model=model, loss=nn.MSELoss(), train_data=Rows(delay))
+
+
+def deep(delay: float = 0.0, width: int = 600) -> steepest.Task:
+    """As `slow`, with a gradient that leaves in several buckets."""
+    model = nn.Sequential(
+        nn.Linear(NUM_INPUTS, width),
+        nn.BatchNorm1d(width),
+        nn.Linear(width, width),
+        nn.Dropout(0.1),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.Linear(width, NUM_OUTPUTS),
+    )
+    return steepest.Task(model=model, loss=nn.MSELoss(), train_data=Rows(delay))
+
+
+class CheckpointedTwice(nn.Module):
+    """Uses a layer under two reentrant checkpoints: autograd hands over its gradient in two parts."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(NUM_INPUTS, width)
+        self.shared = nn.Linear(width, width)
+        self.last = nn.Linear(width, NUM_OUTPUTS)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.first(inputs))
+        for _ in range(2):
+            hidden = torch.tanh(checkpoint(self.shared, hidden, use_reentrant=True))
+        return self.last(hidden)
+
+
+def checkpointed_twice(width: int = 50) -> steepest.Task:
+    return steepest.Task(model=CheckpointedTwice(width), loss=nn.MSELoss(), train_data=steepest.ArrayData(*arrays()))
 
 
 def large(rows: int = 60, width: int = 400) -> steepest.Task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ class AnalyticEngine:
         self._task = task
         self._layout = layout
         self._parameters: dict[str, NDArray[np.floating[Any]]] = {}
+        self._on_final: Callable[[int], None] | None = None
         self.train_source: Source = ArraySource(task.train_data.arrays, as_numpy=True)
         self.eval_source: Source | None = (
             None if task.eval_data is None else ArraySource(task.eval_data.arrays, as_numpy=True)
@@ -55,7 +57,14 @@ class AnalyticEngine:
                 np.add(target_array, value.astype(target_array.dtype, copy=False), out=target_array)
             else:
                 target_array[...] = value
+        if self._on_final is not None:
+            for index in range(len(into)):
+                self._on_final(index)
         return Measured(float(loss), float(weight))
+
+    def watch(self, on_final: Callable[[int], None]) -> None:
+        """See Engine: all of a gradient comes at once."""
+        self._on_final = on_final
 
     def evaluate(self, batch: Any, num_samples: int) -> Measured:
         """See Engine."""

@@ -2,80 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ps.layout import Layout
-from ps.messages import Assign, LeafResult, Push, PushedNode, Round
+from ps.messages import Assign, LeafResult, Push, PushedNode, Ready, Round
 from ps.tree import Node, maximal_nodes
 from steepest.spec import TrainingJobSpec
 from worker.backend import Backend
 from worker.compressor import Compressor
 from worker.data import Source
-from worker.engine import Engine, as_indices, finite_parameters
+from worker.engine import Engine, InPartsError, as_indices, finite_parameters
+from worker.overlap import Overlap
 from worker.sampler import Sampler
 from worker.seeding import COMPUTE, DATA, EVALUATE, seed_all
+from worker.slots import Slots
+
+log = logging.getLogger(__name__)
+
+_NOTHING_SPECIAL = contextlib.nullcontext()
 
 
-def num_slots(num_leaves: int) -> int:
-    """Slots that suffice for any assignment: a node for each leaf, and one per level while they are added."""
-    return num_leaves + max(num_leaves - 1, 0).bit_length() + 1
+class _Rest(NamedTuple):
+    """What a sum that is published in buckets still lacks. chain: slots to add to, the innermost first."""
 
+    node: Node
+    overlap: Overlap
+    chain: tuple[int, ...] = ()
 
-class Slots:
-    """The worker's gradient slots, each a whole layout. Sums grow where the backend computes, and are published then.
-
-    shared: shape (num_slots, layout.numel), where servers read.
-    """
-
-    def __init__(self, shared: torch.Tensor, layout: Layout, backend: Backend) -> None:
-        self._shared = shared
-        self._layout = layout
-        self._backend = backend
-        self._free: list[int] = []
-        self._flats: dict[int, torch.Tensor] = {}
-        self._views: dict[int, list[torch.Tensor]] = {}
-        self.reset()
-
-    def reset(self) -> None:
-        """All slots are free again: a new step has begun, so no server reads them any more."""
-        self._free = list(range(len(self._shared) - 1, -1, -1))
-
-    def take(self) -> int:
-        """A free slot."""
-        return self._free.pop()
-
-    def release(self, slot: int) -> None:
-        """Give back a slot that no server was told of."""
-        self._free.append(slot)
-
-    def flat(self, slot: int) -> torch.Tensor:
-        """A slot's sum where it grows, shape (layout.numel,)."""
-        if slot not in self._flats:
-            self._flats[slot] = self._backend.gradient(self._shared[slot])
-        return self._flats[slot]
-
-    def views(self, slot: int) -> list[torch.Tensor]:
-        """One tensor per parameter over a slot's sum."""
-        if slot not in self._views:
-            self._views[slot] = self._layout.views(self.flat(slot))
-        return self._views[slot]
-
-    def publish(self, slot: int) -> None:
-        """Have a slot on its way to where servers see it."""
-        self._backend.publish(self.flat(slot), self._shared[slot])
-
-    def wait(self) -> None:
-        """Return when servers see all that was published."""
-        self._backend.wait()
-
-    def shared(self, slot: int) -> torch.Tensor:
-        """A published slot, shape (layout.numel,)."""
-        return self._shared[slot]
+    def after(self, slot: int) -> _Rest:
+        """As it is for the right half of a node whose left half lies in `slot`."""
+        return self._replace(chain=(slot, *self.chain))
 
 
 class MicroBatchError(Exception):
@@ -115,6 +78,23 @@ class Computer:
         self._seeded: tuple[int, int, int] | None = None  # what the random generators are seeded for, and unused since
         self._leaves: list[LeafResult] = []
         self._new_buffers: bytes | None = None
+        self._overlap: Overlap | None = None
+        self._host_ranges: tuple[tuple[int, int], ...] = ()
+
+    def overlap(self, begin: Callable[[Ready], None] | None = None) -> None:
+        """From now on, publish sums while they are completed, if they are large enough for several buckets.
+
+        begin: called with what is ready of a sum; None where that takes a while to be published.
+        """
+
+        def announce(node: Node, slot: int, start: int, stop: int) -> None:
+            if begin is not None:
+                begin(Ready(self._step, *node, slot, start, stop, self._host_ranges))
+
+        overlap = Overlap(self._layout, self._slots, announce)
+        if len(overlap.buckets) > 1:
+            self._overlap = overlap
+            self._engine.watch(overlap.on_final)
 
     def answer(self, assign: Assign, initial_buffers: bytes) -> Push:
         """Compute one assignment. Raises MicroBatchError when user code does."""
@@ -124,7 +104,7 @@ class Computer:
             self._slots.reset()
         if assign.buffers is not None:
             self._engine.set_buffers(assign.buffers)
-        self._leaves, self._new_buffers = [], None
+        self._leaves, self._new_buffers, self._host_ranges = [], None, assign.host_ranges
         nodes: list[PushedNode] = []
         match assign.kind:
             case Round.INITIALIZE:
@@ -135,10 +115,7 @@ class Computer:
             case Round.TRAIN:
                 for low, high in assign.ranges:
                     for node in maximal_nodes(low, high, self._spec.data.num_micro_batches):
-                        slot = self._sum(node)
-                        if slot is not None:
-                            self._slots.publish(slot)
-                        nodes.append(PushedNode(node.low, node.high, slot))
+                        nodes.append(PushedNode(node.low, node.high, self._published(node)))
                 self._slots.wait()
             case Round.EVALUATE | Round.DIAGNOSE:
                 for low, high in assign.ranges:
@@ -198,30 +175,60 @@ class Computer:
             pushed.append(PushedNode(node.low, node.high, None if slot is None else part))
         return pushed
 
-    def _sum(self, node: Node) -> int | None:
-        """Compute a node of the tree; the slot with its sum, or None when it has no samples."""
+    def _published(self, node: Node) -> int | None:
+        """Compute a node and publish it, in buckets if that is on. Returns as `_sum` does."""
+        num_leaves = len(self._leaves)
+        free = self._slots.free()
+        try:
+            overlap = self._overlap
+            # Buckets become final in the pass of the last micro-batch, so there has to be one.
+            if overlap is not None and len(self._sampler.indices(self._step, node.high - 1)):
+                return self._sum(node, _Rest(node, overlap))
+            slot = self._sum(node)
+            if slot is not None:
+                self._slots.publish(slot)
+            return slot
+        except InPartsError:
+            log.info("step %d: a gradient came in parts; the sum is made again", self._step)
+            del self._leaves[num_leaves:]
+            # In another slot if anything was announced of this one.
+            self._slots.restore(free, but=None if self._overlap is None else self._overlap.slot)
+            return self._published(node)
+
+    def _sum(self, node: Node, rest: _Rest | None = None) -> int | None:
+        """Compute a node of the tree; the slot with its sum, or None when it has no samples.
+
+        rest: given when the node is the last part of a sum that is published in buckets: its micro-batches end with
+        one that has samples, and what it comes to is added to the slots in `rest` on the way.
+        """
         if node.is_leaf:
-            return self._leaf(node.low, None)
+            return self._leaf(node.low, None, rest)
         left_node, right_node = node.halves()
         left = self._sum(left_node)
         if left is not None and right_node.is_leaf:
-            self._leaf(right_node.low, left)
+            self._leaf(right_node.low, left, rest)
             return left
-        right = self._sum(right_node)
-        if left is None or right is None:
-            return left if right is None else right
-        self._slots.flat(left).add_(self._slots.flat(right))
+        if rest is not None:
+            right = self._sum(right_node, rest if left is None else rest.after(left))
+            if left is None or right is None:
+                return right
+        else:
+            right = self._sum(right_node)
+            if left is None or right is None:
+                return left if right is None else right
+            self._slots.flat(left).add_(self._slots.flat(right))
         self._slots.release(right)
         return left
 
-    def _leaf(self, index: int, add_to: int | None) -> int | None:
+    def _leaf(self, index: int, add_to: int | None, rest: _Rest | None = None) -> int | None:
         fetched = self._fetched.pop((self._step, index), None)
         indices = self._sampler.indices(self._step, index) if fetched is None else None
         if indices is not None and not len(indices):
             self._leaves.append(LeafResult(index, 0.0, 0.0, 0))
             return None
         slot = self._slots.take() if add_to is None else add_to
-        self._leaves.append(self._gradient(index, fetched, indices, slot, add=add_to is not None))
+        with _NOTHING_SPECIAL if rest is None else rest.overlap.last_pass(rest.node, (slot, *rest.chain)):
+            self._leaves.append(self._gradient(index, fetched, indices, slot, add=add_to is not None))
         return slot
 
     def _gradient(
@@ -238,6 +245,8 @@ class Computer:
             measured = self._engine.gradient(batch, num_samples, self._slots.views(slot), add=add)
             if index == 0:
                 self._new_buffers = self._engine.buffers()
+        except InPartsError:
+            raise
         except BaseException as error:
             raise MicroBatchError(index) from error
         return LeafResult(index, measured.loss, measured.weight, num_samples)

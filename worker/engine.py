@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -39,6 +39,13 @@ class LossError(Exception):
     """What the user's loss returned is no loss. The message says why."""
 
 
+class InPartsError(Exception):
+    """A parameter's gradient came in parts, and one had been passed on for the whole: the sum is to be made again.
+
+    Once is enough: the engine waits for the rest of that parameter's gradient from then on.
+    """
+
+
 class Engine(Protocol):
     """Computes gradients of a task; `AnalyticEngine` and `TorchEngine` are the two."""
 
@@ -56,7 +63,13 @@ class Engine(Protocol):
         """The bound parameters hold another version."""
 
     def gradient(self, batch: Any, num_samples: int, into: list[torch.Tensor], *, add: bool) -> Measured:
-        """Write (or add) the gradient of the batch's loss sum into one tensor per parameter, in the layout's order."""
+        """Write (or add) the gradient of the batch's loss sum into one tensor per parameter, in the layout's order.
+
+        Raises InPartsError; the tensors hold nothing of use then.
+        """
+
+    def watch(self, on_final: Callable[[int], None]) -> None:
+        """From now on, tell of each parameter of a gradient, by its index, when it is written."""
 
     def evaluate(self, batch: Any, num_samples: int) -> Measured:
         """Loss and metrics, without gradients."""
@@ -106,8 +119,11 @@ class TorchEngine:
         self._indices = {id(p): index for index, p in enumerate(self._parameters)}
         self._small = [i for i, p in enumerate(self._parameters) if p.numel() < SMALL_NUMEL]
         self._large = set(self._indices.values()) - set(self._small)
-        for index in self._large:
-            self._parameters[index].register_post_accumulate_grad_hook(partial(self._store, index))  # type: ignore[no-untyped-call]
+        self._in_parts: set[int] = (
+            set()
+        )  # what of `_large` came more than once in this pass, as by reentrant checkpoints
+        self._on_final: Callable[[int], None] | None = None
+        self._hook(self._large)
         self._unfinished = True
         self._free: set[int] = set()  # whose place nothing has been written to
         if device.type == "cpu":
@@ -132,7 +148,7 @@ class TorchEngine:
         self._backend.refresh(self._on_device, self._flat)
 
     def gradient(self, batch: Any, num_samples: int, into: list[torch.Tensor], *, add: bool) -> Measured:
-        """See Engine. Raises LossError."""
+        """See Engine. Raises LossError, InPartsError."""
         self._start(training=True)
         if self._unfinished:  # a pass that failed has left some
             for parameter in self._parameters:
@@ -151,6 +167,12 @@ class TorchEngine:
         )
         self._store_small()
         self._unfinished = False
+        if self._in_parts:
+            self._large -= self._in_parts
+            self._small += sorted(self._in_parts)
+            self._in_parts.clear()
+            if add or self._on_final is not None:
+                raise InPartsError
         for index in self._missing:
             # Zeros rather than nothing, and zeros are added too (-0 + 0 is 0): so the bits are the same however the
             # tree is cut.
@@ -158,7 +180,16 @@ class TorchEngine:
                 into[index].add_(0.0)
             else:
                 into[index].zero_()
+            if self._on_final is not None:
+                self._on_final(index)
         return Measured(value.item() * factor, weight)
+
+    def watch(self, on_final: Callable[[int], None]) -> None:
+        """See Engine. Small gradients are moved one by one then, too."""
+        self._on_final = on_final
+        self._hook(self._small)
+        self._large.update(self._small)
+        self._small = []
 
     def evaluate(self, batch: Any, num_samples: int) -> Measured:
         """See Engine. Raises LossError."""
@@ -240,6 +271,10 @@ class TorchEngine:
             self._factors[key] = torch.full_like(value, factor, requires_grad=False)
         return self._factors[key]
 
+    def _hook(self, indices: Iterable[int]) -> None:
+        for index in indices:
+            self._parameters[index].register_post_accumulate_grad_hook(partial(self._store, index))  # type: ignore[no-untyped-call]
+
     def _place(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
         """Where this gradient may be written at once: its place, unless something is there or is to be added to."""
         index = self._indices.get(id(parameter), -1)
@@ -251,20 +286,27 @@ class TorchEngine:
     def _store(self, index: int, parameter: torch.Tensor) -> None:
         """Move a gradient that autograd has just finished to its place, while it is in cache, and free it."""
         gradient = parameter.grad
-        if gradient is None:  # nothing came of it in this pass
+        if gradient is None or index not in self._large:  # nothing came of it in this pass; or all of it is moved later
             return
         parameter.grad = None
+        if index not in self._missing:
+            self._in_parts.add(index)
         self._missing.discard(index)
         into = self._into[index]
         if gradient.is_sparse:
             gradient = gradient.to_dense()
-        if self._add:
+        if self._add or index in self._in_parts:
             into.add_(gradient)
         elif gradient.data_ptr() != into.data_ptr():
             into.copy_(gradient)
+        if self._on_final is not None and index not in self._in_parts:
+            self._on_final(index)
 
     def _store_small(self) -> None:
-        """Move the small gradients to their places, all in one call: a call for each would cost more than the move."""
+        """Move the small gradients to their places, all in one call: a call for each would cost more than the move.
+
+        With them, those that come in parts.
+        """
         targets, gradients = [], []
         for index in self._small:
             parameter = self._parameters[index]
@@ -282,6 +324,9 @@ class TorchEngine:
                 torch._foreach_add_(targets, gradients)
             else:
                 torch._foreach_copy_(targets, gradients)
+        if self._on_final is not None:
+            for index in set(self._small) - self._missing:
+                self._on_final(index)
 
 
 def _is_torchs_own(task: Task) -> bool:

@@ -14,7 +14,8 @@ from ps import convert
 from ps.config import JobConfig, ServerAddress
 from ps.host import host_identity
 from ps.layout import Shard, shards
-from ps.messages import PROTOCOL, Assign, Failure, Push, Round
+from ps.messages import PROTOCOL, Assign, Failure, Push, Ready, Round
+from ps.outgoing import Outgoing
 from ps.peer import chunks, place
 from ps.residuals import NAME
 from ps.segment import Segment
@@ -32,14 +33,15 @@ class RefusedError(Exception):
 class _Link:
     """The stream to one server. shard: what the server owns, None when that is nothing.
 
-    version: of the shard's parameters that came in chunks. arrived: of all parameters from other hosts.
-    update: the payload that is coming in, and how much of it has.
+    outgoing: of gradient sums, if they go over this stream. version: of the shard's parameters that came in chunks.
+    arrived: of all parameters from other hosts. update: the payload that is coming in, and how much of it has.
     """
 
     server: int
     contact: Contact
     shard: Shard | None
     connection: Connection[pb.ServerMessage]
+    outgoing: Outgoing | None
     version: int = -1
     arrived: int = -1
     is_gone: bool = False
@@ -123,7 +125,8 @@ class Exchange:
                 raise RefusedError(
                     f"server {server}: memory cannot be shared with it; use placement.transport = inline"
                 )
-        return _Link(server, contact, shard, connection)
+        outgoing = None if shard is None or contact != Contact.INLINE else Outgoing(shard, connection.send)
+        return _Link(server, contact, shard, connection, outgoing)
 
     def _sink(self, link: _Link, message: pb.ServerMessage, num_bytes: int) -> memoryview:
         """Where a piece of the parameters, of an update to them or of a residual belongs."""
@@ -244,6 +247,19 @@ class Exchange:
         if not is_there(link):
             raise ConnectionError(f"server {link.server} is gone")
 
+    @property
+    def has_network(self) -> bool:
+        """Whether gradients leave this host, so that it pays to begin before they are complete."""
+        return self._home is not None or any(link.outgoing is not None for link in self._links)
+
+    def begin(self, ready: Ready, total: torch.Tensor) -> None:
+        """Send a part of a sum that is still computed, not compressed. total: the slot, shape (layout.numel,)."""
+        if self._home is not None:
+            self._home.connection.send(pb.WorkerMessage(ready=convert.ready_to_proto(ready)))
+        for link in self._links:
+            if link.outgoing is not None:
+                link.outgoing.part(ready.step, ready.slot, total, ready.start, ready.stop)
+
     def push(self, push: Push, slots: torch.Tensor) -> None:
         """Give an answer to every server that waits for it.
 
@@ -260,17 +276,17 @@ class Exchange:
         self._leader.connection.send(pb.WorkerMessage(push=convert.push_to_proto(push)))
 
     def _send_gradients(self, link: _Link, push: Push, slots: torch.Tensor) -> None:
-        if link.contact != Contact.INLINE or link.shard is None:
+        if link.outgoing is None or link.shard is None:
             return
-        compressor = self._compressor if push.kind == Round.TRAIN else None
         for node in push.nodes:
-            if node.slot is not None:
-                if compressor is None:
-                    flat = slots[node.slot, link.shard.start : link.shard.stop]
-                else:
-                    flat = compressor.payload_for(node.slot, link.shard)
-                for chunk, data in chunks(flat, step=push.step, slot=node.slot, compressed=compressor is not None):
-                    link.connection.send(pb.WorkerMessage(chunk=chunk), data)
+            if node.slot is None:
+                continue
+            if self._compressor is None or push.kind != Round.TRAIN:
+                link.outgoing.rest(push.step, node.slot, slots[node.slot])
+                continue
+            payload = self._compressor.payload_for(node.slot, link.shard)
+            for chunk, data in chunks(payload, step=push.step, slot=node.slot, compressed=True):
+                link.connection.send(pb.WorkerMessage(chunk=chunk), data)
 
     def fail(self, failure: Failure) -> None:
         """Tell the leader that user code failed."""

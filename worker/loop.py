@@ -18,10 +18,11 @@ from steepest.task import AnalyticTask
 from worker.analytic import AnalyticEngine
 from worker.backend import backend_of
 from worker.compressor import Compressor
-from worker.compute import Computer, MicroBatchError, Slots, num_slots
+from worker.compute import Computer, MicroBatchError
 from worker.engine import Engine, LossError, TorchEngine
 from worker.exchange import Exchange
 from worker.load import load_task, user_traceback
+from worker.slots import Slots, num_slots
 
 DISMISSED_GRACE_SECONDS = 0.2
 
@@ -54,7 +55,7 @@ class WorkerLoop:
         self._generation = generation
         task = load_task(config.spec.task, code, config.spec.seed)
         self._layout = config.layout()
-        backend = backend_of(config.spec.placement.device)
+        self._backend = backend = backend_of(config.spec.placement.device)
         if isinstance(task, AnalyticTask):
             self._engine: Engine = AnalyticEngine(task, self._layout)
         else:
@@ -84,6 +85,8 @@ class WorkerLoop:
 
         Raises ConnectionError when a server is gone, RefusedError when one says no."""
         exchange = Exchange(self._config, self._worker, self._generation, addresses, self._segment, self._compressor)
+        if self._compressor is None:
+            self._overlap(exchange)
         bound = False
         version = -1
         try:
@@ -99,6 +102,13 @@ class WorkerLoop:
         finally:
             time.sleep(DISMISSED_GRACE_SECONDS)  # lets a last message out
             exchange.close()
+
+    def _overlap(self, exchange: Exchange) -> None:
+        """Have sums leave this process while they are completed, if they have to travel."""
+        if self._backend.device.type != "cpu":
+            self._computer.overlap()
+        elif exchange.has_network:
+            self._computer.overlap(lambda ready: exchange.begin(ready, self._slots[ready.slot]))
 
     def _answer(self, exchange: Exchange, assign: Assign) -> None:
         try:

@@ -248,6 +248,49 @@ class Chunk(_message.Message):
 Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
 
 @_typing.final
+class Ready(_message.Message):
+    """Of a sum that a worker still computes, the elements [start, stop) of the layout are as they will be pushed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    SLOT_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    HOST_BOUNDS_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    low: _builtins.int
+    """The node of the canonical tree, and the slot it lies in."""
+    high: _builtins.int
+    slot: _builtins.int
+    start: _builtins.int
+    stop: _builtins.int
+    @_builtins.property
+    def host_bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As in the assignment."""
+
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        low: _builtins.int = ...,
+        high: _builtins.int = ...,
+        slot: _builtins.int = ...,
+        start: _builtins.int = ...,
+        stop: _builtins.int = ...,
+        host_bounds: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "host_bounds", b"host_bounds", "low", b"low", "slot", b"slot", "start", b"start", "step", b"step", "stop", b"stop"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ready: _TypeAlias = Ready  # noqa: Y015
+
+@_typing.final
 class Failure(_message.Message):
     """User code or data failed."""
 
@@ -293,6 +336,7 @@ class WorkerMessage(_message.Message):
     PUSH_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -301,6 +345,10 @@ class WorkerMessage(_message.Message):
     def chunk(self) -> Global___Chunk: ...
     @_builtins.property
     def failure(self) -> Global___Failure: ...
+    @_builtins.property
+    def ready(self) -> Global___Ready:
+        """To the home of a host, which may send it on."""
+
     def __init__(
         self,
         *,
@@ -308,12 +356,13 @@ class WorkerMessage(_message.Message):
         push: Global___Push | None = ...,
         chunk: Global___Chunk | None = ...,
         failure: Global___Failure | None = ...,
+        ready: Global___Ready | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "failure", b"failure", "hello", b"hello", "message", b"message", "push", b"push"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "failure", b"failure", "hello", b"hello", "message", b"message", "push", b"push", "ready", b"ready"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "failure", b"failure", "hello", b"hello", "message", b"message", "push", b"push"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "failure", b"failure", "hello", b"hello", "message", b"message", "push", b"push", "ready", b"ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "push", "chunk", "failure"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "push", "chunk", "failure", "ready"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 

@@ -32,6 +32,7 @@ SLOW: dict[str, Any] = {
     "epochs": 8,
     "data": {"global_batch": 24},
 }
+DEEP = {**SLOW, "task": "tests.tasks:deep"}
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +47,11 @@ def three() -> Iterator[list[Host]]:
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
     """Of both jobs, undisturbed, in one process."""
-    slow = {**SLOW, "arguments": {"delay": 0.0}}
+    slow, deep = ({**raw, "arguments": {"delay": 0.0}} for raw in (SLOW, DEEP))
     directory = tmp_path_factory.mktemp("expected")
     return {
         raw["task"]: hashes(run_here(job_config(directory / str(number), **raw)))
-        for number, raw in enumerate((LARGE, slow))
+        for number, raw in enumerate((LARGE, slow, deep))
     }
 
 
@@ -66,7 +67,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, s
     ],
     ids=["a server each", "three", "two servers each", "one server", "a home without a shard", "a leader apart"],
 )
-@pytest.mark.parametrize("raw", [LARGE, SLOW], ids=["large", "slow"])
+@pytest.mark.parametrize("raw", [LARGE, SLOW, DEEP], ids=["large", "slow", "deep"])
 def test_where_hosts_are_does_not_show_in_the_bits(
     three: list[Host],
     expected: dict[str, tuple[str, str]],
@@ -82,10 +83,11 @@ def test_where_hosts_are_does_not_show_in_the_bits(
         assert hashes(job.finish()) == expected[raw["task"]]
 
 
+@pytest.mark.parametrize("raw", [SLOW, DEEP], ids=["slow", "deep"])
 def test_workers_killed_on_a_host_leave_no_trace(
-    three: list[Host], expected: dict[str, tuple[str, str]], tmp_path: Path
+    three: list[Host], expected: dict[str, tuple[str, str]], tmp_path: Path, raw: dict[str, Any]
 ) -> None:
-    config = job_config(tmp_path, **{**SLOW, "placement": {"servers": 2}})
+    config = job_config(tmp_path, **{**raw, "placement": {"servers": 2}})
     where = [three[0], three[1], three[1]]
     with running(config, 3, three[:2], where) as job:
         time.sleep(0.3)
@@ -96,7 +98,7 @@ def test_workers_killed_on_a_host_leave_no_trace(
             process.join()
             job.start_worker(f"worker-{victim}", where[victim])
             time.sleep(0.15)
-        assert hashes(job.finish()) == expected[SLOW["task"]]
+        assert hashes(job.finish()) == expected[raw["task"]]
 
 
 def _bytes_a_step(three: list[Host], directory: Path, workers: list[int], servers: list[int], steps: int) -> float:

@@ -69,6 +69,19 @@ def test_a_round_that_is_over_is_left_out() -> None:
     assert it.add(0, Round.INITIALIZE, values(0, 1, 1), [(0, 1)], 1.0) == []
 
 
+def test_a_node_to_which_no_other_is_added_goes_alone() -> None:
+    it = Gathering(8)
+    assert it.goes_alone(1, Node(0, 4), [(0, 4)])
+    assert it.goes_alone(1, Node(2, 3), [(0, 3)])
+    assert not it.goes_alone(1, Node(0, 2), [(0, 4)]), "another worker of the host has the rest"
+    it.add(1, Round.TRAIN, values(0, 4, 8), [(0, 4)], 1.0)
+    assert not it.goes_alone(1, Node(0, 4), [(0, 4)]), "it is there already"
+    assert it.goes_alone(2, Node(0, 4), [(0, 4)])
+    assert not it.goes_alone(1, Node(4, 8), [(4, 8)]), "the round is over"
+    assert it.flush() == []
+    assert it.add(1, Round.TRAIN, values(4, 8, 8), [(4, 8)], 1.0) == []
+
+
 def test_nodes_without_samples_are_sent_as_such() -> None:
     it = Gathering(4)
     none: list[tuple[Node, torch.Tensor | None]] = [(Node(2, 3), None), (Node(3, 4), None)]

@@ -12,7 +12,7 @@ import torch
 
 from ps import convert
 from ps.config import JobConfig, ServerAddress
-from ps.messages import LeafResult, Push, PushedNode, Round
+from ps.messages import LeafResult, Push, PushedNode, Ready, Round
 from ps.segment import Segment
 from ps.server import ParameterServer
 from steepest.spec import spec_from_dict
@@ -131,6 +131,32 @@ def test_a_push_of_a_step_that_is_not_there_yet_is_refused(config: JobConfig, se
     with pytest.raises(RefusedError, match="pushed step 5"):
         next(assignments)
     exchange.close()
+
+
+def test_what_was_begun_and_never_pushed_is_no_part_of_a_later_sum(config: JobConfig) -> None:
+    placement = config.spec.placement.model_copy(update={"transport": "inline"})
+    config = replace(config, spec=config.spec.model_copy(update={"placement": placement}))
+    server = ParameterServer(config, 0, "127.0.0.1")
+    server.connect([server.address])
+    exchange = _join(config, server.address)
+    assignments = exchange.assignments()
+    next(assignments)
+    numel = config.layout().numel
+    slots = torch.zeros(2, numel)
+    exchange.push(Push(0, Round.INITIALIZE, (PushedNode(0, 1, 0),), (LeafResult(0, 0.0, 0.0, 0),), b""), slots)
+    num_leaves = config.spec.data.num_micro_batches
+    leaves = tuple(LeafResult(leaf, 1.0, 1.0, 1) for leaf in range(num_leaves))
+    for step, slot in enumerate((1, 0)):
+        assert next(assignments).step == step
+        slots[:] = 2.0
+        exchange.begin(Ready(step, 0, num_leaves, 0, numel // 2, numel), slots[0])
+        slots[0, : numel // 2] = 1.0
+        exchange.begin(Ready(step, 0, num_leaves, 0, 0, 16), slots[0])
+        exchange.push(Push(step, Round.TRAIN, (PushedNode(0, num_leaves, slot),), leaves), slots)
+    assert next(assignments).step == 2
+    assert server.leader is not None
+    exchange.close()
+    server.stop()
 
 
 @pytest.mark.parametrize("compression", [{}, {"name": "topk"}], ids=["whole", "compressed"])

@@ -11,9 +11,10 @@ from ps.segment import Segment
 from steepest.spec import spec_from_dict
 from tests import tasks
 from worker.backend import CpuBackend, CudaBackend, backend_of
-from worker.compute import Computer, Slots, num_slots
+from worker.compute import Computer
 from worker.engine import TorchEngine
 from worker.load import TaskError, check_fits, describe_model
+from worker.slots import Slots, num_slots
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

@@ -14,10 +14,11 @@ from steepest.spec import TrainingJobSpec, spec_from_dict
 from tests import tasks
 from worker.analytic import AnalyticEngine
 from worker.backend import CpuBackend
-from worker.compute import Computer, MicroBatchError, Slots, num_slots
+from worker.compute import Computer, MicroBatchError
 from worker.engine import LossError, TorchEngine
 from worker.load import describe_model, num_samples
 from worker.sampler import Sampler
+from worker.slots import Slots, num_slots
 
 
 def _spec(**raw: Any) -> TrainingJobSpec:

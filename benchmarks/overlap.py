@@ -1,0 +1,94 @@
+"""What it gains to send gradients while they are computed: two network namespaces, each with a server and a worker.
+
+`python benchmarks/overlap.py` (as root; needs iproute2). Whole jobs of 25 million parameters take turns, with the
+buckets of worker/overlap.py and with one bucket, which leaves when backward is over. The time of a step is the median
+over a job's steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from report import RESULTS, write_report
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from benchmarks.hosts import Host, hosts  # the repository is not a package that can be installed
+from ps.checkpoint import checkpoints, read_records
+from tests.local_job import job_config, running, work
+from worker import overlap
+
+WIDTH, LAYERS = 1024, 24  # 25 million parameters
+WARM_UP = 2
+MAX_SECONDS = 600.0
+
+
+def work_whole(*arguments: Any) -> None:
+    """A worker that pushes sums as a whole."""
+    overlap.BUCKET_BYTES = 1 << 62
+    work(*arguments)
+
+
+WAYS: dict[str, Callable[..., None]] = {"whole": work_whole, "in buckets": work}
+
+
+def measure(pair: Sequence[Host], way: str, transport: str, batch: int, steps: int) -> float:
+    """Median seconds of a step."""
+    with tempfile.TemporaryDirectory() as directory:
+        config = job_config(
+            Path(directory),
+            "benchmarks.tasks:mlp",
+            arguments={"width": WIDTH, "layers": LAYERS},
+            steps=steps + WARM_UP,
+            data={"global_batch": 2 * batch, "micro_batch": batch},
+            clip={"norm": 1.0},
+            placement={"servers": 2, "transport": transport},
+        )
+        with running(config, 2, servers_on=pair, workers_on=pair, work=WAYS[way]) as job:
+            job.finish(MAX_SECONDS)
+        _, records = read_records(checkpoints(Path(directory))[0])
+    times = [record.time for record in records][WARM_UP - 1 :]
+    return statistics.median(after - before for before, after in pairwise(times))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", nargs="*", default=["2gbit", "1gbit"], help="of the link, in tc's words")
+    parser.add_argument("--batch", type=int, default=64, help="samples a worker")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10, help="of each job, after the first two")
+    parser.add_argument("--transport", nargs="*", default=["auto", "inline"])
+    parser.add_argument("--json", type=Path, default=RESULTS / "overlap.json")
+    options = parser.parse_args()
+    if os.geteuid():
+        sys.exit("network namespaces need root")
+    results = []
+    print("| link | transport | whole, ms | in buckets, ms | ratio | rounds |\n|---|---|---|---|---|---|")
+    with hosts(2) as pair:
+        for limit in options.limit:
+            for host in pair:
+                host.limit(limit)
+            for transport in options.transport:
+                times: dict[str, list[float]] = {way: [] for way in WAYS}
+                for _ in range(options.rounds):
+                    for way, seconds in times.items():
+                        seconds.append(measure(pair, way, transport, options.batch, options.steps))
+                ratios = [cut / whole for whole, cut in zip(*times.values(), strict=True)]
+                whole, cut = (1000 * statistics.median(seconds) for seconds in times.values())
+                ratio = f"{statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f}"
+                print(f"| {limit} | {transport} | {whole:.0f} | {cut:.0f} | {ratio} |", flush=True)
+                results.append({"limit": limit, "transport": transport, "seconds": times, "ratios": ratios})
+    write_report(options.json, batch=options.batch, results=results)
+
+
+if __name__ == "__main__":
+    main()
