@@ -63,9 +63,9 @@ def measure(pair: Sequence[Host], way: str, transport: str, batch: int, steps: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", nargs="*", default=["2gbit", "1gbit"], help="of the link, in tc's words")
-    parser.add_argument("--batch", type=int, default=64, help="samples a worker")
+    parser.add_argument("--batch", type=int, default=256, help="samples a worker [256]")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10, help="of each job, after the first two")
+    parser.add_argument("--steps", type=int, default=6, help="of each job, after the first two")
     parser.add_argument("--transport", nargs="*", default=["auto", "inline"])
     parser.add_argument("--json", type=Path, default=RESULTS / "overlap.json")
     options = parser.parse_args()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -25,8 +24,6 @@ from worker.seeding import COMPUTE, DATA, EVALUATE, seed_all
 from worker.slots import Slots
 
 log = logging.getLogger(__name__)
-
-_NOTHING_SPECIAL = contextlib.nullcontext()
 
 
 class _Rest(NamedTuple):
@@ -227,7 +224,10 @@ class Computer:
             self._leaves.append(LeafResult(index, 0.0, 0.0, 0))
             return None
         slot = self._slots.take() if add_to is None else add_to
-        with _NOTHING_SPECIAL if rest is None else rest.overlap.last_pass(rest.node, (slot, *rest.chain)):
+        if rest is None:
+            self._leaves.append(self._gradient(index, fetched, indices, slot, add=add_to is not None))
+            return slot
+        with rest.overlap.last_pass(rest.node, (slot, *rest.chain)):
             self._leaves.append(self._gradient(index, fetched, indices, slot, add=add_to is not None))
         return slot
 

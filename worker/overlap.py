@@ -70,5 +70,5 @@ class Overlap:
             self._slots.views(to)[index].add_(self._slots.views(from_)[index])
         if not self._missing[bucket]:
             start, stop = self.buckets[bucket]
-            self._slots.publish(self.slot, start, stop)
+            self._slots.publish_part(self.slot, start, stop)
             self._announce(self._node, self.slot, start, stop)

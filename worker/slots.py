@@ -20,7 +20,7 @@ class Slots:
     """
 
     def __init__(self, shared: torch.Tensor, layout: Layout, backend: Backend) -> None:
-        self._shared = shared
+        self._shared = shared.unbind()  # once, for to index a tensor takes microseconds
         self._layout = layout
         self._backend = backend
         self._free: list[int] = []
@@ -60,9 +60,13 @@ class Slots:
             self._views[slot] = self._layout.views(self.flat(slot))
         return self._views[slot]
 
-    def publish(self, slot: int, start: int = 0, stop: int | None = None) -> None:
-        """Have the elements [start, stop) of a slot, or all of it, on their way to where servers see them."""
-        self._backend.publish(self.flat(slot)[start:stop], self._shared[slot, start:stop])
+    def publish(self, slot: int) -> None:
+        """Have a slot on its way to where servers see it."""
+        self._backend.publish(self.flat(slot), self._shared[slot])
+
+    def publish_part(self, slot: int, start: int, stop: int) -> None:
+        """As `publish`, for the elements [start, stop) alone."""
+        self._backend.publish(self.flat(slot)[start:stop], self._shared[slot][start:stop])
 
     def wait(self) -> None:
         """Return when servers see all that was published."""
