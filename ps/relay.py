@@ -58,7 +58,8 @@ class _Link:
         self._on_version = on_version
         self._outbox: SimpleQueue[tuple[int, Round, _Part | list[Forward]] | None] = SimpleQueue()
         self._round = (-1, Round.TRAIN)
-        self._slots: dict[Node, int] = {}  # of what was sent in this round
+        # Of what was sent in this round, by its node and address; the tensor is kept, so that nothing else comes there.
+        self._slots: dict[tuple[Node, int], tuple[int, torch.Tensor]] = {}
         self._connection = call(address, Role.RELAY, pb.ServerMessage.FromString, inline=True)
         self._connection.sink = self._sink
         hello = pb.Hello(
@@ -92,14 +93,14 @@ class _Link:
             if (step, kind) != self._round:
                 self._round, self._slots = (step, kind), {}
             if isinstance(what, _Part):
-                self._outgoing.part(step, self._slot(what.node), what.total, what.start, what.stop)
+                self._outgoing.part(step, self._slot(what.node, what.total), what.total, what.start, what.stop)
                 continue
             nodes = [PushedNode(*forward.node, self._send_sum(step, forward)) for forward in what]
             push = convert.push_to_proto(Push(step, kind, tuple(nodes), ()))
             self._connection.send(pb.WorkerMessage(push=push))
 
-    def _slot(self, node: Node) -> int:
-        return self._slots.setdefault(node, len(self._slots))
+    def _slot(self, node: Node, total: torch.Tensor) -> int:
+        return self._slots.setdefault((node, total.data_ptr()), (len(self._slots), total))[0]
 
     def _send_sum(self, step: int, forward: Forward) -> int | None:
         """Send what is missing of a sum, each piece when it is added up. Returns its slot, None for no samples."""
@@ -110,7 +111,7 @@ class _Link:
             for to, from_ in forward.additions:
                 to[start:stop].add_(from_[start:stop])
 
-        slot = self._slot(forward.node)
+        slot = self._slot(forward.node, forward.total)
         self._outgoing.rest(step, slot, forward.total, add)
         return slot
 
@@ -162,7 +163,7 @@ class Relay:
     def begin(self, ready: Ready, total: torch.Tensor) -> None:
         """Send on a part of a sum that a worker still computes, if no other's must be added to it.
 
-        total: shape (layout.numel,). Whoever pushes the node in the end, its bits are the same.
+        total: shape (layout.numel,). Unless it is what the node is pushed with, it has been sent in vain.
         """
         node = Node(ready.low, ready.high)
         if self._gathering.goes_alone(ready.step, node, ready.host_ranges):

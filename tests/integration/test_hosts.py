@@ -33,6 +33,14 @@ SLOW: dict[str, Any] = {
     "data": {"global_batch": 24},
 }
 DEEP = {**SLOW, "task": "tests.tasks:deep"}
+IN_PARTS: dict[
+    str, Any
+] = {  # with one micro-batch for a worker, the first thing it sends of a gradient is not all of it
+    "task": "tests.tasks:checkpointed_twice",
+    "arguments": {"width": 600},
+    "steps": 4,
+    "data": {"global_batch": 24, "micro_batch": 12},
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +59,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, s
     directory = tmp_path_factory.mktemp("expected")
     return {
         raw["task"]: hashes(run_here(job_config(directory / str(number), **raw)))
-        for number, raw in enumerate((LARGE, slow, deep))
+        for number, raw in enumerate((LARGE, slow, deep, IN_PARTS))
     }
 
 
@@ -67,7 +75,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, s
     ],
     ids=["a server each", "three", "two servers each", "one server", "a home without a shard", "a leader apart"],
 )
-@pytest.mark.parametrize("raw", [LARGE, SLOW, DEEP], ids=["large", "slow", "deep"])
+@pytest.mark.parametrize("raw", [LARGE, SLOW, DEEP, IN_PARTS], ids=["large", "slow", "deep", "in parts"])
 def test_where_hosts_are_does_not_show_in_the_bits(
     three: list[Host],
     expected: dict[str, tuple[str, str]],
