@@ -163,7 +163,7 @@ class Computer:
         compressor.keep(parts)
         pushed = []
         for part, node in parts.items():
-            slot = self._sum(node)
+            slot = self._whole_sum(node)
             if slot is not None:
                 self._slots.publish(slot)
                 self._slots.wait()
@@ -174,23 +174,26 @@ class Computer:
 
     def _published(self, node: Node) -> int | None:
         """Compute a node and publish it, in buckets if that is on. Returns as `_sum` does."""
-        num_leaves = len(self._leaves)
-        free = self._slots.free()
+        overlap = self._overlap
+        # Buckets become final in the pass of the last micro-batch, so there has to be one.
+        if overlap is not None and len(self._sampler.indices(self._step, node.high - 1)):
+            return self._whole_sum(node, _Rest(node, overlap))
+        slot = self._whole_sum(node)
+        if slot is not None:
+            self._slots.publish(slot)
+        return slot
+
+    def _whole_sum(self, node: Node, rest: _Rest | None = None) -> int | None:
+        """As `_sum`, and again if a gradient came in parts."""
+        num_leaves, free = len(self._leaves), self._slots.free()
         try:
-            overlap = self._overlap
-            # Buckets become final in the pass of the last micro-batch, so there has to be one.
-            if overlap is not None and len(self._sampler.indices(self._step, node.high - 1)):
-                return self._sum(node, _Rest(node, overlap))
-            slot = self._sum(node)
-            if slot is not None:
-                self._slots.publish(slot)
-            return slot
+            return self._sum(node, rest)
         except InPartsError:
             log.info("step %d: a gradient came in parts; the sum is made again", self._step)
             del self._leaves[num_leaves:]
             # In another slot if anything was announced of this one.
-            self._slots.restore(free, but=None if self._overlap is None else self._overlap.slot)
-            return self._published(node)
+            self._slots.restore(free, but=None if rest is None else rest.overlap.slot)
+            return self._whole_sum(node, rest)
 
     def _sum(self, node: Node, rest: _Rest | None = None) -> int | None:
         """Compute a node of the tree; the slot with its sum, or None when it has no samples.
@@ -256,7 +259,10 @@ class Computer:
         if not len(indices):
             return LeafResult(index, 0.0, 0.0, 0)
         slot = self._slots.take()
-        result = self._gradient(index, None, indices, slot, add=False)
+        try:
+            result = self._gradient(index, None, indices, slot, add=False)
+        except InPartsError:
+            result = self._gradient(index, None, indices, slot, add=False)
         nonfinite = finite_parameters(self._slots.views(slot), self._layout)
         self._slots.release(slot)
         self._new_buffers = None

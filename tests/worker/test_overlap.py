@@ -188,3 +188,11 @@ def test_a_gradient_that_comes_in_parts_is_all_there(width: int) -> None:
     gradients = {name: p.grad for name, p in task.model.named_parameters()}
     for placed, view in zip(whole.layout.parameters, whole.layout.views(sums[0]), strict=True):
         torch.testing.assert_close(view, gradients[placed.name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_diagnosis_too_waits_for_gradients_that_come_in_parts() -> None:
+    worker = Worker(lambda: tasks.checkpointed_twice(200))
+    worker.overlap()
+    push = worker.computer.answer(Assign(0, Round.DIAGNOSE, ((0, 2),)), b"")
+    assert [(leaf.leaf, leaf.samples, leaf.nonfinite) for leaf in push.leaves] == [(0, 3, ""), (1, 3, "")]
+    assert worker.announced == []
