@@ -71,7 +71,8 @@ class Gathering:
         """
         if not self._enter(step, Round.TRAIN) or not node.leaves & ~self._covered:
             return False
-        return any(node in maximal_nodes(low, high, self._num_leaves) for low, high in expected)
+        parts = list(expected)
+        return not parts or any(node in maximal_nodes(low, high, self._num_leaves) for low, high in parts)
 
     def _enter(self, step: int, kind: Round) -> bool:
         """Go on to a round. False: it is over."""

@@ -40,7 +40,7 @@ class LossError(Exception):
 
 
 class InPartsError(Exception):
-    """A parameter's gradient came in parts, and one had been passed on for the whole: the sum is to be made again.
+    """A parameter's gradient came in parts, and the first was taken for the whole: the sum is to be made again.
 
     Once is enough: the engine waits for the rest of that parameter's gradient from then on.
     """
@@ -154,6 +154,7 @@ class TorchEngine:
             for parameter in self._parameters:
                 parameter.grad = None
         self._unfinished = True
+        self._in_parts.clear()
         self._into, self._add, self._missing = into, add, set(self._large)
         self._free = set() if add else set(self._large)
         batch = self._backend.batch(batch)
@@ -170,9 +171,7 @@ class TorchEngine:
         if self._in_parts:
             self._large -= self._in_parts
             self._small += sorted(self._in_parts)
-            self._in_parts.clear()
-            if add or self._on_final is not None:
-                raise InPartsError
+            raise InPartsError
         for index in self._missing:
             # Zeros rather than nothing, and zeros are added too (-0 + 0 is 0): so the bits are the same however the
             # tree is cut.
@@ -295,7 +294,7 @@ class TorchEngine:
         into = self._into[index]
         if gradient.is_sparse:
             gradient = gradient.to_dense()
-        if self._add or index in self._in_parts:
+        if self._add:
             into.add_(gradient)
         elif gradient.data_ptr() != into.data_ptr():
             into.copy_(gradient)

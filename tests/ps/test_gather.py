@@ -73,6 +73,7 @@ def test_a_node_to_which_no_other_is_added_goes_alone() -> None:
     it = Gathering(8)
     assert it.goes_alone(1, Node(0, 4), [(0, 4)])
     assert it.goes_alone(1, Node(2, 3), [(0, 3)])
+    assert it.goes_alone(1, Node(2, 3), []), "nobody is waited for"
     assert not it.goes_alone(1, Node(0, 2), [(0, 4)]), "another worker of the host has the rest"
     it.add(1, Round.TRAIN, values(0, 4, 8), [(0, 4)], 1.0)
     assert not it.goes_alone(1, Node(0, 4), [(0, 4)]), "it is there already"
