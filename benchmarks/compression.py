@@ -10,24 +10,15 @@ import argparse
 import os
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from hosts import Host, hosts
+from pair import median_step
 from report import RESULTS, write_report
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from benchmarks.hosts import Host, hosts  # the repository is not a package that can be installed
-from ps.checkpoint import checkpoints, read_records
-from tests.local_job import job_config, running
-
 WIDTH, LAYERS = 1800, 4  # 9.9 million parameters
-WARM_UP = 2
-MAX_SECONDS = 1800.0
 COMPRESSIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "bf16": {"name": "bf16"},
@@ -38,26 +29,9 @@ COMPRESSIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(pair: Sequence[Host], compression: dict[str, Any], steps: int) -> tuple[float, float]:
-    """(median seconds of a step, megabytes a step in both directions)."""
-    with tempfile.TemporaryDirectory() as directory:
-        config = job_config(
-            Path(directory),
-            "benchmarks.tasks:mlp",
-            arguments={"width": WIDTH, "layers": LAYERS},
-            steps=steps + WARM_UP,
-            data={"global_batch": 32, "micro_batch": 16},
-            clip={"norm": 1.0},
-            compression=compression,
-            placement={"servers": 2},
-        )
-        with running(config, 2, servers_on=pair, workers_on=pair) as job:
-            job.finish(MAX_SECONDS)
-            traffic = sum(pair[0].traffic())
-        _, records = read_records(checkpoints(Path(directory))[0])
-    times = [record.time for record in records][WARM_UP - 1 :]
-    seconds = [after - before for before, after in pairwise(times)]
-    return statistics.median(seconds), traffic / 1e6
+def measure(pair: Sequence[Host], compression: dict[str, Any], steps: int) -> float:
+    """Median seconds of a step."""
+    return median_step(pair, width=WIDTH, layers=LAYERS, batch=16, steps=steps, compression=compression)
 
 
 def bytes_per_step(pair: Sequence[Host], compression: dict[str, Any]) -> float:
@@ -65,7 +39,8 @@ def bytes_per_step(pair: Sequence[Host], compression: dict[str, Any]) -> float:
 
     def megabytes(steps: int) -> float:
         before = sum(pair[0].traffic()) / 1e6
-        return measure(pair, compression, steps)[1] - before
+        measure(pair, compression, steps)
+        return sum(pair[0].traffic()) / 1e6 - before
 
     return statistics.median((megabytes(8) - megabytes(2)) / 6 for _ in range(5))
 
@@ -87,7 +62,7 @@ def main() -> None:
             host.limit(options.limit)
         for number in range(options.rounds):
             for name in options.only:
-                times[name].append(measure(pair, COMPRESSIONS[name], options.steps)[0])
+                times[name].append(measure(pair, COMPRESSIONS[name], options.steps))
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
     baseline = times[options.only[0]]
     print(f"link: {options.limit}\n| compression | MB a step | s a step | times as fast (range) |\n|---|---|---|---|")

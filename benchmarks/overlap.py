@@ -11,25 +11,18 @@ import argparse
 import os
 import statistics
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hosts import hosts
+from pair import median_step
 from report import RESULTS, write_report
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from benchmarks.hosts import Host, hosts  # the repository is not a package that can be installed
-from ps.checkpoint import checkpoints, read_records
-from tests.local_job import job_config, running, work
+from tests.local_job import work
 from worker import overlap
 
 WIDTH, LAYERS = 1024, 24  # 25 million parameters
-WARM_UP = 2
-MAX_SECONDS = 600.0
 
 
 def work_whole(*arguments: Any) -> None:
@@ -39,25 +32,6 @@ def work_whole(*arguments: Any) -> None:
 
 
 WAYS: dict[str, Callable[..., None]] = {"whole": work_whole, "in buckets": work}
-
-
-def measure(pair: Sequence[Host], way: str, transport: str, batch: int, steps: int) -> float:
-    """Median seconds of a step."""
-    with tempfile.TemporaryDirectory() as directory:
-        config = job_config(
-            Path(directory),
-            "benchmarks.tasks:mlp",
-            arguments={"width": WIDTH, "layers": LAYERS},
-            steps=steps + WARM_UP,
-            data={"global_batch": 2 * batch, "micro_batch": batch},
-            clip={"norm": 1.0},
-            placement={"servers": 2, "transport": transport},
-        )
-        with running(config, 2, servers_on=pair, workers_on=pair, work=WAYS[way]) as job:
-            job.finish(MAX_SECONDS)
-        _, records = read_records(checkpoints(Path(directory))[0])
-    times = [record.time for record in records][WARM_UP - 1 :]
-    return statistics.median(after - before for before, after in pairwise(times))
 
 
 def main() -> None:
@@ -81,7 +55,17 @@ def main() -> None:
                 times: dict[str, list[float]] = {way: [] for way in WAYS}
                 for _ in range(options.rounds):
                     for way, seconds in times.items():
-                        seconds.append(measure(pair, way, transport, options.batch, options.steps))
+                        seconds.append(
+                            median_step(
+                                pair,
+                                width=WIDTH,
+                                layers=LAYERS,
+                                batch=options.batch,
+                                steps=options.steps,
+                                placement={"transport": transport},
+                                work=WAYS[way],
+                            )
+                        )
                 ratios = [cut / whole for whole, cut in zip(*times.values(), strict=True)]
                 whole, cut = (1000 * statistics.median(seconds) for seconds in times.values())
                 ratio = f"{statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f}"

@@ -7,6 +7,7 @@ the first ones are computed.
 from __future__ import annotations
 
 import contextlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
@@ -38,7 +39,7 @@ class Overlap:
         self._announce = announce
         self.buckets = cut_buckets(layout, BUCKET_BYTES)
         starts = [start for start, _ in self.buckets]
-        self._owner = [sum(start <= p.offset for start in starts) - 1 for p in layout.parameters]
+        self._owner = [bisect_right(starts, p.offset) - 1 for p in layout.parameters]
         self._missing: list[set[int]] = []  # of each bucket, the parameters that are not final
         self._node = Node(0, 0)
         self.slot = -1  # of the newest sum; some of it may be announced

@@ -36,6 +36,11 @@ def server(config: JobConfig) -> Iterator[ParameterServer]:
     made.stop()
 
 
+def _over(config: JobConfig, transport: str) -> JobConfig:
+    placement = config.spec.placement.model_copy(update={"transport": transport})
+    return replace(config, spec=config.spec.model_copy(update={"placement": placement}))
+
+
 def _join(config: JobConfig, address: ServerAddress, name: str = "w", generation: int = 0) -> Exchange:
     return Exchange(config, name, generation, [address], Segment.create(4 * config.layout().nbytes, "test"))
 
@@ -55,8 +60,7 @@ def test_a_stranger_is_refused_by_name(
 ) -> None:
     if "model" in changes:
         changes = {"model": job_config(tmp_path, "tests.tasks:large", steps=5).model}
-    placement = config.spec.placement.model_copy(update={"transport": transport})
-    changed = replace(config, spec=config.spec.model_copy(update={"placement": placement}), **changes)
+    changed = replace(_over(config, transport), **changes)
     with pytest.raises(RefusedError, match=message):
         _join(changed, server.address)
     assert server.leader is not None
@@ -82,8 +86,7 @@ def test_a_newer_generation_takes_the_place_of_the_older(config: JobConfig, serv
 
 @pytest.mark.parametrize("transport", ["auto", "inline"])
 def test_a_server_that_goes_is_noticed(config: JobConfig, transport: str) -> None:
-    placement = config.spec.placement.model_copy(update={"transport": transport})
-    config = replace(config, spec=config.spec.model_copy(update={"placement": placement}))
+    config = _over(config, transport)
     server = ParameterServer(config, 0, "127.0.0.1")
     server.connect([server.address])
     exchange = _join(config, server.address)
@@ -134,8 +137,7 @@ def test_a_push_of_a_step_that_is_not_there_yet_is_refused(config: JobConfig, se
 
 
 def test_what_was_begun_and_never_pushed_is_no_part_of_a_later_sum(config: JobConfig) -> None:
-    placement = config.spec.placement.model_copy(update={"transport": "inline"})
-    config = replace(config, spec=config.spec.model_copy(update={"placement": placement}))
+    config = _over(config, "inline")
     server = ParameterServer(config, 0, "127.0.0.1")
     server.connect([server.address])
     exchange = _join(config, server.address)
