@@ -112,8 +112,7 @@ def test_a_server_that_goes_is_noticed(config: JobConfig, transport: str) -> Non
 def test_a_chunk_that_does_not_fit_costs_the_worker_its_place_and_nothing_else(
     config: JobConfig, server: ParameterServer, chunk: pb.Chunk, size: int
 ) -> None:
-    placement = config.spec.placement.model_copy(update={"transport": "inline"})
-    inline = replace(config, spec=config.spec.model_copy(update={"placement": placement}))
+    inline = _over(config, "inline")
     exchange = _join(inline, server.address)
     assignments = exchange.assignments()
     next(assignments)
