@@ -25,8 +25,13 @@ from torch.nn.parallel import DistributedDataParallel
 LR, MAX_NORM = 1e-4, 1.0
 
 
-def _trainer(module: nn.Module, batch: int, rank: int, world: int, *, zero: bool = False) -> Callable[[], None]:
-    """One step: batch, forward, backward, clip by norm, fused AdamW. zero: with its state cut over the ranks."""
+def _trainer(
+    module: nn.Module, batch: int, rank: int, world: int, *, zero: bool = False, device: str = "cpu"
+) -> Callable[[], None]:
+    """One step: batch, forward, backward, clip by norm, fused AdamW. zero: with its state cut over the ranks.
+
+    device: where the module is; on a GPU a step ends when that has done its work.
+    """
     inputs, targets = arrays()
     optimizer: torch.optim.Optimizer
     if zero:
@@ -44,9 +49,11 @@ def _trainer(module: nn.Module, batch: int, rank: int, world: int, *, zero: bool
         chosen = order[start : start + batch]
         position += 1
         optimizer.zero_grad()
-        criterion(module(inputs[chosen]), targets[chosen]).backward()
+        criterion(module(inputs[chosen].to(device)), targets[chosen].to(device)).backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), MAX_NORM)
         optimizer.step()
+        if device != "cpu":
+            torch.cuda.synchronize()
 
     return step
 
@@ -62,15 +69,15 @@ def _obey(orders: Connection, step: Callable[[], None]) -> None:
         orders.send(times)
 
 
-def _run(rank: int, world: int, port: int, size: Size, batch: int, zero: bool, orders: Connection) -> None:
+def _run(rank: int, world: int, port: int, size: Size, batch: int, zero: bool, device: str, orders: Connection) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    module = model(size.width, size.layers)
+    module = model(size.width, size.layers).to(device)
     if world > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
         distributed.init_process_group("gloo", rank=rank, world_size=world)
         module = DistributedDataParallel(module, gradient_as_bucket_view=True)
-    _obey(orders, _trainer(module, batch, rank, world, zero=zero))
+    _obey(orders, _trainer(module, batch, rank, world, zero=zero, device=device))
     if world > 1:
         distributed.destroy_process_group()
 
@@ -82,16 +89,20 @@ def _free_port() -> int:
 
 
 class Peer:
-    """`world` processes of one thread each that train `size` with `batch` samples each a step. zero: see `_trainer`."""
+    """`world` processes of one thread each that train `size` with `batch` samples each a step.
 
-    def __init__(self, size: Size, batch: int, world: int, *, zero: bool = False) -> None:
+    zero, device: see `_trainer`.
+    """
+
+    def __init__(self, size: Size, batch: int, world: int, *, zero: bool = False, device: str = "cpu") -> None:
         context = get_context("spawn")
         port = _free_port()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_run, args=(rank, world, port, size, batch, zero, theirs), daemon=True)
+            arguments = (rank, world, port, size, batch, zero, device, theirs)
+            process = context.Process(target=_run, args=arguments, daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)

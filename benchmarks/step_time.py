@@ -4,6 +4,7 @@
 process: global-norm clip and fused AdamW in float32. They take turns, a round each, in one run; the figure is
 the median over the rounds of each round's median step. `--against zero ray` compares two workers with DDP and
 ZeroRedundancyOptimizer, and with TorchTrainer of Ray Train around the same loop, which needs `ray[train]`.
+`--device cuda` compares one worker and its server on a GPU with a plain loop there.
 """
 
 from __future__ import annotations
@@ -60,8 +61,12 @@ class Ours:
         servers: int,
         telemetry: dict[str, Any] | None = None,
         workers_started: int | None = None,
+        device: str = "cpu",
     ) -> None:
-        """workers: a batch each makes the global batch. workers_started: if they are to be others than so many."""
+        """workers: a batch each makes the global batch. workers_started: if they are to be others than so many.
+
+        device: of workers and servers.
+        """
         self._job: Job = client.submit(
             f"{HERE / 'tasks.py'}:mlp",
             arguments={"width": size.width, "layers": size.layers},
@@ -69,7 +74,12 @@ class Ours:
             data={"global_batch": batch * workers, "micro_batch": batch},
             optimizer={"name": "adamw", "lr": LR},
             clip={"norm": MAX_NORM},
-            placement={"workers": workers_started or workers, "servers": servers},
+            placement={
+                "workers": workers_started or workers,
+                "servers": servers,
+                "device": device,
+                "server_device": device,
+            },
             telemetry=telemetry or {},
         )
         self._await(lambda: self._job.get().state == "RUNNING" and self._job.get().step > 0)
@@ -128,13 +138,13 @@ PEERS: dict[str, tuple[str, Callable[[Size, int, int], Peer | RayPeer]]] = {
 
 
 def compare(
-    client: Client, size: Size, batch: int, workers: int, servers: int, rounds: int, against: str
+    client: Client, size: Size, batch: int, workers: int, servers: int, rounds: int, against: str, device: str = "cpu"
 ) -> Comparison:
     """Take turns for `rounds` rounds."""
-    ours = Ours(client, size, batch, workers, servers)
+    ours = Ours(client, size, batch, workers, servers, device=device)
     ours.pause()
     label, make = PEERS[against]
-    theirs = make(size, batch, workers)
+    theirs = make(size, batch, workers) if device == "cpu" else Peer(size, batch, workers, device=device)
     try:
         theirs.round(max(3, size.steps // 10))
         pairs = []
@@ -174,8 +184,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="*", default=[2, 1])
     parser.add_argument("--against", nargs="*", default=["ddp"], choices=list(PEERS), help="with more workers than one")
     parser.add_argument("--servers", type=int, default=0, help="of a job [2 from 25 M parameters on, else 1]")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: one worker alone [cpu]")
     parser.add_argument("--json", type=Path, default=RESULTS / "step_time.json")
     options = parser.parse_args()
+    workers_compared = options.workers if options.device == "cpu" else [1]
     os.environ["PYTHONPATH"] = str(HERE)  # for the workers of Ray Train
     print("|  size  | workers | against | ours, ms | theirs, ms | ratio | spread of rounds |")
     print("|---|---|---|---|---|---|---|")
@@ -183,13 +195,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as data, running_service(Path(data), grpc_port=0, http_port=0) as service:
         service.scheduler.wait_ready()
         with Client(f"127.0.0.1:{service.grpc_port}") as client:
-            for workers in options.workers:
+            for workers in workers_compared:
                 for size in (s for s in SIZES if s.name.replace(" ", "") in options.sizes):
                     servers = options.servers or (2 if size.width >= 2048 and workers > 1 else 1)
                     for against in options.against if workers > 1 else ["ddp"]:
-                        results.append(compare(client, size, options.batch, workers, servers, options.rounds, against))
+                        results.append(
+                            compare(
+                                client, size, options.batch, workers, servers, options.rounds, against, options.device
+                            )
+                        )
                         print(line(results[-1]), flush=True)
-    write_report(options.json, batch=options.batch, results=[vars(c) for c in results])
+    write_report(options.json, batch=options.batch, device=options.device, results=[vars(c) for c in results])
     print(f"geometric mean of ratios {math.exp(statistics.fmean(math.log(c.ratio) for c in results)):.2f}")
 
 

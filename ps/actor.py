@@ -10,6 +10,7 @@ import ray
 import torch
 
 from ps.config import JobConfig, ServerAddress
+from ps.device import device_of
 from ps.server import ParameterServer
 
 
@@ -19,7 +20,9 @@ class ServerActor:
 
     def __init__(self, config: JobConfig, index: int, bind: str) -> None:
         torch.set_num_threads(1)
-        self._server = ParameterServer(config, index, bind or ray.util.get_node_ip_address())
+        has_shard = index < config.num_servers
+        device = device_of(config.spec.placement.server_device) if has_shard else None
+        self._server = ParameterServer(config, index, bind or ray.util.get_node_ip_address(), device)
 
     def describe(self) -> tuple[ServerAddress, int, str]:
         """(address, pid, host name)."""

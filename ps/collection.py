@@ -20,8 +20,9 @@ def parts_of(server: ShardServer) -> list[StatePart]:
 
     The optimizer's own parameters, if they are others, are there likewise, as the state MASTER.
     """
+    server.expose()
     parts = [StatePart("", "", server.shard.start, server.parameters)]
-    if server.master is not server.parameters:
+    if server.is_lossy:
         parts.append(StatePart("", MASTER, server.shard.start, server.master))
     return [*parts, *server.optimizer.export_state()]
 

@@ -9,6 +9,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
+from ps.device import DeviceReference
 from ps.messages import Assign, Decision, Failure, LeafResult, Push, PushedNode, Ready, Round, StepRecord
 from ps.segment import SegmentReference
 from steepest.v1 import exchange_pb2 as pb
@@ -29,6 +30,32 @@ def segment_to_proto(reference: SegmentReference) -> pb.SegmentReference:
 def segment_from_proto(message: pb.SegmentReference) -> SegmentReference:
     """SegmentReference, from the wire."""
     return SegmentReference(message.pid, message.descriptor, message.size, message.nonce)
+
+
+def device_to_proto(reference: DeviceReference) -> pb.DeviceReference:
+    """DeviceReference, to the wire."""
+    return pb.DeviceReference(
+        handle=reference.handle,
+        size=reference.size,
+        offset=reference.offset,
+        counter=reference.counter,
+        counter_offset=reference.counter_offset,
+        event=reference.event,
+        awaits_event=reference.awaits_event,
+    )
+
+
+def device_from_proto(message: pb.DeviceReference) -> DeviceReference:
+    """DeviceReference, from the wire."""
+    return DeviceReference(
+        message.handle,
+        message.size,
+        message.offset,
+        message.counter,
+        message.counter_offset,
+        message.event,
+        message.awaits_event,
+    )
 
 
 def assign_to_proto(assign: Assign) -> pb.Assign:

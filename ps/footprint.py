@@ -20,7 +20,7 @@ class ServerFootprint:
     """Bytes of one server. received: gradients that came over the network, none on one host, and where they are added.
 
     parameters: all of them at the home of a host; twice, when what workers have is not what the optimizer has. pushed,
-    pulled: on the network in a step, by a home for all the workers of its host.
+    pulled: on the network in a step, by a home for all the workers of its host. gpu: on its GPU, besides.
     """
 
     parameters: int
@@ -28,17 +28,18 @@ class ServerFootprint:
     received: int
     pushed: int = 0
     pulled: int = 0
+    gpu: int = 0
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Its memory of the host."""
         return self.parameters + self.optimizer_state + self.received
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerFootprint:
     """Bytes of one worker. parameters: its own copy, none where a server is on its host. pushed, pulled: on the network
-    in a step, by itself. residuals: what it keeps of the parts that it compresses.
+    in a step, by itself. residuals: what it keeps of the parts that it compresses. gpu: on its GPU, besides.
 
     What the user's model takes besides (activations, data) and what each Python process takes is not known here.
     """
@@ -48,10 +49,11 @@ class WorkerFootprint:
     pushed: int
     pulled: int
     residuals: int = 0
+    gpu: int = 0
 
     @property
     def total(self) -> int:
-        """Its memory."""
+        """Its memory of the host."""
         return self.parameters + self.gradients + self.residuals
 
 
@@ -66,8 +68,13 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """Memory of all servers and workers, and of a checkpoint on its way to disk."""
+        """Memory of the hosts: all servers and workers, and a checkpoint on its way to disk."""
         return sum(s.total for s in self.servers) + sum(w.total for w in self.workers) + self.checkpoint
+
+    @property
+    def gpu(self) -> int:
+        """Memory of all GPUs."""
+        return sum(s.gpu for s in self.servers) + sum(w.gpu for w in self.workers)
 
     @property
     def network(self) -> int:
@@ -76,7 +83,7 @@ class Footprint:
 
     def to_dict(self) -> dict[str, Any]:
         """A form that JSON can carry."""
-        return {**asdict(self), "total": self.total, "network": self.network}
+        return {**asdict(self), "total": self.total, "gpu": self.gpu, "network": self.network}
 
 
 def explain_refusal(needed: Footprint, available: int) -> str:
@@ -150,7 +157,9 @@ class _Places:
         dealt = Dealer()(range(self.num_leaves), dict.fromkeys(names, 1.0))
         self.ranges = [dealt.get(name, []) for name in names]
         self.workers = [str(i * hosts // num_workers) for i in range(num_workers)]
-        self.servers = server_places(self.workers, spec.placement.num_servers, inline=spec.is_inline)
+        self.on_gpus = spec.placement.server_device == "cuda"
+        self.num_servers = spec.placement.num_servers
+        self.servers = server_places(self.workers, self.num_servers, inline=spec.is_inline, on_gpus=self.on_gpus)
         self.homes = {} if spec.is_inline else {host: self.servers.index(host) for host in set(self.servers)}
 
     def sent_by(self, host: str) -> int:
@@ -159,6 +168,19 @@ class _Places:
             bound for place, ranges in zip(self.workers, self.ranges, strict=True) for bound in ranges if place == host
         ]
         return len(maximal_nodes(own[0][0], own[-1][1], self.num_leaves)) if own else 0
+
+    def from_other_gpus(self, server: int) -> int:
+        """How many gradients come to a server from workers on its host that are not on its GPU."""
+        return sum(
+            len(maximal_nodes(low, high, self.num_leaves))
+            for worker, ranges in enumerate(self.ranges)
+            for low, high in ranges
+            if worker != server and self.workers[worker] == self.servers[server] and self.homes
+        )
+
+    def stays_on_gpu(self, worker: int) -> bool:
+        """Whether all that a worker computes is read where it lies."""
+        return self.on_gpus and self.num_servers == 1 and worker == 0 and bool(self.homes)
 
 
 def _servers(
@@ -177,13 +199,15 @@ def _servers(
         shared = host in places.homes
         received = sum(count for other, count in sent.items() if other != host) + pushed / layout.nbytes
         elsewhere = layout.nbytes - here[host] if is_home else 0
+        state = state_tensors(spec) * nbytes
         servers.append(
             ServerFootprint(
                 parameters=layout.nbytes if is_home else 0 if shared else copies * nbytes,
-                optimizer_state=state_tensors(spec) * nbytes,
+                optimizer_state=0 if places.on_gpus else state,
                 received=int(received * nbytes) + int(spec.compression.is_on) * nbytes,
                 pushed=sent.get(host, 0) * elsewhere,
                 pulled=elsewhere,
+                gpu=int(nbytes + state + (received + places.from_other_gpus(index)) * nbytes) if places.on_gpus else 0,
             )
         )
     return tuple(servers)
@@ -191,15 +215,18 @@ def _servers(
 
 def _workers(spec: TrainingJobSpec, layout: Layout, places: _Places) -> tuple[WorkerFootprint, ...]:
     workers = []
-    for host, ranges in zip(places.workers, places.ranges, strict=True):
+    on_gpu = spec.placement.device == "cuda"
+    for index, (host, ranges) in enumerate(zip(places.workers, places.ranges, strict=True)):
         slots = [slots_of(low, high, places.num_leaves) for low, high in ranges]
         shared = host in places.homes
+        gradients = max((most for most, _ in slots), default=0) * layout.nbytes
         workers.append(
             WorkerFootprint(
                 parameters=0 if shared else layout.nbytes,
-                gradients=max((most for most, _ in slots), default=0) * layout.nbytes,
+                gradients=0 if places.stays_on_gpu(index) else gradients,
                 pushed=0 if shared else sum(count for _, count in slots) * layout.nbytes,
                 pulled=0 if shared else layout.nbytes,
+                gpu=layout.nbytes + gradients if on_gpu else 0,
             )
         )
     return tuple(workers)
@@ -221,6 +248,7 @@ def _compressing_workers(spec: TrainingJobSpec, layout: Layout) -> tuple[WorkerF
             pushed=count * payload,
             pulled=layout.nbytes if pull is None else pull.span(0, layout.numel)[1],
             residuals=count * (layout.nbytes + push.state_numel * layout.itemsize + payload),
+            gpu=layout.nbytes + (most * layout.nbytes if count else 0) if spec.placement.device == "cuda" else 0,
         )
         for count in map(owners.count, names)
     )

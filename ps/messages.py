@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-PROTOCOL = 4
+PROTOCOL = 5
 
 
 class Round(StrEnum):

@@ -29,6 +29,7 @@ _CLASSES: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
 }
 DEFAULT_MOMENTUM = 0.9
+_FUSED_ON_GPU = ("sgd", "momentum", "nesterov", "adam", "adamw")
 
 
 def torch_options(spec: OptimizerSpec) -> dict[str, Any]:
@@ -145,18 +146,24 @@ _KERNELS: dict[str, _Kernel] = {
 
 
 class ShardOptimizer:
-    """The optimizer of one shard. `parameters` is the shard's part of the layout, updated in place."""
+    """The optimizer of one shard.
 
-    def __init__(self, spec: OptimizerSpec, shard: Shard, parameters: torch.Tensor) -> None:
+    parameters: the shard's part of the layout, updated in place. on_gpu: every step is torch.optim's own, for there the
+    way to the kernels costs nothing that anybody waits for.
+    """
+
+    def __init__(self, spec: OptimizerSpec, shard: Shard, parameters: torch.Tensor, *, on_gpu: bool = False) -> None:
         self._shard = shard
         self._threads = Threads(1)
         self._ranges: Sequence[tuple[int, int]] = [(0, shard.numel)]
         self._parts = [parameters[g.start - shard.start : g.stop - shard.start] for g in shard.groups]
-        self._kernel = _KERNELS.get(spec.name)
+        self._kernel = None if on_gpu else _KERNELS.get(spec.name)
+        self._is_fused = spec.name in _FUSED_ON_GPU if on_gpu else self._kernel is not None
         # The scale of a gradient goes into the fused kernel's own pass; that takes it as float32.
-        self._folds_scale = self._kernel is not None and parameters.dtype == torch.float32
-        self._scale = torch.ones((), dtype=torch.float32)
-        self._scale_view = self._scale.numpy()  # to set it at a tenth of what fill_ takes
+        self._folds_scale = self._is_fused and parameters.dtype == torch.float32
+        self._scale = torch.ones((), dtype=torch.float32, device=parameters.device)
+        # To set it at a tenth of what fill_ takes.
+        self._scale_view = None if on_gpu else self._scale.numpy()
         self._pieces: list[list[_Piece]] = []  # for each thread
         self._counts: list[NDArray[np.float32]] = []  # numbers of updates, to be counted up
         self._gradient = torch.empty(0)
@@ -165,7 +172,7 @@ class ShardOptimizer:
         if not self._parts:
             return
         options = torch_options(spec)
-        if self._kernel is not None:
+        if self._is_fused:
             options["fused"] = True
         groups: list[dict[str, Any]] = []
         for part, group in zip(self._parts, shard.groups, strict=True):
@@ -194,7 +201,10 @@ class ShardOptimizer:
             clamped = float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
         elif self._folds_scale:
             scale = self._scale
-            self._scale_view[...] = divisor / coefficient
+            if self._scale_view is None:
+                self._scale.fill_(divisor / coefficient)
+            else:
+                self._scale_view[...] = divisor / coefficient
         else:
             gradient.mul_(coefficient / divisor)
         if self._pieces:
@@ -270,9 +280,9 @@ class ShardOptimizer:
                     continue
                 if value.dim() == 0:
                     if offset == 0:
-                        yield StatePart(p.name, name, 0, value.reshape(1))
+                        yield StatePart(p.name, name, 0, value.reshape(1).cpu())
                 else:
-                    yield StatePart(p.name, name, offset, value[start : start + numel])
+                    yield StatePart(p.name, name, offset, value[start : start + numel].cpu())
 
     def import_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take over a whole layout's state: "{parameter}.{name}" -> tensor of the parameter's shape."""
@@ -286,7 +296,7 @@ class ShardOptimizer:
                 if "." in name:  # belongs to another parameter, whose name begins with this one's
                     continue
                 if (value.dim() == 0 and p.shape != ()) or name == "step":
-                    own[name] = value.clone().reshape(())
+                    own[name] = value.to(part.device if self._is_fused else "cpu", copy=True).reshape(())
                 else:
                     if not isinstance(own.get(name), torch.Tensor) or own[name].shape != part.shape:
                         own[name] = torch.zeros_like(part)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ps.config import CHUNK_BYTES
+from ps.device import Device, DeviceError, DeviceReference
 from ps.layout import Layout, Shard
 from ps.segment import Segment
 from ps.stream import Connection, StreamError
@@ -19,7 +20,8 @@ class Peer:
     shard: the server's, None when it has none. slots: the worker's mapped gradient slots, each a whole layout; None for
     gradients that come inline. inline_parameters: whether this server sends its parameters as chunks.
     carries_gradients: False for a worker that pushes them to a server on its own host. payload_bytes: of a compressed
-    gradient's part for this server; 0 when none are welcome. residual: where the residual of a part belongs.
+    gradient's part for this server; 0 when none are welcome. residual: where the residual of a part belongs. device:
+    the GPU that both compute on, where its sums are read and it reads this server's parameters; None otherwise.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Peer:
         carries_gradients: bool,
         payload_bytes: int = 0,
         residual: Callable[[str, pb.Chunk, int], memoryview] | None = None,
+        device: Device | None = None,
     ) -> None:
         self.worker = worker
         self.inline_parameters = inline_parameters
@@ -46,8 +49,32 @@ class Peer:
         self._payload_bytes = payload_bytes
         self._payloads: dict[int, torch.Tensor] = {}
         self._residual = residual
+        self._device = device
+        self._on_gpu: dict[int, torch.Tensor] = {}  # slots, each a whole layout
         # Of what is coming in, by slot and whether it is compressed: the step it is of, and how many bytes are here.
         self._arrived: dict[tuple[int, bool], tuple[int, int]] = {}
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether it reads this server's parameters on the GPU."""
+        return self._device is not None
+
+    def show(self, slot: int, reference: DeviceReference) -> None:
+        """Note where a slot lies on the GPU. Raises StreamError when it cannot be had."""
+        layout = self._own.layout
+        try:
+            if self._device is None:
+                raise DeviceError("it is on another one")
+            self._on_gpu[slot] = self._device.open(reference, layout.dtype, layout.numel)
+        except DeviceError as error:
+            hint = "use placement.server_device = cpu"
+            raise StreamError(f"slot {slot} of {self.worker} on the GPU cannot be had: {error}; {hint}") from error
+
+    def pushed_on_gpu(self, slot: int) -> torch.Tensor:
+        """The shard's part of a slot that was pushed. Raises StreamError for one that was not shown."""
+        if slot not in self._on_gpu:
+            raise StreamError(f"slot {slot} of {self.worker} was pushed and never shown")
+        return self._on_gpu[slot][self._own.start : self._own.stop]
 
     def pushed(self, slot: int, step: int, *, compressed: bool) -> torch.Tensor:
         """The shard's part of a slot that was pushed in a step, or of its payload.

@@ -23,6 +23,7 @@ from ps import convert
 from ps.checkpoint import State, newest_valid
 from ps.collection import parts_of, pieces
 from ps.config import JobConfig, ServerAddress
+from ps.device import Device
 from ps.host import host_identity
 from ps.layout import shards
 from ps.leader import Leader
@@ -45,10 +46,11 @@ READY_SECONDS = 60.0  # for the servers of a job to find each other
 
 
 class ParameterServer:
-    """Serves one shard. bind: the IP address to listen on."""
+    """Serves one shard. bind: the IP address to listen on. device: the GPU to hold it on, None for the host."""
 
-    def __init__(self, config: JobConfig, index: int, bind: str) -> None:
+    def __init__(self, config: JobConfig, index: int, bind: str, device: Device | None = None) -> None:
         self.config = config
+        self._device = device
         self.index = index
         self.layout = config.layout()
         self._plan = config.plan()
@@ -127,6 +129,7 @@ class ParameterServer:
             num_threads=num_threads,
             push=self._push_codec,
             pull=self._pull_codec,
+            device=self._device,
         )
         if state is not None:
             shard.optimizer.import_state(state.optimizer)
@@ -272,6 +275,9 @@ class ParameterServer:
         slots = Segment.open(convert.segment_from_proto(hello.slots)) if hello.HasField("slots") else None
         own = None if self._shard is None else self._shard.shard
         shares = slots is not None and connection.is_local
+        device = self._device
+        if not shares or self._shard is None or device is None or device.identity != hello.gpu:
+            device = None
         peer = Peer(
             hello.worker,
             own,
@@ -281,14 +287,20 @@ class ParameterServer:
             carries_gradients=not hello.control_only,
             payload_bytes=self._payload_bytes,
             residual=None if self._leading is None else self._leading.residual_sink,
+            device=device,
         )
         connection.sink = peer.sink
-        parameters = convert.segment_to_proto(self._segment.reference) if shares else None
-        peer.send(pb.ServerMessage(welcome=pb.Welcome(parameters=parameters, slots_mapped=slots is not None)))
+        welcome = pb.Welcome(slots_mapped=slots is not None)
+        if shares:
+            welcome.parameters.CopyFrom(convert.segment_to_proto(self._segment.reference))
+        if device is not None and self._shard is not None:
+            welcome.gpu_parameters.CopyFrom(convert.device_to_proto(device.share(self._shard.master)))
+        peer.send(pb.ServerMessage(welcome=welcome))
         with self._lock:
             if self._leading is not None and hello.worker in self._peers:
                 self._leading.replace(hello.worker)
             self._peers[hello.worker] = peer
+            self._expose([peer])
             self._send_parameters([peer])
             if self._relay is not None and shares:
                 peer.send(pb.ServerMessage(arrived=self._relay.arrived))
@@ -337,6 +349,8 @@ class ParameterServer:
                     if self._leading is not None:
                         self._leading.push(peer.worker, push)
                     self._reduce(push)
+                case "gpu_slot":
+                    peer.show(message.gpu_slot.slot, convert.device_from_proto(message.gpu_slot.memory))
                 case "ready" if self._relay is not None and peer.is_mapped:
                     total = peer.whole(message.ready.slot, self.layout)
                     self._relay.begin(convert.ready_from_proto(message.ready), total)
@@ -351,8 +365,11 @@ class ParameterServer:
             return
         shard = self._shard
         if shard is not None:
-            compressed = self._push_codec is not None and push.kind == Round.TRAIN
-            values = _values(push, lambda slot: peer.pushed(slot, push.step, compressed=compressed))
+            if peer.is_on_gpu and push.kind == Round.TRAIN:
+                values = _values(push, peer.pushed_on_gpu)
+            else:
+                compressed = self._push_codec is not None and push.kind == Round.TRAIN
+                values = _values(push, lambda slot: peer.pushed(slot, push.step, compressed=compressed))
             if shard.accept(push.step, push.kind, values) == Outcome.AHEAD:
                 raise StreamError(f"{peer.worker} pushed step {push.step}; this shard is at {shard.step}")
         if self._relay is not None and peer.is_mapped:
@@ -383,11 +400,17 @@ class ParameterServer:
         assert self._shard is not None  # noqa: S101  # a decision follows a report
         clamped = self._shard.apply(decision)
         peers = [*self._peers.values(), *self._relays.values()]
+        self._expose(peers)
         if self._shard.update is None:
             self._send_parameters(peers)
         else:
             self._send_tensor(peers, self._shard.update, compressed=True)
         return clamped
+
+    def _expose(self, peers: Iterable[Peer]) -> None:
+        """Have the present version in the host's memory if any of the peers looks there."""
+        if self._shard is not None and not all(peer.is_on_gpu for peer in peers):
+            self._shard.expose()
 
     def _send_parameters(self, peers: Iterable[Peer]) -> None:
         """Give the present version as a whole to the peers that do not map it.
@@ -426,6 +449,7 @@ class ParameterServer:
         connection.sink = peer.sink
         with self._lock:
             self._relays[peer.worker] = peer
+            self._expose([peer])
             self._send_parameters([peer])
         _read_all(connection, partial(self._on_relay_message, peer), partial(self._part, peer, connection))
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from ps.codec import Codec
+from ps.device import Device
 from ps.layout import Shard
 from ps.messages import Decision, Outcome, Round
 from ps.optimizer import ShardOptimizer
@@ -28,7 +29,8 @@ class ShardServer:
     parameters: the shard's part of the layout, shape (shard.numel,), written in place: what workers compute with.
     num_leaves: micro-batches of a training step. push: what gradients come in, added up in the order of micro-batches.
     pull: what updates are sent in; the optimizer then has parameters of its own (`master`), and what an update could
-    not say stays between the two.
+    not say stays between the two. device: the GPU to compute on; the optimizer's parameters are there, and `expose`
+    brings them to `parameters`. Not together with push or pull.
     """
 
     def __init__(
@@ -44,12 +46,20 @@ class ShardServer:
         num_threads: int = 1,
         push: Codec | None = None,
         pull: Codec | None = None,
+        device: Device | None = None,
     ) -> None:
         self.shard = shard
         self.parameters = parameters
-        self.master = parameters if pull is None else parameters.clone()
+        self.master = parameters
+        if device is not None:
+            device.lock(parameters)
+            self.master = parameters.to(device.torch_device, copy=True)
+        elif pull is not None:
+            self.master = parameters.clone()
+        self._device = device
+        self._is_exposed = True
         self.update: torch.Tensor | None = None  # the payload that makes this version of the last; None: it is whole
-        self.optimizer = ShardOptimizer(optimizer, shard, self.master)
+        self.optimizer = ShardOptimizer(optimizer, shard, self.master, on_gpu=device is not None)
         self.step = step
         self.initialized = initialized
         self._num_leaves = num_leaves
@@ -67,6 +77,11 @@ class ShardServer:
 
     def use_threads(self, num_threads: int) -> None:
         """How many cores there are for this shard, before its first round."""
+        if self._device is not None:
+            from ps.device_reduction import DeviceReducer
+
+            self._reducer: Reducer | DeviceReducer = DeviceReducer(self.shard, self._device.torch_device)
+            return
         ranges = split(self.shard, num_threads)
         threads = Threads(len(ranges))
         self._reducer = Reducer(self.shard, threads, ranges)
@@ -92,9 +107,17 @@ class ShardServer:
         # another, exactly when each of its micro-batches is.
         fresh = [(node, value) for node, value in nodes if node.leaves & ~self._covered]
         for node, value in fresh:
-            self._held[node] = value
+            self._held[node] = value if value is None else self._here(value)
             self._covered |= node.leaves
         return Outcome.ACCEPTED if fresh else Outcome.DUPLICATE
+
+    def _here(self, gradient: torch.Tensor) -> torch.Tensor:
+        """A gradient where it can be added up; from the host's memory it begins to come in."""
+        if self._device is None or gradient.device == self.master.device:
+            return gradient
+        copied = torch.empty_like(gradient, device=self.master.device)
+        self._device.copy(copied, gradient)
+        return copied
 
     @property
     def is_complete(self) -> bool:
@@ -110,6 +133,8 @@ class ShardServer:
             self._plan, self._last = addition_plan(self._root, present)
             self._planned = present
         root = self._last
+        if self._device is not None:
+            self._device.await_copies()
         values = {node: value for node in present if (value := self._held[node]) is not None}
         sums = self._reducer(self._plan, root, values)
         self._sum = values[root] if root is not None else None
@@ -154,6 +179,7 @@ class ShardServer:
             self.parameters.copy_(self._sum)
             if self.master is not self.parameters:
                 self.master.copy_(self._sum)
+            self._is_exposed = True
             self.initialized = True
         else:
             self.update = None if self._pull is None else torch.empty(0, dtype=torch.uint8)
@@ -165,11 +191,27 @@ class ShardServer:
                     coefficient=decision.coefficient,
                     max_value=self._max_value,
                 )
+                self._is_exposed = False
                 if self._pull is not None:
                     self._encode_update(self._pull)
             self.step += 1
+        if self._device is not None:
+            self._device.synchronize()  # other processes go on from here
         self._held.clear()
         self._covered = 0
         self._sum = None
         self._reduced = False
         return clamped
+
+    def expose(self) -> None:
+        """Have the present version in `parameters`, for processes that are not on the shard's GPU."""
+        if self._device is None or self._is_exposed:
+            return
+        self._device.copy(self.parameters, self.master)
+        self._device.synchronize()
+        self._is_exposed = True
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether updates are lossy, so that the optimizer's parameters are not those of the workers."""
+        return self._pull is not None

@@ -33,8 +33,10 @@ def contacts(addresses: Sequence[ServerAddress], host: str, num_shards: int, *, 
     return here if 0 in here else {0: Contact.CONTROL, **here}
 
 
-def server_places(workers: Sequence[str], num_servers: int, *, inline: bool) -> list[str]:
+def server_places(workers: Sequence[str], num_servers: int, *, inline: bool, on_gpus: bool = False) -> list[str]:
     """The node of every server: round the nodes with workers, those with most first; the leader comes to the first.
+
+    on_gpus: every server is with the worker of its number instead, whose GPU it is on.
 
     Then come the nodes with several workers and no server: a home there, without a shard, adds up what they push and
     takes in the parameters for all. inline: no memory is shared, so a home would be of no use.
@@ -42,6 +44,7 @@ def server_places(workers: Sequence[str], num_servers: int, *, inline: bool) -> 
     workers: the node of each.
     """
     nodes = [node for node, _ in Counter(workers).most_common()]
-    places = [nodes[index % len(nodes)] for index in range(num_servers)]
+    around = workers if on_gpus else nodes
+    places = [around[index % len(around)] for index in range(num_servers)]
     homes = [node for node, count in Counter(workers).items() if count > 1 and node not in places and not inline]
     return places + homes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -147,6 +148,11 @@ class Scheduler:
         return None
 
 
+# Of the GPU of a worker that a server is on, what each of the two is given: what counts is that Ray then shows both the
+# same one, and nobody else that.
+SHARE_OF_GPU = 0.5
+
+
 def _demand(placement: PlacementSpec, num_workers: int) -> dict[str, float]:
     demand = {"CPU": float(placement.threads_per_worker * num_workers)}
     if placement.device == "cuda":
@@ -178,6 +184,7 @@ class Placement:
         self._layout_bytes = layout_bytes
         self._server_group: PlacementGroup | None = None
         self._server_memory: list[int] = []  # of each server, in bytes
+        self._on_gpus: list[PlacementGroup] = []  # of each server on a GPU: the room of a worker, whose GPU it is on
         self._spare: list[PlacementGroup] = []
         self._workers: dict[str, tuple[Any, PlacementGroup]] = {}
         self._servers: list[Any] = []
@@ -186,6 +193,10 @@ class Placement:
     def add_group(self) -> None:
         """Ask for room for one more worker."""
         self._spare.append(placement_group([_demand(self._placement, 1)]))
+
+    @property
+    def _servers_on_gpus(self) -> bool:
+        return self._placement.server_device == "cuda"
 
     def wait(self, seconds: float) -> bool:
         """Whether all the room asked for the workers is there."""
@@ -196,7 +207,7 @@ class Placement:
         placement = self._placement
         own = max(MIN_SERVER_BYTES, SERVER_COPIES * self._layout_bytes // placement.num_servers)
         workers = [str(*_nodes_of(group)) for group in self._spare]
-        places = server_places(workers, placement.num_servers, inline=self._inline)
+        places = server_places(workers, placement.num_servers, inline=self._inline, on_gpus=self._servers_on_gpus)
         home = max(MIN_SERVER_BYTES, self._layout_bytes)
         self._server_memory = [own] * placement.num_servers + [home] * (len(places) - placement.num_servers)
         bundles = [{"memory": memory} for memory in self._server_memory]
@@ -206,6 +217,8 @@ class Placement:
             del self._server_memory[placement.num_servers :]
             group = placement_group(bundles[: placement.num_servers], strategy="SPREAD")
         self._server_group = group
+        if self._servers_on_gpus:
+            self._on_gpus = self._spare[: placement.num_servers]
         return bool(group.wait(seconds))
 
     def nodes(self) -> set[str]:
@@ -226,11 +239,14 @@ class Placement:
         assert self._server_group is not None  # noqa: S101  # `reserve` has seen to it
         nodes = _nodes_of(self._server_group)
         for index, memory in enumerate(self._server_memory):
-            strategy = PlacementGroupSchedulingStrategy(self._server_group, placement_group_bundle_index=index)
+            group, bundle = self._server_group, index
+            resources: dict[str, float] = {"memory": memory}
+            if index < len(self._on_gpus):
+                group, bundle, resources = self._on_gpus[index], 0, {"num_gpus": SHARE_OF_GPU}
             actor = ServerActor.options(  # type: ignore[attr-defined]
                 num_cpus=0,
-                memory=memory,
-                scheduling_strategy=strategy,
+                **resources,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
                 max_concurrency=4,
                 runtime_env=self._fork_servers.runtime_env(nodes[index]),
             ).remote(config, index, bind)
@@ -253,12 +269,13 @@ class Placement:
         """Start a worker in room that was asked for, or ask for some; it starts when there is any."""
         if not self._spare:
             self.add_group()
-        group = self._spare.pop()
+        group = min(self._spare, key=lambda room: self._on_gpus.index(room) if room in self._on_gpus else math.inf)
+        self._spare.remove(group)
         group.wait(PLACING_SECONDS)  # a fork needs to know where
         resources = _demand(self._placement, 1)
         actor = WorkerActor.options(  # type: ignore[attr-defined]
             num_cpus=resources["CPU"],
-            num_gpus=resources.get("GPU", 0),
+            num_gpus=SHARE_OF_GPU if group in self._on_gpus else resources.get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
             runtime_env=self._fork_servers.runtime_env(*_nodes_of(group)),
         ).remote()
@@ -277,7 +294,7 @@ class Placement:
         if actor is None or group is None:
             return
         _kill(actor)
-        if keep_room:
+        if keep_room or group in self._on_gpus:
             self._spare.append(group)
         else:
             _remove(group)
@@ -296,7 +313,7 @@ class Placement:
         for group in [self._server_group, *self._spare]:
             if group is not None:
                 _remove(group)
-        self._server_group, self._spare = None, []
+        self._server_group, self._spare, self._on_gpus = None, [], []
 
 
 def _kill(actor: Any) -> None:

@@ -115,21 +115,24 @@ def summary(info: JobInfo) -> str:
 def show_plan(needed: Footprint, available: int) -> None:
     """What a job would take, as a table on stderr."""
     table = Table(title=f"{needed.num_parameters:,} parameters")
-    for column in ("process", "parameters", "gradients", "optimizer state", "network a step"):
+    columns = ["process", "parameters", "gradients", "optimizer state", "network a step"]
+    for column in [*columns, "on its GPU"] if needed.gpu else columns:
         table.add_column(column, justify="left" if column == "process" else "right")
     for index, server in enumerate(needed.servers):
-        own = [server.parameters, server.received, server.optimizer_state, server.pushed + server.pulled]
-        table.add_row(f"server-{index}", *map(_size, own))
+        own = [server.parameters, server.received, server.optimizer_state, server.pushed + server.pulled, server.gpu]
+        table.add_row(f"server-{index}", *map(_size, own[: len(table.columns) - 1]))
     for index, worker in enumerate(needed.workers):
         traffic = _size(worker.pushed + worker.pulled)
         gradients = _size(worker.gradients + worker.residuals)
-        table.add_row(f"worker-{index}", _size(worker.parameters), gradients, "", traffic)
+        gpu = [_size(worker.gpu)] if needed.gpu else []
+        table.add_row(f"worker-{index}", _size(worker.parameters), gradients, "", traffic, *gpu)
     table.add_row("checkpoint", _size(needed.checkpoint), "", "", "")
     console = Console(stderr=True)
     console.print(table)
+    gpus = f", and {_size(needed.gpu)} on GPUs" if needed.gpu else ""
     console.print(
-        f"{_size(needed.total)} in all, of {_size(available)}; besides, what the model's activations and data take, "
-        "and about 0.4 GB for each process"
+        f"{_size(needed.total)} in all, of {_size(available)}{gpus}; besides, what the model's activations and data "
+        "take, and about 0.4 GB for each process"
     )
 
 

@@ -41,6 +41,10 @@ class JobOptions:
         str | None, Option(metavar="INTEGER", help="CPU threads of each worker (default: 1).", rich_help_panel=_PLACE)
     ] = None
     device: Annotated[str | None, Option(help="cpu or cuda (default: cpu).", rich_help_panel=_PLACE)] = None
+    server_device: Annotated[
+        str | None,
+        Option(help="Of servers: cpu or cuda, on GPUs of workers (default: cpu).", rich_help_panel=_PLACE),
+    ] = None
     steps: Annotated[
         str | None, Option(metavar="INTEGER", help="Length in optimizer steps.", rich_help_panel=_TRAIN)
     ] = None
@@ -146,6 +150,7 @@ _PATHS = {
     "servers": "placement.servers",
     "threads": "placement.threads_per_worker",
     "device": "placement.device",
+    "server_device": "placement.server_device",
     "global_batch": "data.global_batch",
     "micro_batch": "data.micro_batch",
     "optimizer": "optimizer.name",

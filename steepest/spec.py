@@ -199,13 +199,15 @@ class SyncSpec(_Model):
 class PlacementSpec(_Model):
     """Where a job runs; never changes the result (but for threads_per_worker and the type of the device).
 
-    servers: None (or "auto") leaves the number to the service.
+    servers: None (or "auto") leaves the number to the service. server_device: where servers keep parameters and
+    optimizer state, and compute; on cuda each is on the GPU of a worker.
     """
 
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
     servers: Annotated[int, Field(ge=1, le=256)] | None = None
     threads_per_worker: Annotated[int, Field(ge=1, le=1024)] = 1
     device: Literal["cpu", "cuda"] = "cpu"
+    server_device: Literal["cpu", "cuda"] = "cpu"
     transport: Literal["auto", "inline"] = "auto"
     worker_timeout_seconds: PositiveFloat = 300.0
     max_worker_restarts: NonNegativeInt = 3
@@ -214,6 +216,19 @@ class PlacementSpec(_Model):
     @classmethod
     def _automatic(cls, value: Any) -> Any:
         return None if value == "auto" else value
+
+    @model_validator(mode="after")
+    def _servers_have_gpus(self) -> Self:
+        if self.server_device == "cuda" and self.device != "cuda":
+            raise ValueError(
+                f"server_device = 'cuda' needs device = 'cuda', not {self.device!r}: servers are on GPUs of workers"
+            )
+        if self.server_device == "cuda" and self.num_servers > self.workers:
+            raise ValueError(
+                f"servers = {self.servers} with server_device = 'cuda'; allowed: 1 to {self.workers}, the number of "
+                "workers, whose GPUs they are on"
+            )
+        return self
 
     @property
     def num_servers(self) -> int:
@@ -261,6 +276,15 @@ class TrainingJobSpec(_Model):
             raise ValueError(
                 f"schedule.warmup_steps = {self.schedule.warmup_steps} leaves nothing of steps = {self.steps}; "
                 f"allowed: 0 to {self.steps - 1}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gpu_servers_are_exact(self) -> Self:
+        if self.compression.is_on and self.placement.server_device == "cuda":
+            raise ValueError(
+                f"compression.name = {self.compression.name!r} with placement.server_device = 'cuda': servers on GPUs "
+                "take gradients as they are; allowed: cpu, or compression.name = none"
             )
         return self
 

@@ -21,8 +21,10 @@ import torch
 from benchmarks.hosts import Host
 from ps.checkpoint import State, newest_valid, state_hashes
 from ps.config import JobConfig, ServerAddress
+from ps.device import Device, device_of
 from ps.server import ParameterServer
 from steepest.spec import spec_from_dict
+from worker.backend import Backend, backend_of
 from worker.load import describe_model, load_task, num_samples
 from worker.loop import WorkerLoop
 
@@ -65,12 +67,13 @@ def connect_all(servers: Sequence[ParameterServer]) -> None:
         server.connect(addresses)
 
 
-def run_here(config: JobConfig) -> State:
-    """Train with one worker, all in this process."""
-    servers = [ParameterServer(config, i, "127.0.0.1") for i in range(config.num_servers)]
+def run_here(config: JobConfig, backend: Backend | None = None, devices: Sequence[Device | None] = ()) -> State:
+    """Train with one worker, all in this process. devices: of the servers."""
+    devices = devices or [None] * config.num_servers
+    servers = [ParameterServer(config, i, "127.0.0.1", device) for i, device in enumerate(devices)]
     try:
         connect_all(servers)
-        WorkerLoop(config, "worker-0", 0, None).run([s.address for s in servers])
+        WorkerLoop(config, "worker-0", 0, None, backend or backend_of("cpu")).run([s.address for s in servers])
         return final_state(config)
     finally:
         for server in servers:
@@ -87,7 +90,7 @@ def _enter(host: Host | None) -> str:
 
 def _serve(config: JobConfig, index: int, pipe: Connection, host: Host | None) -> None:
     torch.set_num_threads(1)
-    server = ParameterServer(config, index, _enter(host))
+    server = ParameterServer(config, index, _enter(host), device_of(config.spec.placement.server_device))
     pipe.send(server.address)
     server.connect(pipe.recv())
     pipe.send("ready")
@@ -98,7 +101,7 @@ def _serve(config: JobConfig, index: int, pipe: Connection, host: Host | None) -
 def work(config: JobConfig, name: str, generation: int, addresses: list[ServerAddress], host: Host | None) -> None:
     """A worker's process."""
     _enter(host)
-    WorkerLoop(config, name, generation, None).run(addresses)
+    WorkerLoop(config, name, generation, None, backend_of(config.spec.placement.device)).run(addresses)
 
 
 @dataclass

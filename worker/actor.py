@@ -11,6 +11,8 @@ from pathlib import Path
 import ray
 
 from ps.config import JobConfig, ServerAddress
+from ps.device import DeviceError
+from worker.backend import backend_of
 from worker.load import TaskError, unpack_code
 from worker.loop import WorkerLoop
 
@@ -33,11 +35,13 @@ class WorkerActor:
     def run(
         self, config: JobConfig, worker: str, generation: int, code: bytes, addresses: Sequence[ServerAddress]
     ) -> tuple[str, str] | None:
-        """Work until dismissed. Returns (message, traceback) when the user's code cannot be loaded, else None."""
+        """Work until dismissed. Returns (message, traceback) when the code cannot be loaded or the GPU not be had."""
         try:
             directory = unpack_code(code, code_directory()) if code else None
-            loop = WorkerLoop(config, worker, generation, directory)
+            loop = WorkerLoop(config, worker, generation, directory, backend_of(config.spec.placement.device))
         except TaskError as error:
             return error.message, error.traceback
+        except DeviceError as error:
+            return str(error), ""
         loop.run(addresses)
         return None

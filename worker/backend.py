@@ -1,25 +1,29 @@
-"""All that differs between a worker on a CPU and one on a CUDA device: where tensors live, and how they get there.
+"""All that differs between a worker on a CPU and one on a GPU: where tensors live, and how they get there.
 
 Servers read gradients, and write parameters, in the host's memory. On a CPU that is where they are computed; from a GPU
-they are copied, on a stream of their own and from and to memory that is locked in place, so that copies of one sum run
-beside the computation of the next.
+they are copied, beside the computation of the next sum. What a server on the same GPU owns stays there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 
+from ps.device import Device, device_of
+from ps.outgoing import gaps
 from worker.data import to_device
-
-BUCKET_BYTES = 32 << 20  # a copy is cut in such pieces, so that none holds up another stream for long
 
 
 class Backend(Protocol):
-    """The device of a worker. `CpuBackend` and `CudaBackend` are the two."""
+    """The device of a worker. `CpuBackend` and `DeviceBackend` are the two."""
 
     device: torch.device
+
+    @property
+    def publishes(self) -> bool:
+        """Whether a sum takes a while to be where the servers see it, so that it pays to begin early."""
 
     def parameters(self, shared: torch.Tensor) -> torch.Tensor:
         """Where the model's parameters are to lie: shape and dtype as `shared`, which the servers write."""
@@ -30,8 +34,8 @@ class Backend(Protocol):
     def gradient(self, shared: torch.Tensor) -> torch.Tensor:
         """Where a gradient sum is to grow that servers will read in `shared`."""
 
-    def publish(self, gradient: torch.Tensor, shared: torch.Tensor) -> None:
-        """Begin to bring a sum to `shared`."""
+    def publish(self, gradient: torch.Tensor, shared: torch.Tensor, start: int, stop: int) -> None:
+        """Begin to bring the elements [start, stop) of a sum to `shared`. Both have shape (layout.numel,)."""
 
     def wait(self) -> None:
         """Return when all that was published is there."""
@@ -47,6 +51,7 @@ class CpuBackend:
     """Everything is where the servers see it."""
 
     device = torch.device("cpu")
+    publishes = False
 
     def parameters(self, shared: torch.Tensor) -> torch.Tensor:
         """See Backend."""
@@ -59,7 +64,7 @@ class CpuBackend:
         """See Backend."""
         return shared
 
-    def publish(self, gradient: torch.Tensor, shared: torch.Tensor) -> None:
+    def publish(self, gradient: torch.Tensor, shared: torch.Tensor, start: int, stop: int) -> None:
         """See Backend."""
 
     def wait(self) -> None:
@@ -73,35 +78,55 @@ class CpuBackend:
         """See Backend: torch's default generator is the CPU's."""
 
 
-class CudaBackend:
+class DeviceBackend:
     """A copy of the parameters and of every sum on one GPU."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    def __init__(self, gpu: Device) -> None:
+        self.gpu = gpu
+        self.device = gpu.torch_device
+        self._on_gpu: dict[tuple[int, int], torch.Tensor] = {}
+        self._has_rest = True
+
+    def share(self, parameters: Mapping[tuple[int, int], torch.Tensor], numel: int) -> None:
+        """Do not copy what servers on the same GPU own, from now on.
+
+        parameters: theirs, by the elements [start, stop) of the layout, which has `numel`.
+        """
+        self._on_gpu = dict(parameters)
+        self._has_rest = bool(gaps(0, numel, self._on_gpu))
+
+    @property
+    def publishes(self) -> bool:
+        """See Backend."""
+        return self._has_rest
 
     def parameters(self, shared: torch.Tensor) -> torch.Tensor:
         """See Backend."""
-        _lock(shared)
+        self.gpu.lock(shared)
         return torch.empty_like(shared, device=self.device)
 
     def refresh(self, parameters: torch.Tensor, shared: torch.Tensor) -> None:
         """See Backend."""
-        self._copy(parameters, shared)
-        torch.cuda.current_stream(self.device).wait_stream(self._copies)
+        for (start, stop), own in self._on_gpu.items():
+            self.gpu.copy(parameters[start:stop], own)
+        for start, stop in gaps(0, len(shared), self._on_gpu):
+            self.gpu.copy(parameters[start:stop], shared[start:stop])
+        self.gpu.await_copies()
 
     def gradient(self, shared: torch.Tensor) -> torch.Tensor:
         """See Backend."""
-        _lock(shared)
+        if self._has_rest:
+            self.gpu.lock(shared)
         return torch.zeros_like(shared, device=self.device)
 
-    def publish(self, gradient: torch.Tensor, shared: torch.Tensor) -> None:
+    def publish(self, gradient: torch.Tensor, shared: torch.Tensor, start: int, stop: int) -> None:
         """See Backend."""
-        self._copy(shared, gradient)
+        for first, last in gaps(start, stop, self._on_gpu):
+            self.gpu.copy(shared[first:last], gradient[first:last])
 
     def wait(self) -> None:
         """See Backend."""
-        self._copies.synchronize()
+        self.gpu.synchronize()
 
     def batch(self, batch: Any) -> Any:
         """See Backend."""
@@ -109,23 +134,10 @@ class CudaBackend:
 
     def seed(self, value: int) -> None:
         """See Backend."""
-        torch.cuda.manual_seed(value)
-
-    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """On the stream for copies, after what has been computed so far, and in buckets."""
-        numel = BUCKET_BYTES // target.itemsize
-        self._copies.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._copies):
-            for to, from_ in zip(target.split(numel), source.split(numel), strict=True):  # type: ignore[no-untyped-call]
-                to.copy_(from_, non_blocking=True)
+        self.gpu.seed(value)
 
 
-def backend_of(device: str) -> Backend:
+def backend_of(name: str) -> Backend:
     """The backend of a spec's placement.device."""
-    return CpuBackend() if device == "cpu" else CudaBackend(torch.device(device, 0))
-
-
-def _lock(shared: torch.Tensor) -> None:
-    """Keep memory where it is, for copies to run beside computation; without that they are only slower."""
-    if shared.numel() and not shared.is_pinned():
-        torch.cuda.cudart().cudaHostRegister(shared.data_ptr(), shared.nbytes, 0)  # type: ignore[no-untyped-call]
+    device = device_of(name)
+    return CpuBackend() if device is None else DeviceBackend(device)

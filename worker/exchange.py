@@ -12,6 +12,7 @@ import torch
 
 from ps import convert
 from ps.config import JobConfig, ServerAddress
+from ps.device import Device, DeviceError
 from ps.host import host_identity
 from ps.layout import Shard, shards
 from ps.messages import PROTOCOL, Assign, Failure, Push, Ready, Round
@@ -23,6 +24,7 @@ from ps.stream import Connection, Role, StreamError, call
 from ps.topology import Contact, contacts
 from steepest.v1 import exchange_pb2 as pb
 from worker.compressor import Compressor
+from worker.slots import Slots
 
 
 class RefusedError(Exception):
@@ -35,6 +37,8 @@ class _Link:
 
     outgoing: of gradient sums, if they go over this stream. version: of the shard's parameters that came in chunks.
     arrived: of all parameters from other hosts. update: the payload that is coming in, and how much of it has.
+    gpu_parameters: the shard's, if the server has them on this worker's GPU. shown: slots that it knows the place of
+    there.
     """
 
     server: int
@@ -47,12 +51,16 @@ class _Link:
     is_gone: bool = False
     update: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     update_bytes: int = 0
+    gpu_parameters: torch.Tensor | None = None
+    shown: set[int] = field(default_factory=set)
 
 
 class Exchange:
     """Joins a job. The leader comes last: when it deals work, all the servers know this worker.
 
     addresses: of all servers, the leader first. slots: the memory the gradients lie in. compressor: of gradients.
+    device: the GPU that this worker computes on. on_gpu: parameters that servers have there, by the elements
+    [start, stop) of the layout.
 
     Raises RefusedError, or OSError when a server cannot be reached.
     """
@@ -65,8 +73,10 @@ class Exchange:
         addresses: Sequence[ServerAddress],
         slots: Segment,
         compressor: Compressor | None = None,
+        device: Device | None = None,
     ) -> None:
         self._compressor = compressor
+        self._device = device
         self._pull_codec = config.pull_codec()
         layout = config.layout()
         host = host_identity()
@@ -78,6 +88,7 @@ class Exchange:
             generation=generation,
             layout_sha256=config.model.sha256(),
             host=host,
+            gpu="" if device is None else device.identity,
         )
         inline = config.spec.is_inline
         cut = dict(enumerate(shards(layout, config.num_servers)))
@@ -86,6 +97,11 @@ class Exchange:
         for server, contact in reversed(contacts(addresses, host, len(cut), inline=inline).items()):
             self._links.insert(0, self._open(server, contact, cut.get(server), addresses[server], hello, slots))
         self._leader = self._links[0]
+        self.on_gpu = {
+            (link.shard.start, link.shard.stop): link.gpu_parameters
+            for link in self._links
+            if link.shard is not None and link.gpu_parameters is not None
+        }
         numel, dtype = layout.numel, layout.dtype
         self.parameters = torch.zeros(numel, dtype=dtype) if self._shared is None else self._shared.tensor(dtype, numel)
         # With servers elsewhere, the first one here says when their parameters have arrived.
@@ -126,7 +142,16 @@ class Exchange:
                     f"server {server}: memory cannot be shared with it; use placement.transport = inline"
                 )
         outgoing = None if shard is None or contact != Contact.INLINE else Outgoing(shard, connection.send)
-        return _Link(server, contact, shard, connection, outgoing)
+        gpu_parameters = None
+        if first.welcome.HasField("gpu_parameters") and self._device is not None and shard is not None:
+            reference = convert.device_from_proto(first.welcome.gpu_parameters)
+            try:
+                gpu_parameters = self._device.open(reference, shard.layout.dtype, shard.numel)
+            except DeviceError as error:
+                raise RefusedError(
+                    f"server {server}: its memory on the GPU cannot be had: {error}; use placement.server_device = cpu"
+                ) from error
+        return _Link(server, contact, shard, connection, outgoing, gpu_parameters=gpu_parameters)
 
     def _sink(self, link: _Link, message: pb.ServerMessage, num_bytes: int) -> memoryview:
         """Where a piece of the parameters, of an update to them or of a residual belongs."""
@@ -260,11 +285,10 @@ class Exchange:
             if link.outgoing is not None:
                 link.outgoing.part(ready.step, ready.slot, total, ready.start, ready.stop)
 
-    def push(self, push: Push, slots: torch.Tensor) -> None:
+    def push(self, push: Push, slots: Slots) -> None:
         """Give an answer to every server that waits for it.
 
-        slots: shape (slots, layout.numel), for what is not compressed; what is pushed stays as it is until the next
-        step.
+        slots: with what is not compressed; what is pushed stays as it is until the next step.
         """
         if push.kind in (Round.TRAIN, Round.INITIALIZE):
             followers = self._links[1:]
@@ -275,14 +299,25 @@ class Exchange:
             self._send_gradients(self._leader, push, slots)
         self._leader.connection.send(pb.WorkerMessage(push=convert.push_to_proto(push)))
 
-    def _send_gradients(self, link: _Link, push: Push, slots: torch.Tensor) -> None:
+    def _show(self, link: _Link, push: Push, slots: Slots) -> None:
+        """Tell a server on this GPU where there the slots of a push are."""
+        assert self._device is not None  # noqa: S101  # or it would not be on this GPU
+        for node in push.nodes:
+            if node.slot is not None and node.slot not in link.shown:
+                memory = convert.device_to_proto(self._device.share(slots.flat(node.slot)))
+                link.connection.send(pb.WorkerMessage(gpu_slot=pb.GpuSlot(slot=node.slot, memory=memory)))
+                link.shown.add(node.slot)
+
+    def _send_gradients(self, link: _Link, push: Push, slots: Slots) -> None:
+        if link.gpu_parameters is not None and push.kind == Round.TRAIN:
+            self._show(link, push, slots)
         if link.outgoing is None or link.shard is None:
             return
         for node in push.nodes:
             if node.slot is None:
                 continue
             if self._compressor is None or push.kind != Round.TRAIN:
-                link.outgoing.rest(push.step, node.slot, slots[node.slot])
+                link.outgoing.rest(push.step, node.slot, slots.shared(node.slot))
                 continue
             payload = self._compressor.payload_for(node.slot, link.shard)
             for chunk, data in chunks(payload, step=push.step, slot=node.slot, compressed=True):

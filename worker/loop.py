@@ -16,7 +16,7 @@ from ps.messages import Assign, Failure
 from ps.segment import Segment
 from steepest.task import AnalyticTask
 from worker.analytic import AnalyticEngine
-from worker.backend import backend_of
+from worker.backend import Backend, DeviceBackend
 from worker.compressor import Compressor
 from worker.compute import Computer, MicroBatchError
 from worker.engine import Engine, LossError, TorchEngine
@@ -44,9 +44,9 @@ def keep_freed_memory() -> None:
 
 
 class WorkerLoop:
-    """One worker of a job. code: where the job's code bundle is unpacked."""
+    """One worker of a job. code: where the job's code bundle is unpacked. backend: of the job's device."""
 
-    def __init__(self, config: JobConfig, worker: str, generation: int, code: Path | None) -> None:
+    def __init__(self, config: JobConfig, worker: str, generation: int, code: Path | None, backend: Backend) -> None:
         threads = config.spec.placement.threads_per_worker
         torch.set_num_threads(threads)
         threadpool_limits(threads)
@@ -55,7 +55,7 @@ class WorkerLoop:
         self._generation = generation
         task = load_task(config.spec.task, code, config.spec.seed)
         self._layout = config.layout()
-        self._backend = backend = backend_of(config.spec.placement.device)
+        self._backend = backend
         if isinstance(task, AnalyticTask):
             self._engine: Engine = AnalyticEngine(task, self._layout)
         else:
@@ -63,7 +63,8 @@ class WorkerLoop:
         self._initial_buffers = self._engine.initial_buffers()
         slots = num_slots(config.spec.data.num_micro_batches)
         self._segment = Segment.create(slots * self._layout.nbytes, f"gradients-{config.job}")
-        self._slots = self._segment.tensor(self._layout.dtype, slots * self._layout.numel).view(slots, -1)
+        shared = self._segment.tensor(self._layout.dtype, slots * self._layout.numel).view(slots, -1)
+        self._slots = Slots(shared, self._layout, backend)
         codec = config.push_codec()
         num_leaves = config.spec.data.num_micro_batches
         self._compressor = (
@@ -73,7 +74,7 @@ class WorkerLoop:
             config.spec,
             self._engine,
             self._layout,
-            Slots(self._slots, self._layout, backend),
+            self._slots,
             backend,
             num_samples=config.num_samples,
             num_evaluation_samples=config.num_evaluation_samples,
@@ -84,7 +85,12 @@ class WorkerLoop:
         """Work until dismissed. addresses: of the servers, the leader first.
 
         Raises ConnectionError when a server is gone, RefusedError when one says no."""
-        exchange = Exchange(self._config, self._worker, self._generation, addresses, self._segment, self._compressor)
+        gpu = self._backend.gpu if isinstance(self._backend, DeviceBackend) else None
+        exchange = Exchange(
+            self._config, self._worker, self._generation, addresses, self._segment, self._compressor, gpu
+        )
+        if isinstance(self._backend, DeviceBackend):
+            self._backend.share(exchange.on_gpu, self._layout.numel)
         if self._compressor is None:
             self._overlap(exchange)
         bound = False
@@ -105,10 +111,10 @@ class WorkerLoop:
 
     def _overlap(self, exchange: Exchange) -> None:
         """Have sums leave this process while they are completed, if they have to travel."""
-        if self._backend.device.type != "cpu":
+        if self._backend.publishes:
             self._computer.overlap()
         elif exchange.has_network:
-            self._computer.overlap(lambda ready: exchange.begin(ready, self._slots[ready.slot]))
+            self._computer.overlap(lambda ready: exchange.begin(ready, self._slots.shared(ready.slot)))
 
     def _answer(self, exchange: Exchange, assign: Assign) -> None:
         try:

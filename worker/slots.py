@@ -62,11 +62,12 @@ class Slots:
 
     def publish(self, slot: int) -> None:
         """Have a slot on its way to where servers see it."""
-        self._backend.publish(self.flat(slot), self._shared[slot])
+        shared = self._shared[slot]
+        self._backend.publish(self.flat(slot), shared, 0, len(shared))
 
     def publish_part(self, slot: int, start: int, stop: int) -> None:
         """As `publish`, for the elements [start, stop) alone."""
-        self._backend.publish(self.flat(slot)[start:stop], self._shared[slot][start:stop])
+        self._backend.publish(self.flat(slot), self._shared[slot], start, stop)
 
     def wait(self) -> None:
         """Return when servers see all that was published."""

@@ -478,6 +478,7 @@ class PlacementSpec(_message.Message):
     TRANSPORT_FIELD_NUMBER: _builtins.int
     WORKER_TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
     MAX_WORKER_RESTARTS_FIELD_NUMBER: _builtins.int
+    SERVER_DEVICE_FIELD_NUMBER: _builtins.int
     workers: _builtins.int
     servers: _builtins.int
     threads_per_worker: _builtins.int
@@ -485,6 +486,7 @@ class PlacementSpec(_message.Message):
     transport: _builtins.str
     worker_timeout_seconds: _builtins.float
     max_worker_restarts: _builtins.int
+    server_device: _builtins.str
     def __init__(
         self,
         *,
@@ -495,15 +497,18 @@ class PlacementSpec(_message.Message):
         transport: _builtins.str | None = ...,
         worker_timeout_seconds: _builtins.float | None = ...,
         max_worker_restarts: _builtins.int | None = ...,
+        server_device: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "_max_worker_restarts", b"_max_worker_restarts", "_servers", b"_servers", "_threads_per_worker", b"_threads_per_worker", "_transport", b"_transport", "_worker_timeout_seconds", b"_worker_timeout_seconds", "_workers", b"_workers", "device", b"device", "max_worker_restarts", b"max_worker_restarts", "servers", b"servers", "threads_per_worker", b"threads_per_worker", "transport", b"transport", "worker_timeout_seconds", b"worker_timeout_seconds", "workers", b"workers"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "_max_worker_restarts", b"_max_worker_restarts", "_server_device", b"_server_device", "_servers", b"_servers", "_threads_per_worker", b"_threads_per_worker", "_transport", b"_transport", "_worker_timeout_seconds", b"_worker_timeout_seconds", "_workers", b"_workers", "device", b"device", "max_worker_restarts", b"max_worker_restarts", "server_device", b"server_device", "servers", b"servers", "threads_per_worker", b"threads_per_worker", "transport", b"transport", "worker_timeout_seconds", b"worker_timeout_seconds", "workers", b"workers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "_max_worker_restarts", b"_max_worker_restarts", "_servers", b"_servers", "_threads_per_worker", b"_threads_per_worker", "_transport", b"_transport", "_worker_timeout_seconds", b"_worker_timeout_seconds", "_workers", b"_workers", "device", b"device", "max_worker_restarts", b"max_worker_restarts", "servers", b"servers", "threads_per_worker", b"threads_per_worker", "transport", b"transport", "worker_timeout_seconds", b"worker_timeout_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "_max_worker_restarts", b"_max_worker_restarts", "_server_device", b"_server_device", "_servers", b"_servers", "_threads_per_worker", b"_threads_per_worker", "_transport", b"_transport", "_worker_timeout_seconds", b"_worker_timeout_seconds", "_workers", b"_workers", "device", b"device", "max_worker_restarts", b"max_worker_restarts", "server_device", b"server_device", "servers", b"servers", "threads_per_worker", b"threads_per_worker", "transport", b"transport", "worker_timeout_seconds", b"worker_timeout_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__device: _TypeAlias = _typing.Literal["device"]  # noqa: Y015
     _WhichOneofArgType__device: _TypeAlias = _typing.Literal["_device", b"_device"]  # noqa: Y015
     _WhichOneofReturnType__max_worker_restarts: _TypeAlias = _typing.Literal["max_worker_restarts"]  # noqa: Y015
     _WhichOneofArgType__max_worker_restarts: _TypeAlias = _typing.Literal["_max_worker_restarts", b"_max_worker_restarts"]  # noqa: Y015
+    _WhichOneofReturnType__server_device: _TypeAlias = _typing.Literal["server_device"]  # noqa: Y015
+    _WhichOneofArgType__server_device: _TypeAlias = _typing.Literal["_server_device", b"_server_device"]  # noqa: Y015
     _WhichOneofReturnType__servers: _TypeAlias = _typing.Literal["servers"]  # noqa: Y015
     _WhichOneofArgType__servers: _TypeAlias = _typing.Literal["_servers", b"_servers"]  # noqa: Y015
     _WhichOneofReturnType__threads_per_worker: _TypeAlias = _typing.Literal["threads_per_worker"]  # noqa: Y015
@@ -518,6 +523,8 @@ class PlacementSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__device) -> _WhichOneofReturnType__device | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_worker_restarts) -> _WhichOneofReturnType__max_worker_restarts | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__server_device) -> _WhichOneofReturnType__server_device | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__servers) -> _WhichOneofReturnType__servers | None: ...
     @_typing.overload

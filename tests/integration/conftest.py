@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -59,6 +60,38 @@ LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler
 COMMAND = [sys.executable, "-c", f"{LISTEN}; from steepest.cli import main; main()"]
 # For a Ray cluster of the test's own.
 RAY_ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+_NODES = """
+import json, sys
+from ray.cluster_utils import Cluster
+head, *others = json.loads(sys.argv[1])
+cluster = Cluster(initialize_head=True, head_node_args=head)
+for node in others:
+    cluster.add_node(**node)
+cluster.wait_for_nodes()
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+@contextlib.contextmanager
+def raylets(nodes: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The address of a cluster of several raylets. nodes: what each is started with."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _NODES, json.dumps(nodes)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=RAY_ENVIRONMENT,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line[0].isdigit():
+            break
+    yield line.strip()
+    process.communicate("")
 
 
 @contextlib.contextmanager

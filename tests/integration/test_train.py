@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
-from tests.integration.conftest import COMMAND, EXAMPLES, RAY_ENVIRONMENT, TASKS, serving, until
+from tests.integration.conftest import COMMAND, EXAMPLES, TASKS, raylets, serving, until
 from tests.local_job import hashes, job_config, run_here
 from worker.load import load_task
 
@@ -97,35 +95,9 @@ def test_ctrl_c_cancels_cleanly_and_leaves_no_process(tmp_path: Path) -> None:
     until(lambda: not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE])
 
 
-NODES = """
-import sys, time
-from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-for _ in range(2):
-    cluster.add_node(num_cpus=2)
-cluster.wait_for_nodes()
-print(cluster.address, flush=True)
-sys.stdin.read()
-cluster.shutdown()
-"""
-
-
-@pytest.fixture
-def cluster_address() -> Iterator[str]:
-    """Three raylets."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", NODES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=RAY_ENVIRONMENT
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line[0].isdigit():
-            break
-    yield line.strip()
-    process.communicate("")
-
-
-def test_a_job_spreads_over_the_nodes_of_an_existing_cluster(cluster_address: str, tmp_path: Path) -> None:
-    with serving(tmp_path / "data", "--ray-address", cluster_address) as address:
+def test_a_job_spreads_over_the_nodes_of_an_existing_cluster(tmp_path: Path) -> None:
+    nodes = [{"num_cpus": 2}] * 3
+    with raylets(nodes) as cluster_address, serving(tmp_path / "data", "--ray-address", cluster_address) as address:
         run = steepest(
             "submit", f"{TASKS}:large", "--steps", "6", "--workers", "5", "--servers", "3",
             "--set", "placement.transport=inline", "--server", address, "--watch", "--json",

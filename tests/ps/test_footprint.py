@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ps.footprint import explain_refusal, footprint, slots_of, state_tensors
+from ps.footprint import Footprint, explain_refusal, footprint, slots_of, state_tensors
 from ps.layout import build_layout, shards
 from ps.optimizer import ShardOptimizer
 from ps.tree import Node, maximal_nodes
@@ -128,3 +128,26 @@ def test_a_refusal_says_what_would_fit() -> None:
     assert "7 workers" in refusal
     assert "sgd" in refusal
     assert "a smaller model" in explain_refusal(needed, 1)
+
+
+def test_what_is_on_gpus_is_told_apart() -> None:
+    def planned(num_hosts: int = 1, **placement: object) -> Footprint:
+        spec = _spec(optimizer={"name": "adamw"}, placement={"device": "cuda", "workers": 2, **placement})
+        return footprint(spec, LAYOUT, num_hosts=num_hosts)
+
+    whole = LAYOUT.nbytes
+    on_host = planned()
+    assert (on_host.servers[0].gpu, on_host.servers[0].optimizer_state) == (0, 2 * whole)
+    held, _ = slots_of(0, 4, 8)
+    assert [(w.gradients, w.gpu) for w in on_host.workers] == [(held * whole, (1 + held) * whole)] * 2
+    on_gpu = planned(server_device="cuda")
+    # Parameters, Adam's two moments, and the sum of the other worker, which is on another GPU.
+    assert (on_gpu.servers[0].gpu, on_gpu.servers[0].optimizer_state) == (4 * whole, 0)
+    assert [w.gradients for w in on_gpu.workers] == [0, held * whole]
+    assert on_gpu.gpu == 4 * whole + 2 * (1 + held) * whole
+    assert on_gpu.to_dict()["gpu"] == on_gpu.gpu
+    both = planned(server_device="cuda", servers=2)
+    assert sum(s.gpu for s in both.servers) == 4 * whole
+    apart = planned(num_hosts=2, server_device="cuda")
+    assert apart.servers[0].gpu == 4 * whole  # the other one's sum comes over the network
+    assert planned(device="cpu").gpu == 0

@@ -18,7 +18,9 @@ from ps.server import ParameterServer
 from steepest.spec import spec_from_dict
 from steepest.v1 import exchange_pb2 as pb
 from tests.local_job import job_config
+from worker.backend import CpuBackend
 from worker.exchange import Exchange, RefusedError
+from worker.slots import Slots
 
 pytestmark = pytest.mark.cluster
 
@@ -43,6 +45,10 @@ def _over(config: JobConfig, transport: str) -> JobConfig:
 
 def _join(config: JobConfig, address: ServerAddress, name: str = "w", generation: int = 0) -> Exchange:
     return Exchange(config, name, generation, [address], Segment.create(4 * config.layout().nbytes, "test"))
+
+
+def _slots(config: JobConfig, shared: torch.Tensor) -> Slots:
+    return Slots(shared, config.layout(), CpuBackend())
 
 
 @pytest.mark.parametrize("transport", ["auto", "inline"])
@@ -129,7 +135,7 @@ def test_a_push_of_a_step_that_is_not_there_yet_is_refused(config: JobConfig, se
     exchange = _join(config, server.address)
     assignments = exchange.assignments()
     next(assignments)
-    exchange.push(Push(5, Round.TRAIN, (), ()), torch.empty(0))
+    exchange.push(Push(5, Round.TRAIN, (), ()), _slots(config, torch.empty(0, 0)))
     with pytest.raises(RefusedError, match="pushed step 5"):
         next(assignments)
     exchange.close()
@@ -143,16 +149,17 @@ def test_what_was_begun_and_never_pushed_is_no_part_of_a_later_sum(config: JobCo
     assignments = exchange.assignments()
     next(assignments)
     numel = config.layout().numel
-    slots = torch.zeros(2, numel)
+    shared = torch.zeros(2, numel)
+    slots = _slots(config, shared)
     exchange.push(Push(0, Round.INITIALIZE, (PushedNode(0, 1, 0),), (LeafResult(0, 0.0, 0.0, 0),), b""), slots)
     num_leaves = config.spec.data.num_micro_batches
     leaves = tuple(LeafResult(leaf, 1.0, 1.0, 1) for leaf in range(num_leaves))
     for step, slot in enumerate((1, 0)):
         assert next(assignments).step == step
-        slots[:] = 2.0
-        exchange.begin(Ready(step, 0, num_leaves, 0, numel // 2, numel), slots[0])
-        slots[0, : numel // 2] = 1.0
-        exchange.begin(Ready(step, 0, num_leaves, 0, 0, 16), slots[0])
+        shared[:] = 2.0
+        exchange.begin(Ready(step, 0, num_leaves, 0, numel // 2, numel), shared[0])
+        shared[0, : numel // 2] = 1.0
+        exchange.begin(Ready(step, 0, num_leaves, 0, 0, 16), shared[0])
         exchange.push(Push(step, Round.TRAIN, (PushedNode(0, num_leaves, slot),), leaves), slots)
     assert next(assignments).step == 2
     assert server.leader is not None
@@ -172,7 +179,7 @@ def test_a_push_whose_gradient_is_not_all_there_never_reaches_the_sum(
     exchange = _join(config, server.address)
     assignments = exchange.assignments()
     assert next(assignments).kind == Round.INITIALIZE
-    slots = torch.zeros(1, config.layout().numel)
+    slots = _slots(config, torch.zeros(1, config.layout().numel))
     exchange.push(Push(0, Round.INITIALIZE, (PushedNode(0, 1, 0),), (LeafResult(0, 0.0, 0.0, 0),), b""), slots)
     assert next(assignments).kind == Round.TRAIN
     leader, push = exchange._leader, Push(0, Round.TRAIN, (PushedNode(0, 1, 0),), (LeafResult(0, 1.0, 1.0, 1),))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from ps.config import ServerAddress
 from ps.segment import SegmentReference
-from ps.topology import Contact, contacts, home_of
+from ps.topology import Contact, contacts, home_of, server_places
 
 
 def addresses(*hosts: str) -> list[ServerAddress]:
@@ -33,3 +33,11 @@ def test_a_home_without_a_shard_serves_its_host_and_nobody_else() -> None:
 
 def test_inline_uses_no_shared_memory() -> None:
     assert contacts(addresses("a", "a"), "a", 2, inline=True) == {0: Contact.INLINE, 1: Contact.INLINE}
+
+
+def test_servers_on_gpus_are_with_workers() -> None:
+    workers = ["a", "b", "b"]
+    assert server_places(workers, 2, inline=False) == ["b", "a"]
+    assert server_places(workers, 2, inline=False, on_gpus=True) == ["a", "b"]
+    assert server_places(workers, 1, inline=False, on_gpus=True) == ["a", "b"]  # a home for the two workers
+    assert server_places(workers, 3, inline=True, on_gpus=True) == workers

@@ -37,6 +37,18 @@ def spec(**raw: Any) -> TrainingJobSpec:
         ({"placement": {"workers": 0}}, "placement.workers", ["0", "greater than or equal to 1"]),
         ({"placement": {"servers": 1.5}}, "placement.servers", ["1.5"]),
         ({"placement": {"device": "tpu"}}, "placement.device", ["tpu", "cpu", "cuda"]),
+        ({"placement": {"server_device": "tpu"}}, "placement.server_device", ["tpu", "cpu", "cuda"]),
+        ({"placement": {"server_device": "cuda"}}, "placement", ["server_device = 'cuda'", "device = 'cuda'", "'cpu'"]),
+        (
+            {"placement": {"device": "cuda", "server_device": "cuda", "workers": 2, "servers": 3}},
+            "placement",
+            ["servers = 3", "1 to 2"],
+        ),
+        (
+            {"placement": {"device": "cuda", "server_device": "cuda"}, "compression": {"name": "topk"}},
+            "spec",
+            ["compression.name = 'topk'", "server_device = 'cuda'", "none"],
+        ),
         ({"data": {"global_batch": 8, "micro_batch": 9}}, "data", ["micro_batch = 9", "global_batch = 8", "1 to 8"]),
         ({"steps": None}, "spec", ["steps, epochs", "neither"]),
         ({"epochs": 3}, "spec", ["steps = 10", "epochs = 3", "exactly one"]),

@@ -10,7 +10,7 @@ from ps.messages import Assign, Round
 from ps.segment import Segment
 from steepest.spec import spec_from_dict
 from tests import tasks
-from worker.backend import CpuBackend, CudaBackend, backend_of
+from worker.backend import CpuBackend, DeviceBackend, backend_of
 from worker.compute import Computer
 from worker.engine import TorchEngine
 from worker.load import TaskError, check_fits, describe_model
@@ -32,7 +32,7 @@ def test_on_a_cpu_nothing_is_copied() -> None:
 @needs_gpu
 def test_sums_and_parameters_travel_between_the_device_and_shared_memory() -> None:
     backend = backend_of("cuda")
-    assert isinstance(backend, CudaBackend)
+    assert isinstance(backend, DeviceBackend)
     segment = Segment.create(40 << 20, "backend")
     shared = segment.tensor(torch.float32, 10 << 20)
     shared.copy_(torch.randn(10 << 20))
@@ -41,7 +41,7 @@ def test_sums_and_parameters_travel_between_the_device_and_shared_memory() -> No
     assert torch.equal(parameters.cpu(), shared)
     assert shared.is_pinned()
     gradient.copy_(parameters).mul_(2)
-    backend.publish(gradient, shared)
+    backend.publish(gradient, shared, 0, len(shared))
     backend.wait()
     assert torch.equal(shared, gradient.cpu())
 
