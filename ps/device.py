@@ -49,7 +49,10 @@ class Device(Protocol):
         """Map what another process shares. Raises DeviceError."""
 
     def lock(self, host: torch.Tensor) -> None:
-        """Keep memory of the host where it is, for copies to run beside computation."""
+        """Keep memory of the host where it is until the process ends, for copies to run beside computation.
+
+        Raises DeviceError. Copies of memory that is not locked take their time in the caller's thread.
+        """
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Begin to copy, between host and GPU or on it, when what has been computed so far is done."""
@@ -102,9 +105,14 @@ class CudaDevice:
         return torch.empty(0, dtype=dtype, device=self.torch_device).set_(storage, 0, (numel,), (1,))
 
     def lock(self, host: torch.Tensor) -> None:
-        """See Device. Copies of memory that cannot be locked are only slower."""
+        """See Device."""
         if host.numel() and not host.is_pinned():
-            torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)  # type: ignore[no-untyped-call]
+            code = torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)  # type: ignore[no-untyped-call]
+            if int(code):
+                problem = (
+                    f"{host.nbytes} bytes of the host's memory cannot be locked for copies (CUDA error {int(code)})"
+                )
+                raise DeviceError(f"{problem}; allow more with `ulimit -l`")
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """See Device."""

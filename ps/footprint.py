@@ -8,9 +8,10 @@ from typing import Any
 
 from ps.assignment import Dealer
 from ps.codec import pull_codec, push_codec
+from ps.device_reduction import CHUNK_NUMEL
 from ps.layout import Layout, shards
 from ps.ownership import redeal
-from ps.topology import server_places
+from ps.topology import gpus_of_servers, server_places
 from ps.tree import Node, maximal_nodes, parts_of_step
 from steepest.spec import TrainingJobSpec
 
@@ -169,18 +170,18 @@ class _Places:
         ]
         return len(maximal_nodes(own[0][0], own[-1][1], self.num_leaves)) if own else 0
 
-    def from_other_gpus(self, server: int) -> int:
-        """How many gradients come to a server from workers on its host that are not on its GPU."""
+    def copied_on_gpu(self, server: int) -> int:
+        """How many gradients of workers on its host a server copies: all, if it has to wait for others."""
         return sum(
             len(maximal_nodes(low, high, self.num_leaves))
             for worker, ranges in enumerate(self.ranges)
             for low, high in ranges
-            if worker != server and self.workers[worker] == self.servers[server] and self.homes
+            if self.workers[worker] == self.servers[server] and self.homes and len(self.workers) > 1
         )
 
     def stays_on_gpu(self, worker: int) -> bool:
-        """Whether all that a worker computes is read where it lies."""
-        return self.on_gpus and self.num_servers == 1 and worker == 0 and bool(self.homes)
+        """Whether a server on a worker's GPU reads all that it computes there."""
+        return self.on_gpus and bool(self.homes) and gpus_of_servers(self.workers, self.num_servers) == [worker]
 
 
 def _servers(
@@ -200,6 +201,9 @@ def _servers(
         received = sum(count for other, count in sent.items() if other != host) + pushed / layout.nbytes
         elsewhere = layout.nbytes - here[host] if is_home else 0
         state = state_tensors(spec) * nbytes
+        # The initial parameters come as a gradient does, and squares are in float64.
+        gpu = nbytes + state + max(1, int(received) + places.copied_on_gpu(index)) * nbytes
+        gpu += 8 * min(CHUNK_NUMEL, nbytes // layout.itemsize)
         servers.append(
             ServerFootprint(
                 parameters=layout.nbytes if is_home else 0 if shared else copies * nbytes,
@@ -207,7 +211,7 @@ def _servers(
                 received=int(received * nbytes) + int(spec.compression.is_on) * nbytes,
                 pushed=sent.get(host, 0) * elsewhere,
                 pulled=elsewhere,
-                gpu=int(nbytes + state + (received + places.from_other_gpus(index)) * nbytes) if places.on_gpus else 0,
+                gpu=gpu if places.on_gpus and nbytes else 0,
             )
         )
     return tuple(servers)
@@ -223,7 +227,8 @@ def _workers(spec: TrainingJobSpec, layout: Layout, places: _Places) -> tuple[Wo
         workers.append(
             WorkerFootprint(
                 parameters=0 if shared else layout.nbytes,
-                gradients=0 if places.stays_on_gpu(index) else gradients,
+                # Initial parameters go by way of the host.
+                gradients=min(gradients, layout.nbytes) if places.stays_on_gpu(index) else gradients,
                 pushed=0 if shared else sum(count for _, count in slots) * layout.nbytes,
                 pulled=0 if shared else layout.nbytes,
                 gpu=layout.nbytes + gradients if on_gpu else 0,

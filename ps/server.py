@@ -276,7 +276,7 @@ class ParameterServer:
         own = None if self._shard is None else self._shard.shard
         shares = slots is not None and connection.is_local
         device = self._device
-        if not shares or self._shard is None or device is None or device.identity != hello.gpu:
+        if device is not None and (not shares or own is None or not own.numel or device.identity != hello.gpu):
             device = None
         peer = Peer(
             hello.worker,
@@ -295,12 +295,12 @@ class ParameterServer:
             welcome.parameters.CopyFrom(convert.segment_to_proto(self._segment.reference))
         if device is not None and self._shard is not None:
             welcome.gpu_parameters.CopyFrom(convert.device_to_proto(device.share(self._shard.master)))
-        peer.send(pb.ServerMessage(welcome=welcome))
         with self._lock:
             if self._leading is not None and hello.worker in self._peers:
                 self._leading.replace(hello.worker)
             self._peers[hello.worker] = peer
-            self._expose([peer])
+            self._expose([peer])  # before it is welcome: it may be given work at once
+            peer.send(pb.ServerMessage(welcome=welcome))
             self._send_parameters([peer])
             if self._relay is not None and shares:
                 peer.send(pb.ServerMessage(arrived=self._relay.arrived))

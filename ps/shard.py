@@ -109,6 +109,8 @@ class ShardServer:
         for node, value in fresh:
             self._held[node] = value if value is None else self._here(value)
             self._covered |= node.leaves
+        if self._device is not None and not self.is_complete:
+            self._keep(fresh)
         return Outcome.ACCEPTED if fresh else Outcome.DUPLICATE
 
     def _here(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -118,6 +120,12 @@ class ShardServer:
         copied = torch.empty_like(gradient, device=self.master.device)
         self._device.copy(copied, gradient)
         return copied
+
+    def _keep(self, nodes: Iterable[tuple[Node, torch.Tensor | None]]) -> None:
+        """Copy what is still another process's memory on the GPU: that process may end before the round does."""
+        for node, value in nodes:
+            if value is not None and self._held[node] is value:
+                self._held[node] = value.clone()
 
     @property
     def is_complete(self) -> bool:

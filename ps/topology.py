@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from enum import StrEnum
 
@@ -36,15 +36,29 @@ def contacts(addresses: Sequence[ServerAddress], host: str, num_shards: int, *, 
 def server_places(workers: Sequence[str], num_servers: int, *, inline: bool, on_gpus: bool = False) -> list[str]:
     """The node of every server: round the nodes with workers, those with most first; the leader comes to the first.
 
-    on_gpus: every server is with the worker of its number instead, whose GPU it is on.
+    on_gpus: every server is on the GPU of a worker, see `gpus_of_servers`.
 
     Then come the nodes with several workers and no server: a home there, without a shard, adds up what they push and
     takes in the parameters for all. inline: no memory is shared, so a home would be of no use.
 
     workers: the node of each.
     """
-    nodes = [node for node, _ in Counter(workers).most_common()]
-    around = workers if on_gpus else nodes
-    places = [around[index % len(around)] for index in range(num_servers)]
+    if on_gpus:
+        places = [workers[index] for index in gpus_of_servers(workers, num_servers)]
+    else:
+        nodes = [node for node, _ in Counter(workers).most_common()]
+        places = [nodes[index % len(nodes)] for index in range(num_servers)]
     homes = [node for node, count in Counter(workers).items() if count > 1 and node not in places and not inline]
     return places + homes
+
+
+def gpus_of_servers(workers: Sequence[str], num_servers: int) -> list[int]:
+    """Which worker's GPU every server is on: round the nodes with workers, those with most first, and no GPU twice.
+
+    workers: the node of each, no fewer than servers.
+    """
+    free = {node: deque(i for i, at in enumerate(workers) if at == node) for node, _ in Counter(workers).most_common()}
+    chosen: list[int] = []
+    while len(chosen) < num_servers:
+        chosen += [left.popleft() for left in free.values() if left]
+    return chosen[:num_servers]

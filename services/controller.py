@@ -254,6 +254,7 @@ class Controller(threading.Thread):
     def _match_workers(self) -> None:
         """Start or retire workers until there are as many as wanted."""
         staying = [name for name, w in self._workers.items() if w.state != "retiring"]
+        staying.sort(key=self._placement.has_server, reverse=True)  # who shares its GPU with a server goes last
         for name in reversed(staying[self._wanted :]):
             self._retire(name)
         number = 0
@@ -299,7 +300,7 @@ class Controller(threading.Thread):
         del self._workers[name]
         if end.kind == "refused":
             error = f"{end.message}\n{end.traceback}".strip()
-            self._end(JobState.FAILED, f"the task cannot be loaded on {name}", error)
+            self._end(JobState.FAILED, f"the task cannot be run on {name}", error)
             return
         if worker.state == "retiring":
             self._placement.stop_worker(name, keep_room=False)

@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ps.actor import ServerActor
 from ps.config import JobConfig, ServerAddress
-from ps.topology import server_places
+from ps.topology import gpus_of_servers, server_places
 from services.fork_servers import ForkServers
 from services.settings import Settings
 from steepest.errors import ServiceUnavailableError
@@ -205,10 +205,12 @@ class Placement:
     def add_servers(self, seconds: float) -> bool:
         """Room for the servers, on the hosts of the workers if there is any, else where there is; whether it is had."""
         placement = self._placement
+        home = max(MIN_SERVER_BYTES, self._layout_bytes)
         own = max(MIN_SERVER_BYTES, SERVER_COPIES * self._layout_bytes // placement.num_servers)
+        if self._servers_on_gpus:  # the rest of what it has is there
+            own = home
         workers = [str(*_nodes_of(group)) for group in self._spare]
         places = server_places(workers, placement.num_servers, inline=self._inline, on_gpus=self._servers_on_gpus)
-        home = max(MIN_SERVER_BYTES, self._layout_bytes)
         self._server_memory = [own] * placement.num_servers + [home] * (len(places) - placement.num_servers)
         bundles = [{"memory": memory} for memory in self._server_memory]
         group = placement_group(bundles, bundle_label_selector=[{NODE_LABEL: node} for node in places])
@@ -218,7 +220,7 @@ class Placement:
             group = placement_group(bundles[: placement.num_servers], strategy="SPREAD")
         self._server_group = group
         if self._servers_on_gpus:
-            self._on_gpus = self._spare[: placement.num_servers]
+            self._on_gpus = [self._spare[index] for index in gpus_of_servers(workers, placement.num_servers)]
         return bool(group.wait(seconds))
 
     def nodes(self) -> set[str]:
@@ -237,7 +239,6 @@ class Placement:
         # On a cluster of one host nothing needs to be reachable from outside it.
         bind = "127.0.0.1" if _num_hosts() == 1 else ""
         assert self._server_group is not None  # noqa: S101  # `reserve` has seen to it
-        nodes = _nodes_of(self._server_group)
         for index, memory in enumerate(self._server_memory):
             group, bundle = self._server_group, index
             resources: dict[str, float] = {"memory": memory}
@@ -248,7 +249,7 @@ class Placement:
                 **resources,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
                 max_concurrency=4,
-                runtime_env=self._fork_servers.runtime_env(nodes[index]),
+                runtime_env=self._fork_servers.runtime_env(_nodes_of(group)[bundle]),
             ).remote(config, index, bind)
             self._servers.append(actor)
             _watch(actor.wait.remote(), partial(on_exit, index))
@@ -287,6 +288,10 @@ class Placement:
 
         actor.describe.remote().future().add_done_callback(started)
         _watch(actor.run.remote(config, worker, generation, self._code, list(addresses)), on_exit)
+
+    def has_server(self, worker: str) -> bool:
+        """Whether a server is on a worker's GPU."""
+        return worker in self._workers and self._workers[worker][1] in self._on_gpus
 
     def stop_worker(self, worker: str, *, keep_room: bool) -> None:
         """Kill a worker if it still runs. keep_room: for another one in its place."""

@@ -26,6 +26,7 @@ class StandInDevice:
 
     def share(self, tensor: torch.Tensor) -> DeviceReference:
         assert tensor.storage_offset() == 0
+        assert tensor.numel(), "CUDA has no handle for nothing"
         handle = self.identity.encode() + b"/" + secrets.token_bytes(8)
         _SHARED[handle] = tensor
         return DeviceReference(handle, tensor.untyped_storage().nbytes(), 0, b"counter", 0, b"event", awaits_event=True)

@@ -9,6 +9,7 @@ from ps.shard import ShardServer
 from ps.tree import Node
 from steepest.spec import OptimizerSpec
 from tests.ps.models import described
+from tests.stand_in import StandInDevice
 
 
 @pytest.fixture
@@ -75,3 +76,29 @@ def test_a_step_without_samples_is_not_applied(shard: ShardServer) -> None:
     assert shard.reduce().tolist() == [0.0]
     shard.apply(Decision(0, Round.TRAIN, apply=True))
     assert shard.step == 1
+
+
+def test_on_a_gpu_a_sum_that_has_to_wait_outlives_its_worker() -> None:
+    layout = build_layout(described([(300, 400)]))
+    (shard,) = shards(layout, 1)
+
+    def reduced(*, ends: bool) -> list[float]:
+        server = ShardServer(
+            shard,
+            torch.zeros(shard.numel),
+            OptimizerSpec(name="sgd", lr=1.0),
+            num_leaves=2,
+            max_value=None,
+            initialized=True,
+            device=StandInDevice(),
+        )
+        server.use_threads(1)
+        first, second = torch.ones(shard.numel), torch.ones(shard.numel)
+        server.accept(0, Round.TRAIN, [(Node(0, 1), first)])
+        if ends:
+            first.fill_(torch.nan)
+        server.accept(0, Round.TRAIN, [(Node(1, 2), second)])
+        return server.reduce().tolist()
+
+    expected = [4.0 * (stop - start) for start, stop in shard.segments]
+    assert reduced(ends=True) == reduced(ends=False) == expected

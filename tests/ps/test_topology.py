@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from ps.config import ServerAddress
 from ps.segment import SegmentReference
-from ps.topology import Contact, contacts, home_of, server_places
+from ps.topology import Contact, contacts, gpus_of_servers, home_of, server_places
 
 
 def addresses(*hosts: str) -> list[ServerAddress]:
@@ -38,6 +38,8 @@ def test_inline_uses_no_shared_memory() -> None:
 def test_servers_on_gpus_are_with_workers() -> None:
     workers = ["a", "b", "b"]
     assert server_places(workers, 2, inline=False) == ["b", "a"]
-    assert server_places(workers, 2, inline=False, on_gpus=True) == ["a", "b"]
-    assert server_places(workers, 1, inline=False, on_gpus=True) == ["a", "b"]  # a home for the two workers
-    assert server_places(workers, 3, inline=True, on_gpus=True) == workers
+    assert gpus_of_servers(workers, 2) == [1, 0]
+    assert server_places(workers, 2, inline=False, on_gpus=True) == ["b", "a"]
+    assert server_places(workers, 1, inline=False, on_gpus=True) == ["b"]
+    assert gpus_of_servers(workers, 3) == [1, 0, 2]
+    assert gpus_of_servers(["a", "a", "b", "b", "b"], 4) == [2, 0, 3, 1]

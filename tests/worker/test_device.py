@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def _config(directory: Path, servers: int = 1, **raw: Any) -> JobConfig:
     )
 
 
-@pytest.mark.parametrize("servers", [1, 2, 3])
+@pytest.mark.parametrize("servers", [1, 2, 3, 7])  # of five blocks
 @pytest.mark.parametrize("own", [True, False], ids=["same-gpu", "other-gpu"])
 def test_a_job_on_gpus_gives_the_bits_of_one_without(tmp_path: Path, servers: int, own: bool) -> None:
     expected = hashes(run_here(_config(tmp_path / "cpu")))
@@ -57,7 +58,7 @@ def test_a_job_on_gpus_gives_the_bits_of_one_without(tmp_path: Path, servers: in
     copied = [device.copied for device in devices]
     if own:
         assert copied[0] <= saved * parts[0]
-        assert all(count >= 6 * part for count, part in zip(copied[1:], parts[1:], strict=True))
+        assert all(count >= 6 * part for count, part in zip(copied[1:], parts[1:], strict=False))
         assert backend.publishes == (servers > 1)
     else:
         assert backend.publishes
@@ -134,6 +135,34 @@ def test_a_slot_that_cannot_be_had_never_reaches_the_sum(tmp_path: Path, shown: 
     assert server.leader is not None
     assert server.leader.step == 0
     exchange.close()
+    server.stop()
+
+
+def test_a_worker_that_is_let_in_finds_the_present_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _config(tmp_path, optimizer={"name": "sgd", "lr": 1.0})
+    server = ParameterServer(config, 0, "127.0.0.1", StandInDevice())
+    server.connect([server.address])
+    layout, device = config.layout(), StandInDevice()
+    segment = Segment.create(layout.nbytes, "test")
+    slots = Slots(segment.tensor(layout.dtype, layout.numel).view(1, -1), layout, DeviceBackend(device))
+    exchange = Exchange(config, "w", 0, [server.address], segment, None, device)
+    assignments = exchange.assignments()
+    next(assignments)
+    exchange.push(Push(0, Round.INITIALIZE, (PushedNode(0, 1, 0),), (LeafResult(0, 0.0, 0.0, 0),), b""), slots)
+    next(assignments)
+    slots.flat(0).fill_(1.0)
+    leaves = tuple(LeafResult(leaf, 1.0, 1.0, 1) for leaf in range(8))
+    exchange.push(Push(0, Round.TRAIN, (PushedNode(0, 8, 0),), leaves), slots)
+    assert next(assignments).step == 1
+    on_gpu = exchange.on_gpu[0, layout.numel]
+    assert on_gpu[0] == -1 / 8
+    assert exchange.parameters[0] == 0.0  # nobody looks there
+    await_copies = StandInDevice.await_copies
+    monkeypatch.setattr(StandInDevice, "await_copies", lambda self: (time.sleep(0.3), await_copies(self)))
+    other = Exchange(config, "other", 0, [server.address], Segment.create(4, "test"))
+    assert torch.equal(other.parameters, on_gpu)
+    exchange.close()
+    other.close()
     server.stop()
 
 
