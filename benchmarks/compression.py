@@ -48,6 +48,7 @@ def bytes_per_step(pair: Sequence[Host], compression: dict[str, Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", default="100mbit", help="of the link, in tc's words [100mbit]")
+    parser.add_argument("--round-trip", type=float, default=0.0, help="between the hosts, besides, in ms [0]")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="of each job, after the first two")
     parser.add_argument("--only", nargs="*", default=list(COMPRESSIONS), choices=list(COMPRESSIONS))
@@ -56,7 +57,7 @@ def main() -> None:
     if os.geteuid():
         sys.exit("network namespaces need root")
     times: dict[str, list[float]] = {name: [] for name in options.only}
-    with hosts(2) as pair:
+    with hosts(2, options.round_trip / 1e3) as pair:
         traffic = {name: bytes_per_step(pair, COMPRESSIONS[name]) for name in options.only}
         for host in pair:
             host.limit(options.limit)
@@ -65,7 +66,8 @@ def main() -> None:
                 times[name].append(measure(pair, COMPRESSIONS[name], options.steps))
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
     baseline = times[options.only[0]]
-    print(f"link: {options.limit}\n| compression | MB a step | s a step | times as fast (range) |\n|---|---|---|---|")
+    print(f"link: {options.limit}, round trip {options.round_trip:g} ms")
+    print("| compression | MB a step | s a step | times as fast (range) |\n|---|---|---|---|")
     results = []
     for name, seconds in times.items():
         gains = [whole / own for whole, own in zip(baseline, seconds, strict=True)]
@@ -73,7 +75,7 @@ def main() -> None:
         results.append({"compression": name, "seconds": seconds, "gain": gain, "megabytes": traffic[name]})
         middle = statistics.median(seconds)
         print(f"| {name} | {traffic[name]:.2f} | {middle:.3f} | {gain:.1f} ({least:.1f} to {most:.1f}) |")
-    write_report(options.json, limit=options.limit, results=results)
+    write_report(options.json, limit=options.limit, round_trip_ms=options.round_trip, results=results)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -46,10 +47,13 @@ def check_submission(
 
 
 class Client:
-    """A connection to the service at `address`. Raises ServiceUnavailableError when nothing answers there."""
+    """A connection to the service at `address`, by default what STEEPEST_SERVER says, as for the command.
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
-        self.address = address
+    Raises ServiceUnavailableError when nothing answers there.
+    """
+
+    def __init__(self, address: str = "") -> None:
+        self.address = address = address or os.environ.get("STEEPEST_SERVER") or DEFAULT_ADDRESS
         self._channel = grpc.insecure_channel(address, options=[("grpc.enable_retries", 0)])
         self._stub = pb_grpc.TrainingJobServiceStub(self._channel)
         try:
@@ -57,7 +61,8 @@ class Client:
         except grpc.FutureTimeoutError:
             self._channel.close()
             raise ServiceUnavailableError(
-                f"no service answers at {address}; start one with `steepest serve`, or name another with --server"
+                f"no service answers at {address}; start one with `steepest serve`, or name another with --server or "
+                "STEEPEST_SERVER"
             ) from None
 
     def __enter__(self) -> Self:

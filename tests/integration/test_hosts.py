@@ -109,6 +109,40 @@ def test_workers_killed_on_a_host_leave_no_trace(
         assert hashes(job.finish()) == expected[raw["task"]]
 
 
+ROUND_TRIP_SECONDS = 0.02
+
+CONNECT = """
+import socket, sys, time
+began = time.perf_counter()
+try:
+    socket.create_connection((sys.argv[1], 1))
+except ConnectionRefusedError:
+    print(time.perf_counter() - began)
+"""
+
+
+@pytest.mark.parametrize("raw", [LARGE, DEEP], ids=["large", "deep"])
+def test_far_hosts_give_the_same_bits(
+    three: list[Host], expected: dict[str, tuple[str, str]], tmp_path: Path, raw: dict[str, Any]
+) -> None:
+    assert three  # for what it skips without
+    with hosts(2, ROUND_TRIP_SECONDS) as far:
+        command = [*far[0].prefix, sys.executable, "-c", CONNECT, far[1].address]
+        answer = subprocess.run(command, check=True, capture_output=True, text=True)
+        assert float(answer.stdout) >= ROUND_TRIP_SECONDS
+        for host in far:
+            host.limit("100mbit")
+        config = job_config(tmp_path, **{**raw, "placement": {"servers": 2}})
+        where = [far[0], far[0], far[1]]
+        with running(config, 3, far, where) as job:
+            time.sleep(0.3)
+            victim = job.workers["worker-2"]
+            victim.kill()
+            victim.join()
+            job.start_worker("worker-2", where[2])
+            assert hashes(job.finish()) == expected[raw["task"]]
+
+
 def _bytes_a_step(three: list[Host], directory: Path, workers: list[int], servers: list[int], steps: int) -> float:
     """Over all interfaces, once the job is under way: the difference between a long job and a short one."""
     totals = []

@@ -196,3 +196,10 @@ def test_evaluations_and_checkpoints_on_the_way(submit: Callable[..., Job], serv
     kept = sorted(p.name for p in service.settings.checkpoints_of(job.name.split("/")[1]).iterdir())
     assert kept == ["step-000000000006", "step-000000000008", "step-000000000010"]
     assert set(info.metrics) == {"loss"}
+
+
+def test_a_client_finds_the_service_that_the_environment_names(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEEPEST_SERVER", client.address)
+    with Client() as other:
+        assert other.address == client.address
+        assert {info.job for info in other.list()} == {info.job for info in client.list()}
