@@ -88,6 +88,12 @@ def test_what_is_computed_in_another_order_differs_by_rounding_alone(tmp_path: P
         torch.testing.assert_close(state.model[name], value, rtol=1e-5, atol=1e-6)
 
 
+def test_servers_that_own_nothing_share_nothing(tmp_path: Path) -> None:
+    expected = hashes(run_here(_config(tmp_path / "cpu")))
+    devices = [StandInDevice() for _ in range(7)]  # of five blocks
+    assert hashes(run_here(_config(tmp_path / "gpu", 7), DeviceBackend(StandInDevice()), devices)) == expected
+
+
 def test_a_worker_without_a_gpu_works_with_servers_on_one(tmp_path: Path) -> None:
     expected = hashes(run_here(_config(tmp_path / "cpu")))
     assert hashes(run_here(_config(tmp_path / "gpu"), None, [StandInDevice()])) == expected
