@@ -400,7 +400,6 @@ class ParameterServer:
         assert self._shard is not None  # noqa: S101  # a decision follows a report
         clamped = self._shard.apply(decision)
         peers = [*self._peers.values(), *self._relays.values()]
-        self._expose(peers)
         if self._shard.update is None:
             self._send_parameters(peers)
         else:
@@ -409,11 +408,11 @@ class ParameterServer:
 
     def _expose(self, peers: Iterable[Peer]) -> None:
         """Have the present version in the host's memory if any of the peers looks there."""
-        if self._shard is not None and not all(peer.is_on_gpu for peer in peers):
+        if self._device is not None and self._shard is not None and not all(peer.is_on_gpu for peer in peers):
             self._shard.expose()
 
-    def _send_parameters(self, peers: Iterable[Peer]) -> None:
-        """Give the present version as a whole to the peers that do not map it.
+    def _send_parameters(self, peers: Sequence[Peer]) -> None:
+        """Have the present version where the peers find it, and give it as a whole to those that do not map it.
 
         The next version may overwrite what is still on its way to a worker that was not waited for; what that worker
         makes of it comes too late to count. Where only updates follow, nothing may overwrite it.
@@ -421,6 +420,7 @@ class ParameterServer:
         shard = self._shard
         if shard is None or not shard.initialized:
             return
+        self._expose(peers)
         parameters = shard.parameters if self._pull_codec is None else shard.parameters.clone()
         self._send_tensor(peers, parameters, compressed=False)
 
@@ -449,7 +449,6 @@ class ParameterServer:
         connection.sink = peer.sink
         with self._lock:
             self._relays[peer.worker] = peer
-            self._expose([peer])
             self._send_parameters([peer])
         _read_all(connection, partial(self._on_relay_message, peer), partial(self._part, peer, connection))
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ps.codec import Codec
 from ps.device import Device
+from ps.device_reduction import DeviceReducer
 from ps.layout import Shard
 from ps.messages import Decision, Outcome, Round
 from ps.optimizer import ShardOptimizer
@@ -78,8 +79,6 @@ class ShardServer:
     def use_threads(self, num_threads: int) -> None:
         """How many cores there are for this shard, before its first round."""
         if self._device is not None:
-            from ps.device_reduction import DeviceReducer
-
             self._reducer: Reducer | DeviceReducer = DeviceReducer(self.shard, self._device.torch_device)
             return
         ranges = split(self.shard, num_threads)

@@ -1,6 +1,7 @@
 """A GPU's place taken by memory of this process, for what of its use does not need one.
 
-Copies are made as late as a GPU may make them, and what is computed before its copies are awaited sees NaN.
+Copies are made as late as a GPU may make them. PyTorch sees memory of the host all the same, so a server takes what
+lies there as it is, where on a GPU it would copy it.
 """
 
 from __future__ import annotations

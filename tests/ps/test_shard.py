@@ -78,6 +78,25 @@ def test_a_step_without_samples_is_not_applied(shard: ShardServer) -> None:
     assert shard.step == 1
 
 
+def test_on_a_gpu_what_lies_in_the_hosts_memory_is_copied() -> None:
+    (shard,) = shards(build_layout(described([(64,)])), 1)
+    device = StandInDevice()
+    device.torch_device = torch.device("meta")  # another one than the host's, which is all that is asked here
+    server = ShardServer(
+        shard,
+        torch.zeros(shard.numel),
+        OptimizerSpec(name="rmsprop"),
+        num_leaves=2,
+        max_value=None,
+        initialized=True,
+        device=device,
+    )
+    server.accept(0, Round.TRAIN, [(Node(0, 1), torch.ones(shard.numel))])
+    assert device.copied == shard.numel * 4
+    server.accept(0, Round.TRAIN, [(Node(1, 2), torch.ones(shard.numel, device="meta"))])
+    assert device.copied == shard.numel * 4
+
+
 def test_on_a_gpu_a_sum_that_has_to_wait_outlives_its_worker() -> None:
     layout = build_layout(described([(300, 400)]))
     (shard,) = shards(layout, 1)

@@ -114,19 +114,33 @@ def test_inline_transport_and_servers_on_a_gpu(tmp_path: Path) -> None:
     assert hashes(run_here(config, DeviceBackend(StandInDevice()), devices)) == expected
 
 
-@pytest.mark.parametrize("shown", ["nothing", "too-small", "gone"])
-def test_a_slot_that_cannot_be_had_never_reaches_the_sum(tmp_path: Path, shown: str) -> None:
-    config = _config(tmp_path)
+def _server(config: JobConfig) -> ParameterServer:
     server = ParameterServer(config, 0, "127.0.0.1", StandInDevice())
     server.connect([server.address])
+    return server
+
+
+def _join(config: JobConfig, server: ParameterServer) -> tuple[Exchange, Slots]:
+    """A worker on the server's GPU, with one slot."""
     layout, device = config.layout(), StandInDevice()
     segment = Segment.create(layout.nbytes, "test")
     slots = Slots(segment.tensor(layout.dtype, layout.numel).view(1, -1), layout, DeviceBackend(device))
-    exchange = Exchange(config, "w", 0, [server.address], segment, None, device)
+    return Exchange(config, "w", 0, [server.address], segment, None, device), slots
+
+
+INITIAL = Push(0, Round.INITIALIZE, (PushedNode(0, 1, 0),), (LeafResult(0, 0.0, 0.0, 0),), b"")
+
+
+@pytest.mark.parametrize("shown", ["nothing", "too-small", "gone"])
+def test_a_slot_that_cannot_be_had_never_reaches_the_sum(tmp_path: Path, shown: str) -> None:
+    config = _config(tmp_path)
+    layout = config.layout()
+    server = _server(config)
+    exchange, slots = _join(config, server)
     assert list(exchange.on_gpu) == [(0, layout.numel)]
     assignments = exchange.assignments()
     assert next(assignments).kind == Round.INITIALIZE
-    exchange.push(Push(0, Round.INITIALIZE, (PushedNode(0, 1, 0),), (LeafResult(0, 0.0, 0.0, 0),), b""), slots)
+    exchange.push(INITIAL, slots)
     assert next(assignments).kind == Round.TRAIN
     leader = exchange._leader
     if shown == "nothing":
@@ -146,15 +160,12 @@ def test_a_slot_that_cannot_be_had_never_reaches_the_sum(tmp_path: Path, shown: 
 
 def test_a_worker_that_is_let_in_finds_the_present_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config(tmp_path, optimizer={"name": "sgd", "lr": 1.0})
-    server = ParameterServer(config, 0, "127.0.0.1", StandInDevice())
-    server.connect([server.address])
-    layout, device = config.layout(), StandInDevice()
-    segment = Segment.create(layout.nbytes, "test")
-    slots = Slots(segment.tensor(layout.dtype, layout.numel).view(1, -1), layout, DeviceBackend(device))
-    exchange = Exchange(config, "w", 0, [server.address], segment, None, device)
+    layout = config.layout()
+    server = _server(config)
+    exchange, slots = _join(config, server)
     assignments = exchange.assignments()
     next(assignments)
-    exchange.push(Push(0, Round.INITIALIZE, (PushedNode(0, 1, 0),), (LeafResult(0, 0.0, 0.0, 0),), b""), slots)
+    exchange.push(INITIAL, slots)
     next(assignments)
     slots.flat(0).fill_(1.0)
     leaves = tuple(LeafResult(leaf, 1.0, 1.0, 1) for leaf in range(8))
@@ -174,8 +185,7 @@ def test_a_worker_that_is_let_in_finds_the_present_parameters(tmp_path: Path, mo
 
 def test_parameters_that_cannot_be_had_are_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config(tmp_path)
-    server = ParameterServer(config, 0, "127.0.0.1", StandInDevice())
-    server.connect([server.address])
+    server = _server(config)
     device = StandInDevice()
     monkeypatch.setattr(device, "open", StandInDevice("another").open)
     with pytest.raises(RefusedError, match=r"server 0: its memory on the GPU .* use placement.server_device = cpu"):
