@@ -28,7 +28,7 @@ test: $(INSTALLED)  ## all tests
 	$(BIN)/python -m pytest
 
 test-core: $(INSTALLED)  ## the pure part: no Ray, no gRPC
-	$(BIN)/python -m pytest -m "not cluster" tests/ps tests/worker tests/steepest
+	$(BIN)/python -m pytest -m "not cluster" tests/ps tests/worker tests/services tests/steepest
 
 check: $(INSTALLED)  ## lint, types, import contracts, proto
 	$(BIN)/ruff check .
@@ -48,20 +48,20 @@ proto: $(INSTALLED)  ## generate steepest/v1 from proto/
 	$(call generate,.)
 
 bench: $(INSTALLED)  ## the server against memory bandwidth; step time against PyTorch DDP and a plain loop
-	$(BIN)/python benchmarks/server_kernel.py
-	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python -m benchmarks.server_kernel
+	$(BIN)/python -m benchmarks.step_time
 
 bench-full: bench  ## all benchmarks (an hour; those between hosts need root and iproute2)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,examples,dev,benchmarks]'
-	$(BIN)/python benchmarks/step_time.py --workers 2 --against zero ray --json benchmarks/results/step_time_peers.json
-	$(BIN)/python benchmarks/telemetry.py
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/scaling.py
-	$(BIN)/python benchmarks/accuracy.py
-	$(BIN)/python benchmarks/network.py
-	$(BIN)/python benchmarks/compression.py
-	$(BIN)/python benchmarks/overlap.py
-	$(BIN)/python benchmarks/plots.py
+	$(BIN)/python -m benchmarks.step_time --workers 2 --against zero ray --json benchmarks/results/step_time_peers.json
+	$(BIN)/python -m benchmarks.telemetry
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.network
+	$(BIN)/python -m benchmarks.compression
+	$(BIN)/python -m benchmarks.overlap
+	$(BIN)/python -m benchmarks.plots
 
 clean:  ## remove what make made
 	rm -rf $(VENV) build *.egg-info

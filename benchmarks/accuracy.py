@@ -1,6 +1,6 @@
 """What compression costs in accuracy: the digits and the character model, trained with and without it.
 
-`python benchmarks/accuracy.py`. Whole jobs of two workers, over several seeds; the accuracy is that of the model in the
+`python -m benchmarks.accuracy`. Whole jobs of two workers, over several seeds; the accuracy is that of the model in the
 last checkpoint on the test data, in per cent: of digits, or of next characters.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import RESULTS, write_report
 from torch import nn
 
+from benchmarks.report import RESULTS, write_report
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
 
 from examples import charlm, digits  # the repository is not a package that can be installed
-from tests.local_job import job_config, run_processes
+from harness.local_job import job_config, run_processes
 
 MAX_SECONDS = 1800.0
 PARTS = 2  # one for each worker

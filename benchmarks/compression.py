@@ -1,6 +1,6 @@
 """What compression gains on a slow link: two hosts (network namespaces), on each a server and a worker of one job.
 
-`python benchmarks/compression.py` (as root; needs iproute2). Whole jobs of ten million parameters take turns; the time
+`python -m benchmarks.compression` (as root; needs iproute2). Whole jobs of ten million parameters take turns; the time
 of a step is the median over a job's steps, and the bytes are those that the first host's interface sent and received.
 """
 
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hosts import Host, hosts
-from pair import median_step
-from report import RESULTS, write_report
+from benchmarks.pair import median_step
+from benchmarks.report import RESULTS, write_report
+from harness.hosts import Host, hosts
 
 WIDTH, LAYERS = 1800, 4  # 9.9 million parameters
 COMPRESSIONS: dict[str, dict[str, Any]] = {

@@ -1,6 +1,6 @@
 """Peak memory of a whole job against PyTorch DDP over gloo, with 2, 4 and 8 workers.
 
-`python benchmarks/memory.py`. Both train the perceptron of 25 million parameters of `step_time.py` with AdamW and a
+`python -m benchmarks.memory`. Both train the perceptron of 25 million parameters of `step_time.py` with AdamW and a
 clip by global norm. Memory is PSS, which counts a page shared by n processes as 1/n in each, summed over all workers
 and servers (or ranks) and sampled while they train; the fork server from which they started and its actor are in it.
 The service, which a job shares with others, and Ray's own processes are not.
@@ -19,11 +19,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from peers import Peer
-from report import RESULTS, write_report
-from step_time import Ours
-from tasks import SIZES
-
+from benchmarks.peers import Peer
+from benchmarks.report import RESULTS, write_report
+from benchmarks.step_time import Ours
+from benchmarks.tasks import SIZES
 from steepest.client import Client
 from steepest.embedded import running_service
 

@@ -1,6 +1,6 @@
 """How fast gradients go to servers on another host and parameters come back: two network namespaces and a switch.
 
-`python benchmarks/network.py` (as root; needs iproute2). A round pushes a layout of 25 million float32 to 1, 2 or 4
+`python -m benchmarks.network` (as root; needs iproute2). A round pushes a layout of 25 million float32 to 1, 2 or 4
 shards at once, as workers do with `transport = inline`, and then pulls as much back; numbers of shards take turns, and
 a figure is the median of the rounds. `--limit 1gbit` shapes the link.
 """
@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from hosts import Host, hosts
-from report import RESULTS, write_report
 
-from ps.layout import build_layout, shards
-from ps.model import ModelDescription, TensorDescription
-from ps.peer import chunks, place
-from ps.stream import Connection, Listener, Role, Service, connect
+from benchmarks.report import RESULTS, write_report
+from harness.hosts import Host, hosts
+from ps.parameters.description import ModelDescription, TensorDescription
+from ps.parameters.layout import build_layout, shards
+from ps.server.peer import chunks, place
+from ps.wire.connection import Connection, Listener, Role, Service, connect
 from steepest.v1 import exchange_pb2 as pb
 
 NUMEL = 25_000_000
@@ -99,7 +99,7 @@ class Pair:
         self._worker = self._start(pair[1], "--call", self._server.stdout.readline().strip())
 
     def _start(self, host: Host, *arguments: str) -> subprocess.Popen[str]:
-        command = [*host.prefix, sys.executable, __file__, "--shards", str(self.num_shards), *arguments]
+        command = [*host.prefix, sys.executable, "-m", __spec__.name, "--shards", str(self.num_shards), *arguments]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def round(self, *, counts: bool) -> None:

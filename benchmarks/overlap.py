@@ -1,8 +1,8 @@
 """What it gains to send gradients while they are computed: two network namespaces, each with a server and a worker.
 
-`python benchmarks/overlap.py` (as root; needs iproute2). Whole jobs of 25 million parameters take turns, with the
-buckets of worker/overlap.py and with one bucket, which leaves when backward is over. The time of a step is the median
-over a job's steps.
+`python -m benchmarks.overlap` (as root; needs iproute2). Whole jobs of 25 million parameters take turns, with the
+buckets of worker/gradients/buckets.py and with one bucket, which leaves when backward is over. The time of a step is
+the median over a job's steps.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hosts import hosts
-from pair import median_step
-from report import RESULTS, write_report
-
-from tests.local_job import work
-from worker import overlap
+from benchmarks.pair import median_step
+from benchmarks.report import RESULTS, write_report
+from harness.hosts import hosts
+from harness.local_job import work
+from worker.gradients import buckets as overlap
 
 WIDTH, LAYERS = 1024, 24  # 25 million parameters
 

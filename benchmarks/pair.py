@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from benchmarks.hosts import Host  # the repository is not a package that can be installed
-from ps.checkpoint import checkpoints, read_records
-from tests.local_job import job_config, running, work
+from harness.hosts import Host  # the repository is not a package that can be installed
+from harness.local_job import job_config, running, work
+from ps.checkpoint.files import checkpoints, read_records
 
 WARM_UP = 2
 MAX_SECONDS = 1800.0

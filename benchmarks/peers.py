@@ -17,10 +17,11 @@ from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
 import torch
-from tasks import NUM_SAMPLES, Size, arrays, model
 from torch import distributed, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.tasks import NUM_SAMPLES, Size, arrays, model
 
 LR, MAX_NORM = 1e-4, 1.0
 

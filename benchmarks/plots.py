@@ -1,4 +1,4 @@
-"""Draws the figures of docs/performance.md from what the benchmarks wrote: `python benchmarks/plots.py`."""
+"""Draws the figures of docs/performance.md from what the benchmarks wrote: `python -m benchmarks.plots`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a step costs as a job grows: workers 1 to 16, servers 1 to 8, parameters 10 thousand to 300 million.
 
-`python benchmarks/scaling.py`. The jobs of a row stay alive and take turns, a round each, through one service; a figure
+`python -m benchmarks.scaling`. The jobs of a row stay alive and take turns, a round each, through one service; a figure
 is the median over the rounds of each round's median step. Workers share one global batch, so that more of them than
 there are cores show what a worker costs, and not what it computes. A batch is 16 micro-batches, or one where
 parameters grow.
@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from report import RESULTS, write_report
-from step_time import Ours
-from tasks import SIZES, Size
-
+from benchmarks.report import RESULTS, write_report
+from benchmarks.step_time import Ours
+from benchmarks.tasks import SIZES, Size
 from steepest.client import Client
 from steepest.embedded import running_service
 

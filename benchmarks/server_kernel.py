@@ -1,6 +1,6 @@
 """What a server does in a step against memory bandwidth, measured by a triad on the same threads.
 
-`python benchmarks/server_kernel.py`. A step: add two gradients, measure every segment of the sum, clip by the global
+`python -m benchmarks.server_kernel`. A step: add two gradients, measure every segment of the sum, clip by the global
 norm and apply AdamW, all in float32. It must move 40 bytes a parameter: two gradients read and their sum written, then
 sum, parameters and both moments read, and three of them written. The triad `c = a + 3 b` moves 12. They take turns.
 """
@@ -17,15 +17,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from report import RESULTS, write_report
 
-from ps.clip import clip_coefficient
-from ps.layout import Shard, build_layout, shards
-from ps.model import ModelDescription, TensorDescription
-from ps.optimizer import ShardOptimizer
-from ps.reduction import Reducer
-from ps.threads import Threads, split
-from ps.tree import Node
+from benchmarks.report import RESULTS, write_report
+from ps.numerics.clip import clip_coefficient
+from ps.numerics.optimizer import ShardOptimizer
+from ps.numerics.reduce_cpu import Reducer
+from ps.numerics.threads import Threads, split
+from ps.numerics.tree import Node
+from ps.parameters.description import ModelDescription, TensorDescription
+from ps.parameters.layout import Shard, build_layout, shards
 from steepest.spec import OptimizerSpec
 
 STEP_BYTES, TRIAD_BYTES = 40, 12

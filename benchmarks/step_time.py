@@ -1,6 +1,6 @@
 """Step time through the service against PyTorch DDP over gloo, and against a plain loop.
 
-`python benchmarks/step_time.py` (make bench). Both sides train the same model on the same data with one thread a
+`python -m benchmarks.step_time` (make bench). Both sides train the same model on the same data with one thread a
 process: global-norm clip and fused AdamW in float32. They take turns, a round each, in one run; the figure is
 the median over the rounds of each round's median step. `--against zero ray` compares two workers with DDP and
 ZeroRedundancyOptimizer, and with TorchTrainer of Ray Train around the same loop, which needs `ray[train]`.
@@ -25,10 +25,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from peers import LR, MAX_NORM, Peer, RayPeer
-from report import RESULTS, write_report
-from tasks import SIZES, Size
-
+from benchmarks.peers import LR, MAX_NORM, Peer, RayPeer
+from benchmarks.report import RESULTS, write_report
+from benchmarks.tasks import SIZES, Size
 from steepest.client import Client, Job
 from steepest.embedded import running_service
 

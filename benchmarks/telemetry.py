@@ -1,6 +1,6 @@
 """What the telemetry of a step costs: a job that keeps every step with all its norms against one that keeps few.
 
-`python benchmarks/telemetry.py`. A perceptron of 200 layers and about a million parameters trains with two workers
+`python -m benchmarks.telemetry`. A perceptron of 200 layers and about a million parameters trains with two workers
 through the service. On: the record of every step, with the gradient norm of every parameter, goes to the history. Off:
 that of one step in 50, without these norms. Both run in turns; a figure is the mean step of a round, a ratio the
 median over the rounds.
@@ -18,10 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from report import RESULTS, write_report
-from step_time import Ours
-from tasks import Size
-
+from benchmarks.report import RESULTS, write_report
+from benchmarks.step_time import Ours
+from benchmarks.tasks import Size
 from steepest.client import Client
 from steepest.embedded import running_service
 

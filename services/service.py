@@ -18,20 +18,20 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client.registry import CollectorRegistry
 
-from ps.codec import compression_problem
-from ps.footprint import explain_refusal, footprint
-from ps.layout import choose_num_servers
-from services.code import CodeStore
-from services.controller import Controller
-from services.errors import ErrorInterceptor
-from services.http import HttpServer
-from services.lifecycle import ENDED, JobState, check_verb
-from services.metrics import JobCollector
-from services.scheduler import Scheduler
-from services.servicer import TrainingJobServicer
+from ps.compression.codec import compression_problem
+from ps.job.footprint import explain_refusal, footprint
+from ps.parameters.layout import choose_num_servers
+from services.api.errors import ErrorInterceptor
+from services.api.servicer import TrainingJobServicer
+from services.cluster.cluster import Scheduler
+from services.jobs.code_bundles import CodeStore
+from services.jobs.controller import Controller
+from services.jobs.task_probe import TaskDescription, probe_task
 from services.settings import Settings
-from services.store import JobRow, Result, Store
-from services.task_probe import TaskDescription, probe_task
+from services.store.lifecycle import ENDED, JobState, check_verb
+from services.store.store import JobRow, Result, Store
+from services.telemetry.http import HttpServer
+from services.telemetry.metrics import JobCollector
 from steepest.errors import ConflictError, ServiceUnavailableError, SpecError, Violation
 from steepest.spec import TrainingJobSpec, spec_from_dict
 from steepest.v1 import training_jobs_pb2 as pb

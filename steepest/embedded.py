@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from steepest.errors import ServiceUnavailableError
 
 if TYPE_CHECKING:
-    from ps.footprint import Footprint
+    from ps.job.footprint import Footprint
     from services.service import Service
     from steepest.bundle import Bundle
     from steepest.spec import TrainingJobSpec
@@ -26,10 +26,10 @@ def plan_job(bundle: Bundle, spec: TrainingJobSpec) -> tuple[Footprint, int, str
 
     Raises SpecError when the task cannot be loaded.
     """
-    from ps.footprint import explain_refusal, footprint
-    from ps.layout import build_layout
-    from services.task_probe import probe_task
-    from worker.load import unpack_code
+    from ps.job.footprint import explain_refusal, footprint
+    from ps.parameters.layout import build_layout
+    from services.jobs.task_probe import probe_task
+    from worker.task.load import unpack_code
 
     with tempfile.TemporaryDirectory(prefix="steepest-plan-") as directory:
         code = unpack_code(bundle.data, Path(directory)) if bundle.data else None
@@ -54,7 +54,7 @@ def running_service(data_directory: Path, **settings: Any) -> Iterator[Service]:
     Raises ServiceUnavailableError when a port is taken or the server's packages are not installed.
     """
     try:
-        from services.ray_environment import follow_cluster_authentication
+        from services.cluster.ray_environment import follow_cluster_authentication
 
         if settings.get("ray_address"):
             follow_cluster_authentication()  # before anything imports ray

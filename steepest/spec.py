@@ -115,7 +115,7 @@ class OptimizerSpec(_Model):
 
 
 class ScheduleSpec(_Model):
-    """How the learning rate moves; see ps.schedule.
+    """How the learning rate moves; see ps.numerics.schedule.
 
     final_factor: of linear and cosine; step_size: of step; gamma: of step and exponential.
     """

@@ -1,1 +1,4 @@
-"""The Ray workers: they compute gradients of their share of every step."""
+"""The workers: load the user's task, fetch its data, compute gradients and exchange them with the servers.
+
+Rooms, each importing only rooms to its right: process -> gradients -> task, data. All may import `ps`.
+"""

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ps.config import JobConfig
-from ps.optimizer import torch_class, torch_options
-from ps.schedule import learning_rate
+from harness.local_job import job_config, run_here
+from ps.job.config import JobConfig
+from ps.numerics.optimizer import torch_class, torch_options
+from ps.numerics.schedule import learning_rate
 from steepest.interop import load_optimizer_state
 from steepest.spec import OPTIMIZER_NAMES
-from tests.local_job import job_config, run_here
-from worker.load import load_task
-from worker.sampler import Sampler
+from worker.data.sampler import Sampler
+from worker.task.load import load_task
 
 pytestmark = pytest.mark.cluster
 
@@ -73,7 +73,7 @@ def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Te
 def test_a_hundred_steps_agree(optimizer: str, clip: str, dtype: str, bound: float, tmp_path: Path) -> None:
     config = job_config(
         tmp_path,
-        "tests.tasks:regression",
+        "tests.support.tasks:regression",
         arguments={"dtype": dtype},
         steps=100,
         data={"global_batch": 32},
@@ -98,9 +98,9 @@ def test_plain_pytorch_takes_over(optimizer: str, tmp_path: Path) -> None:
         "data": {"global_batch": 32},
         "optimizer": {"name": optimizer, "weight_decay": 0.01},
     }
-    short = job_config(tmp_path / "short", "tests.tasks:regression", steps=20, **raw)
+    short = job_config(tmp_path / "short", "tests.support.tasks:regression", steps=20, **raw)
     run_here(short)
-    long = job_config(tmp_path / "long", "tests.tasks:regression", steps=30, **raw)
+    long = job_config(tmp_path / "long", "tests.support.tasks:regression", steps=30, **raw)
     expected = run_here(long)
     (checkpoint,) = (tmp_path / "short").iterdir()
     reference = Reference(short)

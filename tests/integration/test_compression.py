@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from ps.checkpoint import State, state_hashes
+from harness.local_job import job_config, run_here, run_processes
+from ps.checkpoint.files import State, state_hashes
 from steepest.client import Client, Job
 from steepest.errors import SpecError
 from steepest.jobs import Event
-from tests.integration.conftest import TASKS, until
-from tests.local_job import job_config, run_here, run_processes
+from tests.support.service import TASKS, until
 
 pytestmark = pytest.mark.cluster
 
@@ -37,7 +37,7 @@ COMPRESSIONS: dict[str, dict[str, Any]] = {
 def _config(directory: Path, compression: str, **placement: Any) -> Any:
     return job_config(
         directory,
-        task="tests.tasks:regression",
+        task="tests.support.tasks:regression",
         arguments={"hidden": 20_000},
         epochs=3,
         data={"global_batch": 37, "micro_batch": 5},

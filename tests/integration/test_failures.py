@@ -14,7 +14,7 @@ from services.service import Service
 from steepest.client import Client, Job
 from steepest.errors import SpecError
 from steepest.jobs import Event
-from tests.integration.conftest import EXAMPLES, NUM_CPUS, TASKS, until
+from tests.support.service import EXAMPLES, NUM_CPUS, TASKS, until
 
 pytestmark = pytest.mark.cluster
 

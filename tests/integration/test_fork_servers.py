@@ -11,7 +11,7 @@ import pytest
 
 from services.service import Service
 from steepest.client import Job
-from tests.integration.conftest import until
+from tests.support.service import until
 
 pytestmark = pytest.mark.cluster
 

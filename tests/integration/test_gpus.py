@@ -1,6 +1,6 @@
 """Where Ray puts what is to be on a GPU, and what a user is told when Ray counts GPUs that PyTorch does not find.
 
-What Ray counts need not be there, so this runs anywhere; jobs on a GPU are in tests/worker/test_device.py.
+What Ray counts need not be there, so this runs anywhere; jobs on a GPU are in tests/worker/process/test_gpu_jobs.py.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 
 from steepest.client import Client
 from steepest.errors import JobFailedError
-from tests.integration.conftest import RAY_ENVIRONMENT, TASKS, raylets, serving
+from tests.support.service import RAY_ENVIRONMENT, TASKS, raylets, serving
 
 PLACED = """
 import json, sys
 import ray
-from services import scheduler
-from services.fork_servers import ForkServers
+from services.cluster import cluster as scheduler
+from services.cluster.fork_servers import ForkServers
 from steepest.spec import PlacementSpec
 
 class Actor:

@@ -16,27 +16,32 @@ from typing import Any
 
 import pytest
 
-from benchmarks.hosts import Host, hosts
-from ps.footprint import footprint
-from tests.conftest import need_program
-from tests.integration.conftest import COMMAND, RAY_ENVIRONMENT, TASKS, serving, until
-from tests.local_job import hashes, job_config, run_here, running
+from harness.hosts import Host, hosts
+from harness.local_job import hashes, job_config, run_here, running
+from ps.job.footprint import footprint
+from tests.support.programs import need_program
+from tests.support.service import COMMAND, RAY_ENVIRONMENT, TASKS, serving, until
 
 pytestmark = pytest.mark.cluster
 
-LARGE: dict[str, Any] = {"task": "tests.tasks:large", "steps": 4, "clip": {"norm": 1.0}, "data": {"global_batch": 24}}
+LARGE: dict[str, Any] = {
+    "task": "tests.support.tasks:large",
+    "steps": 4,
+    "clip": {"norm": 1.0},
+    "data": {"global_batch": 24},
+}
 DATA = {"global_batch": 24, "micro_batch": 3}
 SLOW: dict[str, Any] = {
-    "task": "tests.tasks:slow",
+    "task": "tests.support.tasks:slow",
     "arguments": {"delay": 0.004},
     "epochs": 8,
     "data": {"global_batch": 24},
 }
-DEEP = {**SLOW, "task": "tests.tasks:deep"}
+DEEP = {**SLOW, "task": "tests.support.tasks:deep"}
 IN_PARTS: dict[
     str, Any
 ] = {  # with one micro-batch for a worker, the first thing it sends of a gradient is not all of it
-    "task": "tests.tasks:checkpointed_twice",
+    "task": "tests.support.tasks:checkpointed_twice",
     "arguments": {"width": 600},
     "steps": 4,
     "data": {"global_batch": 24, "micro_batch": 12},
@@ -212,6 +217,6 @@ def test_ray_puts_servers_where_the_workers_are(
         )  # fmt: skip
         assert run.returncode == 0, run.stderr
         result = json.loads(run.stdout.splitlines()[-1])
-        expected = hashes(run_here(job_config(tmp_path / "here", "tests.tasks:large", steps=6)))
+        expected = hashes(run_here(job_config(tmp_path / "here", "tests.support.tasks:large", steps=6)))
         assert (result["parameters_sha256"], result["state_sha256"]) == expected
         assert [server["id"] for server in result["servers"]] == names

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.local_job import hashes, job_config, run_here, run_processes, running
+from harness.local_job import hashes, job_config, run_here, run_processes, running
 
 pytestmark = pytest.mark.cluster
 
@@ -25,20 +25,20 @@ JOBS: dict[str, dict[str, Any]] = {
         "data": {"global_batch": 16},
     },
     "ragged data": {
-        "task": "tests.tasks:regression",
+        "task": "tests.support.tasks:regression",
         "arguments": {"hidden": 20_000},
         "epochs": 3,
         "data": {"global_batch": 37, "micro_batch": 5},
         "clip": {"value": 0.001},
         "optimizer": {"name": "rmsprop", "momentum": 0.5, "decay_biases_and_norms": False, "weight_decay": 0.1},
     },
-    "dataset with noise": {"task": "tests.tasks:slow", "arguments": {"delay": 0.0}, "epochs": 2},
+    "dataset with noise": {"task": "tests.support.tasks:slow", "arguments": {"delay": 0.0}, "epochs": 2},
     "bf16": {
         "task": "examples.digits:convnet",
         "steps": 6,
         "precision": "bf16",
     },
-    "analytic": {"task": "tests.tasks:least_squares", "epochs": 2, "optimizer": {"name": "nesterov"}},
+    "analytic": {"task": "tests.support.tasks:least_squares", "epochs": 2, "optimizer": {"name": "nesterov"}},
 }
 PLACEMENTS = [(w, s, t) for w in (1, 2, 3, 5) for s in (1, 2, 3) for t in ("auto", "inline")]
 

@@ -17,8 +17,8 @@ import pytest
 
 from services.service import Service
 from steepest.client import Job
-from tests.conftest import need_program
-from tests.integration.conftest import until
+from tests.support.programs import need_program
+from tests.support.service import until
 
 pytestmark = pytest.mark.cluster
 

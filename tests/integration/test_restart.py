@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.local_job import hashes, job_config, run_here
 from steepest.client import Client
-from tests.integration.conftest import COMMAND, TASKS, serving, until
-from tests.local_job import hashes, job_config, run_here
+from tests.support.service import COMMAND, TASKS, serving, until
 
 pytestmark = pytest.mark.cluster
 
@@ -22,7 +22,7 @@ def test_jobs_go_on_from_their_last_checkpoint_and_paused_ones_stay_paused(
     ending: signal.Signals, tmp_path: Path
 ) -> None:
     expected = hashes(
-        run_here(job_config(tmp_path / "here", "tests.tasks:slow", arguments={"delay": 0.0}, **SPEC))  # type: ignore[arg-type]
+        run_here(job_config(tmp_path / "here", "tests.support.tasks:slow", arguments={"delay": 0.0}, **SPEC))  # type: ignore[arg-type]
     )
     data = tmp_path / "data"
     with serving(data, ending=ending) as address, Client(address) as client:

@@ -13,12 +13,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from harness.local_job import hashes, job_config, run_here
 from services.service import Service
 from steepest.client import Client, Job
 from steepest.errors import ConflictError, JobFailedError, NotFoundError, SpecError
 from steepest.jobs import Event, JobInfo, Progress
-from tests.integration.conftest import EXAMPLES, NUM_CPUS, until
-from tests.local_job import hashes, job_config, run_here
+from tests.support.service import EXAMPLES, NUM_CPUS, until
 
 pytestmark = pytest.mark.cluster
 
@@ -29,7 +29,7 @@ SLOW: dict[str, Any] = {"arguments": {"delay": 0.01}, "steps": 60, "data": {"glo
 def slow_hashes(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Of SLOW, undisturbed, in one process."""
     raw = {**SLOW, "arguments": {"delay": 0.0}}
-    return hashes(run_here(job_config(tmp_path_factory.mktemp("expected"), "tests.tasks:slow", **raw)))
+    return hashes(run_here(job_config(tmp_path_factory.mktemp("expected"), "tests.support.tasks:slow", **raw)))
 
 
 def found(info: JobInfo) -> tuple[str, str]:

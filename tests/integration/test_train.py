@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
-from tests.integration.conftest import COMMAND, EXAMPLES, TASKS, raylets, serving, until
-from tests.local_job import hashes, job_config, run_here
-from worker.load import load_task
+from harness.local_job import hashes, job_config, run_here
+from tests.support.service import COMMAND, EXAMPLES, TASKS, raylets, serving, until
+from worker.task.load import load_task
 
 pytestmark = pytest.mark.cluster
 
@@ -104,6 +104,6 @@ def test_a_job_spreads_over_the_nodes_of_an_existing_cluster(tmp_path: Path) -> 
         )  # fmt: skip
         assert run.returncode == 0, run.stderr
         result = json.loads(run.stdout.splitlines()[-1])
-        expected = hashes(run_here(job_config(tmp_path / "here", "tests.tasks:large", steps=6)))
+        expected = hashes(run_here(job_config(tmp_path / "here", "tests.support.tasks:large", steps=6)))
         assert (result["parameters_sha256"], result["state_sha256"]) == expected
         assert len(result["workers"]) == 5

@@ -1,0 +1,219 @@
+"""Checkpoints: safetensors files and a manifest that is written last.
+
+A checkpoint is a directory `step-{step:012d}` with model.safetensors (`state_dict` names), optimizer.safetensors
+("{parameter}.{state}", torch.optim's state names), extra.safetensors when the model has state outside `state_dict`,
+compression.safetensors when the job compresses (see ps.checkpoint.named_state), and manifest.json, which holds the
+SHA-256 of each file; beside them, records.json has the records that the history may not have yet. Everything is written
+under a temporary name, synced and renamed, so a directory with a manifest is whole. It knows nothing of topology.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ps.step.messages import StepRecord
+
+MANIFEST = "manifest.json"
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+EXTRA = "extra.safetensors"
+COMPRESSION = "compression.safetensors"
+RECORDS = "records.json"
+FORMAT = 1
+KEPT = 3
+
+
+class CheckpointError(Exception):
+    """A checkpoint is torn, altered or of another format. The message names the file."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A job's whole training state, as tensors of the parameters' own shapes.
+
+    model: `state_dict` name -> tensor. optimizer: "{parameter}.{state}" -> tensor. extra: non-persistent buffers.
+    updates: optimizer updates applied, which is less than `step` after skipped steps. compression: what a job that
+    compresses has besides, see ps.checkpoint.named_state.
+    """
+
+    step: int
+    updates: int
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    extra: dict[str, torch.Tensor]
+    compression: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A checkpoint on disk."""
+
+    step: int
+    path: Path
+    parameters_sha256: str
+    state_sha256: str
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's elements, little-endian, in C order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def state_hashes(state: State) -> tuple[str, str]:
+    """(parameters_sha256, state_sha256).
+
+    The first is over the `state_dict` tensors sorted by name: name in UTF-8, then raw little-endian bytes. The second
+    goes on over the optimizer's tensors, likewise, then the step as 8 bytes, little-endian.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state.model):
+        digest.update(name.encode())
+        digest.update(raw_bytes(state.model[name]))
+    parameters = digest.hexdigest()
+    for name in sorted(state.optimizer):
+        digest.update(name.encode())
+        digest.update(raw_bytes(state.optimizer[name]))
+    digest.update(state.step.to_bytes(8, "little"))
+    return parameters, digest.hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_checkpoint(
+    directory: Path,
+    state: State,
+    *,
+    records: Sequence[StepRecord] = (),
+    incarnation: int = 0,
+    keep: int = KEPT,
+) -> Written:
+    """Write `directory`/step-N, then remove all but the newest `keep` checkpoints.
+
+    records: of steps before this one that may not have reached the history; incarnation: the life that made them. They
+    lie beside the state, so that a job that goes on from here has no gap in its history.
+
+    Raises OSError (a full disk, say); what was on disk before is untouched then.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    final = directory / f"step-{state.step:012d}"
+    temporary = directory / f".step-{state.step:012d}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        files = {MODEL: state.model, OPTIMIZER: state.optimizer}
+        if state.extra:
+            files[EXTRA] = state.extra
+        if state.compression:
+            files[COMPRESSION] = state.compression
+        for name, tensors in files.items():
+            # Tied tensors appear under each of their names, so each gets memory of its own.
+            try:
+                save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, temporary / name)
+            except Exception as error:  # safetensors wraps OSError in its own type
+                raise OSError(f"cannot write {temporary / name}: {error}") from error
+            _sync(temporary / name)
+        parameters, whole = state_hashes(state)
+        manifest = {
+            "format": FORMAT,
+            "step": state.step,
+            "updates": state.updates,
+            "parameters_sha256": parameters,
+            "state_sha256": whole,
+            "files": {name: {"sha256": _file_sha256(temporary / name)} for name in files},
+        }
+        kept = {"incarnation": incarnation, "records": [[*r[:-1], r.parameter_norms.hex()] for r in records]}
+        (temporary / RECORDS).write_text(json.dumps(kept))
+        _sync(temporary / RECORDS)
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        _sync(temporary / MANIFEST)
+        _sync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in checkpoints(directory)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return Written(state.step, final, parameters, whole)
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints in a directory, newest first, whether valid or not."""
+    return sorted((p for p in directory.glob("step-*") if p.is_dir()), reverse=True)
+
+
+def read_checkpoint(path: Path) -> State:
+    """Read a checkpoint and verify every byte. Raises CheckpointError."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[Written, State]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files: Mapping[str, Mapping[str, str]] = manifest["files"]
+        step, updates, version = int(manifest["step"]), int(manifest["updates"]), manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: {error}") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{path / MANIFEST}: format {version}; this version reads format {FORMAT}")
+    tensors: dict[str, dict[str, torch.Tensor]] = {EXTRA: {}, COMPRESSION: {}}
+    for name, entry in files.items():
+        try:
+            if _file_sha256(path / name) != entry["sha256"]:
+                raise CheckpointError(f"{path / name}: its SHA-256 is not the one in the manifest")
+            tensors[name] = load_file(path / name)
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: {error}") from error
+    state = State(step, updates, tensors[MODEL], tensors[OPTIMIZER], tensors[EXTRA], tensors[COMPRESSION])
+    parameters, whole = state_hashes(state)
+    if (parameters, whole) != (manifest["parameters_sha256"], manifest["state_sha256"]):
+        raise CheckpointError(f"{path}: its state_sha256 is not the one in the manifest")
+    return Written(step, path, parameters, whole), state
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of a valid checkpoint that are its state, and its manifest."""
+    names = json.loads((path / MANIFEST).read_text())["files"]
+    return [path / name for name in sorted([*names, MANIFEST])]
+
+
+def read_records(path: Path) -> tuple[int, list[StepRecord]]:
+    """(incarnation, records) that were written with a checkpoint; none when there are none to read."""
+    try:
+        kept = json.loads((path / RECORDS).read_text())
+        records = [StepRecord._make([*values, bytes.fromhex(norms)]) for *values, norms in kept["records"]]
+        return int(kept["incarnation"]), records
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0, []
+
+
+def newest_valid(directory: Path) -> tuple[Written, State] | None:
+    """The newest checkpoint that verifies, or None."""
+    for path in checkpoints(directory):
+        try:
+            return _read(path)
+        except CheckpointError:
+            continue
+    return None

@@ -1,0 +1,134 @@
+"""Between the flat layout and named tensors: how a job's state goes into a checkpoint and comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from ps.checkpoint.files import State
+from ps.numerics.optimizer import StatePart
+from ps.parameters.description import ModelDescription
+from ps.parameters.layout import Layout
+
+
+def pack_buffers(tensors: Iterable[torch.Tensor]) -> bytes:
+    """Buffers one after another, raw little-endian."""
+    return b"".join(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors)
+
+
+def unpack_buffers(model: ModelDescription, packed: bytes) -> dict[str, torch.Tensor]:
+    """The inverse of `pack_buffers`. Raises ValueError when the length is wrong."""
+    data = bytearray(packed)
+    result: dict[str, torch.Tensor] = {}
+    offset = 0
+    for b in model.buffers:
+        dtype = getattr(torch, b.dtype)
+        nbytes = b.numel * dtype.itemsize
+        if nbytes:
+            result[b.name] = torch.frombuffer(data, dtype=dtype, count=b.numel, offset=offset).view(b.shape)
+        else:
+            result[b.name] = torch.empty(b.shape, dtype=dtype)
+        offset += nbytes
+    if offset != len(data):
+        raise ValueError(f"buffers are {len(data)} bytes; the model's are {offset}")
+    return result
+
+
+def assemble(
+    model: ModelDescription,
+    layout: Layout,
+    flat: torch.Tensor,
+    buffers: bytes,
+    optimizer: Iterable[StatePart],
+    *,
+    step: int,
+    updates: int,
+    compression: Mapping[str, torch.Tensor] | None = None,
+) -> State:
+    """The state of all shards as named tensors. flat: the whole layout, shape (layout.numel,).
+
+    compression: from `compression_state`.
+    """
+    named = _named(layout, flat)
+    named.update(unpack_buffers(model, buffers))
+    shown = dict(model.state_names)
+    shapes = {p.name: p.shape for p in model.parameters}
+    states: dict[str, torch.Tensor] = {}
+    for part in optimizer:
+        key = f"{part.parameter}.{part.state}"
+        if part.state == "step":
+            states[key] = part.values.reshape(())
+            continue
+        if key not in states:
+            states[key] = torch.zeros(shapes[part.parameter], dtype=part.values.dtype)
+        states[key].view(-1)[part.offset : part.offset + part.values.numel()] = part.values
+    return State(
+        step=step,
+        updates=updates,
+        model={key: named[name] for key, name in shown.items()},
+        optimizer=states,
+        extra={b.name: named[b.name] for b in model.buffers if b.name not in set(shown.values())},
+        compression=dict(compression or {}),
+    )
+
+
+def compression_state(
+    layout: Layout, master: torch.Tensor | None, residuals: Mapping[int, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What a lossy job has to keep, as named tensors.
+
+    master: what the optimizer works on, when workers have something else, shape (layout.numel,): "master.{parameter}".
+    residuals: of each part, shape (layout.numel + the codec's state,): "residual.{part}.{parameter}", "codec.{part}".
+    """
+    named = {}
+    if master is not None:
+        named.update(_named(layout, master, "master."))
+    for part, residual in sorted(residuals.items()):
+        named.update(_named(layout, residual[: layout.numel], f"residual.{part}."))
+        if len(residual) > layout.numel:
+            named[f"codec.{part}"] = residual[layout.numel :]
+    return named
+
+
+def _named(layout: Layout, flat: torch.Tensor, prefix: str = "") -> dict[str, torch.Tensor]:
+    return {f"{prefix}{p.name}": view for p, view in zip(layout.parameters, layout.views(flat), strict=True)}
+
+
+def master_of(layout: Layout, named: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The master parameters in a `compression_state`, shape (layout.numel,); None without."""
+    return _flat(layout, named, "master.") if any(name.startswith("master.") for name in named) else None
+
+
+def residuals_of(layout: Layout, named: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """The residuals in a `compression_state`, by part."""
+    parts = {int(name.split(".")[1]) for name in named if name.startswith("residual.")}
+    residuals = {}
+    for part in parts:
+        residual = _flat(layout, named, f"residual.{part}.")
+        state = named.get(f"codec.{part}")
+        residuals[part] = residual if state is None else torch.cat([residual, state])
+    return residuals
+
+
+def _flat(layout: Layout, named: Mapping[str, torch.Tensor], prefix: str = "") -> torch.Tensor:
+    """The inverse of `_named`. Raises KeyError for a missing name, ValueError for another shape."""
+    flat = torch.zeros(layout.numel, dtype=layout.dtype)
+    for p, view in zip(layout.parameters, layout.views(flat), strict=True):
+        view.copy_(_checked(named, f"{prefix}{p.name}", p.shape))
+    return flat
+
+
+def flatten(model: ModelDescription, layout: Layout, state: State) -> tuple[torch.Tensor, bytes]:
+    """The flat parameters, shape (layout.numel,), and the packed buffers. Raises KeyError for a missing name."""
+    by_name: dict[str, torch.Tensor] = dict(state.extra)
+    for key, name in model.state_names:
+        by_name[name] = state.model[key]
+    return _flat(layout, by_name), pack_buffers(_checked(by_name, b.name, b.shape) for b in model.buffers)
+
+
+def _checked(tensors: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    tensor = tensors[name]
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)} in the checkpoint and {shape} in the model")
+    return tensor

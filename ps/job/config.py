@@ -1,0 +1,91 @@
+"""What a server or worker process is told about its job when it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ps.compression.codec import Codec, pull_codec, push_codec
+from ps.memory.segment import SegmentReference
+from ps.parameters.description import ModelDescription
+from ps.parameters.layout import Layout, build_layout
+from ps.step.leader import Plan
+from steepest.spec import TrainingJobSpec
+
+GRPC_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.so_reuseport", 0),
+)
+CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ServerAddress:
+    """Where a server listens. control: host:port of its gRPC port, for the controller.
+
+    network: host:port for workers and other servers; local: the same as a Unix socket on its own host.
+    host: which that is (ps.memory.host); parameters: memory for the whole layout, for processes there.
+    """
+
+    control: str
+    network: str
+    local: str
+    host: str
+    parameters: SegmentReference
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """One life (incarnation) of a job, the same for all its processes.
+
+    token: the secret that every stream opens with. num_samples, num_evaluation_samples: sizes of the data sets.
+    """
+
+    job: str
+    incarnation: int
+    token: str
+    spec: TrainingJobSpec
+    model: ModelDescription
+    num_samples: int
+    num_evaluation_samples: int
+    metric_names: tuple[str, ...]
+    num_servers: int
+    checkpoint_directory: Path
+
+    def layout(self) -> Layout:
+        """The layout of the parameters."""
+        return build_layout(self.model, decay_biases_and_norms=self.spec.optimizer.decay_biases_and_norms)
+
+    def push_codec(self) -> Codec | None:
+        """What gradients are sent in, None for as they are."""
+        return push_codec(self.spec.compression, self.layout(), self.spec.seed)
+
+    def pull_codec(self) -> Codec | None:
+        """What updates are sent in, None for whole parameters."""
+        return pull_codec(self.spec.compression, self.layout(), self.spec.seed)
+
+    def plan(self) -> Plan:
+        """What the leader is to do."""
+        spec = self.spec
+        return Plan(
+            total_steps=spec.total_steps(self.num_samples),
+            num_leaves=spec.data.num_micro_batches,
+            num_servers=self.num_servers,
+            part_leaves=spec.part_leaves,
+            base_lr=spec.optimizer.base_lr,
+            schedule=spec.schedule,
+            max_norm=spec.clip.norm,
+            max_value=spec.clip.value,
+            evaluation_leaves=-(-self.num_evaluation_samples // spec.data.evaluation_batch),
+            metric_names=self.metric_names,
+            eval_every=spec.eval_every,
+            checkpoint_every=spec.checkpoint_every,
+            skip_nonfinite=spec.on_nonfinite == "skip",
+            worker_timeout_seconds=spec.placement.worker_timeout_seconds,
+        )

@@ -1,0 +1,303 @@
+"""torch.optim on a shard's flat tensors.
+
+All the optimizers here work element by element, so one flat tensor per parameter group gives the values that a tensor
+per parameter would. State is exported under parameter names with torch.optim's own state names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ps.numerics.threads import Threads
+from ps.parameters.layout import Placed, Shard
+from steepest.spec import HYPER_PARAMETERS, OptimizerSpec
+
+_CLASSES: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "momentum": torch.optim.SGD,
+    "nesterov": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+DEFAULT_MOMENTUM = 0.9
+_FUSED_ON_GPU = ("sgd", "momentum", "nesterov", "adam", "adamw")
+
+
+def torch_options(spec: OptimizerSpec) -> dict[str, Any]:
+    """The keyword arguments that give the same optimizer in plain PyTorch, weight decay included."""
+    names = ("weight_decay", *HYPER_PARAMETERS[spec.name])
+    options = {name: getattr(spec, name) for name in names if getattr(spec, name) is not None}
+    if spec.name in ("momentum", "nesterov"):
+        options.setdefault("momentum", DEFAULT_MOMENTUM)
+    if spec.name == "nesterov":
+        options["nesterov"] = True
+    return {"lr": spec.base_lr, **options}
+
+
+def torch_class(spec: OptimizerSpec) -> type[torch.optim.Optimizer]:
+    """The class of torch.optim behind a name."""
+    return _CLASSES[spec.name]
+
+
+@dataclass(frozen=True, slots=True)
+class StatePart:
+    """A piece of one state tensor of one parameter. offset: in elements, from the start of the parameter."""
+
+    parameter: str
+    state: str
+    offset: int
+    values: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One thread's part of one group, as the fused kernels take it.
+
+    start, stop: in elements from the start of the shard. state: torch.optim's, cut likewise. count: its number of
+    updates. options: the group's hyper-parameters.
+    """
+
+    start: int
+    stop: int
+    parameters: list[torch.Tensor]
+    state: dict[str, list[torch.Tensor]]
+    count: list[torch.Tensor]
+    options: dict[str, Any]
+
+
+def _adam(kernel: Callable[..., None]) -> _Kernel:
+    def update(piece: _Piece, gradient: list[torch.Tensor], lr: float, scale: torch.Tensor | None) -> None:
+        state, options = piece.state, piece.options
+        beta1, beta2 = options["betas"]
+        kernel(
+            piece.parameters,
+            gradient,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state.get("max_exp_avg_sq", []),
+            piece.count,
+            amsgrad=options["amsgrad"],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=options["weight_decay"],
+            eps=options["eps"],
+            maximize=False,
+            grad_scale=scale,
+            found_inf=None,
+        )
+
+    return update
+
+
+def _sgd(piece: _Piece, gradient: list[torch.Tensor], lr: float, scale: torch.Tensor | None) -> None:
+    options = piece.options
+    torch._fused_sgd_(
+        piece.parameters,
+        gradient,
+        piece.state.get("momentum_buffer", []),
+        weight_decay=options["weight_decay"],
+        momentum=options["momentum"],
+        lr=lr,
+        dampening=options["dampening"],
+        nesterov=options["nesterov"],
+        maximize=False,
+        is_first_step=False,
+        grad_scale=scale,
+        found_inf=None,
+    )
+
+
+def _adagrad(piece: _Piece, gradient: list[torch.Tensor], lr: float, scale: torch.Tensor | None) -> None:
+    options = piece.options
+    torch._fused_adagrad_(
+        piece.parameters,
+        gradient,
+        piece.state["sum"],
+        piece.count,
+        lr=lr,
+        lr_decay=options["lr_decay"],
+        weight_decay=options["weight_decay"],
+        eps=options["eps"],
+        maximize=False,
+        grad_scale=scale,
+        found_inf=None,
+    )
+
+
+_Kernel = Callable[[_Piece, list[torch.Tensor], float, torch.Tensor | None], None]
+_KERNELS: dict[str, _Kernel] = {
+    "sgd": _sgd,
+    "momentum": _sgd,
+    "nesterov": _sgd,
+    "adagrad": _adagrad,
+    "adam": _adam(torch._fused_adam_),
+    "adamw": _adam(torch._fused_adamw_),
+}
+
+
+class ShardOptimizer:
+    """The optimizer of one shard.
+
+    parameters: the shard's part of the layout, updated in place. on_gpu: every step is torch.optim's own, for there the
+    way to the kernels costs nothing that anybody waits for.
+    """
+
+    def __init__(self, spec: OptimizerSpec, shard: Shard, parameters: torch.Tensor, *, on_gpu: bool = False) -> None:
+        self._shard = shard
+        self._threads = Threads(1)
+        self._ranges: Sequence[tuple[int, int]] = [(0, shard.numel)]
+        self._parts = [parameters[g.start - shard.start : g.stop - shard.start] for g in shard.groups]
+        self._kernel = None if on_gpu else _KERNELS.get(spec.name)
+        self._is_fused = spec.name in _FUSED_ON_GPU if on_gpu else self._kernel is not None
+        # The scale of a gradient goes into the fused kernel's own pass; that takes it as float32.
+        self._folds_scale = self._is_fused and parameters.dtype == torch.float32
+        self._scale = torch.ones((), dtype=torch.float32, device=parameters.device)
+        # To set it at a tenth of what fill_ takes.
+        self._scale_view = None if on_gpu else self._scale.numpy()
+        self._pieces: list[list[_Piece]] = []  # for each thread
+        self._counts: list[NDArray[np.float32]] = []  # numbers of updates, to be counted up
+        self._gradient = torch.empty(0)
+        self._work: list[list[tuple[_Piece, list[torch.Tensor]]]] = []  # for each thread, with the part of `_gradient`
+        self._optimizer: torch.optim.Optimizer | None = None
+        if not self._parts:
+            return
+        options = torch_options(spec)
+        if self._is_fused:
+            options["fused"] = True
+        groups: list[dict[str, Any]] = []
+        for part, group in zip(self._parts, shard.groups, strict=True):
+            groups.append({"params": [part]} if group.decayed else {"params": [part], "weight_decay": 0.0})
+        self._optimizer = _CLASSES[spec.name](groups, **options)
+
+    def use_threads(self, threads: Threads, ranges: Sequence[tuple[int, int]]) -> None:
+        """Spread the work, before the first step. ranges: of the shard's elements, one for each thread."""
+        self._threads, self._ranges = threads, ranges
+
+    def step(
+        self, gradient: torch.Tensor, *, lr: float, divisor: float, coefficient: float, max_value: float | None
+    ) -> float:
+        """One update from the *sum* `gradient`, shape (shard.numel,), which is overwritten.
+
+        What is used is gradient / divisor, then either scaled by `coefficient` or clamped to [-max_value, max_value].
+
+        Returns the sum of squares of the clamped gradient, 0.0 without `max_value`.
+        """
+        if self._optimizer is None:
+            return 0.0
+        clamped = 0.0
+        scale = None
+        if max_value is not None:
+            gradient.mul_(1.0 / divisor).clamp_(-max_value, max_value)
+            clamped = float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+        elif self._folds_scale:
+            scale = self._scale
+            if self._scale_view is None:
+                self._scale.fill_(divisor / coefficient)
+            else:
+                self._scale_view[...] = divisor / coefficient
+        else:
+            gradient.mul_(coefficient / divisor)
+        if self._pieces:
+            self._step_pieces(gradient, lr, scale)
+        else:
+            self._step_whole(self._optimizer, gradient, lr, scale)
+        return clamped
+
+    def _step_whole(
+        self, optimizer: torch.optim.Optimizer, gradient: torch.Tensor, lr: float, scale: torch.Tensor | None
+    ) -> None:
+        """torch.optim's own step. The first one makes the state; later ones go the short way if there is one."""
+        if self._folds_scale:
+            # torch.amp's protocol: the fused kernels divide the gradient by this while they read it.
+            optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        for part, group in zip(self._parts, self._shard.groups, strict=True):
+            part.grad = gradient[group.start - self._shard.start : group.stop - self._shard.start]
+        for options in optimizer.param_groups:
+            options["lr"] = lr
+        optimizer.step()
+        for part in self._parts:
+            part.grad = None
+        if self._kernel is not None:
+            self._pieces = [self._cut(optimizer, low, high) for low, high in self._ranges]
+            counts = {id(count): count for pieces in self._pieces for p in pieces for count in p.count}
+            self._counts = [count.numpy() for count in counts.values()]
+
+    def _cut(self, optimizer: torch.optim.Optimizer, low: int, high: int) -> list[_Piece]:
+        """The pieces in the elements [low, high) of the shard."""
+        pieces = []
+        for part, group, options in zip(self._parts, self._shard.groups, optimizer.param_groups, strict=True):
+            first = group.start - self._shard.start
+            start, stop = max(low, first), min(high, group.stop - self._shard.start)
+            if start < stop:
+                cut = slice(start - first, stop - first)
+                own = {n: v for n, v in optimizer.state.get(part, {}).items() if isinstance(v, torch.Tensor)}
+                state = {name: [value[cut]] for name, value in own.items() if value.dim()}
+                count = [own["step"]] if "step" in own else []
+                pieces.append(_Piece(start, stop, [part[cut]], state, count, options))
+        return pieces
+
+    def _step_pieces(self, gradient: torch.Tensor, lr: float, scale: torch.Tensor | None) -> None:
+        """What torch.optim's step comes down to, without the way there, and on all threads."""
+        kernel = self._kernel
+        assert kernel is not None  # noqa: S101  # there are no pieces without one
+        for count in self._counts:
+            np.add(count, 1.0, out=count)
+        if gradient is not self._gradient:  # mostly it lies where it lay in the last step
+            self._gradient = gradient
+            self._work = [[(p, [gradient[p.start : p.stop]]) for p in pieces] for pieces in self._pieces]
+
+        def update(work: list[tuple[_Piece, list[torch.Tensor]]]) -> None:
+            for piece, part in work:
+                kernel(piece, part, lr, scale)
+
+        self._threads.run([partial(update, work) for work in self._work])
+
+    def _overlaps(self) -> Iterator[tuple[torch.Tensor, Placed, int, int, int]]:
+        """For each flat part and each parameter in it: part, parameter, start in part, start in parameter, length."""
+        for part, group in zip(self._parts, self._shard.groups, strict=True):
+            for p in self._shard.layout.parameters:
+                start, stop = max(p.offset, group.start), min(p.offset + p.numel, group.stop)
+                if start < stop:
+                    yield part, p, start - group.start, start - p.offset, stop - start
+
+    def export_state(self) -> Iterator[StatePart]:
+        """The state by parameter and torch.optim name; a scalar (Adam's step) is repeated for each parameter."""
+        if self._optimizer is None:
+            return
+        for part, p, start, offset, numel in self._overlaps():
+            for name, value in self._optimizer.state.get(part, {}).items():
+                if not isinstance(value, torch.Tensor):
+                    continue
+                if value.dim() == 0:
+                    if offset == 0:
+                        yield StatePart(p.name, name, 0, value.reshape(1).cpu())
+                else:
+                    yield StatePart(p.name, name, offset, value[start : start + numel].cpu())
+
+    def import_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over a whole layout's state: "{parameter}.{name}" -> tensor of the parameter's shape."""
+        if self._optimizer is None:
+            return
+        for part, p, start, offset, numel in self._overlaps():
+            own = self._optimizer.state[part]
+            prefix = p.name + "."
+            names = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            for name, value in names.items():
+                if "." in name:  # belongs to another parameter, whose name begins with this one's
+                    continue
+                if (value.dim() == 0 and p.shape != ()) or name == "step":
+                    own[name] = value.to(part.device if self._is_fused else "cpu", copy=True).reshape(())
+                else:
+                    if not isinstance(own.get(name), torch.Tensor) or own[name].shape != part.shape:
+                        own[name] = torch.zeros_like(part)
+                    own[name][start : start + numel] = value.reshape(-1)[offset : offset + numel]

@@ -1,0 +1,40 @@
+"""Spreads a shard's work over the cores that waiting workers leave idle.
+
+What is computed does not depend on their number: every thread has whole blocks, and no kernel adds across blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+from ps.parameters.layout import BLOCK_NUMEL, Shard
+
+MIN_NUMEL = 32 * BLOCK_NUMEL  # less is done sooner than another core has woken up and fetched it
+
+
+def split(shard: Shard, num_threads: int) -> tuple[tuple[int, int], ...]:
+    """A range of whole blocks for each thread that is of use, in elements from the start of the shard."""
+    useful = max(1, min(num_threads, shard.numel // MIN_NUMEL))
+    num_blocks = -(-shard.numel // BLOCK_NUMEL)
+    edges = [min(num_blocks * i // useful * BLOCK_NUMEL, shard.numel) for i in range(useful)]
+    return tuple(pairwise([*edges, shard.numel]))
+
+
+class Threads:
+    """Runs calls side by side, the first in the caller's own thread. To gain, their code must release the GIL."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._pool = ThreadPoolExecutor(num_threads - 1) if num_threads > 1 else None
+
+    def run(self, calls: Sequence[Callable[[], None]]) -> None:
+        """Return when all are done. Raises what the first one to fail raised."""
+        if len(calls) == 1:
+            calls[0]()
+            return
+        futures = [self._pool.submit(call) for call in calls[1:]] if self._pool is not None else []
+        for call in calls[: len(calls) - len(futures)]:
+            call()
+        for future in futures:
+            future.result()

@@ -1,0 +1,182 @@
+"""The flat order of all parameters, cut in blocks; shards own whole blocks.
+
+Every parameter starts on a 64-byte line. Each decay group starts and ends on a 256-byte line, so that no vectorized
+kernel ever has a scalar tail: where a shard ends can then not show in the bits. All offsets count elements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ps.parameters.description import ModelDescription
+
+BLOCK_NUMEL = 65_536
+PARAMETER_ALIGNMENT_BYTES = 64
+GROUP_ALIGNMENT_BYTES = 256
+SPREAD_BYTES = 16 << 20
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def align(offset: int, multiple: int) -> int:
+    """The smallest multiple that is not below `offset`."""
+    return -(-offset // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A parameter at its place."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    numel: int
+    decayed: bool
+
+    @property
+    def blocks(self) -> range:
+        """The blocks it lies in; none when it has no elements."""
+        return (
+            range(self.offset // BLOCK_NUMEL, -(-(self.offset + self.numel) // BLOCK_NUMEL)) if self.numel else range(0)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRange:
+    """The range of one optimizer parameter group, or a shard's part of it."""
+
+    decayed: bool
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every parameter lies. Depends on the model and on which parameters decay, never on placement."""
+
+    dtype: torch.dtype
+    parameters: tuple[Placed, ...]
+    groups: tuple[GroupRange, ...]
+    numel: int
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element."""
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole layout."""
+        return self.numel * self.itemsize
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks; the last may be short."""
+        return -(-self.numel // BLOCK_NUMEL)
+
+    @cached_property
+    def segment_owners(self) -> NDArray[np.int64]:
+        """For every segment of the layout in order, the index of its parameter in `parameters`."""
+        return np.repeat(np.arange(len(self.parameters)), [len(p.blocks) for p in self.parameters])
+
+    @cached_property
+    def padding(self) -> torch.Tensor:
+        """The elements that belong to no parameter, in order: int64."""
+        is_padding = np.ones(self.numel, dtype=bool)
+        for p in self.parameters:
+            is_padding[p.offset : p.offset + p.numel] = False
+        return torch.from_numpy(np.flatnonzero(is_padding))
+
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Each parameter's own shape over `flat`, which holds the whole layout."""
+        return [flat[p.offset : p.offset + p.numel].view(p.shape) for p in self.parameters]
+
+
+def build_layout(model: ModelDescription, *, decay_biases_and_norms: bool = True) -> Layout:
+    """Place every parameter.
+
+    decay_biases_and_norms: False puts parameters of fewer than two dimensions in a group of their own, without
+    weight decay.
+
+    Raises ValueError for a model without parameters or with a dtype that is not float32 or float64, or mixed ones.
+    """
+    if not any(p.numel for p in model.parameters):
+        raise ValueError("the model has no trainable parameters")
+    dtypes = {p.dtype for p in model.parameters}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        raise ValueError(f"parameters must be all float32 or all float64; the model has {', '.join(sorted(dtypes))}")
+    dtype = DTYPES[dtypes.pop()]
+    parameter_alignment = PARAMETER_ALIGNMENT_BYTES // dtype.itemsize
+    group_alignment = GROUP_ALIGNMENT_BYTES // dtype.itemsize
+    placed: list[Placed] = []
+    groups: list[GroupRange] = []
+    offset = 0
+    for decayed in (True, False):
+        start = offset
+        for p in model.parameters:
+            if (decay_biases_and_norms or len(p.shape) >= 2) == decayed:
+                placed.append(Placed(p.name, p.shape, offset, p.numel, decayed))
+                offset = align(offset + p.numel, parameter_alignment)
+        offset = align(offset, group_alignment)
+        if offset > start:
+            groups.append(GroupRange(decayed, start, offset))
+    return Layout(dtype, tuple(placed), tuple(groups), offset)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The blocks one server owns: elements [start, stop) of the layout."""
+
+    layout: Layout
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+    @cached_property
+    def groups(self) -> tuple[GroupRange, ...]:
+        """The shard's part of each optimizer group, in layout offsets."""
+        parts = (GroupRange(g.decayed, max(g.start, self.start), min(g.stop, self.stop)) for g in self.layout.groups)
+        return tuple(g for g in parts if g.start < g.stop)
+
+    @cached_property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """The (start, stop) of each segment, in elements from the start of the shard.
+
+        A segment is one parameter's part of one block; it runs over zero padding to the end of its 64-byte line.
+        """
+        line = PARAMETER_ALIGNMENT_BYTES // self.layout.itemsize
+        segments = []
+        for p in self.layout.parameters:
+            stop = align(p.offset + p.numel, line)
+            for block in p.blocks:
+                start = block * BLOCK_NUMEL
+                if self.start <= start < self.stop:
+                    segments.append((max(p.offset, start) - self.start, min(stop, start + BLOCK_NUMEL) - self.start))
+        return tuple(segments)
+
+
+def shards(layout: Layout, num_servers: int) -> tuple[Shard, ...]:
+    """Cut the layout for `num_servers`; with fewer blocks than servers, some own nothing."""
+    # Rounded up, so that the empty shards come last and server 0, which leads, is never one of them.
+    bounds = [min(-(-layout.num_blocks * i // num_servers) * BLOCK_NUMEL, layout.numel) for i in range(num_servers + 1)]
+    return tuple(Shard(layout, i, start, stop) for i, (start, stop) in enumerate(pairwise(bounds)))
+
+
+def choose_num_servers(layout: Layout, num_hosts: int) -> int:
+    """How many servers a job gets when its spec leaves that open.
+
+    On one host a single server uses all the cores that waiting workers leave idle, and more of them only add messages.
+    On several, one a host shares the traffic between their links, when there is enough of it to care.
+    """
+    return 1 if layout.nbytes < SPREAD_BYTES else min(num_hosts, layout.num_blocks)

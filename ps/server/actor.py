@@ -1,0 +1,37 @@
+"""The Ray actor around one server."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+
+import ray
+import torch
+
+from ps.job.config import JobConfig, ServerAddress
+from ps.memory.gpu import device_of
+from ps.server.parameter_server import ParameterServer
+
+
+@ray.remote
+class ServerActor:
+    """One parameter server shard in a process of its own."""
+
+    def __init__(self, config: JobConfig, index: int, bind: str) -> None:
+        torch.set_num_threads(1)
+        has_shard = index < config.num_servers
+        device = device_of(config.spec.placement.server_device) if has_shard else None
+        self._server = ParameterServer(config, index, bind or ray.util.get_node_ip_address(), device)
+
+    def describe(self) -> tuple[ServerAddress, int, str]:
+        """(address, pid, host name)."""
+        return self._server.address, os.getpid(), socket.gethostname()
+
+    def connect(self, addresses: Sequence[ServerAddress]) -> None:
+        """Meet the other servers."""
+        self._server.connect(addresses)
+
+    def wait(self) -> None:
+        """Block for as long as the process lives, so that whoever waits for it sees it die."""
+        self._server.wait()

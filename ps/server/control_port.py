@@ -1,0 +1,150 @@
+"""The leader's side of the controller's stream: its commands, and all that it has not been told yet."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+
+import grpc
+
+from ps.job.config import GRPC_OPTIONS
+from ps.parameters.layout import Layout
+from ps.step.effects import PhaseChanged
+from ps.step.messages import StepRecord
+from ps.step.record import CompletedStep, records_of
+from ps.wire import convert
+from steepest.v1 import exchange_pb2 as pb
+from steepest.v1 import exchange_pb2_grpc as pb_grpc
+
+REPORT_SECONDS = 0.25  # between reports of steps; all else is told at once
+MAX_STREAMS = 4
+MAX_UNSTORED = 100_000  # records kept while no controller is there to take them
+
+
+class Supervisor(pb_grpc.ParameterExchangeServiceServicer):
+    """Listens for the controller on gRPC.
+
+    refusal: why a peer is not let in, or nothing. obey: carries out a command, in a thread of the stream.
+    record_every: the records of every so many steps are for the history. layout: None leaves out parameter norms.
+    """
+
+    def __init__(
+        self,
+        bind: str,
+        refusal: Callable[[pb.Fence, str], str],
+        obey: Callable[[pb.Command], None],
+        *,
+        record_every: int,
+        layout: Layout | None,
+    ) -> None:
+        self._refusal = refusal
+        self._obey_command = obey
+        self._record_every = record_every
+        self._layout = layout
+        self._news = threading.Condition()
+        self._report = pb.SupervisionMessage()
+        self._is_urgent = False
+        self._completed: list[CompletedStep] = []  # for the history, and not told yet
+        self._newest: CompletedStep | None = None
+        self._unstored: deque[StepRecord] = deque(maxlen=MAX_UNSTORED)
+        self._stopped = False
+        self._grpc = grpc.server(futures.ThreadPoolExecutor(MAX_STREAMS), options=GRPC_OPTIONS)
+        pb_grpc.add_ParameterExchangeServiceServicer_to_server(self, self._grpc)
+        self.address = f"{bind}:{self._grpc.add_insecure_port(f'{bind}:0')}"
+        self._grpc.start()
+
+    def Supervise(  # noqa: N802  # the name on the wire
+        self, request_iterator: Iterator[pb.ControllerMessage], context: grpc.ServicerContext
+    ) -> Iterator[pb.SupervisionMessage]:
+        """The controller's stream."""
+        first = next(request_iterator)
+        refusal = self._refusal(first.hello.fence, first.hello.token)
+        if refusal:
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, refusal)
+        threading.Thread(target=self._obey, args=(request_iterator,), daemon=True).start()
+        while context.is_active() and not self._stopped:
+            with self._news:
+                self._news.wait_for(lambda: self._stopped or self._is_urgent, timeout=REPORT_SECONDS)
+                report = self._take_report()
+            if report.ByteSize():
+                yield report
+
+    def _take_report(self) -> pb.SupervisionMessage:
+        """All that is to be told. The caller holds the lock."""
+        report, self._report, self._is_urgent = self._report, pb.SupervisionMessage(), False
+        if records := self._make_records():
+            report.records.CopyFrom(convert.records_to_proto(records))
+        if self._newest is not None and self._newest.decision.step % self._record_every:
+            report.newest.CopyFrom(convert.records_to_proto(records_of([self._newest], self._layout)))
+        self._newest = None
+        return report
+
+    def _make_records(self) -> list[StepRecord]:
+        """Of the steps that are for the history. The caller holds the lock."""
+        records, self._completed = records_of(self._completed, self._layout), []
+        self._unstored.extend(records)
+        return records
+
+    def _obey(self, messages: Iterable[pb.ControllerMessage]) -> None:
+        try:
+            for message in messages:
+                if message.WhichOneof("message") == "stored":
+                    self._forget(message.stored)
+                else:
+                    self._obey_command(message.command)
+        except grpc.RpcError:
+            pass  # the controller is gone; the job goes on
+
+    def _forget(self, step: int) -> None:
+        with self._news:
+            while self._unstored and self._unstored[0].step <= step:
+                self._unstored.popleft()
+
+    def _tell(self, add: Callable[[pb.SupervisionMessage], object]) -> None:
+        with self._news:
+            add(self._report)
+            self._is_urgent = True
+            self._news.notify()
+
+    def tell_step(self, completed: CompletedStep) -> None:
+        """A step was made."""
+        with self._news:
+            self._newest = completed
+            if completed.decision.step % self._record_every == 0:
+                self._completed.append(completed)
+                if len(self._completed) > MAX_UNSTORED:  # nobody listens
+                    self._make_records()
+
+    def unstored(self) -> list[StepRecord]:
+        """The records for the history that no controller has stored yet, as far as is known here."""
+        with self._news:
+            return [*self._unstored, *records_of(self._completed, self._layout)]
+
+    def tell_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """An evaluation is done."""
+        self._tell(lambda report: report.evaluations.append(pb.Evaluation(step=step, metrics=metrics)))
+
+    def tell_checkpoint(self, saved: pb.CheckpointSaved) -> None:
+        """A checkpoint is on disk, or could not be written."""
+        self._tell(lambda report: report.checkpoints.append(saved))
+
+    def tell_member(self, worker: str, change: str) -> None:
+        """A worker joined, left, or hangs."""
+        self._tell(lambda report: report.members.append(pb.MembershipChanged(worker=worker, change=change)))
+
+    def tell_phase(self, change: PhaseChanged, step: int) -> None:
+        """The leader's phase is another one."""
+        failure = convert.failure_to_proto(change.failure) if change.failure is not None else None
+        phase = pb.PhaseChanged(
+            phase=change.phase, reason=change.reason, step=step, failure=failure, worker=change.worker
+        )
+        self._tell(lambda report: report.phases.append(phase))
+
+    def stop(self) -> None:
+        """End the stream."""
+        with self._news:
+            self._stopped = True
+            self._news.notify_all()
+        self._grpc.stop(grace=0.5)

@@ -1,0 +1,549 @@
+"""The leader of a job as a deterministic state machine: same state and message, same new state and effects.
+
+It deals micro-batches, counts what came back, decides once for all shards, and says when a version is complete. Time
+comes in as an argument; what is to be done goes out as effects, which `ps.server.leader_runner` carries out. Late,
+duplicate and stale messages are named outcomes.
+
+A round moves so:  assign -> collect (pushes from workers, reports from shards) -> decide -> commit (shards applied).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ps.numerics.clip import clip_coefficient
+from ps.numerics.schedule import learning_rate
+from ps.numerics.tree import parts_of_step
+from ps.step.assignment import Dealer, ranges
+from ps.step.effects import (
+    ENDED,
+    Decide,
+    Dismiss,
+    Effect,
+    Evaluated,
+    Hung,
+    Lost,
+    Phase,
+    PhaseChanged,
+    Save,
+    Send,
+    Settle,
+    Stepped,
+)
+from ps.step.members import Members, bits_of, leaves_of
+from ps.step.messages import Assign, Decision, Failure, LeafResult, Outcome, Push, Round
+from ps.step.parts import Parts
+from ps.step.record import CompletedStep
+from steepest.spec import ScheduleSpec
+
+STRAGGLER_FACTOR = 4.0  # a range this many times over its expected time is given to an idle worker too
+STRAGGLER_SECONDS = 5.0  # but never sooner than this
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a job does, as far as the leader needs to know it. evaluation_leaves: 0 without evaluation data.
+
+    part_leaves: micro-batches that are compressed together, with a residual that stays at the worker; 0: nothing is.
+    """
+
+    total_steps: int
+    num_leaves: int
+    num_servers: int
+    base_lr: float
+    schedule: ScheduleSpec
+    max_norm: float | None = None
+    max_value: float | None = None
+    part_leaves: int = 0
+    evaluation_leaves: int = 0
+    metric_names: tuple[str, ...] = ()
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    skip_nonfinite: bool = False
+    worker_timeout_seconds: float = 300.0
+
+
+@dataclass(slots=True)
+class _Round:
+    """The round in progress. pending, missing: micro-batches that nobody has, and that have not come back (bits)."""
+
+    kind: Round
+    num_leaves: int
+    began: float
+    pending: int
+    missing: int
+    results: list[LeafResult]
+    by: list[str]
+    reports: dict[int, NDArray[np.float64]] = field(default_factory=dict)
+    collected: float = 0.0
+    reported: float = 0.0
+    decision: Decision | None = None
+    sums: NDArray[np.float64] | None = None
+    norm: float = 0.0
+    loss: float = 0.0
+    weight: float = 0.0
+    applied: dict[int, float] = field(default_factory=dict)
+    buffers: bytes | None = None
+
+
+_NOTHING = LeafResult(-1, 0.0, 0.0, 0)
+
+
+class Leader:
+    """The state of one job's training: step, membership, decisions.
+
+    kept: parts whose residuals lie with the servers, as after a restart.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        step: int = 0,
+        updates: int = 0,
+        buffers: bytes | None = None,
+        initialized: bool = False,
+        kept: Iterable[int] = (),
+    ) -> None:
+        self.plan = plan
+        self.step = step
+        self.updates = updates  # optimizer updates applied; a skipped step makes none
+        self.buffers = buffers
+        self.phase = Phase.WAITING
+        self.members = Members()
+        self._deal_out = Dealer()
+        self._initialized = initialized
+        self._round: _Round | None = None
+        self._evaluated = -1
+        self._saved = step if initialized else -1
+        self._pause = False
+        self._cancel = False
+        parts = parts_of_step(plan.num_leaves, plan.part_leaves) if plan.part_leaves else []
+        self._parts = Parts([node.leaves for node in parts], kept)
+
+    # -- messages ---------------------------------------------------------------------------------------------------
+
+    def join(self, worker: str, now: float, host: str = "") -> list[Effect]:
+        """A worker is there. host: which one it is on; the workers of one are dealt neighbouring micro-batches."""
+        if self.phase in ENDED:
+            return [Dismiss(worker, "the job has ended")]
+        self.members.join(worker, host)
+        if self.phase == Phase.WAITING:
+            effects: list[Effect] = [self._enter(Phase.WORKING, f"worker {worker} joined", worker)]
+            return effects + (self._next_round(now) if self._round is None else self._deal(now))
+        return self._deal(now)
+
+    def leave(self, worker: str, now: float) -> list[Effect]:
+        """A worker is gone. What it had not delivered to every shard is dealt to the others, within the round."""
+        member = self.members.pop(worker, None)
+        if member is None or self.phase in ENDED:
+            return []
+        current = self._round
+        if self._parts.is_owner(worker):
+            self.phase = Phase.FAILED
+            return [Lost(f"{worker} is gone, and with it what it had not sent yet of the gradients")]
+        if current is not None and current.decision is None:
+            # What another worker has been given too, it has delivered or will deliver to every shard.
+            lost = member.leaves
+            if current.kind in (Round.TRAIN, Round.INITIALIZE) and len(current.reports) < self.plan.num_servers:
+                lost |= member.taken  # a push may have reached some shards and not others; duplicates are harmless
+            current.pending |= lost & ~self.members.taken_by_any()
+        effects = self._deal(now)
+        if not self.members and self.phase == Phase.WORKING and (current is None or current.decision is None):
+            effects.append(self._enter(Phase.WAITING, f"worker {worker} left, and there is no other", worker))
+        return effects
+
+    def retire(self, worker: str, now: float) -> list[Effect]:
+        """A worker is to leave when it has answered what it was given."""
+        member = self.members.get(worker)
+        if member is None:
+            return []
+        member.retiring = True
+        return self._dismiss_idle_retired(now)
+
+    def push(self, worker: str, push: Push, now: float) -> tuple[Outcome, list[Effect]]:
+        """A worker's answer to an assignment."""
+        member = self.members.get(worker)
+        if member is None:
+            return Outcome.LATE, []
+        member.in_flight -= 1
+        current = self._round
+        if current is None or push.step != self.step or push.kind != current.kind or current.decision is not None:
+            return Outcome.LATE, self._after_answer(now)
+        delivered = 0
+        for result in push.leaves:
+            bit = 1 << result.leaf
+            delivered |= bit
+            if current.missing & bit:
+                current.results[result.leaf] = result
+                current.by[result.leaf] = worker
+        outcome = Outcome.ACCEPTED if delivered & current.missing else Outcome.DUPLICATE
+        member.leaves &= ~delivered
+        current.missing &= ~delivered
+        current.pending &= ~delivered
+        member.measure(push)
+        if push.buffers is not None and current.buffers is None:
+            current.buffers = push.buffers
+        if not current.missing and not current.collected:
+            current.collected = now
+        return outcome, self._advance(now) or self._after_answer(now)
+
+    def report(
+        self, server: int, step: int, kind: Round, sums: NDArray[np.float64], now: float
+    ) -> tuple[Outcome, list[Effect]]:
+        """A shard has reduced its part of the round and measured it."""
+        current = self._round
+        if current is None or step != self.step or kind != current.kind:
+            return Outcome.LATE, []
+        if server in current.reports:
+            return Outcome.DUPLICATE, []
+        current.reports[server] = sums
+        return Outcome.ACCEPTED, self._advance(now)
+
+    def applied(self, server: int, step: int, clipped_sum: float, now: float) -> tuple[Outcome, list[Effect]]:
+        """A shard has carried out the decision."""
+        current = self._round
+        if current is None or step != self.step or current.decision is None:
+            return Outcome.LATE, []
+        if server in current.applied:
+            return Outcome.DUPLICATE, []
+        current.applied[server] = clipped_sum
+        if len(current.applied) < self.plan.num_servers:
+            return Outcome.ACCEPTED, []
+        return Outcome.ACCEPTED, self._commit(now)
+
+    def failure(self, worker: str, failure: Failure, now: float) -> tuple[Outcome, list[Effect]]:
+        """User code failed on a worker. One of a round that is over read parameters in motion, and means nothing."""
+        current = self._round
+        member = self.members.get(worker)
+        if member is not None:
+            member.in_flight -= 1
+        if self.phase in ENDED or current is None or failure.step != self.step or failure.kind != current.kind:
+            return Outcome.LATE, self._after_answer(now)
+        return Outcome.ACCEPTED, self._fail(failure, worker)
+
+    def saved(self, problem: str, now: float) -> list[Effect]:
+        """The checkpoint is on disk, or could not be written."""
+        if self.phase != Phase.SAVING:
+            return []
+        self._saved = self.step
+        if problem and (self._is_over or self._cancel):
+            return self._fail(Failure(self.step, -1, "checkpoint_failed", problem), "")
+        self.phase = Phase.WORKING
+        return self._next_round(now)
+
+    def settled(self, now: float) -> list[Effect]:
+        """The residuals that were asked for are here."""
+        if self.phase != Phase.SETTLING:
+            return []
+        self._parts.settle()
+        self.phase = Phase.WORKING
+        return self._next_round(now)
+
+    def pause(self, now: float) -> list[Effect]:
+        """Hold at the next step boundary."""
+        self._pause = True
+        return self._next_round(now) if self._round is None and self.phase == Phase.WAITING else []
+
+    def resume(self, now: float) -> list[Effect]:
+        """Go on."""
+        self._pause = False
+        if self.phase != Phase.PAUSED:
+            return []
+        return [self._enter(Phase.WORKING, "resumed"), *self._next_round(now)]
+
+    def cancel(self, now: float) -> list[Effect]:
+        """End at the next step boundary, with a checkpoint if there is anything to save."""
+        self._cancel = True
+        if self.phase == Phase.PAUSED or (self.phase == Phase.WAITING and self._round is None):
+            self.phase = Phase.WORKING
+            return self._next_round(now)
+        if self.phase == Phase.WAITING:
+            # In the middle of a round that nobody will finish; the last version is whole.
+            self._round = None
+            self.phase = Phase.WORKING
+            return self._next_round(now)
+        return []
+
+    def tick(self, now: float) -> list[Effect]:
+        """Time passes: find stragglers and workers that hang."""
+        if self._round is None or self._round.decision is not None or self.phase in ENDED:
+            return []
+        effects: list[Effect] = []
+        idle = self.members.idle()
+        for name, member in list(self.members.items()):
+            if not member.leaves:
+                continue
+            waited = now - member.since
+            if waited > self.plan.worker_timeout_seconds:
+                effects.append(Hung(name))
+                continue
+            expected = math.inf if member.guessed else member.leaves.bit_count() / member.speed
+            is_slow = waited > max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * expected)
+            if is_slow and idle and not member.duplicated and not self._parts:
+                member.duplicated = True
+                effects += self._assign(leaves_of(member.leaves), idle, now)
+                idle = []
+        return effects
+
+    # -- rounds -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _is_over(self) -> bool:
+        return self.step >= self.plan.total_steps
+
+    def _next_round(self, now: float) -> list[Effect]:
+        """At a step boundary: what comes next."""
+        retired = self._dismiss_idle_retired(now)
+        return retired + self._choose_round(now)
+
+    def _choose_round(self, now: float) -> list[Effect]:
+        plan = self.plan
+        if not self._initialized:
+            if self._cancel:
+                return self._end(Phase.CANCELLED, "cancelled before the first step")
+            return self._begin(Round.INITIALIZE, 1, now)
+        if not self._cancel and plan.evaluation_leaves and self._evaluated < self.step and self._wants_evaluation():
+            return self._begin(Round.EVALUATE, plan.evaluation_leaves, now)
+        over = self._is_over or self._cancel
+        if self._saved < self.step and (
+            over or (plan.checkpoint_every and self.step and self.step % plan.checkpoint_every == 0)
+        ):
+            self.phase = Phase.SAVING
+            return [Save(self.step, self.updates, self._parts.owners)]
+        if self._cancel and not self._is_over:
+            return self._end(Phase.CANCELLED, f"cancelled at step {self.step}")
+        if self._is_over:
+            return self._end(Phase.FINISHED, f"all {self.step} steps are done")
+        if self._pause:
+            return [self._enter(Phase.PAUSED, f"paused at step {self.step}")]
+        return self._settle() or self._begin(Round.TRAIN, plan.num_leaves, now)
+
+    def _wants_evaluation(self) -> bool:
+        every = self.plan.eval_every
+        return self._is_over or bool(every and self.step and self.step % every == 0)
+
+    def _begin(self, kind: Round, num_leaves: int, now: float) -> list[Effect]:
+        every = (1 << num_leaves) - 1
+        self._round = _Round(kind, num_leaves, now, every, every, [_NOTHING] * num_leaves, [""] * num_leaves)
+        self.members.begin_round()
+        if not self.members:
+            return [] if self.phase == Phase.WAITING else [self._enter(Phase.WAITING, "there is no worker")]
+        return self._deal(now)
+
+    def _deal(self, now: float) -> list[Effect]:
+        """Give what nobody has to those who have nothing."""
+        current = self._round
+        if current is None or not current.pending or current.decision is not None:
+            return []
+        if self._parts and current.kind == Round.TRAIN:
+            return self._deal_parts(current, now)
+        idle = self.members.idle()
+        if not idle:
+            return []
+        everything = current.pending == (1 << current.num_leaves) - 1
+        leaves = range(current.num_leaves) if everything else leaves_of(current.pending)
+        current.pending = 0
+        return self._assign(leaves, idle, now)
+
+    def _assign(self, leaves: Sequence[int], workers: list[str], now: float) -> list[Effect]:
+        dealt = self._deal_out(leaves, self.members.speeds(workers))
+        hosts = self.members.host_ranges(dealt)
+        return [self._give(name, parts, now, hosts.get(self.members[name].host, ())) for name, parts in dealt.items()]
+
+    def _give(
+        self,
+        worker: str,
+        given: Sequence[tuple[int, int]],
+        now: float,
+        host_ranges: tuple[tuple[int, int], ...] = (),
+        handed: tuple[int, ...] = (),
+    ) -> Send:
+        current, member = self._round, self.members[worker]
+        assert current is not None  # noqa: S101  # callers are inside a round
+        member.give(bits_of(given), now)
+        buffers = None if member.buffers is self.buffers else self.buffers
+        member.buffers = self.buffers
+        return Send(worker, Assign(self.step, current.kind, tuple(given), buffers, host_ranges), handed)
+
+    # -- parts whose residuals stay with a worker -------------------------------------------------------------------
+
+    def _stayers(self) -> list[str]:
+        return [name for name, member in self.members.items() if not member.retiring]
+
+    def _settle(self) -> list[Effect]:
+        """Before a step: have parts change hands if the workers are others now."""
+        moving = self._parts.begin_step(self._stayers()) if self._parts else {}
+        if not moving:
+            return []
+        self.phase = Phase.SETTLING
+        return [Settle(self.step, moving)]
+
+    def _deal_parts(self, current: _Round, now: float) -> list[Effect]:
+        """Give each worker the parts that are its own."""
+        self._parts.deal(self._stayers())
+        effects: list[Effect] = []
+        for worker, member in self.members.items():
+            leaves = current.pending & self._parts.leaves_of(worker)
+            if leaves and not member.in_flight:
+                current.pending &= ~leaves
+                effects.append(self._give(worker, ranges(leaves_of(leaves)), now, handed=self._parts.hand_over(worker)))
+        return effects
+
+    def _advance(self, now: float) -> list[Effect]:
+        """Move the round on when all that was awaited is there."""
+        current = self._round
+        if current is None or current.missing or current.decision is not None:
+            return []
+        if current.kind == Round.EVALUATE:
+            return self._finish_evaluation(now)
+        if current.kind == Round.DIAGNOSE:
+            return self._finish_diagnosis()
+        if len(current.reports) < self.plan.num_servers:
+            return []
+        current.reported = now
+        return self._decide(current, now)
+
+    def _decide(self, current: _Round, now: float) -> list[Effect]:
+        if current.kind == Round.INITIALIZE:
+            current.decision = Decision(self.step, current.kind, apply=True)
+            return [Decide(current.decision)]
+        reports = current.reports
+        sums = reports[0] if len(reports) == 1 else np.concatenate([reports[i] for i in range(len(reports))])
+        current.sums = sums
+        total = _sum(sums.tolist())
+        loss = _sum([r.loss for r in current.results])
+        weight = _sum([r.weight for r in current.results])
+        finite = math.isfinite(total) and math.isfinite(loss) and math.isfinite(weight)
+        if not finite and not self.plan.skip_nonfinite:
+            return self._blame(now)
+        lr = learning_rate(self.plan.base_lr, self.plan.schedule, self.updates, self.plan.total_steps)
+        current.weight = weight if finite else math.nan
+        if not finite or weight <= 0.0:
+            current.loss = current.norm = math.nan
+            current.decision = Decision(self.step, current.kind, apply=False, lr=lr)
+            return [Decide(current.decision)]
+        current.loss = loss / weight
+        current.norm = math.sqrt(total) / weight
+        coefficient = clip_coefficient(current.norm, self.plan.max_norm)
+        current.decision = Decision(self.step, current.kind, True, weight, coefficient, lr)
+        return [Decide(current.decision)]
+
+    def _commit(self, now: float) -> list[Effect]:
+        """All shards have applied: the next version is visible everywhere."""
+        current = self._round
+        assert current is not None  # noqa: S101  # only `applied` calls this
+        assert current.decision is not None  # noqa: S101
+        self._round = None
+        if current.buffers is not None:
+            self.buffers = current.buffers
+        if current.kind == Round.INITIALIZE:
+            self._initialized = True
+            return self._next_round(now)
+        stepped = Stepped(self._completed(current, current.decision, now))
+        self.members.favour_idle()
+        self.step += 1
+        self.updates += current.decision.apply
+        following = self._next_round(now)
+        # Work first, so that nobody waits for the telemetry; but nothing that ends or saves overtakes the record.
+        return [*following, stepped] if following and isinstance(following[0], Send) else [stepped, *following]
+
+    def _completed(self, current: _Round, decision: Decision, now: float) -> CompletedStep:
+        assert current.sums is not None  # noqa: S101  # set with the decision
+        return CompletedStep(
+            decision=decision,
+            loss=current.loss,
+            norm=current.norm,
+            weight=current.weight,
+            samples=sum([r.samples for r in current.results]),
+            workers=len(self.members),
+            segment_sums=current.sums,
+            clipped_sum=None if self.plan.max_value is None else math.fsum(current.applied.values()),
+            began=current.began,
+            collected=current.collected,
+            reported=current.reported,
+            committed=now,
+        )
+
+    def _finish_evaluation(self, now: float) -> list[Effect]:
+        current = self._round
+        assert current is not None  # noqa: S101  # only `_advance` calls this
+        results = current.results
+        samples = sum(r.samples for r in results)
+        metrics = {
+            name: math.fsum(r.values[k] for r in results) / samples for k, name in enumerate(self.plan.metric_names)
+        }
+        weight = math.fsum(r.weight for r in results)
+        metrics["loss"] = math.fsum(r.loss for r in results) / weight if weight else math.nan
+        self._evaluated = self.step
+        self._round = None
+        return [Evaluated(self.step, metrics), *self._next_round(now)]
+
+    # -- failures ---------------------------------------------------------------------------------------------------
+
+    def _blame(self, now: float) -> list[Effect]:
+        """A sum is not finite: name the micro-batch, by its loss or by computing the step again."""
+        current = self._round
+        assert current is not None  # noqa: S101  # only `_decide` calls this
+        for result, worker in zip(current.results, current.by, strict=True):
+            if not (math.isfinite(result.loss) and math.isfinite(result.weight)):
+                message = (
+                    f"the loss is not finite at step {self.step}, worker {worker}, micro-batch {result.leaf}: "
+                    f"loss sum {result.loss}, weight {result.weight}"
+                )
+                return self._fail(Failure(self.step, result.leaf, "nonfinite_loss", message), worker)
+        return self._begin(Round.DIAGNOSE, self.plan.num_leaves, now)
+
+    def _finish_diagnosis(self) -> list[Effect]:
+        current = self._round
+        assert current is not None  # noqa: S101  # only `_advance` calls this
+        for result, worker in zip(current.results, current.by, strict=True):
+            if result.nonfinite:
+                message = (
+                    f"the gradient of {result.nonfinite} is not finite at step {self.step}, worker {worker}, "
+                    f"micro-batch {result.leaf}"
+                )
+                return self._fail(Failure(self.step, result.leaf, "nonfinite_gradient", message), worker)
+        message = f"the sum of finite gradients is not finite at step {self.step}: they are too large to add"
+        return self._fail(Failure(self.step, -1, "nonfinite_gradient", message), "")
+
+    def _fail(self, failure: Failure, worker: str) -> list[Effect]:
+        self._round = None
+        self.phase = Phase.FAILED
+        dismissals: list[Effect] = [Dismiss(name, "the job failed") for name in self.members]
+        return [PhaseChanged(Phase.FAILED, failure.message, worker, failure), *dismissals]
+
+    def _end(self, phase: Phase, reason: str) -> list[Effect]:
+        self.phase = phase
+        dismissals: list[Effect] = [Dismiss(name, reason) for name in self.members]
+        return [PhaseChanged(phase, reason), *dismissals]
+
+    # -- members ----------------------------------------------------------------------------------------------------
+
+    def _enter(self, phase: Phase, reason: str, worker: str = "") -> PhaseChanged:
+        self.phase = phase
+        return PhaseChanged(phase, reason, worker)
+
+    def _after_answer(self, now: float) -> list[Effect]:
+        return self._dismiss_idle_retired(now) + self._deal(now)
+
+    def _dismiss_idle_retired(self, now: float) -> list[Effect]:
+        gone = [n for n, m in self.members.items() if m.retiring and m.in_flight <= 0 and not self._parts.is_owner(n)]
+        effects: list[Effect] = []
+        for name in gone:
+            effects.append(Dismiss(name, "scaled down"))
+            effects += self.leave(name, now)
+        return effects
+
+
+def _sum(values: Sequence[float]) -> float:
+    """The exact sum, rounded once; not finite when it, or what is added, is not."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):  # beyond range; inf - inf
+        return math.nan

@@ -1,0 +1,140 @@
+"""What workers, servers and the controller say to each other, as plain values; `ps.wire.convert` encodes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+PROTOCOL = 5
+
+
+class Round(StrEnum):
+    """What a round of work is for."""
+
+    INITIALIZE = "initialize"  # one worker sends the initial parameters
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+    DIAGNOSE = "diagnose"  # recompute a step whose sum was not finite, to find the micro-batch
+
+
+class Outcome(StrEnum):
+    """What became of a push."""
+
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"  # every node of it was held already
+    LATE = "late"  # of a round that is over
+    AHEAD = "ahead"  # of a round this shard has not reached: a fault of the sender
+
+
+class PushedNode(NamedTuple):
+    """A node of the canonical tree and the slot its sum lies in; None: it had no samples."""
+
+    low: int
+    high: int
+    slot: int | None
+
+
+class LeafResult(NamedTuple):
+    """What a worker measured in one micro-batch: the loss sum, its weight, and metric sums in an evaluation.
+
+    nonfinite: the first parameter with a non-finite gradient; only a diagnosis looks for one.
+    """
+
+    leaf: int
+    loss: float
+    weight: float
+    samples: int
+    values: tuple[float, ...] = ()
+    nonfinite: str = ""
+
+
+class Assign(NamedTuple):
+    """Ranges of micro-batches to compute at version `step`. buffers: None when they are as in the last assignment.
+
+    host_ranges: those of all workers on this one's host, when a job has several hosts.
+    """
+
+    step: int
+    kind: Round
+    ranges: tuple[tuple[int, int], ...]
+    buffers: bytes | None = None
+    host_ranges: tuple[tuple[int, int], ...] = ()
+
+
+class Push(NamedTuple):
+    """A worker's answer to one Assign. buffers: as micro-batch 0 left them, if it is among the leaves.
+
+    host_ranges: as in the Assign.
+    """
+
+    step: int
+    kind: Round
+    nodes: tuple[PushedNode, ...]
+    leaves: tuple[LeafResult, ...]
+    buffers: bytes | None = None
+    seconds: float = 0.0
+    host_ranges: tuple[tuple[int, int], ...] = ()
+
+
+class Ready(NamedTuple):
+    """Of a sum that is still computed, the elements [start, stop) of the layout, which stay as they are.
+
+    low, high: the node it will be pushed as, of a training round; slot: where it lies. host_ranges: as in the Assign.
+    """
+
+    step: int
+    low: int
+    high: int
+    slot: int
+    start: int
+    stop: int
+    host_ranges: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """User code or data failed in a way that ends the job. `reason` is a stable word, `message` a sentence."""
+
+    step: int
+    micro_batch: int
+    reason: str
+    message: str
+    traceback: str = ""
+    kind: Round = Round.TRAIN
+
+
+class Decision(NamedTuple):
+    """One decision for all shards: apply sum / divisor * coefficient as the gradient, with `lr`, or nothing."""
+
+    step: int
+    kind: Round
+    apply: bool
+    divisor: float = 1.0
+    coefficient: float = 1.0
+    lr: float = 0.0
+
+
+class StepRecord(NamedTuple):
+    """What the leader saw in one step. Norms are of the mean gradient; times are in seconds.
+
+    parameter_norms: of each parameter's gradient before the clip, in the layout's order: float64, little-endian.
+    """
+
+    step: int
+    time: float
+    loss: float
+    lr: float
+    weight: float
+    samples: int
+    gradient_norm: float
+    clipped_norm: float
+    clip_coefficient: float
+    clipped: bool
+    skipped: bool
+    workers: int
+    step_seconds: float
+    compute_seconds: float
+    reduce_seconds: float
+    apply_seconds: float
+    parameter_norms: bytes = b""

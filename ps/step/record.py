@@ -1,0 +1,74 @@
+"""What is told of steps that are over. Made while the workers compute the next ones, some at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ps.parameters.layout import Layout
+from ps.step.messages import Decision, StepRecord
+
+
+class CompletedStep(NamedTuple):
+    """What the leader knew when all shards had applied its decision. Norm and loss are of the mean.
+
+    segment_sums: of squares of the summed gradient, for each segment of the layout.
+    clipped_sum: of squares of the gradient after a clip by value; None without one.
+    began, collected, reported, committed: when the round began, all pushes were there, all shards had reduced, applied.
+    """
+
+    decision: Decision
+    loss: float
+    norm: float
+    weight: float
+    samples: int
+    workers: int
+    segment_sums: NDArray[np.float64]
+    clipped_sum: float | None
+    began: float
+    collected: float
+    reported: float
+    committed: float
+
+    def record(self, parameter_norms: bytes = b"") -> StepRecord:
+        """The record of the step."""
+        decision, norm = self.decision, self.norm
+        clipped_norm = norm * decision.coefficient
+        if self.clipped_sum is not None and decision.apply:
+            clipped_norm = math.sqrt(self.clipped_sum)
+        return StepRecord(
+            step=decision.step,
+            time=self.committed,
+            loss=self.loss,
+            lr=decision.lr,
+            weight=self.weight,
+            samples=self.samples,
+            gradient_norm=norm,
+            clipped_norm=clipped_norm,
+            clip_coefficient=clipped_norm / norm if norm > 0 else 1.0,
+            clipped=clipped_norm < norm * (1 - 1e-12),
+            skipped=not decision.apply,
+            workers=self.workers,
+            step_seconds=self.committed - self.began,
+            compute_seconds=self.collected - self.began,
+            reduce_seconds=max(0.0, self.reported - self.collected),
+            apply_seconds=self.committed - self.reported,
+            parameter_norms=parameter_norms,
+        )
+
+
+def records_of(steps: Sequence[CompletedStep], layout: Layout | None) -> list[StepRecord]:
+    """The records of some steps. layout: without it they have no parameter_norms."""
+    if layout is None:
+        return [step.record() for step in steps]
+    owners, num_parameters = layout.segment_owners, len(layout.parameters)
+    records = []
+    for step in steps:
+        # bincount adds in order, so a parameter's norm has the same bits for any number of shards.
+        norms = np.sqrt(np.bincount(owners, step.segment_sums, num_parameters)) / step.weight
+        records.append(step.record(norms.astype("<f8", copy=False).tobytes()))
+    return records

@@ -1,0 +1,224 @@
+"""One shard of the parameter server, as a deterministic state machine: collect, reduce, apply.
+
+It knows nothing of workers: it holds nodes of the canonical tree for the round it is in. A node that comes twice or too
+late is an outcome, not an error, and never reaches the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ps.compression.codec import Codec
+from ps.memory.gpu import Device
+from ps.numerics.optimizer import ShardOptimizer
+from ps.numerics.reduce_cpu import Reducer
+from ps.numerics.reduce_gpu import DeviceReducer
+from ps.numerics.threads import Threads, split
+from ps.numerics.tree import Node, addition_plan
+from ps.parameters.layout import Shard
+from ps.step.messages import Decision, Outcome, Round
+from steepest.spec import OptimizerSpec
+
+
+class ShardServer:
+    """The state of one shard.
+
+    parameters: the shard's part of the layout, shape (shard.numel,), written in place: what workers compute with.
+    num_leaves: micro-batches of a training step. push: what gradients come in, added up in the order of micro-batches.
+    pull: what updates are sent in; the optimizer then has parameters of its own (`master`), and what an update could
+    not say stays between the two. device: the GPU to compute on; the optimizer's parameters are there, and `expose`
+    brings them to `parameters`. Not together with push or pull.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        parameters: torch.Tensor,
+        optimizer: OptimizerSpec,
+        *,
+        num_leaves: int,
+        max_value: float | None,
+        step: int = 0,
+        initialized: bool = False,
+        num_threads: int = 1,
+        push: Codec | None = None,
+        pull: Codec | None = None,
+        device: Device | None = None,
+    ) -> None:
+        self.shard = shard
+        self.parameters = parameters
+        self.master = parameters
+        if device is not None:
+            device.lock(parameters)
+            self.master = parameters.to(device.torch_device, copy=True)
+        elif pull is not None:
+            self.master = parameters.clone()
+        self._device = device
+        self._is_exposed = True
+        self.update: torch.Tensor | None = None  # the payload that makes this version of the last; None: it is whole
+        self.optimizer = ShardOptimizer(optimizer, shard, self.master, on_gpu=device is not None)
+        self.step = step
+        self.initialized = initialized
+        self._num_leaves = num_leaves
+        self._push, self._pull = push, pull
+        self._scratch = torch.empty(0)
+        self._max_value = max_value
+        self._held: dict[Node, torch.Tensor | None] = {}
+        self._covered = 0  # a bit for each micro-batch in `_held`
+        self._sum: torch.Tensor | None = None
+        self._reduced = False
+        self.use_threads(num_threads)
+        self._planned: dict[Node, bool] = {}
+        self._plan: list[tuple[Node, Node]] = []
+        self._last: Node | None = None
+
+    def use_threads(self, num_threads: int) -> None:
+        """How many cores there are for this shard, before its first round."""
+        if self._device is not None:
+            self._reducer: Reducer | DeviceReducer = DeviceReducer(self.shard, self._device.torch_device)
+            return
+        ranges = split(self.shard, num_threads)
+        threads = Threads(len(ranges))
+        self._reducer = Reducer(self.shard, threads, ranges)
+        self.optimizer.use_threads(threads, ranges)
+
+    @property
+    def _root(self) -> Node:
+        return Node(0, self._num_leaves if self.initialized else 1)
+
+    def _is_current(self, step: int, kind: Round) -> bool:
+        return step == self.step and kind == (Round.TRAIN if self.initialized else Round.INITIALIZE)
+
+    def accept(self, step: int, kind: Round, nodes: Iterable[tuple[Node, torch.Tensor | None]]) -> Outcome:
+        """Hold nodes of the round in progress.
+
+        Each tensor, shape (shard.numel,), may be changed from now on; of a step that is compressed it is a payload.
+        """
+        if step > self.step:
+            return Outcome.AHEAD
+        if not self._is_current(step, kind) or self._reduced:
+            return Outcome.LATE
+        # Nodes of the tree are nested or disjoint, so the sum of a node is held, as it is, in parts, or as a part of
+        # another, exactly when each of its micro-batches is.
+        fresh = [(node, value) for node, value in nodes if node.leaves & ~self._covered]
+        for node, value in fresh:
+            self._held[node] = value if value is None else self._here(value)
+            self._covered |= node.leaves
+        if self._device is not None and not self.is_complete:
+            self._keep(fresh)
+        return Outcome.ACCEPTED if fresh else Outcome.DUPLICATE
+
+    def _here(self, gradient: torch.Tensor) -> torch.Tensor:
+        """A gradient where it can be added up; from the host's memory it begins to come in."""
+        if self._device is None or gradient.device == self.master.device:
+            return gradient
+        copied = torch.empty_like(gradient, device=self.master.device)
+        self._device.copy(copied, gradient)
+        return copied
+
+    def _keep(self, nodes: Iterable[tuple[Node, torch.Tensor | None]]) -> None:
+        """Copy what is still another process's memory on the GPU: that process may end before the round does."""
+        for node, value in nodes:
+            if value is not None and self._held[node] is value:
+                self._held[node] = value.clone()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the round's sum can be made, and has not been."""
+        return not self._reduced and not self._root.leaves & ~self._covered
+
+    def reduce(self) -> NDArray[np.float64]:
+        """Add up the round and return the sum of squares of each segment of the shard."""
+        if self._push is not None and self.initialized:
+            self._decode(self._push)
+        present = {node: self._held[node] is not None for node in sorted(self._held)}
+        if present != self._planned:  # steps are alike
+            self._plan, self._last = addition_plan(self._root, present)
+            self._planned = present
+        root = self._last
+        if self._device is not None:
+            self._device.await_copies()
+        values = {node: value for node in present if (value := self._held[node]) is not None}
+        sums = self._reducer(self._plan, root, values)
+        self._sum = values[root] if root is not None else None
+        self._reduced = True
+        return sums
+
+    def _decode(self, codec: Codec) -> None:
+        """Put the sum of the payloads in their place."""
+        payloads = [value for _, value in sorted(self._held.items()) if value is not None]
+        root = Node(0, self._num_leaves)
+        if not payloads:
+            self._held = {root: None}
+            return
+        if not len(self._scratch):
+            self._scratch = torch.empty_like(self.parameters)
+        self._scratch.zero_()
+        for payload in payloads:
+            codec.decode(payload, self._scratch, self.shard.start)
+        self._held = {root: self._scratch}
+
+    def _encode_update(self, codec: Codec) -> None:
+        """Bring the workers' parameters as near to the optimizer's as one payload can."""
+        start = self.shard.start
+        first, last = codec.span(start, self.shard.stop)
+        self.update = torch.empty(last - first, dtype=torch.uint8)  # the last one may still be under way
+        rest = torch.sub(self.master, self.parameters, out=self._scratch)
+        codec.encode(rest, self.update, codec.initial_state(), start)
+        codec.decode(self.update, self.parameters, start)
+
+    def apply(self, decision: Decision) -> float:
+        """Carry out the leader's decision and end the round.
+
+        Returns the sum of squares of the gradient after a clip by value, else 0.0. Raises ValueError for a decision of
+        another round: that is a fault of the leader, and nothing is applied.
+        """
+        if not self._is_current(decision.step, decision.kind) or not self._reduced:
+            raise ValueError(f"shard {self.shard.index} at step {self.step} cannot apply {decision}")
+        clamped = 0.0
+        if decision.kind == Round.INITIALIZE:
+            if self._sum is None:
+                raise ValueError("the initial parameters are absent")
+            self.parameters.copy_(self._sum)
+            if self.master is not self.parameters:
+                self.master.copy_(self._sum)
+            self._is_exposed = True
+            self.initialized = True
+        else:
+            self.update = None if self._pull is None else torch.empty(0, dtype=torch.uint8)
+            if decision.apply and self._sum is not None:
+                clamped = self.optimizer.step(
+                    self._sum,
+                    lr=decision.lr,
+                    divisor=decision.divisor,
+                    coefficient=decision.coefficient,
+                    max_value=self._max_value,
+                )
+                self._is_exposed = False
+                if self._pull is not None:
+                    self._encode_update(self._pull)
+            self.step += 1
+        if self._device is not None:
+            self._device.synchronize()  # other processes go on from here
+        self._held.clear()
+        self._covered = 0
+        self._sum = None
+        self._reduced = False
+        return clamped
+
+    def expose(self) -> None:
+        """Have the present version in `parameters`, for processes that are not on the shard's GPU."""
+        if self._device is None or self._is_exposed:
+            return
+        self._device.copy(self.parameters, self.master)
+        self._device.synchronize()
+        self._is_exposed = True
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether updates are lossy, so that the optimizer's parameters are not those of the workers."""
+        return self._pull is not None

@@ -1,0 +1,230 @@
+"""Between `ps.step.messages` and the wire. Only converters touch *_pb2."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ps.memory.gpu import DeviceReference
+from ps.memory.segment import SegmentReference
+from ps.step.messages import Assign, Decision, Failure, LeafResult, Push, PushedNode, Ready, Round, StepRecord
+from steepest.v1 import exchange_pb2 as pb
+from steepest.v1 import training_jobs_pb2 as jobs_pb
+
+_NODE, _LEAF = struct.Struct("<qqq"), struct.Struct("<qddq")
+_ABSENT_SLOT = -1
+_ROUNDS = {str(kind): kind for kind in Round}  # a lookup takes a tenth of what Round(kind) does
+
+
+def segment_to_proto(reference: SegmentReference) -> pb.SegmentReference:
+    """SegmentReference, to the wire."""
+    return pb.SegmentReference(
+        pid=reference.pid, descriptor=reference.descriptor, size=reference.size, nonce=reference.nonce
+    )
+
+
+def segment_from_proto(message: pb.SegmentReference) -> SegmentReference:
+    """SegmentReference, from the wire."""
+    return SegmentReference(message.pid, message.descriptor, message.size, message.nonce)
+
+
+def device_to_proto(reference: DeviceReference) -> pb.DeviceReference:
+    """DeviceReference, to the wire."""
+    return pb.DeviceReference(
+        handle=reference.handle,
+        size=reference.size,
+        offset=reference.offset,
+        counter=reference.counter,
+        counter_offset=reference.counter_offset,
+        event=reference.event,
+        awaits_event=reference.awaits_event,
+    )
+
+
+def device_from_proto(message: pb.DeviceReference) -> DeviceReference:
+    """DeviceReference, from the wire."""
+    return DeviceReference(
+        message.handle,
+        message.size,
+        message.offset,
+        message.counter,
+        message.counter_offset,
+        message.event,
+        message.awaits_event,
+    )
+
+
+def assign_to_proto(assign: Assign) -> pb.Assign:
+    """Assign, to the wire."""
+    return pb.Assign(
+        step=assign.step,
+        kind=assign.kind,
+        bounds=chain(*assign.ranges),
+        buffers=assign.buffers,
+        host_bounds=chain(*assign.host_ranges),
+    )
+
+
+def assign_from_proto(message: pb.Assign) -> Assign:
+    """Assign, from the wire."""
+    return Assign(
+        step=message.step,
+        kind=_ROUNDS[message.kind],
+        ranges=_ranges(message.bounds[:]),
+        buffers=message.buffers if message.HasField("buffers") else None,
+        host_ranges=_ranges(message.host_bounds[:]),
+    )
+
+
+def _ranges(bounds: list[int]) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(bounds[::2], bounds[1::2], strict=True))
+
+
+def push_to_proto(push: Push) -> pb.Push:
+    """Push, to the wire."""
+    message = pb.Push(
+        step=push.step,
+        kind=push.kind,
+        nodes=b"".join([_NODE.pack(n.low, n.high, _ABSENT_SLOT if n.slot is None else n.slot) for n in push.nodes]),
+        leaves=b"".join([_LEAF.pack(*r[:4]) for r in push.leaves]),
+        buffers=push.buffers,
+        seconds=push.seconds,
+        host_bounds=chain(*push.host_ranges),
+    )
+    for result in push.leaves:
+        if result.values:
+            message.values.extend(result.values)
+        if result.nonfinite:
+            message.nonfinite[result.leaf] = result.nonfinite
+    return message
+
+
+def push_from_proto(message: pb.Push) -> Push:
+    """Push, from the wire. Raises ValueError for rows that are torn, KeyError for another kind."""
+    try:
+        nodes = [
+            PushedNode(low, high, None if slot == _ABSENT_SLOT else slot)
+            for low, high, slot in _NODE.iter_unpack(message.nodes)
+        ]
+        leaves = [LeafResult(*row) for row in _LEAF.iter_unpack(message.leaves)]
+    except struct.error as error:
+        raise ValueError(f"a push is torn: {error}") from error
+    if message.values or message.nonfinite:
+        values = np.reshape(message.values, (len(leaves), -1)).tolist()
+        nonfinite = message.nonfinite
+        leaves = [
+            LeafResult(*r[:4], tuple(own), nonfinite.get(r.leaf, "")) for r, own in zip(leaves, values, strict=True)
+        ]
+    return Push(
+        step=message.step,
+        kind=_ROUNDS[message.kind],
+        nodes=tuple(nodes),
+        leaves=tuple(leaves),
+        buffers=message.buffers if message.HasField("buffers") else None,
+        seconds=message.seconds,
+        host_ranges=_ranges(message.host_bounds[:]),
+    )
+
+
+def ready_to_proto(ready: Ready) -> pb.Ready:
+    """Ready, to the wire."""
+    return pb.Ready(
+        step=ready.step,
+        low=ready.low,
+        high=ready.high,
+        slot=ready.slot,
+        start=ready.start,
+        stop=ready.stop,
+        host_bounds=chain(*ready.host_ranges),
+    )
+
+
+def ready_from_proto(message: pb.Ready) -> Ready:
+    """Ready, from the wire."""
+    return Ready(
+        step=message.step,
+        low=message.low,
+        high=message.high,
+        slot=message.slot,
+        start=message.start,
+        stop=message.stop,
+        host_ranges=_ranges(message.host_bounds[:]),
+    )
+
+
+def failure_to_proto(failure: Failure) -> pb.Failure:
+    """Failure, to the wire."""
+    return pb.Failure(
+        step=failure.step,
+        micro_batch=failure.micro_batch,
+        reason=failure.reason,
+        message=failure.message,
+        traceback=failure.traceback,
+        kind=failure.kind,
+    )
+
+
+def failure_from_proto(message: pb.Failure) -> Failure:
+    """Failure, from the wire."""
+    return Failure(
+        step=message.step,
+        micro_batch=message.micro_batch,
+        reason=message.reason,
+        message=message.message,
+        traceback=message.traceback,
+        kind=_ROUNDS[message.kind],
+    )
+
+
+def decision_to_proto(decision: Decision) -> pb.Decision:
+    """Decision, to the wire."""
+    return pb.Decision(
+        step=decision.step,
+        kind=decision.kind,
+        apply=decision.apply,
+        divisor=decision.divisor,
+        coefficient=decision.coefficient,
+        lr=decision.lr,
+    )
+
+
+def decision_from_proto(message: pb.Decision) -> Decision:
+    """Decision, from the wire."""
+    return Decision(
+        step=message.step,
+        kind=_ROUNDS[message.kind],
+        apply=message.apply,
+        divisor=message.divisor,
+        coefficient=message.coefficient,
+        lr=message.lr,
+    )
+
+
+def record_to_proto(record: StepRecord) -> jobs_pb.StepRecord:
+    """StepRecord, to clients."""
+    norms = np.frombuffer(record.parameter_norms, dtype="<f8")
+    return jobs_pb.StepRecord(**{**record._asdict(), "parameter_norms": norms})
+
+
+def records_to_proto(records: Sequence[StepRecord]) -> pb.StepRecords:
+    """StepRecords, to the controller."""
+    return pb.StepRecords(**dict(zip(StepRecord._fields, zip(*records, strict=True), strict=False)))
+
+
+def records_from_proto(message: pb.StepRecords) -> list[StepRecord]:
+    """StepRecords, from the leader."""
+    return list(map(StepRecord, *[getattr(message, name)[:] for name in StepRecord._fields]))
+
+
+def sums_to_bytes(sums: NDArray[np.float64]) -> bytes:
+    """Segment sums as little-endian float64."""
+    return sums.astype("<f8", copy=False).tobytes()
+
+
+def sums_from_bytes(data: bytes) -> NDArray[np.float64]:
+    """The inverse of `sums_to_bytes`."""
+    return np.frombuffer(data, dtype="<f8")

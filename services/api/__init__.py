@@ -1,0 +1,1 @@
+"""TrainingJobService over gRPC: messages to operations and back, errors to statuses."""

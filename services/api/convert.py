@@ -1,0 +1,63 @@
+"""Between rows and the wire."""
+
+from __future__ import annotations
+
+import json
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from services.settings import Settings
+from services.store.lifecycle import JobState
+from services.store.store import EventRow, JobRow
+from steepest.convert import spec_to_proto
+from steepest.spec import spec_from_dict
+from steepest.v1 import training_jobs_pb2 as pb
+
+_STATE_PREFIX = "TRAINING_JOB_STATE_"
+
+
+def state_to_proto(state: JobState) -> pb.TrainingJobState.ValueType:
+    """JobState, to the wire."""
+    return pb.TrainingJobState.Value(_STATE_PREFIX + state)
+
+
+def timestamp(seconds: float) -> Timestamp:
+    """Seconds since the epoch, to the wire."""
+    message = Timestamp()
+    message.FromNanoseconds(round(seconds * 1e9))
+    return message
+
+
+def job_to_proto(row: JobRow, settings: Settings, samples_per_second: float | None, now: float) -> pb.TrainingJob:
+    """A job, to the wire."""
+    result = row.result
+    status = pb.TrainingJobStatus(
+        state=state_to_proto(row.state),
+        reason=row.reason,
+        step=result.step,
+        total_steps=row.total_steps,
+        samples=result.samples,
+        loss=result.loss,
+        metrics=result.metrics,
+        parameters_sha256=result.parameters_sha256,
+        state_sha256=result.state_sha256,
+        wall_seconds=(row.ended or now) - row.created,
+        samples_per_second=samples_per_second,
+        error=result.error,
+        checkpoint_directory=str(settings.checkpoints_of(row.id)),
+        incarnation=row.incarnation,
+    )
+    for role, id_, pid, host, state in result.members:
+        members = status.workers if role == "worker" else status.servers
+        members.append(pb.Member(id=id_, pid=pid, host=host, state=state))
+    spec = spec_to_proto(spec_from_dict(json.loads(row.spec)))
+    spec.placement.workers = row.workers
+    job = pb.TrainingJob(name=row.name, spec=spec, status=status, create_time=timestamp(row.created))
+    if row.ended is not None:
+        job.end_time.CopyFrom(timestamp(row.ended))
+    return job
+
+
+def event_to_proto(row: EventRow) -> pb.Event:
+    """An event, to the wire."""
+    return pb.Event(sequence=row.sequence, time=timestamp(row.time), state=state_to_proto(row.state), reason=row.reason)

@@ -1,0 +1,174 @@
+"""TrainingJobService over gRPC. Thin: checks, then the service's own methods."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import grpc
+
+from ps.checkpoint.files import files_of, newest_valid
+from ps.wire import convert as ps_convert
+from services.api.convert import event_to_proto, job_to_proto
+from services.jobs.task_probe import TaskDescription
+from services.store.lifecycle import ENDED
+from services.store.store import JobRow
+from steepest.convert import spec_from_proto
+from steepest.errors import ConflictError, ServiceUnavailableError, SpecError, Violation
+from steepest.spec import spec_from_dict
+from steepest.v1 import training_jobs_pb2 as pb
+from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
+
+if TYPE_CHECKING:
+    from services.service import Service
+
+PAGE_SIZE = 50
+MAX_PAGE_SIZE = 1000
+HISTORY_PAGE_SIZE = 10_000
+HISTORY_PAGE_NUMBERS = 200_000  # parameter norms in a page
+CHUNK_BYTES = 1 << 20
+WATCH_SECONDS = 0.1
+PREFIX = "trainingJobs/"
+
+
+class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
+    """The methods of the .proto file; their names are the wire's."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def _id(self, name: str) -> str:
+        if not name.startswith(PREFIX) or len(name) == len(PREFIX):
+            raise SpecError([Violation("name", f"{name!r} is no job name; allowed: {PREFIX}{{id}}")])
+        return name.removeprefix(PREFIX)
+
+    def _row(self, name: str) -> JobRow:
+        return self._service.store.get(self._id(name))
+
+    def _message(self, row: JobRow) -> pb.TrainingJob:
+        service = self._service
+        return job_to_proto(row, service.settings, service.store.samples_per_second(row.id), service.now())
+
+    def UploadCode(  # noqa: N802
+        self, request_iterator: Iterator[pb.UploadCodeRequest], context: grpc.ServicerContext
+    ) -> pb.CodeBundle:
+        """See the .proto file."""
+        return pb.CodeBundle(name=self._service.code.add(request.data for request in request_iterator))
+
+    def CreateTrainingJob(  # noqa: N802
+        self, request: pb.CreateTrainingJobRequest, context: grpc.ServicerContext
+    ) -> pb.TrainingJob:
+        """See the .proto file."""
+        spec = spec_from_proto(request.spec)
+        return self._message(self._service.create(request.training_job_id, request.request_id, spec))
+
+    def GetTrainingJob(  # noqa: N802
+        self, request: pb.GetTrainingJobRequest, context: grpc.ServicerContext
+    ) -> pb.TrainingJob:
+        """See the .proto file."""
+        return self._message(self._row(request.name))
+
+    def ListTrainingJobs(  # noqa: N802
+        self, request: pb.ListTrainingJobsRequest, context: grpc.ServicerContext
+    ) -> pb.ListTrainingJobsResponse:
+        """See the .proto file."""
+        size = _page_size(request.page_size, PAGE_SIZE, MAX_PAGE_SIZE)
+        rows = self._service.store.page(size + 1, _token(request.page_token))
+        following = ""
+        if len(rows) > size:
+            rows = rows[:size]
+            following = base64.urlsafe_b64encode(json.dumps([rows[-1].created, rows[-1].id]).encode()).decode()
+        return pb.ListTrainingJobsResponse(training_jobs=map(self._message, rows), next_page_token=following)
+
+    def WatchTrainingJob(  # noqa: N802
+        self, request: pb.WatchTrainingJobRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.WatchTrainingJobResponse]:
+        """See the .proto file. Progress is coalesced: a slow watcher gets the newest."""
+        store = self._service.store
+        job = self._row(request.name).id
+        sequence, step = request.after_sequence, -1
+        while context.is_active():
+            # The order matters: a job read as ended here has all its events and records in the store already.
+            row = store.get(job)
+            record = store.last_record(job)
+            if record is not None and record.step != step:
+                step = record.step
+                yield pb.WatchTrainingJobResponse(progress=ps_convert.record_to_proto(record))
+            for event in store.events_after(job, sequence):
+                sequence = event.sequence
+                yield pb.WatchTrainingJobResponse(event=event_to_proto(event))
+            if row.state in ENDED:
+                yield pb.WatchTrainingJobResponse(ended=self._message(store.get(job)))
+                return
+            with store.changed:
+                store.changed.wait(WATCH_SECONDS * 10)
+            self._service.closing.wait(WATCH_SECONDS)
+            if self._service.closing.is_set():
+                raise ServiceUnavailableError("the service is stopping")
+
+    def CancelTrainingJob(  # noqa: N802
+        self, request: pb.CancelTrainingJobRequest, context: grpc.ServicerContext
+    ) -> pb.TrainingJob:
+        """See the .proto file."""
+        return self._message(self._service.cancel(self._id(request.name)))
+
+    def PauseTrainingJob(  # noqa: N802
+        self, request: pb.PauseTrainingJobRequest, context: grpc.ServicerContext
+    ) -> pb.TrainingJob:
+        """See the .proto file."""
+        return self._message(self._service.pause(self._id(request.name)))
+
+    def ResumeTrainingJob(  # noqa: N802
+        self, request: pb.ResumeTrainingJobRequest, context: grpc.ServicerContext
+    ) -> pb.TrainingJob:
+        """See the .proto file."""
+        return self._message(self._service.resume(self._id(request.name)))
+
+    def ScaleTrainingJob(  # noqa: N802
+        self, request: pb.ScaleTrainingJobRequest, context: grpc.ServicerContext
+    ) -> pb.TrainingJob:
+        """See the .proto file."""
+        return self._message(self._service.scale(self._id(request.name), request.workers))
+
+    def QueryHistory(  # noqa: N802
+        self, request: pb.QueryHistoryRequest, context: grpc.ServicerContext
+    ) -> pb.QueryHistoryResponse:
+        """See the .proto file."""
+        row = self._row(request.name)
+        layout = TaskDescription.from_json(row.description).layout(spec_from_dict(json.loads(row.spec)))
+        names = [p.name for p in layout.parameters]
+        most = max(1, min(HISTORY_PAGE_SIZE, HISTORY_PAGE_NUMBERS // len(names)))
+        size = _page_size(request.page_size, most, most)
+        records = self._service.store.history_of(row.id, request.first_step, size)
+        return pb.QueryHistoryResponse(records=map(ps_convert.record_to_proto, records), parameter_names=names)
+
+    def DownloadCheckpoint(  # noqa: N802
+        self, request: pb.DownloadCheckpointRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.DownloadCheckpointResponse]:
+        """See the .proto file."""
+        row = self._row(request.name)
+        newest = newest_valid(self._service.settings.checkpoints_of(row.id))
+        if newest is None:
+            raise ConflictError(f"{row.name} has no checkpoint yet; it is at step {row.result.step}")
+        for path in files_of(newest[0].path):
+            with path.open("rb") as file:
+                while piece := file.read(CHUNK_BYTES):
+                    yield pb.DownloadCheckpointResponse(file=path.name, data=piece)
+
+
+def _page_size(asked: int, default: int, maximum: int) -> int:
+    if asked < 0:
+        raise SpecError([Violation("page_size", f"{asked} must not be negative")])
+    return min(asked or default, maximum)
+
+
+def _token(token: str) -> tuple[float, str] | None:
+    if not token:
+        return None
+    try:
+        created, job = json.loads(base64.urlsafe_b64decode(token))
+        return float(created), str(job)
+    except ValueError:
+        raise SpecError([Violation("page_token", f"{token!r} does not come from this service")]) from None

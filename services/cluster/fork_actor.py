@@ -1,0 +1,21 @@
+"""The Ray actor around a host's fork server."""
+
+from __future__ import annotations
+
+import os
+
+import ray
+
+from services.cluster.fork_server import ForkServer
+
+
+@ray.remote
+class ForkServerActor:
+    """One on each host; it ends with the service, and the fork server with it."""
+
+    def __init__(self) -> None:
+        self._server = ForkServer()
+
+    def interpreter(self) -> tuple[str, tuple[int, int]]:
+        """(command that starts the Python of a worker or server on this host, pids of this actor and the server)."""
+        return self._server.interpreter(), (os.getpid(), self._server.pid)

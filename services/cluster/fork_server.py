@@ -1,0 +1,208 @@
+"""A process that has imported PyTorch and Ray once, and forks a host's workers and servers.
+
+Importing them takes a process seconds, and 150 MB that a fork shares with its parent for as long as neither writes to
+them. `python -P -m services.cluster.fork_server SOCKET` serves until its standard input ends. It starts no threads and
+touches no GPU, because neither survives a fork, and draws no random number, because all forks would share it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import secrets
+import select
+import shlex
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from services.cluster import fork_client
+
+# What a worker or server imports in the course of its life; optimizers of PyTorch import torch._dynamo. Not the actors:
+# Ray draws an identifier for each class, and with that the seed of all identifiers of the process.
+PRELOADED = (
+    "ray._private.workers.default_worker",
+    "ps.server.parameter_server",
+    "worker.process.loop",
+    "torch._dynamo",
+)
+# Environment of the actor: Ray lowers the priority of its processes, forks too, and must not have lowered it before.
+PLAIN_PRIORITY = {"RAY_worker_niceness": "0"}
+REQUEST_SECONDS = 2.0
+PIECE_BYTES = 1 << 16
+ENDING_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A Python script to become. streams: descriptors of its standard input, output and error."""
+
+    command: list[str]
+    environment: dict[str, str]
+    directory: str
+    streams: list[int]
+
+    @staticmethod
+    def receive(connection: socket.socket) -> Request:
+        """Raises OSError or ValueError when the client sends no whole request."""
+        length, streams, _, _ = socket.recv_fds(connection, fork_client.LENGTH_BYTES, len(fork_client.STANDARD_STREAMS))
+        try:
+            remaining = int.from_bytes(length, "little")
+            data = bytearray()
+            while len(data) < remaining and (piece := connection.recv(PIECE_BYTES)):
+                data += piece
+            raw = json.loads(data)
+            if len(streams) != len(fork_client.STANDARD_STREAMS):
+                raise ValueError(f"{len(streams)} streams came with the request")
+            return Request(list(raw["command"]), dict(raw["environment"]), str(raw["directory"]), streams)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            _close(streams)
+            raise ValueError(f"this is no request: {error}") from error
+
+    def become(self) -> None:
+        """Run the script in this process, as if a new interpreter did."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setpgrp()
+        for stream, number in zip(self.streams, fork_client.STANDARD_STREAMS, strict=True):
+            os.dup2(stream, number)
+            os.close(stream)
+        os.environ.clear()
+        os.environ.update(self.environment)
+        os.chdir(self.directory)
+        import numpy as np
+
+        np.random.seed()  # all forks have the same state
+        script = self.command[0]
+        sys.argv = self.command
+        sys.path.insert(0, str(Path(script).parent))
+        runpy.run_path(script, run_name="__main__")
+
+
+def serve(name: str) -> Request | None:
+    """Fork a process for each request. Returns the request in each of them, and None here when standard input ends."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("\0" + name)
+        listener.listen(128)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that end
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
+        while True:
+            readable, _, _ = select.select([listener, sys.stdin], [], [])
+            if sys.stdin in readable:
+                return None
+            with contextlib.suppress(OSError, ValueError):  # a client without an answer does without
+                request = _answer(listener)
+                if request is not None:
+                    return request
+
+
+def _answer(listener: socket.socket) -> Request | None:
+    """Take one call and fork; the request in the fork. Raises OSError or ValueError when nothing comes of it."""
+    connection, _ = listener.accept()
+    with connection:
+        if _caller(connection) != os.getuid():
+            return None
+        connection.settimeout(REQUEST_SECONDS)
+        request = Request.receive(connection)
+        try:
+            is_fork = os.fork() == 0
+        except OSError:
+            _close(request.streams)
+            raise
+        if not is_fork:
+            _close(request.streams)
+            return None
+        _confirm(connection)
+        return request
+
+
+def _caller(connection: socket.socket) -> int:
+    """The user at the other end."""
+    credentials = struct.Struct("iII")  # unix(7): pid, uid, gid
+    _, uid, _ = credentials.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
+    return int(uid)
+
+
+def _confirm(connection: socket.socket) -> None:
+    """In a fork. The client may have given up and started on its own: then there is nothing to do for this process."""
+    try:
+        connection.sendall(fork_client.READY)
+        connection.settimeout(None)  # the client's clock counts: it confirms, or hangs up
+        if connection.recv(1) == fork_client.GO:
+            return
+    except OSError:
+        pass
+    os._exit(1)
+
+
+def _close(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def main() -> None:
+    """Entry point of the process."""
+    for module in PRELOADED:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # a collection would write to what is shared
+    request = serve(sys.argv[1])
+    if request is not None:
+        request.become()
+
+
+class ForkServer:
+    """Runs a fork server for as long as this process lives."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[Any] | None = None
+        self._name = ""
+
+    @property
+    def pid(self) -> int:
+        """Of the process that forks; 0 when there is none."""
+        return self._process.pid if self._process else 0
+
+    def interpreter(self) -> str:
+        """A shell command that starts a Python script given to it; starts the server if it does not run.
+
+        Raises OSError when it cannot be started.
+        """
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        return shlex.join([sys.executable, "-I", "-S", fork_client.__file__, self._name])
+
+    def _start(self) -> None:
+        self._name = f"steepest-fork-{secrets.token_hex(16)}"
+        environment = {name: value for name, value in os.environ.items() if name not in PLAIN_PRIORITY}
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "services.cluster.fork_server", self._name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**environment, "OMP_NUM_THREADS": "1"},  # no BLAS is to have threads before a fork
+        )
+        assert self._process.stdout is not None  # noqa: S101  # a pipe
+        if self._process.stdout.readline() != b"ready\n":
+            raise OSError(f"the fork server ended with status {self._process.wait()}")
+
+    def close(self) -> None:
+        """End the server; what it forked goes on."""
+        if self._process is None:
+            return
+        assert self._process.stdin is not None  # noqa: S101  # a pipe
+        self._process.stdin.close()
+        self._process.wait(ENDING_SECONDS)
+        self._process = None
+
+
+if __name__ == "__main__":
+    main()

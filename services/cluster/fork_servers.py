@@ -1,0 +1,59 @@
+"""The fork servers of the cluster's hosts, from which the processes of jobs are started."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from services.cluster.fork_actor import ForkServerActor
+from services.cluster.fork_server import PLAIN_PRIORITY
+
+log = logging.getLogger(__name__)
+
+START_SECONDS = 60.0
+
+
+class ForkServers:
+    """One for each node. A node without one starts processes the plain way, only slower and larger."""
+
+    def __init__(self) -> None:
+        self._actors: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def start(self, nodes: Iterable[str]) -> None:
+        """Begin to start those that are not there."""
+        with self._lock:
+            for node in nodes:
+                if node not in self._actors:
+                    here = NodeAffinitySchedulingStrategy(node, soft=False)
+                    options = ForkServerActor.options(  # type: ignore[attr-defined]
+                        num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": PLAIN_PRIORITY}
+                    )
+                    self._actors[node] = options.remote()
+                    self._actors[node].interpreter.remote()  # nobody waits for it, but it starts the server
+
+    def runtime_env(self, node: str | None) -> dict[str, Any]:
+        """Of an actor on that node, which its fork server is to start."""
+        with self._lock:
+            actor = self._actors.get(node or "")
+        if actor is None:
+            return {}
+        try:
+            interpreter, _ = ray.get(actor.interpreter.remote(), timeout=START_SECONDS)
+        except Exception as error:  # what an actor raised has the type of that, too
+            log.warning("the fork server of node %s does not answer, processes start without it: %s", node, error)
+            with self._lock:
+                if self._actors.get(node or "") is actor:
+                    del self._actors[node or ""]
+            return {}
+        return {"py_executable": interpreter}
+
+    def pids(self) -> list[int]:
+        """Of those that run, and their actors."""
+        answers = ray.get([actor.interpreter.remote() for actor in self._actors.values()], timeout=START_SECONDS)
+        return [pid for _, pids in answers for pid in pids]

@@ -1,0 +1,71 @@
+"""Code bundles: zip archives of user code, kept under their SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import zipfile
+from collections.abc import Iterable
+from io import BytesIO
+from pathlib import Path
+
+from steepest.bundle import RESERVED_NAMES
+from steepest.errors import SpecError, Violation
+from worker.task.load import unpack_code
+
+_NAME = re.compile(r"codeBundles/[0-9a-f]{64}")
+
+
+class CodeStore:
+    """Bundles in a directory."""
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        self._directory = directory
+        self._max_bytes = max_bytes
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def add(self, pieces: Iterable[bytes]) -> str:
+        """Store a bundle and return its name. Raises SpecError for what is too large, no zip archive, or reserved."""
+        data = bytearray()
+        for piece in pieces:
+            data += piece
+            if len(data) > self._max_bytes:
+                raise SpecError([Violation("data", f"the code is larger than {self._max_bytes} bytes")])
+        try:
+            with zipfile.ZipFile(BytesIO(data)) as archive:
+                check_reserved(archive.namelist())
+        except zipfile.BadZipFile as error:
+            raise SpecError([Violation("data", f"is no zip archive: {error}")]) from None
+        digest = hashlib.sha256(data).hexdigest()
+        path = self._directory / f"{digest}.zip"
+        if not path.exists():
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        return f"codeBundles/{digest}"
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a bundle; none for the empty name. Raises SpecError when there is no such bundle."""
+        if not name:
+            return b""
+        path = self._directory / f"{name.removeprefix('codeBundles/')}.zip"
+        if not _NAME.fullmatch(name) or not path.exists():
+            raise SpecError([Violation("task.code_bundle", f"{name!r} is not there; upload the code first")])
+        return path.read_bytes()
+
+    def unpacked(self, name: str) -> Path | None:
+        """A directory with the files of a bundle; None for the empty name."""
+        return unpack_code(self.read(name), self._directory / "unpacked") if name else None
+
+
+def check_reserved(names: Iterable[str]) -> None:
+    """Raises SpecError for a member that would hide a package of the service."""
+    for name in names:
+        top = name.split("/")[0].removesuffix(".py")
+        if top in RESERVED_NAMES:
+            problem = f"{name}: the top-level name {top!r} is reserved in a worker; rename that file"
+            raise SpecError([Violation("task.code_bundle", problem)])

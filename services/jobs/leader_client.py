@@ -1,0 +1,106 @@
+"""The controller's stream to the leader: commands in, all that happens out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import grpc
+
+from ps.job.config import GRPC_OPTIONS, JobConfig
+from ps.step.messages import Failure, StepRecord
+from ps.wire import convert
+from steepest.v1 import exchange_pb2 as pb
+from steepest.v1 import exchange_pb2_grpc as pb_grpc
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseReport:
+    """The leader's phase is another one now."""
+
+    phase: str
+    reason: str
+    step: int
+    failure: Failure | None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointReport:
+    """A checkpoint is on disk, or `problem` says why not."""
+
+    step: int
+    parameters_sha256: str
+    state_sha256: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What happened since the last report. members: (worker, change).
+
+    records: those that go to the history. newest: of the last step, whether it is one of them or not.
+    """
+
+    records: list[StepRecord]
+    newest: StepRecord | None
+    evaluations: list[tuple[int, dict[str, float]]]
+    checkpoints: list[CheckpointReport]
+    members: list[tuple[str, str]]
+    phases: list[PhaseReport]
+
+
+def report_from_proto(message: pb.SupervisionMessage) -> Report:
+    """Report, from the wire."""
+    records = convert.records_from_proto(message.records)
+    newest = [*records, *convert.records_from_proto(message.newest)]
+    return Report(
+        records=records,
+        newest=newest[-1] if newest else None,
+        evaluations=[(e.step, dict(e.metrics)) for e in message.evaluations],
+        checkpoints=[
+            CheckpointReport(c.step, c.parameters_sha256, c.state_sha256, c.problem) for c in message.checkpoints
+        ],
+        members=[(m.worker, m.change) for m in message.members],
+        phases=[
+            PhaseReport(
+                p.phase, p.reason, p.step, convert.failure_from_proto(p.failure) if p.HasField("failure") else None
+            )
+            for p in message.phases
+        ],
+    )
+
+
+class Supervision:
+    """Supervises one life of a job. on_report is called in a thread of its own."""
+
+    def __init__(self, address: str, config: JobConfig, on_report: Callable[[Report], None]) -> None:
+        self._channel = grpc.insecure_channel(address, options=GRPC_OPTIONS)
+        self._outbox: SimpleQueue[pb.ControllerMessage | None] = SimpleQueue()
+        fence = pb.Fence(job=config.job, incarnation=config.incarnation)
+        self._outbox.put(pb.ControllerMessage(hello=pb.Hello(fence=fence, token=config.token)))
+        stub = pb_grpc.ParameterExchangeServiceStub(self._channel)
+        self._replies = stub.Supervise(iter(self._outbox.get, None))
+        self._on_report = on_report
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        try:
+            for message in self._replies:
+                self._on_report(report_from_proto(message))
+        except grpc.RpcError:
+            pass  # the leader is gone: its actor's end says so
+
+    def send(self, verb: str, worker: str = "") -> None:
+        """A command: pause, resume, cancel, or retire a worker."""
+        self._outbox.put(pb.ControllerMessage(command=pb.Command(verb=verb, worker=worker)))
+
+    def acknowledge(self, step: int) -> None:
+        """The records up to this step are stored."""
+        self._outbox.put(pb.ControllerMessage(stored=step))
+
+    def close(self) -> None:
+        """Hang up."""
+        self._outbox.put(None)
+        self._channel.close()

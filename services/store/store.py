@@ -1,0 +1,287 @@
+"""What was acknowledged is on disk: jobs, their events and the history of their steps, in SQL."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from importlib.resources import files
+from typing import Any, get_type_hints
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+
+from ps.step.messages import StepRecord
+from services.store.lifecycle import ENDED, JobState, check_move
+from services.store.schema import events, history, jobs
+from steepest.errors import ConflictError, NotFoundError
+
+_FLOAT_FIELDS = frozenset(name for name, type_ in get_type_hints(StepRecord).items() if type_ is float)
+_HISTORY_COLUMNS = ("job", "incarnation", "hidden", *StepRecord._fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What is known of a job's training, kept across restarts of the service."""
+
+    step: int = 0
+    samples: int = 0
+    loss: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    parameters_sha256: str = ""
+    state_sha256: str = ""
+    error: str = ""
+    members: tuple[tuple[str, str, int, str, str], ...] = ()  # (role, id, pid, host, state)
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    """A job as it is stored. spec, description: JSON; description is what the probe of the task said."""
+
+    id: str
+    request_id: str
+    spec: str
+    description: str
+    state: JobState
+    reason: str
+    workers: int
+    incarnation: int
+    total_steps: int
+    created: float
+    ended: float | None
+    result: Result
+
+    @property
+    def name(self) -> str:
+        """Its resource name."""
+        return f"trainingJobs/{self.id}"
+
+
+@dataclass(frozen=True, slots=True)
+class EventRow:
+    """A change of state."""
+
+    job: str
+    sequence: int
+    time: float
+    state: JobState
+    reason: str
+
+
+class Store:
+    """Jobs in a SQL database. Safe to use from many threads."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = sa.create_engine(url)
+        if self._engine.dialect.name == "sqlite":
+            sa.event.listen(self._engine, "connect", _configure_sqlite)
+        self._migrate()
+        self._write = threading.Lock()
+        self.changed = threading.Condition()  # notified whenever a job or its progress changes
+
+    def _migrate(self) -> None:
+        config = Config()
+        config.set_main_option("script_location", str(files("services.store") / "migrations"))
+        with self._engine.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    def _notify(self) -> None:
+        with self.changed:
+            self.changed.notify_all()
+
+    # -- jobs -------------------------------------------------------------------------------------------------------
+
+    def create(self, row: JobRow) -> JobRow:
+        """Store a new job with its first event. The same request_id again returns the first one's job.
+
+        Raises ConflictError when the id is taken.
+        """
+        with self._write, self._engine.begin() as connection:
+            if row.request_id:
+                same = connection.execute(sa.select(jobs).where(jobs.c.request_id == row.request_id)).first()
+                if same is not None:
+                    return _job(same)
+            if connection.execute(sa.select(jobs.c.id).where(jobs.c.id == row.id)).first() is not None:
+                raise ConflictError(f"training_job_id: {row.id!r} is taken; choose another --name")
+            connection.execute(sa.insert(jobs).values(**_job_values(row)))
+            self._add_event(connection, row.id, row.created, row.state, row.reason)
+        self._notify()
+        return row
+
+    def get(self, job: str) -> JobRow:
+        """Raises NotFoundError."""
+        with self._engine.connect() as connection:
+            row = connection.execute(sa.select(jobs).where(jobs.c.id == job)).first()
+        if row is None:
+            raise NotFoundError(f"there is no job trainingJobs/{job}")
+        return _job(row)
+
+    def page(self, limit: int, before: tuple[float, str] | None = None) -> list[JobRow]:
+        """Up to `limit` jobs, newest first. before: (created, id) of the last job of the page before."""
+        query = sa.select(jobs).order_by(jobs.c.created.desc(), jobs.c.id.desc()).limit(limit)
+        if before is not None:
+            query = query.where(sa.tuple_(jobs.c.created, jobs.c.id) < before)
+        with self._engine.connect() as connection:
+            return [_job(row) for row in connection.execute(query)]
+
+    def in_states(self, states: Iterable[JobState]) -> list[JobRow]:
+        """Jobs in some of the states, oldest first."""
+        query = sa.select(jobs).where(jobs.c.state.in_(list(states))).order_by(jobs.c.created, jobs.c.id)
+        with self._engine.connect() as connection:
+            return [_job(row) for row in connection.execute(query)]
+
+    def move(self, job: str, state: JobState, reason: str, now: float) -> JobRow:
+        """Change the state of a job, with an event. Raises ConflictError for a move that is not legal."""
+        with self._write, self._engine.begin() as connection:
+            row = _job(connection.execute(sa.select(jobs).where(jobs.c.id == job)).one())
+            if row.state == state and row.reason == reason:
+                return row
+            if row.state != state:
+                check_move(row.name, row.state, state)
+            new = replace(row, state=state, reason=reason, ended=now if state in ENDED else None)
+            connection.execute(sa.update(jobs).where(jobs.c.id == job).values(**_job_values(new)))
+            self._add_event(connection, job, now, state, reason)
+        self._notify()
+        return new
+
+    def update(self, job: str, **values: Any) -> None:
+        """Change fields of a job other than its state: workers, incarnation, result."""
+        if "result" in values:
+            values["result"] = _result_json(values["result"])
+        with self._write, self._engine.begin() as connection:
+            connection.execute(sa.update(jobs).where(jobs.c.id == job).values(**values))
+        self._notify()
+
+    # -- events -----------------------------------------------------------------------------------------------------
+
+    def _add_event(self, connection: sa.Connection, job: str, now: float, state: JobState, reason: str) -> None:
+        last = connection.execute(sa.select(sa.func.max(events.c.sequence)).where(events.c.job == job)).scalar()
+        values = {"job": job, "sequence": (last or 0) + 1, "time": now, "state": state.value, "reason": reason}
+        connection.execute(sa.insert(events).values(**values))
+
+    def note(self, job: str, reason: str, now: float) -> None:
+        """An event without a change of state, such as a worker that was replaced."""
+        with self._write, self._engine.begin() as connection:
+            state = connection.execute(sa.select(jobs.c.state).where(jobs.c.id == job)).scalar_one()
+            self._add_event(connection, job, now, JobState(state), reason)
+        self._notify()
+
+    def events_after(self, job: str, sequence: int) -> list[EventRow]:
+        """The events of a job after a sequence number, in order."""
+        query = sa.select(events).where(events.c.job == job, events.c.sequence > sequence).order_by(events.c.sequence)
+        with self._engine.connect() as connection:
+            rows = connection.execute(query)
+            return [EventRow(r.job, r.sequence, r.time, JobState(r.state), r.reason) for r in rows]
+
+    # -- history ----------------------------------------------------------------------------------------------------
+
+    def append_history(self, job: str, incarnation: int, records: Sequence[StepRecord]) -> None:
+        """Add the records of steps."""
+        if not records:
+            return
+        rows = [dict(zip(_HISTORY_COLUMNS, (job, incarnation, False, *map(_null, r)), strict=True)) for r in records]
+        with self._write, self._engine.begin() as connection:
+            connection.execute(sa.insert(history), rows)
+        self._notify()
+
+    def fill_history(self, job: str, incarnation: int, records: Sequence[StepRecord]) -> None:
+        """Add the records of steps that have none yet."""
+        if not records:
+            return
+        steps = [r.step for r in records]
+        query = sa.select(history.c.step).where(
+            history.c.job == job, history.c.step.between(min(steps), max(steps)), ~history.c.hidden
+        )
+        with self._engine.connect() as connection:
+            there = set(connection.execute(query).scalars())
+        self.append_history(job, incarnation, [r for r in records if r.step not in there])
+
+    def rewind(self, job: str, step: int) -> None:
+        """Hide the records of `step` and later: they will be computed again."""
+        with self._write, self._engine.begin() as connection:
+            connection.execute(
+                sa.update(history).where(history.c.job == job, history.c.step >= step).values(hidden=True)
+            )
+
+    def history_of(self, job: str, first_step: int = 0, limit: int | None = None) -> list[StepRecord]:
+        """The visible records of `first_step` and later, in the order of their steps."""
+        query = (
+            sa.select(history)
+            .where(history.c.job == job, history.c.step >= first_step, ~history.c.hidden)
+            .order_by(history.c.step)
+            .limit(limit)
+        )
+        with self._engine.connect() as connection:
+            return [_record(row) for row in connection.execute(query)]
+
+    def last_record(self, job: str) -> StepRecord | None:
+        """The newest visible record."""
+        query = (
+            sa.select(history).where(history.c.job == job, ~history.c.hidden).order_by(history.c.step.desc()).limit(1)
+        )
+        with self._engine.connect() as connection:
+            row = connection.execute(query).first()
+        return None if row is None else _record(row)
+
+    def samples_per_second(self, job: str) -> float | None:
+        """Over the last half of the steps; None before there are two steps in it."""
+        last = self.last_record(job)
+        if last is None:
+            return None
+        columns = (history.c.step, history.c.time, history.c.samples)
+        half = (history.c.job == job, ~history.c.hidden, history.c.step >= last.step // 2)
+        with self._engine.connect() as connection:
+            first = connection.execute(sa.select(*columns).where(*half).order_by(history.c.step).limit(1)).one()
+            later = sa.select(sa.func.sum(history.c.samples)).where(*half, history.c.step > first.step)
+            samples = connection.execute(later).scalar()
+        seconds = last.time - first.time
+        return samples / seconds if samples and seconds > 0 else None
+
+
+def _configure_sqlite(connection: Any, _: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA busy_timeout=10000")
+    cursor.close()
+
+
+def _null(value: Any) -> Any:
+    """SQL has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _record(row: Any) -> StepRecord:
+    values: dict[str, Any] = {n: getattr(row, n) for n in StepRecord._fields}
+    values.update({n: math.nan for n in _FLOAT_FIELDS if values[n] is None})
+    return StepRecord(**{**values, "parameter_norms": row.parameter_norms or b""})
+
+
+def _result_json(result: Result) -> str:
+    return json.dumps({f.name: getattr(result, f.name) for f in fields(Result)})
+
+
+def _job_values(row: JobRow) -> dict[str, Any]:
+    values = {f.name: getattr(row, f.name) for f in fields(JobRow)}
+    values["state"] = row.state.value
+    values["request_id"] = row.request_id or None
+    values["result"] = _result_json(row.result)
+    return values
+
+
+def _job(row: Any) -> JobRow:
+    values = {f.name: getattr(row, f.name) for f in fields(JobRow)}
+    values["state"] = JobState(row.state)
+    values["request_id"] = row.request_id or ""
+    raw = json.loads(row.result)
+    raw["members"] = tuple((r, i, p, h, s) for r, i, p, h, s in raw["members"])
+    values["result"] = Result(**raw)
+    return JobRow(**values)

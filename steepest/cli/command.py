@@ -1,0 +1,299 @@
+"""The `steepest` command. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer import Argument, Option
+
+from steepest.cli.options import JobOptions, explain, submission, takes_job_options
+
+if TYPE_CHECKING:
+    from steepest.client import Client, Job
+    from steepest.jobs import JobInfo
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Distributed training whose result never depends on placement.\n\n"
+    "Start with: [bold]steepest train path/to/train.py:function --steps 100[/bold]",
+)
+
+EXIT_OK, EXIT_JOB, EXIT_USAGE = 0, 1, 2
+
+Task = Annotated[
+    str, Argument(metavar="TASK", help="path/to/file.py:function, package.module:function, or a job file (job.toml).")
+]
+JobName = Annotated[str, Argument(metavar="JOB", help="trainingJobs/ID, or only the ID.")]
+Server = Annotated[str, Option("--server", envvar="STEEPEST_SERVER", help="Address of the service.")]
+Json = Annotated[bool, Option("--json", help="Print one JSON object as the last line of stdout.")]
+DEFAULT_SERVER = "127.0.0.1:50051"
+
+
+def main() -> None:
+    """Entry point: turns errors into one clear message and an exit code."""
+    from steepest.errors import SpecError, SteepestError
+
+    # A plain kill ends a command as Ctrl-C does: jobs are cancelled, processes stopped.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except SpecError as error:
+        _fail(explain(error))
+    except SteepestError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _prepare_for_embedded_ray() -> None:
+    """Ray forks while gRPC's threads run; gRPC's own fork handlers crash such children. Before gRPC is imported."""
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+
+def _fail(message: str) -> NoReturn:
+    from steepest.cli.console import complain
+
+    complain(message)
+    sys.exit(EXIT_USAGE)
+
+
+@contextlib.contextmanager
+def _client(server: str) -> Iterator[Client]:
+    from steepest.client import Client
+
+    with Client(server) as client:
+        yield client
+
+
+def _report(info: JobInfo, *, as_json: bool, **more: Any) -> None:
+    from steepest.cli.console import summary
+
+    if as_json:
+        sys.stdout.write(json.dumps({**info.to_dict(), **more}) + "\n")
+    else:
+        sys.stdout.write(summary(info) + "\n")
+    sys.stdout.flush()
+
+
+def _exit_for(info: JobInfo) -> NoReturn:
+    raise typer.Exit(EXIT_JOB if info.state in ("FAILED", "CANCELLED") else EXIT_OK)
+
+
+def _follow(job: Job) -> JobInfo:
+    """Show progress until the job ends."""
+    from steepest.cli.console import show
+
+    end = show(job.name, job.get().total_steps, job.watch())
+    return end or job.get()
+
+
+@app.command()
+@takes_job_options
+def train(
+    task: Task,
+    options: JobOptions,
+    output: Annotated[
+        Path | None, Option(help="Leave model, optimizer state, manifest and history in this directory.")
+    ] = None,
+    plan: Annotated[
+        bool, Option("--plan", help="Only show what the job would take, memory and network, or why it cannot fit.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train here: start Ray and the service in this process tree, submit, show progress, wait, stop."""
+    _prepare_for_embedded_ray()
+    from steepest.cli.train import plan as plan_job
+    from steepest.cli.train import train_embedded
+
+    request = submission(task, options)
+    if plan:
+        needed = plan_job(request)
+        if as_json:
+            sys.stdout.write(json.dumps(needed.to_dict()) + "\n")
+        return
+    info = train_embedded(request, output)
+    if output is not None and not as_json:
+        sys.stderr.write(f"artifacts: {output}\n")
+    _report(info, as_json=as_json, output=None if output is None else str(output))
+    _exit_for(info)
+
+
+@app.command()
+def serve(
+    host: Annotated[str, Option(help="Address of both ports.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="gRPC port; 0: any free one.")] = 50051,
+    http_port: Annotated[int, Option(min=0, max=65535, help="HTTP port: /metrics, /healthz.")] = 8080,
+    data_dir: Annotated[Path, Option(help="Where jobs and checkpoints are kept.")] = Path("steepest-data"),
+    ray_address: Annotated[str | None, Option(help="An existing Ray cluster; else Ray starts embedded.")] = None,
+    cpus: Annotated[int | None, Option(min=1, help="CPUs embedded Ray may hand out (default: at least 8).")] = None,
+) -> None:
+    """Run the service: gRPC for jobs, HTTP for Prometheus."""
+    _prepare_for_embedded_ray()
+    import threading
+
+    from steepest.embedded import running_service
+
+    settings = {"grpc_host": host, "grpc_port": port, "http_host": host, "http_port": http_port}
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        _fail(f"--host {host}: the service has no TLS yet, so it listens on loopback only; allowed: 127.0.0.1")
+    with running_service(data_dir, ray_address=ray_address, num_cpus=cpus, **settings) as service:
+        sys.stderr.write(f"gRPC {host}:{service.grpc_port}  HTTP http://{host}:{service.http_port}  data {data_dir}\n")
+        sys.stderr.flush()
+        service.scheduler.wait_ready()
+        sys.stderr.write("ready\n")
+        sys.stderr.flush()
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+        sys.stderr.write("stopping; jobs that run go on from their last checkpoint at the next start\n")
+
+
+@app.command()
+@takes_job_options
+def submit(
+    task: Task,
+    options: JobOptions,
+    watch: Annotated[bool, Option("--watch", help="Show progress until the job ends.")] = False,
+    server: Server = DEFAULT_SERVER,
+    as_json: Json = False,
+) -> None:
+    """Submit a job to a service and print its name."""
+    from steepest.client import check_submission
+
+    request = submission(task, options)
+    check_submission(request.task, request.arguments, request.spec)
+    with _client(server) as client:
+        job = client.submit(request.task, name=request.name, arguments=request.arguments, **request.spec)
+        if not as_json:
+            sys.stdout.write(job.name + "\n")
+            sys.stdout.flush()
+        info = _follow(job) if watch else job.get()
+        if as_json:
+            _report(info, as_json=True)
+        if watch:
+            _exit_for(info)
+
+
+@app.command("list")
+def list_jobs(server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
+    """List all jobs, newest first."""
+    with _client(server) as client:
+        jobs = list(client.list())
+    if as_json:
+        sys.stdout.write(json.dumps({"jobs": [job.to_dict() for job in jobs]}) + "\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("job", "state", "step", "loss", "workers", "reason", box=None)
+    for job in jobs:
+        loss = "" if job.loss is None else f"{job.loss:.4g}"
+        steps = f"{job.step}/{job.total_steps}"
+        table.add_row(job.job, job.state, steps, loss, str(job.spec.placement.workers), job.reason)
+    Console().print(table)
+
+
+@app.command()
+def get(job: JobName, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
+    """Show a job as it is now."""
+    with _client(server) as client:
+        info = client.job(job).get()
+    _report(info, as_json=as_json)
+    _exit_for(info)
+
+
+@app.command()
+def watch(job: JobName, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
+    """Show events and progress of a job until it ends. With --json, one object a line."""
+    with _client(server) as client:
+        if not as_json:
+            info = _follow(client.job(job))
+            _report(info, as_json=False)
+            _exit_for(info)
+        from dataclasses import asdict
+
+        from steepest.jobs import Event, JobInfo
+
+        for update in client.job(job).watch():
+            if isinstance(update, JobInfo):
+                _report(update, as_json=True)
+                _exit_for(update)
+            kind = "event" if isinstance(update, Event) else "progress"
+            sys.stdout.write(json.dumps({kind: asdict(update)}) + "\n")
+            sys.stdout.flush()
+
+
+@app.command()
+def wait(job: JobName, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
+    """Wait until a job ends; the exit code says how."""
+    from steepest.jobs import JobInfo
+
+    with _client(server) as client:
+        info = next(update for update in client.job(job).watch() if isinstance(update, JobInfo))
+    _report(info, as_json=as_json)
+    _exit_for(info)
+
+
+def _steer(job: str, server: str, verb: str, *, as_json: bool, **arguments: Any) -> None:
+    with _client(server) as client:
+        info = getattr(client.job(job), verb)(**arguments)
+    if as_json:
+        _report(info, as_json=True)
+    else:
+        sys.stdout.write(f"{info.job} {info.state}\n")
+
+
+@app.command()
+def cancel(job: JobName, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
+    """Stop a job at its next step boundary, keeping a checkpoint."""
+    _steer(job, server, "cancel", as_json=as_json)
+
+
+@app.command()
+def pause(job: JobName, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
+    """Hold a running job at its next step boundary."""
+    _steer(job, server, "pause", as_json=as_json)
+
+
+@app.command()
+def resume(job: JobName, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
+    """Let a paused job go on."""
+    _steer(job, server, "resume", as_json=as_json)
+
+
+@app.command()
+def scale(
+    job: JobName,
+    workers: Annotated[int, Argument(metavar="N", help="New number of workers.")],
+    server: Server = DEFAULT_SERVER,
+    as_json: Json = False,
+) -> None:
+    """Change the number of workers of a live job. Never changes its result."""
+    _steer(job, server, "scale", as_json=as_json, workers=workers)
+
+
+@app.command()
+def download(
+    job: JobName,
+    output: Annotated[Path, Option(help="Directory to write to.")],
+    server: Server = DEFAULT_SERVER,
+) -> None:
+    """Fetch a job's newest checkpoint: model.safetensors, optimizer.safetensors, manifest.json."""
+    with _client(server) as client:
+        client.job(job).download(output)
+    sys.stdout.write(f"{output}\n")

@@ -1,0 +1,100 @@
+"""`steepest train`: the whole service, for one job, in this process tree."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steepest.cli.console import show, show_plan
+from steepest.cli.options import Submission
+from steepest.client import Client, check_submission
+from steepest.embedded import plan_job, running_service
+from steepest.errors import SpecError, Violation
+from steepest.jobs import JobInfo
+
+if TYPE_CHECKING:
+    from ps.job.footprint import Footprint
+    from steepest.client import Job
+
+DEFAULT_HTTP_PORT = 8080
+
+
+def train_embedded(request: Submission, output: Path | None) -> JobInfo:
+    """Run one job to its end. Raises SpecError before anything is started where it can be told."""
+    _, spec = check_submission(request.task, request.arguments, request.spec)
+    placement = spec.placement
+    if output is not None:
+        _check_output(output)
+    with tempfile.TemporaryDirectory(prefix="steepest-", ignore_cleanup_errors=True) as data:
+        settings = {
+            "grpc_port": 0,
+            "http_port": _free_or_any(DEFAULT_HTTP_PORT),
+            "num_cpus": placement.workers * placement.threads_per_worker,
+        }
+        with running_service(Path(data), **settings) as service:
+            sys.stderr.write(f"metrics: http://127.0.0.1:{service.http_port}/metrics\n")
+            with Client(f"127.0.0.1:{service.grpc_port}") as client:
+                job = client.submit(request.task, name=request.name, arguments=request.arguments, **request.spec)
+                service.scheduler.wait_ready()
+                info = _follow(job)
+                if output is not None and info.parameters_sha256:
+                    job.download(output)
+                    write_history(job, output / "history.parquet")
+    return info
+
+
+def plan(request: Submission) -> Footprint:
+    """What a job would take on this machine. Raises SpecError for one that cannot be, or cannot fit."""
+    bundle, spec = check_submission(request.task, request.arguments, request.spec)
+    needed, available, problem = plan_job(bundle, spec)
+    show_plan(needed, available)
+    if problem:
+        raise SpecError([Violation("placement", problem)])
+    return needed
+
+
+def _follow(job: Job) -> JobInfo:
+    """Show progress to the end. The first Ctrl-C cancels the job and waits for it, the second leaves at once."""
+    total = job.get().total_steps
+    try:
+        end = show(job.name, total, job.watch())
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stderr.write("cancelling; press Ctrl-C again to leave at once\n")
+        if not job.get().has_ended:
+            job.cancel()
+        end = show(job.name, total, job.watch())
+    return end or job.get()
+
+
+def write_history(job: Job, path: Path) -> None:
+    """All step records as a Parquet file, one row a step."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows: list[dict[str, Any]] = list(job.history())
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+
+
+def _check_output(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / ".steepest-write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SpecError([Violation("--output", f"cannot write to {output}: {error.strerror}")]) from None
+
+
+def _free_or_any(port: int) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return 0
+    return port

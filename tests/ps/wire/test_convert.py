@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ps.memory.segment import SegmentReference
+from ps.step.messages import Assign, Decision, Failure, LeafResult, Push, PushedNode, Round, StepRecord
+from ps.wire import convert
+from steepest.v1 import exchange_pb2 as pb
+
+pytestmark = pytest.mark.cluster  # needs the stubs
+
+STEP = st.integers(0, 2**53)
+REAL = st.floats(allow_nan=False)
+COUNT = st.integers(0, 10_000)
+KIND = st.sampled_from(Round)
+BYTES = st.one_of(st.none(), st.binary(max_size=20))
+
+
+@st.composite
+def leaves(draw: st.DrawFn) -> tuple[LeafResult, ...]:
+    """Each once, with as many metric sums each."""
+    num_values = draw(st.integers(0, 3))
+    values = st.tuples(*[REAL] * num_values)
+    result = st.builds(LeafResult, COUNT, REAL, REAL, COUNT, values, st.text(max_size=5))
+    return tuple(draw(st.lists(result, max_size=4, unique_by=lambda r: r.leaf)))
+
+
+NODES = st.builds(PushedNode, COUNT, COUNT, st.one_of(st.none(), COUNT))
+
+
+RANGES = st.lists(st.tuples(COUNT, COUNT), max_size=4).map(tuple)
+
+
+@given(st.builds(Assign, STEP, KIND, RANGES, BYTES, RANGES))
+def test_assign(it: Assign) -> None:
+    assert convert.assign_from_proto(convert.assign_to_proto(it)) == it
+
+
+@given(st.builds(Push, STEP, KIND, st.lists(NODES, max_size=4).map(tuple), leaves(), BYTES, REAL, RANGES))
+def test_push(it: Push) -> None:
+    assert convert.push_from_proto(convert.push_to_proto(it)) == it
+
+
+def test_a_torn_push_is_refused() -> None:
+    with pytest.raises(ValueError, match="torn"):
+        convert.push_from_proto(pb.Push(kind="train", leaves=b"\0" * 33))
+    with pytest.raises(ValueError, match="torn"):
+        convert.push_from_proto(pb.Push(kind="train", nodes=b"\0" * 8))
+    with pytest.raises(KeyError):
+        convert.push_from_proto(pb.Push(kind="senseless"))
+
+
+@given(st.builds(Failure, STEP, st.integers(-1, 100), st.text(), st.text(), st.text(), KIND))
+def test_failure(it: Failure) -> None:
+    assert convert.failure_from_proto(convert.failure_to_proto(it)) == it
+
+
+@given(st.builds(Decision, STEP, KIND, st.booleans(), REAL, REAL, REAL))
+def test_decision(it: Decision) -> None:
+    assert convert.decision_from_proto(convert.decision_to_proto(it)) == it
+
+
+NORMS = st.lists(REAL, max_size=3).map(lambda values: np.array(values, dtype="<f8").tobytes())
+RECORDS = st.builds(
+    StepRecord, *[STEP, *[REAL] * 4, COUNT, *[REAL] * 3, *[st.booleans()] * 2, COUNT, *[REAL] * 4, NORMS]
+)
+
+
+@given(st.lists(RECORDS, max_size=3))
+def test_records(records: list[StepRecord]) -> None:
+    assert convert.records_from_proto(convert.records_to_proto(records)) == records
+
+
+@given(RECORDS)
+def test_a_client_gets_the_same_record(it: StepRecord) -> None:
+    message = convert.record_to_proto(it)
+    assert tuple(getattr(message, name) for name in StepRecord._fields[:-1]) == it[:-1]
+    assert np.array(message.parameter_norms, dtype="<f8").tobytes() == it.parameter_norms
+
+
+@given(st.builds(SegmentReference, st.integers(1, 2**22), COUNT, STEP, st.binary(min_size=16, max_size=16)))
+def test_segment(it: SegmentReference) -> None:
+    assert convert.segment_from_proto(convert.segment_to_proto(it)) == it
+
+
+@given(st.lists(st.floats(), max_size=9))
+def test_sums_keep_every_bit(values: list[float]) -> None:
+    sums = np.array(values)
+    assert convert.sums_from_bytes(convert.sums_to_bytes(sums)).tobytes() == sums.tobytes()

@@ -1,0 +1,4 @@
+"""The worker process: joins the servers, answers assignments until it is dismissed.
+
+Only `exchange` knows the wire; only `actor` touches Ray.
+"""

@@ -1,0 +1,47 @@
+"""The Ray actor around one worker."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+
+from ps.job.config import JobConfig, ServerAddress
+from ps.memory.gpu import DeviceError
+from worker.gradients.backend import backend_of
+from worker.process.loop import WorkerLoop
+from worker.task.load import TaskError, unpack_code
+
+
+def code_directory() -> Path:
+    """Where this host keeps unpacked code bundles; only its user may read it."""
+    directory = Path(tempfile.gettempdir()) / f"steepest-code-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    return directory
+
+
+@ray.remote
+class WorkerActor:
+    """One worker in a process of its own. Its methods run in turn, so `describe` answers before `run` blocks."""
+
+    def describe(self) -> tuple[int, str]:
+        """(pid, host name)."""
+        return os.getpid(), socket.gethostname()
+
+    def run(
+        self, config: JobConfig, worker: str, generation: int, code: bytes, addresses: Sequence[ServerAddress]
+    ) -> tuple[str, str] | None:
+        """Work until dismissed. Returns (message, traceback) when the code cannot be loaded or the GPU not be had."""
+        try:
+            directory = unpack_code(code, code_directory()) if code else None
+            loop = WorkerLoop(config, worker, generation, directory, backend_of(config.spec.placement.device))
+        except TaskError as error:
+            return error.message, error.traceback
+        except DeviceError as error:
+            return str(error), ""
+        loop.run(addresses)
+        return None

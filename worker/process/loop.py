@@ -1,0 +1,137 @@
+"""A worker's life: join, then answer assignments until dismissed."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from ps.job.config import JobConfig, ServerAddress
+from ps.memory.segment import Segment
+from ps.step.messages import Assign, Failure
+from steepest.task import AnalyticTask
+from worker.gradients.analytic import AnalyticEngine
+from worker.gradients.backend import Backend, DeviceBackend
+from worker.gradients.compressor import Compressor
+from worker.gradients.compute import Computer, MicroBatchError
+from worker.gradients.slots import Slots, num_slots
+from worker.gradients.torch_engine import Engine, LossError, TorchEngine
+from worker.process.exchange import Exchange
+from worker.task.load import load_task, user_traceback
+
+DISMISSED_GRACE_SECONDS = 0.2
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of large tensors for the next step, which saves a page fault for every 4 KiB of it.
+
+    What is free now is given back first. Measured by benchmarks/step_time.py and memory.py. Other C libraries are left
+    alone.
+    """
+    trim_threshold, mmap_max = -1, -4  # mallopt(3)
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.malloc_trim(0)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+    except (OSError, AttributeError):
+        return
+
+
+class WorkerLoop:
+    """One worker of a job. code: where the job's code bundle is unpacked. backend: of the job's device."""
+
+    def __init__(self, config: JobConfig, worker: str, generation: int, code: Path | None, backend: Backend) -> None:
+        threads = config.spec.placement.threads_per_worker
+        torch.set_num_threads(threads)
+        threadpool_limits(threads)
+        self._config = config
+        self._worker = worker
+        self._generation = generation
+        task = load_task(config.spec.task, code, config.spec.seed)
+        self._layout = config.layout()
+        self._backend = backend
+        if isinstance(task, AnalyticTask):
+            self._engine: Engine = AnalyticEngine(task, self._layout)
+        else:
+            self._engine = TorchEngine(task, config.model, self._layout, backend, config.spec.precision)
+        self._initial_buffers = self._engine.initial_buffers()
+        slots = num_slots(config.spec.data.num_micro_batches)
+        self._segment = Segment.create(slots * self._layout.nbytes, f"gradients-{config.job}")
+        shared = self._segment.tensor(self._layout.dtype, slots * self._layout.numel).view(slots, -1)
+        self._slots = Slots(shared, self._layout, backend)
+        codec = config.push_codec()
+        num_leaves = config.spec.data.num_micro_batches
+        self._compressor = (
+            None if codec is None else Compressor(codec, self._layout, config.spec.part_leaves, num_leaves)
+        )
+        self._computer = Computer(
+            config.spec,
+            self._engine,
+            self._layout,
+            self._slots,
+            backend,
+            num_samples=config.num_samples,
+            num_evaluation_samples=config.num_evaluation_samples,
+            compressor=self._compressor,
+        )
+
+    def run(self, addresses: Sequence[ServerAddress]) -> None:
+        """Work until dismissed. addresses: of the servers, the leader first.
+
+        Raises ConnectionError when a server is gone, RefusedError when one says no."""
+        gpu = self._backend.gpu if isinstance(self._backend, DeviceBackend) else None
+        exchange = Exchange(
+            self._config, self._worker, self._generation, addresses, self._segment, self._compressor, gpu
+        )
+        if isinstance(self._backend, DeviceBackend):
+            self._backend.share(exchange.on_gpu, self._layout.numel)
+        if self._compressor is None:
+            self._overlap(exchange)
+        bound = False
+        version = -1
+        try:
+            for assign in exchange.assignments():
+                if not bound and assign.kind != "initialize":
+                    self._engine.bind(exchange.parameters)
+                    keep_freed_memory()  # from here on, for the task's own initial parameters are gone
+                    bound = True
+                if assign.step != version and bound:
+                    self._engine.refresh()
+                    version = assign.step
+                self._answer(exchange, assign)
+        finally:
+            time.sleep(DISMISSED_GRACE_SECONDS)  # lets a last message out
+            exchange.close()
+
+    def _overlap(self, exchange: Exchange) -> None:
+        """Have sums leave this process while they are completed, if they have to travel."""
+        if self._backend.publishes:
+            self._computer.overlap()
+        elif exchange.has_network:
+            self._computer.overlap(lambda ready: exchange.begin(ready, self._slots.shared(ready.slot)))
+
+    def _answer(self, exchange: Exchange, assign: Assign) -> None:
+        try:
+            push = self._computer.answer(assign, self._initial_buffers)
+        except MicroBatchError as error:
+            exchange.fail(self._failure(assign, error))
+            return
+        exchange.push(push, self._slots)
+        os.sched_yield()  # the servers come first: what they do, everybody waits for
+        self._computer.prefetch(assign)
+
+    def _failure(self, assign: Assign, error: MicroBatchError) -> Failure:
+        cause = error.__cause__
+        assert cause is not None  # noqa: S101  # Computer always chains the cause
+        where = f"at step {assign.step}, worker {self._worker}, micro-batch {error.micro_batch}"
+        reason = "bad_loss" if isinstance(cause, LossError) else "user_code_raised"
+        if isinstance(cause, LossError):  # the message is complete, and no frame of it is the user's
+            return Failure(assign.step, error.micro_batch, reason, f"{cause} ({where})", "", assign.kind)
+        said = f"{type(cause).__name__}: {cause} ({where})"
+        return Failure(assign.step, error.micro_batch, reason, said, user_traceback(cause), assign.kind)

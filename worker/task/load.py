@@ -1,0 +1,197 @@
+"""Finds the user's function, calls it, and describes the task it returns."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+import traceback
+import zipfile
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from ps.parameters.description import ModelDescription, TensorDescription
+from ps.parameters.layout import build_layout
+from steepest.spec import TaskReference
+from steepest.task import AnalyticTask, Task
+
+
+class TaskError(Exception):
+    """The task cannot be used. field: of the spec; traceback: of the user's code, if it raised."""
+
+    def __init__(self, field: str, message: str, user_traceback: str = "") -> None:
+        self.field = field
+        self.message = message
+        self.traceback = user_traceback
+        super().__init__(message)
+
+
+def user_traceback(error: BaseException) -> str:
+    """The traceback without the frames of this package that lead to the user's code."""
+    frames = error.__traceback__
+    own = (Path(__file__).parent.parent, Path(importlib.__file__).parent)
+    while frames is not None and any(Path(frames.tb_frame.f_code.co_filename).is_relative_to(p) for p in own):
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames or error.__traceback__)).rstrip()
+
+
+def unpack_code(bundle: bytes, directory: Path) -> Path:
+    """Unpack a code bundle below `directory`, once per content, and return where it lies.
+
+    Raises ValueError for a member whose name would leave the directory.
+    """
+    target = directory / hashlib.sha256(bundle).hexdigest()
+    if target.exists():
+        return target
+    temporary = directory / f".{target.name}.{os.getpid()}"
+    with zipfile.ZipFile(BytesIO(bundle)) as archive:
+        for name in archive.namelist():
+            if not (temporary / name).resolve().is_relative_to(temporary.resolve()):
+                raise ValueError(f"the code bundle has a member {name!r} that leaves its directory")
+        archive.extractall(temporary)
+    try:
+        temporary.rename(target)
+    except OSError:  # another process was first
+        if not target.exists():
+            raise
+    return target
+
+
+def load_task(reference: TaskReference, code: Path | None, seed: int) -> Task | AnalyticTask:
+    """Import the user's module and call its function right after `torch.manual_seed(seed)`.
+
+    code: where the code bundle is unpacked. Raises TaskError.
+    """
+    if code is not None and str(code) not in sys.path:
+        sys.path.insert(0, str(code))
+        importlib.invalidate_caches()
+    name = f"{reference.module}:{reference.function}"
+    try:
+        module = importlib.import_module(reference.module)
+    except ModuleNotFoundError as error:
+        if error.name == reference.module.split(".")[0]:
+            raise TaskError("task.module", f"there is no module {reference.module!r}") from error
+        missing = f"importing {reference.module} needs the module {error.name!r}, which is not there"
+        raise TaskError("task.module", missing, user_traceback(error)) from error
+    except BaseException as error:
+        raise TaskError(
+            "task.module", f"importing {reference.module} raised {_said(error)}", user_traceback(error)
+        ) from error
+    function = getattr(module, reference.function, None)
+    if not callable(function):
+        there = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
+        raise TaskError(
+            "task.function",
+            f"{reference.module} has no function {reference.function!r}; it has: {', '.join(there) or 'none'}",
+        )
+    _check_arguments(function, reference)
+    torch.manual_seed(seed)
+    try:
+        task = function(**reference.arguments)
+    except BaseException as error:
+        raise TaskError("task.function", f"{name} raised {_said(error)}", user_traceback(error)) from error
+    if not isinstance(task, Task | AnalyticTask):
+        raise TaskError(
+            "task.function", f"{name} returned {type(task).__name__}; it must return a steepest.Task (or AnalyticTask)"
+        )
+    return task
+
+
+def _said(error: BaseException) -> str:
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _check_arguments(function: Any, reference: TaskReference) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    parameters = signature.parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    for key in reference.arguments:
+        if key not in named and not takes_any:
+            raise TaskError(
+                f"task.arguments.{key}",
+                f"{reference.function} takes no argument {key!r}; it takes: {', '.join(named) or 'none'}",
+            )
+    for p in parameters:
+        if p.name in named and p.default is p.empty and p.name not in reference.arguments:
+            raise TaskError(f"task.arguments.{p.name}", f"{reference.function} needs the argument {p.name!r}")
+
+
+def named_state(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.Tensor]]:
+    """(trainable parameters, buffers and frozen parameters), each tensor once, in the model's own order."""
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    buffers: dict[str, torch.Tensor] = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    buffers.update(model.named_buffers())
+    return parameters, buffers
+
+
+def _describe(name: str, tensor: torch.Tensor) -> TensorDescription:
+    return TensorDescription(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+
+def describe_model(task: Task | AnalyticTask) -> ModelDescription:
+    """What the servers need to know of the model. Raises TaskError for one that cannot be trained here."""
+    if isinstance(task, AnalyticTask):
+        tensors = {name: torch.as_tensor(value) for name, value in task.parameters.items()}
+        description = ModelDescription(
+            tuple(_describe(n, t) for n, t in tensors.items()), (), tuple((n, n) for n in tensors)
+        )
+    else:
+        if not isinstance(task.model, torch.nn.Module):
+            raise TaskError("task.model", f"model is {type(task.model).__name__}; it must be a torch.nn.Module")
+        lazy = [n for n, p in task.model.named_parameters() if is_lazy(p)]
+        if lazy:
+            raise TaskError("task.model", f"{lazy[0]} has no shape yet: run one batch through lazy modules in the task")
+        parameters, buffers = named_state(task.model)
+        names = {id(t): n for n, t in [*buffers.items(), *parameters.items()]}
+        shown = []
+        for key, value in task.model.state_dict(keep_vars=True).items():
+            if id(value) not in names:
+                raise TaskError("task.model", f"state_dict entry {key!r} is neither a parameter nor a buffer")
+            shown.append((key, names[id(value)]))
+        description = ModelDescription(
+            tuple(_describe(n, t) for n, t in parameters.items()),
+            tuple(_describe(n, t) for n, t in buffers.items()),
+            tuple(shown),
+        )
+    try:
+        build_layout(description)
+    except ValueError as error:
+        raise TaskError("task.model", str(error)) from error
+    return description
+
+
+def check_fits(task: Task | AnalyticTask, model: ModelDescription, precision: str, device: str) -> None:
+    """Raises TaskError when a task cannot be computed as a spec wants it."""
+    if isinstance(task, AnalyticTask) and device != "cpu":
+        problem = f"{device!r} is not for an AnalyticTask, which computes in NumPy; allowed: cpu"
+        raise TaskError("placement.device", problem)
+    if precision == "full":
+        return
+    if isinstance(task, AnalyticTask):
+        problem = f"{precision!r} is not for an AnalyticTask, which computes in NumPy; allowed: full"
+        raise TaskError("precision", problem)
+    if any(p.dtype != "float32" for p in model.parameters):
+        problem = f"{precision!r} is for models of float32; this one has float64 parameters; allowed: full"
+        raise TaskError("precision", problem)
+
+
+def num_samples(data: Any, field: str) -> int:
+    """The length of a data set. Raises TaskError when it has none, or when it is 0."""
+    try:
+        length = len(data)
+    except BaseException as error:
+        raise TaskError(f"task.{field}", f"{field} has no length: {_said(error)}", user_traceback(error)) from error
+    if length == 0:
+        raise TaskError(f"task.{field}", f"{field} is empty; it needs at least one sample")
+    return length
