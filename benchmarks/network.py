@@ -24,8 +24,9 @@ from benchmarks.report import RESULTS, write_report
 from harness.hosts import Host, hosts
 from ps.parameters.description import ModelDescription, TensorDescription
 from ps.parameters.layout import build_layout, shards
-from ps.server.peer import chunks, place
-from ps.wire.connection import Connection, Listener, Role, Service, connect
+from ps.wire.chunks import chunks, place
+from ps.wire.connection import Connection, Role, connect
+from ps.wire.listener import Listener, Service
 from steepest.v1 import exchange_pb2 as pb
 
 NUMEL = 25_000_000

@@ -20,9 +20,10 @@ import torch
 
 from harness.hosts import Host
 from ps.checkpoint.files import State, newest_valid, state_hashes
-from ps.job.config import JobConfig, ServerAddress
+from ps.job.config import JobConfig
 from ps.memory.gpu import Device, device_of
 from ps.server.parameter_server import ParameterServer
+from ps.wire.address import ServerAddress
 from steepest.spec import spec_from_dict
 from worker.gradients.backend import Backend, backend_of
 from worker.process.loop import WorkerLoop

@@ -18,7 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client.registry import CollectorRegistry
 
-from ps.compression.codec import compression_problem
+from ps.compression.choose import compression_problem
 from ps.job.footprint import explain_refusal, footprint
 from ps.parameters.layout import choose_num_servers
 from services.api.errors import ErrorInterceptor

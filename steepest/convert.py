@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from google.protobuf.json_format import MessageToDict, ParseDict
+from google.protobuf.json_format import ParseDict
 
 from steepest.spec import TrainingJobSpec, spec_from_dict
 from steepest.v1 import training_jobs_pb2 as pb
@@ -38,8 +38,3 @@ def _present(message: Any) -> dict[str, Any]:
         else:
             raw[descriptor.name] = list(value) if descriptor.is_repeated else value
     return raw
-
-
-def message_to_dict(message: Any) -> dict[str, Any]:
-    """A message with the names of the .proto file, for --json and for tests."""
-    return dict(MessageToDict(message, preserving_proto_field_name=True))

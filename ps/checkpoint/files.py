@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from ps.memory.raw import raw_bytes
 from ps.step.messages import StepRecord
 
 MANIFEST = "manifest.json"
@@ -61,11 +62,6 @@ class Written:
     path: Path
     parameters_sha256: str
     state_sha256: str
-
-
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's elements, little-endian, in C order."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def state_hashes(state: State) -> tuple[str, str]:

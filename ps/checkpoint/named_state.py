@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from ps.checkpoint.files import State
+from ps.memory.raw import raw_bytes
 from ps.numerics.optimizer import StatePart
 from ps.parameters.description import ModelDescription
 from ps.parameters.layout import Layout
@@ -14,7 +15,7 @@ from ps.parameters.layout import Layout
 
 def pack_buffers(tensors: Iterable[torch.Tensor]) -> bytes:
     """Buffers one after another, raw little-endian."""
-    return b"".join(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors)
+    return b"".join(map(raw_bytes, tensors))
 
 
 def unpack_buffers(model: ModelDescription, packed: bytes) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from numpy.typing import NDArray
 
-from ps.compression.codec import thin_shape
+from ps.compression.matrices import thin_shape
 from ps.parameters.layout import Layout, Placed, align
 
 FACTORS = torch.bfloat16

@@ -5,39 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ps.compression.codec import Codec, pull_codec, push_codec
-from ps.memory.segment import SegmentReference
+from ps.compression.choose import pull_codec, push_codec
+from ps.compression.codec import Codec
 from ps.parameters.description import ModelDescription
 from ps.parameters.layout import Layout, build_layout
-from ps.step.leader import Plan
+from ps.step.plan import Plan
 from steepest.spec import TrainingJobSpec
-
-GRPC_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.so_reuseport", 0),
-)
-CHUNK_BYTES = 4 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class ServerAddress:
-    """Where a server listens. control: host:port of its gRPC port, for the controller.
-
-    network: host:port for workers and other servers; local: the same as a Unix socket on its own host.
-    host: which that is (ps.memory.host); parameters: memory for the whole layout, for processes there.
-    """
-
-    control: str
-    network: str
-    local: str
-    host: str
-    parameters: SegmentReference
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ps.compression.codec import pull_codec, push_codec
+from ps.compression.choose import pull_codec, push_codec
 from ps.job.topology import gpus_of_servers, server_places
 from ps.numerics.reduce_gpu import CHUNK_NUMEL
 from ps.numerics.tree import Node, maximal_nodes, parts_of_step

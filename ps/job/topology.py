@@ -6,8 +6,6 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from enum import StrEnum
 
-from ps.job.config import ServerAddress
-
 
 class Contact(StrEnum):
     """What a worker has to do with a server."""
@@ -17,19 +15,22 @@ class Contact(StrEnum):
     CONTROL = "control"  # the leader, elsewhere; gradients and parameters go by way of the home
 
 
-def home_of(addresses: Sequence[ServerAddress], host: str) -> int | None:
-    """The server whose memory holds the parameters on a host, and that speaks for its workers; None: there is none."""
-    return next((index for index, address in enumerate(addresses) if address.host == host), None)
+def home_of(hosts: Sequence[str], host: str) -> int | None:
+    """The server whose memory holds the parameters on a host and that speaks for its workers, or None.
+
+    hosts: of all servers, in order.
+    """
+    return next((index for index, other in enumerate(hosts) if other == host), None)
 
 
-def contacts(addresses: Sequence[ServerAddress], host: str, num_shards: int, *, inline: bool) -> dict[int, Contact]:
+def contacts(hosts: Sequence[str], host: str, num_shards: int, *, inline: bool) -> dict[int, Contact]:
     """Which servers a worker on `host` talks to, in order, the leader first.
 
-    addresses: of all servers; those beyond `num_shards` are homes without a shard. inline: use no shared memory.
+    hosts: of all servers; those beyond `num_shards` are homes without a shard. inline: use no shared memory.
     """
-    if inline or home_of(addresses, host) is None:
+    if inline or home_of(hosts, host) is None:
         return dict.fromkeys(range(num_shards), Contact.INLINE)
-    here = {index: Contact.SHARED for index, address in enumerate(addresses) if address.host == host}
+    here = {index: Contact.SHARED for index, other in enumerate(hosts) if other == host}
     return here if 0 in here else {0: Contact.CONTROL, **here}
 
 

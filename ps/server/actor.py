@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import ray
 import torch
 
-from ps.job.config import JobConfig, ServerAddress
+from ps.job.config import JobConfig
 from ps.memory.gpu import device_of
 from ps.server.parameter_server import ParameterServer
+from ps.wire.address import ServerAddress
 
 
 @ray.remote

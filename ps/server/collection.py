@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from ps.numerics.optimizer import StatePart
-from ps.server.peer import chunks, place
 from ps.step.shard import ShardServer
+from ps.wire.chunks import chunks, place
 from ps.wire.connection import StreamError
 from steepest.v1 import exchange_pb2 as pb
 

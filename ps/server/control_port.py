@@ -9,12 +9,12 @@ from concurrent import futures
 
 import grpc
 
-from ps.job.config import GRPC_OPTIONS
 from ps.parameters.layout import Layout
 from ps.step.effects import PhaseChanged
 from ps.step.messages import StepRecord
 from ps.step.record import CompletedStep, records_of
 from ps.wire import convert
+from ps.wire.address import GRPC_OPTIONS
 from steepest.v1 import exchange_pb2 as pb
 from steepest.v1 import exchange_pb2_grpc as pb_grpc
 

@@ -20,7 +20,6 @@ from ps.job.config import JobConfig
 from ps.parameters.layout import Layout
 from ps.server.collection import MASTER, Collection, parts_of
 from ps.server.control_port import Supervisor
-from ps.server.peer import chunks
 from ps.server.residuals import NAME, Residuals
 from ps.step.effects import (
     Decide,
@@ -39,6 +38,7 @@ from ps.step.leader import Leader
 from ps.step.messages import Decision, Failure, Push, Round
 from ps.step.shard import ShardServer
 from ps.wire import convert
+from ps.wire.chunks import chunks
 from ps.wire.connection import Connection, StreamError
 from steepest.v1 import exchange_pb2 as pb
 
@@ -288,7 +288,6 @@ class Leading:
                 )
                 saved = pb.CheckpointSaved(
                     step=written.step,
-                    path=str(written.path),
                     parameters_sha256=written.parameters_sha256,
                     state_sha256=written.state_sha256,
                 )

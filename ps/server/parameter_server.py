@@ -21,7 +21,7 @@ import torch
 
 from ps.checkpoint.files import State, newest_valid
 from ps.checkpoint.named_state import flatten, master_of, residuals_of
-from ps.job.config import JobConfig, ServerAddress
+from ps.job.config import JobConfig
 from ps.job.topology import home_of
 from ps.memory.gpu import Device
 from ps.memory.host import host_identity
@@ -30,14 +30,18 @@ from ps.numerics.tree import Node
 from ps.parameters.layout import shards
 from ps.server.collection import parts_of, pieces
 from ps.server.leader_runner import TICK_SECONDS, Leading
-from ps.server.peer import Peer, chunks
+from ps.server.peer import Peer
 from ps.server.relay import Relay
 from ps.server.residuals import Residuals
 from ps.step.leader import Leader
 from ps.step.messages import PROTOCOL, Decision, Outcome, Push, Round
 from ps.step.shard import ShardServer
 from ps.wire import convert
-from ps.wire.connection import Connection, Hub, HungUpError, Listener, Role, Service, StreamError, call
+from ps.wire.address import ServerAddress
+from ps.wire.chunks import chunks
+from ps.wire.connection import Connection, HungUpError, Role, StreamError, call
+from ps.wire.hub import Hub
+from ps.wire.listener import Listener, Service
 from steepest.v1 import exchange_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -142,7 +146,7 @@ class ParameterServer:
     def connect(self, addresses: Sequence[ServerAddress]) -> None:
         """Meet the other servers; returns when this one is ready for workers. addresses: of all, the leader first."""
         own_host = self.address.host
-        home = home_of(addresses, own_host)
+        home = home_of([address.host for address in addresses], own_host)
         here = sum(address.host == own_host for address in addresses)
         num_threads = max(1, (os.cpu_count() or 1) // here)
         if home is not None and home != self.index:
@@ -381,19 +385,12 @@ class ParameterServer:
         shard = self._shard
         if shard is None or not shard.is_complete or push.kind not in (Round.TRAIN, Round.INITIALIZE):
             return
-        began = time.perf_counter()
         step, kind = shard.step, push.kind
         sums = shard.reduce()
         if self._leading is not None:
             self._leading.report(self.index, step, kind, sums)
         elif self._to_leader is not None:
-            report = pb.ShardReport(
-                step=step,
-                kind=kind,
-                server=self.index,
-                segment_sums=convert.sums_to_bytes(sums),
-                seconds=time.perf_counter() - began,
-            )
+            report = pb.ShardReport(step=step, kind=kind, segment_sums=convert.sums_to_bytes(sums))
             self._to_leader.send(pb.FollowerMessage(report=report))
 
     def _apply(self, decision: Decision) -> float:
@@ -480,11 +477,9 @@ class ParameterServer:
     def _on_leader_message(self, leader: Connection[pb.LeaderMessage], message: pb.LeaderMessage) -> None:
         match message.WhichOneof("message"):
             case "decision":
-                began = time.perf_counter()
                 decision = convert.decision_from_proto(message.decision)
                 clamped = self._apply(decision)
-                seconds = time.perf_counter() - began
-                applied = pb.Applied(step=decision.step, server=self.index, clipped_sum=clamped, seconds=seconds)
+                applied = pb.Applied(step=decision.step, clipped_sum=clamped)
                 leader.send(pb.FollowerMessage(applied=applied))
             case "collect":
                 assert self._shard is not None  # noqa: S101  # followers have one

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
-from ps.job.config import CHUNK_BYTES
 from ps.memory.gpu import Device, DeviceError, DeviceReference
 from ps.memory.segment import Segment
 from ps.parameters.layout import Layout, Shard
+from ps.wire.chunks import place
 from ps.wire.connection import Connection, StreamError
 from steepest.v1 import exchange_pb2 as pb
 
@@ -130,32 +130,3 @@ class Peer:
             arrived = 0
         self._arrived[key] = chunk.step, arrived + num_bytes
         return memory
-
-
-def place(flat: torch.Tensor, chunk: pb.Chunk, num_bytes: int) -> memoryview:
-    """The bytes of `flat` that a chunk is for. Raises StreamError for one that does not fit."""
-    data = raw(flat)
-    itemsize = flat.dtype.itemsize
-    if chunk.offset % itemsize or num_bytes % itemsize or not 0 <= chunk.offset <= len(data) - num_bytes:
-        raise StreamError(f"a chunk of {num_bytes} bytes at {chunk.offset} does not fit a tensor of {len(data)}")
-    return data[chunk.offset : chunk.offset + num_bytes]
-
-
-def raw(flat: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor."""
-    return flat.reshape(-1).view(torch.uint8).numpy().data if flat.numel() else memoryview(bytearray())
-
-
-def chunks(
-    flat: torch.Tensor, *, step: int = 0, slot: int = 0, name: str = "", compressed: bool = False, offset: int = 0
-) -> Iterator[tuple[pb.Chunk, memoryview]]:
-    """A flat tensor in pieces of at most CHUNK_BYTES, at least one; the last is marked.
-
-    offset: in bytes, of `flat` in the tensor that it is a part of.
-    """
-    data = raw(flat)
-    for start in range(0, max(len(data), 1), CHUNK_BYTES):
-        stop = start + CHUNK_BYTES
-        last = stop >= len(data)
-        chunk = pb.Chunk(step=step, slot=slot, name=name, offset=offset + start, last=last, compressed=compressed)
-        yield chunk, data[start:stop]

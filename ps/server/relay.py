@@ -14,14 +14,15 @@ from queue import SimpleQueue
 
 import torch
 
-from ps.job.config import JobConfig, ServerAddress
+from ps.job.config import JobConfig
 from ps.memory.host import host_identity
 from ps.numerics.tree import Node
 from ps.parameters.layout import Shard
-from ps.server.peer import place
 from ps.step.host_sum import Forward, Gathering
 from ps.step.messages import PROTOCOL, Push, PushedNode, Ready, Round
 from ps.wire import convert
+from ps.wire.address import ServerAddress
+from ps.wire.chunks import place
 from ps.wire.connection import Role, StreamError, call
 from ps.wire.outgoing import Outgoing
 from steepest.v1 import exchange_pb2 as pb

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ps.server.peer import place
+from ps.wire.chunks import place
 from ps.wire.connection import StreamError
 from steepest.v1 import exchange_pb2 as pb
 

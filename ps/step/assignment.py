@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from heapq import heapify, heapreplace
 from operator import truediv
+
+from ps.numerics.ranges import ranges
 
 
 class Dealer:
@@ -53,16 +55,3 @@ def quickest_shares(count: int, speeds: Sequence[float]) -> list[int]:
         shares[worker] += 1
         heapreplace(done, ((shares[worker] + 1) / speeds[worker], worker))
     return shares
-
-
-def ranges(leaves: Iterable[int]) -> list[tuple[int, int]]:
-    """Sorted numbers as half-open ranges."""
-    if isinstance(leaves, range):
-        return [(leaves.start, leaves.stop)] if leaves else []
-    result: list[tuple[int, int]] = []
-    for leaf in leaves:
-        if result and result[-1][1] == leaf:
-            result[-1] = (result[-1][0], leaf + 1)
-        else:
-            result.append((leaf, leaf + 1))
-    return result

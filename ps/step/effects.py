@@ -68,7 +68,6 @@ class Save:
     """Write a checkpoint of the present version, then call `saved`. owners: part -> the worker with its residual."""
 
     step: int
-    updates: int
     owners: Mapping[int, str] = field(default_factory=dict)
 
 

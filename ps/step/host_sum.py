@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ps.numerics.ranges import bits_of, leaves_of, ranges
 from ps.numerics.tree import Node, addition_plan, maximal_nodes
-from ps.step.assignment import ranges
-from ps.step.members import bits_of, leaves_of
 from ps.step.messages import Round
 
 

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ps.numerics.clip import clip_coefficient
+from ps.numerics.ranges import bits_of, leaves_of, ranges
 from ps.numerics.schedule import learning_rate
 from ps.numerics.tree import parts_of_step
-from ps.step.assignment import Dealer, ranges
+from ps.step.assignment import Dealer
 from ps.step.effects import (
     ENDED,
     Decide,
@@ -35,37 +36,14 @@ from ps.step.effects import (
     Settle,
     Stepped,
 )
-from ps.step.members import Members, bits_of, leaves_of
+from ps.step.members import Members
 from ps.step.messages import Assign, Decision, Failure, LeafResult, Outcome, Push, Round
 from ps.step.parts import Parts
+from ps.step.plan import Plan
 from ps.step.record import CompletedStep
-from steepest.spec import ScheduleSpec
 
 STRAGGLER_FACTOR = 4.0  # a range this many times over its expected time is given to an idle worker too
 STRAGGLER_SECONDS = 5.0  # but never sooner than this
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a job does, as far as the leader needs to know it. evaluation_leaves: 0 without evaluation data.
-
-    part_leaves: micro-batches that are compressed together, with a residual that stays at the worker; 0: nothing is.
-    """
-
-    total_steps: int
-    num_leaves: int
-    num_servers: int
-    base_lr: float
-    schedule: ScheduleSpec
-    max_norm: float | None = None
-    max_value: float | None = None
-    part_leaves: int = 0
-    evaluation_leaves: int = 0
-    metric_names: tuple[str, ...] = ()
-    eval_every: int = 0
-    checkpoint_every: int = 0
-    skip_nonfinite: bool = False
-    worker_timeout_seconds: float = 300.0
 
 
 @dataclass(slots=True)
@@ -315,7 +293,7 @@ class Leader:
             over or (plan.checkpoint_every and self.step and self.step % plan.checkpoint_every == 0)
         ):
             self.phase = Phase.SAVING
-            return [Save(self.step, self.updates, self._parts.owners)]
+            return [Save(self.step, self._parts.owners)]
         if self._cancel and not self._is_over:
             return self._end(Phase.CANCELLED, f"cancelled at step {self.step}")
         if self._is_over:

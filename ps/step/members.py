@@ -5,34 +5,16 @@ Sets of micro-batches are the bits of an integer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ps.step.assignment import ranges
+from ps.numerics.ranges import bits_of, leaves_of, ranges
 from ps.step.messages import Push, Round
 
 SPEED_MEMORY = 0.8  # weight of the past in a worker's measured speed
 WARM_UP_PUSHES = 3  # a worker's first answers are slow, and say nothing of its speed
 PATIENCE_STEPS = 8  # a worker that got no work is tried again after so many steps, then after twice as many, ...
 MAX_PATIENCE_STEPS = 512
-
-
-def leaves_of(bits: int) -> list[int]:
-    """The members of a set, in order."""
-    found = []
-    while bits:
-        lowest = bits & -bits
-        found.append(lowest.bit_length() - 1)
-        bits ^= lowest
-    return found
-
-
-def bits_of(parts: Iterable[tuple[int, int]]) -> int:
-    """The micro-batches in half-open ranges, as a set."""
-    bits = 0
-    for low, high in parts:
-        bits |= (1 << high) - (1 << low)
-    return bits
 
 
 @dataclass(slots=True)

@@ -12,20 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import secrets
-import select
 import socket
 import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import Any, Generic, Protocol, TypeVar
 
-from ps.job.config import CHUNK_BYTES, ServerAddress
+from ps.wire.address import CHUNK_BYTES, ServerAddress
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +30,6 @@ GREETING = struct.Struct("<8sI")
 LENGTHS = struct.Struct("<II")
 MAX_MESSAGE_BYTES = 1 << 30  # a model's buffers travel in messages
 BUFFER_BYTES = 1 << 16
-GREETING_SECONDS = 10.0
 LINGER_SECONDS = 2.0
 # A host that is gone without a word is found out after about 25 s.
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}
@@ -236,120 +231,12 @@ class Connection(Generic[Received]):
         self.release()
 
 
-class Hub:
-    """Reads many connections in one thread, for small messages that come close together.
-
-    Threads of their own would hand the interpreter's lock to one another, which costs more than such a message does.
-    """
-
-    def __init__(self) -> None:
-        self._poll = select.epoll()
-        self._wake = os.eventfd(0)
-        self._poll.register(self._wake, select.EPOLLIN)
-        self._served: dict[int, tuple[Connection[Any], Callable[[Any], None], Callable[[Exception], None]]] = {}
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def add(
-        self,
-        connection: Connection[Received],
-        on_message: Callable[[Received], None],
-        on_end: Callable[[Exception], None],
-    ) -> None:
-        """Serve a connection from now on. on_end: gets what ended it, a HungUpError in good order."""
-        descriptor = connection.fileno()
-        self._served[descriptor] = (connection, on_message, on_end)
-        error = self._read(descriptor)  # what its buffer holds already wakes nobody
-        if error is None:
-            self._poll.register(descriptor, select.EPOLLIN)
-        else:
-            del self._served[descriptor]
-            on_end(error)
-
-    def close(self) -> None:
-        """Serve no more; the connections stay as they are."""
-        os.eventfd_write(self._wake, 1)
-
-    def _run(self) -> None:
-        while True:
-            for descriptor, _ in self._poll.poll():
-                if descriptor == self._wake:
-                    self._poll.close()
-                    os.close(self._wake)
-                    return
-                error = self._read(descriptor)
-                if error is not None:
-                    self._poll.unregister(descriptor)
-                    self._served.pop(descriptor)[2](error)
-
-    def _read(self, descriptor: int) -> Exception | None:
-        """Read what is there; what ended the connection, if anything did."""
-        connection, on_message, _ = self._served[descriptor]
-        try:
-            while (message := connection.receive(wait=False)) is not None:
-                on_message(message)
-                if connection.is_empty:
-                    break  # what comes now wakes us again
-        except Exception as error:
-            return error
-        return None
-
-
 def _no_tensors(message: Any, tensor_bytes: int) -> memoryview:
     raise StreamError(f"a tensor of {tensor_bytes} bytes is not expected here")
 
 
-@dataclass(frozen=True)
-class Service(Generic[Received]):
-    """How callers of one role are served: each in a thread of its own, by `serve`."""
-
-    parse: Callable[[bytes], Received]
-    serve: Callable[[Connection[Received]], None]
-
-
-class Listener:
-    """Takes calls on one socket. address: "host:port" for TCP, else the name of a Unix socket."""
-
-    def __init__(self, services: Mapping[Role, Service[Any]], host: str | None = None) -> None:
-        if host is None:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self.address = f"steepest-{secrets.token_hex(16)}"
-            self._socket.bind("\0" + self.address)
-        else:
-            self._socket = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-            self.address = f"{host}:{self._socket.getsockname()[1]}"
-        self._socket.listen()
-        self._services = services
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                end, caller = self._socket.accept()
-                threading.Thread(target=self._serve, args=(end, caller), daemon=True).start()
-
-    def _serve(self, end: socket.socket, caller: object) -> None:
-        try:
-            end.settimeout(GREETING_SECONDS)
-            magic, role = GREETING.unpack(end.recv(GREETING.size, socket.MSG_WAITALL))
-            if magic != MAGIC or role not in self._services:
-                raise StreamError("it does not speak this protocol")
-            end.settimeout(None)
-            _tune(end)
-        except (OSError, struct.error, StreamError) as error:
-            log.warning("a caller from %s is turned away: %s", caller, error)
-            end.close()
-            return
-        service = self._services[Role(role)]
-        service.serve(Connection(end, service.parse))
-
-    def close(self) -> None:
-        """Take no more calls."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-
-
-def _tune(end: socket.socket) -> None:
+def tune(end: socket.socket) -> None:
+    """Have a TCP socket send at once, and find out when the other host is gone."""
     if end.family == socket.AF_UNIX:
         return
     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -370,7 +257,7 @@ def connect(address: str, role: Role, parse: Callable[[bytes], Received]) -> Con
         except OSError:
             end.close()
             raise
-    _tune(end)
+    tune(end)
     end.sendall(GREETING.pack(MAGIC, role))
     return Connection(end, parse)
 

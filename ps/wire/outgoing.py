@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 
+from ps.numerics.ranges import gaps
 from ps.parameters.layout import Shard
-from ps.server.peer import chunks
+from ps.wire.chunks import chunks
 from steepest.v1 import exchange_pb2 as pb
 
 
@@ -62,15 +63,3 @@ class Outgoing:
                 first = self._shard.start + chunk.offset // itemsize
                 prepare(first, first + len(data) // itemsize)
             self._send(pb.WorkerMessage(chunk=chunk), data)
-
-
-def gaps(start: int, stop: int, taken: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """What of [start, stop) is in none of some half-open ranges, in order."""
-    found = []
-    for first, last in sorted(taken):
-        if start < min(first, stop):
-            found.append((start, min(first, stop)))
-        start = max(start, last)
-    if start < stop:
-        found.append((start, stop))
-    return found

@@ -24,9 +24,10 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ps.job.config import JobConfig, ServerAddress
+from ps.job.config import JobConfig
 from ps.job.topology import gpus_of_servers, server_places
 from ps.server.actor import ServerActor
+from ps.wire.address import ServerAddress
 from services.cluster.fork_servers import ForkServers
 from services.settings import Settings
 from steepest.errors import ServiceUnavailableError

@@ -15,16 +15,17 @@ from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 
 from ps.checkpoint.files import newest_valid, read_records
-from ps.job.config import JobConfig, ServerAddress
+from ps.job.config import JobConfig
 from ps.step.effects import Phase
 from ps.step.messages import StepRecord
+from ps.wire.address import ServerAddress
 from services.cluster.cluster import Exit, Placement, Started
+from services.jobs.histogram import Histogram
 from services.jobs.leader_client import CheckpointReport, PhaseReport, Report, Supervision
 from services.jobs.task_probe import TaskDescription
 from services.settings import Settings
 from services.store.lifecycle import ENDED, JobState
 from services.store.store import JobRow, Store
-from services.telemetry.histogram import Histogram
 from steepest.errors import ConflictError
 from steepest.spec import TrainingJobSpec
 

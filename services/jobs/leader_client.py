@@ -9,9 +9,10 @@ from queue import SimpleQueue
 
 import grpc
 
-from ps.job.config import GRPC_OPTIONS, JobConfig
+from ps.job.config import JobConfig
 from ps.step.messages import Failure, StepRecord
 from ps.wire import convert
+from ps.wire.address import GRPC_OPTIONS
 from steepest.v1 import exchange_pb2 as pb
 from steepest.v1 import exchange_pb2_grpc as pb_grpc
 

@@ -74,7 +74,7 @@ Global___SegmentReference: _TypeAlias = SegmentReference  # noqa: Y015
 
 @_typing.final
 class DeviceReference(_message.Message):
-    """A tensor on a GPU that another process there can map: see ps/device.py."""
+    """A tensor on a GPU that another process there can map: see ps/memory/gpu.py."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -158,7 +158,7 @@ class Hello(_message.Message):
     generation: _builtins.int
     layout_sha256: _builtins.str
     host: _builtins.str
-    """Which host it is on: see ps/host.py."""
+    """Which host it is on: see ps/memory/host.py."""
     control_only: _builtins.bool
     """A worker that a server on its own host serves, and that is here only to be given work."""
     gpu: _builtins.str
@@ -296,7 +296,7 @@ class Chunk(_message.Message):
     """Of a piece of state; "residual" for a residual."""
     last: _builtins.bool
     compressed: _builtins.bool
-    """Of a gradient, or of an update to the parameters: see ps/codec.py."""
+    """Of a gradient, or of an update to the parameters: see ps/compression/codec.py."""
     def __init__(
         self,
         *,
@@ -641,28 +641,22 @@ class ShardReport(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_FIELD_NUMBER: _builtins.int
-    SERVER_FIELD_NUMBER: _builtins.int
     SEGMENT_SUMS_FIELD_NUMBER: _builtins.int
-    SECONDS_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     step: _builtins.int
-    server: _builtins.int
     segment_sums: _builtins.bytes
     """float64, little-endian: the sum of squares of each segment of the shard."""
-    seconds: _builtins.float
     kind: _builtins.str
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
-        server: _builtins.int = ...,
         segment_sums: _builtins.bytes = ...,
-        seconds: _builtins.float = ...,
         kind: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "seconds", b"seconds", "segment_sums", b"segment_sums", "server", b"server", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "segment_sums", b"segment_sums", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -675,25 +669,19 @@ class Applied(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_FIELD_NUMBER: _builtins.int
-    SERVER_FIELD_NUMBER: _builtins.int
-    SECONDS_FIELD_NUMBER: _builtins.int
     CLIPPED_SUM_FIELD_NUMBER: _builtins.int
     step: _builtins.int
-    server: _builtins.int
-    seconds: _builtins.float
     clipped_sum: _builtins.float
     """Sum of squares of the shard's gradient after clipping by value."""
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
-        server: _builtins.int = ...,
-        seconds: _builtins.float = ...,
         clipped_sum: _builtins.float | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_clipped_sum", b"_clipped_sum", "clipped_sum", b"clipped_sum"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clipped_sum", b"_clipped_sum", "clipped_sum", b"clipped_sum", "seconds", b"seconds", "server", b"server", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clipped_sum", b"_clipped_sum", "clipped_sum", b"clipped_sum", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clipped_sum: _TypeAlias = _typing.Literal["clipped_sum"]  # noqa: Y015
     _WhichOneofArgType__clipped_sum: _TypeAlias = _typing.Literal["_clipped_sum", b"_clipped_sum"]  # noqa: Y015
@@ -962,12 +950,10 @@ class CheckpointSaved(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_FIELD_NUMBER: _builtins.int
-    PATH_FIELD_NUMBER: _builtins.int
     PARAMETERS_SHA256_FIELD_NUMBER: _builtins.int
     STATE_SHA256_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
     step: _builtins.int
-    path: _builtins.str
     parameters_sha256: _builtins.str
     state_sha256: _builtins.str
     problem: _builtins.str
@@ -976,14 +962,13 @@ class CheckpointSaved(_message.Message):
         self,
         *,
         step: _builtins.int = ...,
-        path: _builtins.str = ...,
         parameters_sha256: _builtins.str = ...,
         state_sha256: _builtins.str = ...,
         problem: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parameters_sha256", b"parameters_sha256", "path", b"path", "problem", b"problem", "state_sha256", b"state_sha256", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parameters_sha256", b"parameters_sha256", "problem", b"problem", "state_sha256", b"state_sha256", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

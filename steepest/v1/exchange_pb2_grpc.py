@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class ParameterExchangeServiceStub:
     """What the controller of a job and its leader say to each other. The streams between workers and servers are not gRPC's
-    (see ps/stream.py); their messages are defined here too.
+    (see ps/wire/connection.py); their messages are defined here too.
     """
 
     def __init__(self, channel):
@@ -45,7 +45,7 @@ class ParameterExchangeServiceStub:
 
 class ParameterExchangeServiceServicer:
     """What the controller of a job and its leader say to each other. The streams between workers and servers are not gRPC's
-    (see ps/stream.py); their messages are defined here too.
+    (see ps/wire/connection.py); their messages are defined here too.
     """
 
     def Supervise(self, request_iterator, context):
@@ -73,7 +73,7 @@ def add_ParameterExchangeServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class ParameterExchangeService:
     """What the controller of a job and its leader say to each other. The streams between workers and servers are not gRPC's
-    (see ps/stream.py); their messages are defined here too.
+    (see ps/wire/connection.py); their messages are defined here too.
     """
 
     @staticmethod

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from ps.memory.gpu import Device, device_of
-from ps.wire.outgoing import gaps
+from ps.numerics.ranges import gaps
 from worker.data.sources import to_device
 
 

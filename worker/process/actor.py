@@ -10,8 +10,9 @@ from pathlib import Path
 
 import ray
 
-from ps.job.config import JobConfig, ServerAddress
+from ps.job.config import JobConfig
 from ps.memory.gpu import DeviceError
+from ps.wire.address import ServerAddress
 from worker.gradients.backend import backend_of
 from worker.process.loop import WorkerLoop
 from worker.task.load import TaskError, unpack_code

@@ -10,16 +10,17 @@ from functools import partial
 
 import torch
 
-from ps.job.config import JobConfig, ServerAddress
+from ps.job.config import JobConfig
 from ps.job.topology import Contact, contacts
 from ps.memory.gpu import Device, DeviceError
 from ps.memory.host import host_identity
 from ps.memory.segment import Segment
 from ps.parameters.layout import Shard, shards
-from ps.server.peer import chunks, place
 from ps.server.residuals import NAME
 from ps.step.messages import PROTOCOL, Assign, Failure, Push, Ready, Round
 from ps.wire import convert
+from ps.wire.address import ServerAddress
+from ps.wire.chunks import chunks, place
 from ps.wire.connection import Connection, Role, StreamError, call
 from ps.wire.outgoing import Outgoing
 from steepest.v1 import exchange_pb2 as pb
@@ -94,7 +95,9 @@ class Exchange:
         cut = dict(enumerate(shards(layout, config.num_servers)))
         self._shared: Segment | None = None
         self._links: list[_Link] = []
-        for server, contact in reversed(contacts(addresses, host, len(cut), inline=inline).items()):
+        for server, contact in reversed(
+            contacts([address.host for address in addresses], host, len(cut), inline=inline).items()
+        ):
             self._links.insert(0, self._open(server, contact, cut.get(server), addresses[server], hello, slots))
         self._leader = self._links[0]
         self.on_gpu = {

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from threadpoolctl import threadpool_limits
 
-from ps.job.config import JobConfig, ServerAddress
+from ps.job.config import JobConfig
 from ps.memory.segment import Segment
 from ps.step.messages import Assign, Failure
+from ps.wire.address import ServerAddress
 from steepest.task import AnalyticTask
 from worker.gradients.analytic import AnalyticEngine
 from worker.gradients.backend import Backend, DeviceBackend

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ps.compression.codec import Codec, codec_of, compression_problem
+from ps.compression.choose import codec_of, compression_problem
+from ps.compression.codec import Codec
 from ps.compression.powersgd import LowRank
 from ps.compression.topk import TopK
 from ps.parameters.layout import BLOCK_NUMEL, Layout, build_layout, shards

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from harness.local_job import job_config
-from ps.job.config import JobConfig, ServerAddress
+from ps.job.config import JobConfig
 from ps.memory.segment import Segment
 from ps.server.parameter_server import ParameterServer
 from ps.step.messages import LeafResult, Push, PushedNode, Ready, Round
 from ps.wire import convert
+from ps.wire.address import ServerAddress
 from steepest.spec import spec_from_dict
 from steepest.v1 import exchange_pb2 as pb
 from worker.gradients.backend import CpuBackend

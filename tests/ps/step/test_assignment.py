@@ -5,7 +5,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ps.step.assignment import Dealer, ranges
+from ps.numerics.ranges import ranges
+from ps.step.assignment import Dealer
 
 LEAVES = st.sets(st.integers(0, 300)).map(sorted)
 SPEEDS = st.dictionaries(st.text(min_size=1, max_size=3), st.floats(0.01, 100), max_size=12)

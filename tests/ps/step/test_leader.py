@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from ps.step.effects import Decide, Dismiss, Hung, Phase, PhaseChanged, Save, Send, Stepped
-from ps.step.leader import Leader, Plan
+from ps.step.leader import Leader
 from ps.step.messages import Assign, Failure, LeafResult, Outcome, Push, PushedNode, Round
+from ps.step.plan import Plan
 from steepest.spec import ScheduleSpec
 
 
@@ -163,7 +164,7 @@ def test_cancel_saves_first() -> None:
     it._saved = 0
     it.cancel(0.5)
     effects = finish_step(it, sends)
-    assert of_kind(effects, Save) == [Save(1, 1)]
+    assert of_kind(effects, Save) == [Save(1)]
     assert it.phase == Phase.SAVING
     effects = it.saved("", 3.0)
     assert it.phase == Phase.CANCELLED
@@ -244,7 +245,7 @@ def test_the_last_checkpoint_must_succeed() -> None:
     it = leader(total_steps=1)
     it._saved = -1
     sends = of_kind(it.join("a", 0.0), Send)
-    assert of_kind(finish_step(it, sends), Save) == [Save(1, 1)]
+    assert of_kind(finish_step(it, sends), Save) == [Save(1)]
     (change, *_) = it.saved("the disk is full", 3.0)
     assert change.phase == Phase.FAILED
     assert change.reason == "the disk is full"
@@ -254,7 +255,7 @@ def test_a_checkpoint_in_between_may_fail() -> None:
     it = leader(checkpoint_every=1)
     it._saved = 0
     sends = of_kind(it.join("a", 0.0), Send)
-    assert of_kind(finish_step(it, sends), Save) == [Save(1, 1)]
+    assert of_kind(finish_step(it, sends), Save) == [Save(1)]
     effects = it.saved("the disk is full", 3.0)
     assert of_kind(effects, Send)[0].assign.step == 1
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ps.step.effects import Decide, Dismiss, Effect, Lost, Phase, Save, Send, Settle
-from ps.step.leader import Leader, Plan
+from ps.step.leader import Leader
 from ps.step.messages import Assign, LeafResult, Push, PushedNode, Round
+from ps.step.plan import Plan
 from steepest.spec import ScheduleSpec
 
 STEPS, LEAVES, PART_LEAVES, PARTS = 8, 7, 2, 4

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from ps.numerics.tree import Node, maximal_nodes
 from ps.parameters.layout import build_layout, shards
 from ps.step.effects import Decide, Dismiss, Effect, Evaluated, Phase, Save, Send, Stepped
-from ps.step.leader import Leader, Plan
+from ps.step.leader import Leader
 from ps.step.messages import Assign, LeafResult, Outcome, Push, PushedNode, Round
+from ps.step.plan import Plan
 from ps.step.shard import ShardServer
 from steepest.spec import OptimizerSpec, ScheduleSpec
 from tests.support.models import described

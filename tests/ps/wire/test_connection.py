@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from ps.job.config import CHUNK_BYTES
-from ps.wire.connection import GREETING, LENGTHS, MAGIC, Connection, Listener, Role, Service, StreamError, connect
+from ps.wire.address import CHUNK_BYTES
+from ps.wire.connection import GREETING, LENGTHS, MAGIC, Connection, Role, StreamError, connect
+from ps.wire.listener import Listener, Service
 
 
 class Text:

@@ -6,9 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ps.numerics.ranges import gaps
 from ps.parameters.layout import build_layout, shards
-from ps.server.peer import place, raw
-from ps.wire.outgoing import Outgoing, gaps
+from ps.memory.raw import raw_bytes
+from ps.wire.chunks import place
+from ps.wire.outgoing import Outgoing
 from steepest.v1 import exchange_pb2 as pb
 from tests.support.models import described
 
@@ -44,7 +46,7 @@ def test_parts_and_the_rest_make_the_sum(parts: list[tuple[int, int, int]]) -> N
             outgoing.part(step, slot, sums[slot], start, stop)
         for slot in (2, 0):
             outgoing.rest(step, slot, sums[slot])
-            assert num_bytes[slot] == len(raw(received[slot]))
+            assert num_bytes[slot] == len(raw_bytes(received[slot]))
             assert torch.equal(received[slot], sums[slot, shard.start : shard.stop])
 
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ps.numerics.ranges import gaps
 from ps.parameters.layout import build_layout
 from ps.step.messages import Assign, Push, Ready, Round
-from ps.wire.outgoing import gaps
 from steepest.spec import spec_from_dict
 from steepest.task import Task
 from tests.support import tasks

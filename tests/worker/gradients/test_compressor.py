@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ps.compression.codec import codec_of
+from ps.compression.choose import codec_of
 from ps.numerics.tree import Node
 from ps.parameters.layout import build_layout
 from steepest.spec import CompressionSpec

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.telemetry.histogram import BOUNDS_SECONDS, Histogram
+from services.jobs.histogram import BOUNDS_SECONDS, Histogram
 
 
 @given(st.lists(st.floats(0, 1000)))

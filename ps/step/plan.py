@@ -1,0 +1,30 @@
+"""What a job does, as far as the leader needs to know it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from steepest.spec import ScheduleSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a job does, as far as the leader needs to know it. evaluation_leaves: 0 without evaluation data.
+
+    part_leaves: micro-batches that are compressed together, with a residual that stays at the worker; 0: nothing is.
+    """
+
+    total_steps: int
+    num_leaves: int
+    num_servers: int
+    base_lr: float
+    schedule: ScheduleSpec
+    max_norm: float | None = None
+    max_value: float | None = None
+    part_leaves: int = 0
+    evaluation_leaves: int = 0
+    metric_names: tuple[str, ...] = ()
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    skip_nonfinite: bool = False
+    worker_timeout_seconds: float = 300.0
