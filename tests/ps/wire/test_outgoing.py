@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ps.memory.raw import raw_bytes
 from ps.numerics.ranges import gaps
 from ps.parameters.layout import build_layout, shards
-from ps.memory.raw import raw_bytes
 from ps.wire.chunks import place
 from ps.wire.outgoing import Outgoing
 from steepest.v1 import exchange_pb2 as pb
