@@ -73,11 +73,11 @@ def main() -> None:
     print("| workers | ours, GB | DDP, GB | ratio |\n|---|---|---|---|")
     results = []
     with tempfile.TemporaryDirectory() as data, running_service(Path(data), grpc_port=0, http_port=0) as service:
-        service.scheduler.wait_ready()
+        service.cluster.wait_ready()
         with Client(f"127.0.0.1:{service.grpc_port}") as client:
             for workers in options.workers:
                 job = Ours(client, size, options.batch, workers, 1)
-                with Peak([*job.pids(), *service.scheduler.fork_servers.pids()]) as ours:
+                with Peak([*job.pids(), *service.cluster.fork_servers.pids()]) as ours:
                     time.sleep(3.0)
                     job.pause()
                     job.round(0.0, STEPS)

@@ -81,7 +81,7 @@ def main() -> None:
         running_service(Path(data), grpc_port=0, http_port=0, num_cpus=NUM_CPUS) as service,
         Client(f"127.0.0.1:{service.grpc_port}") as client,
     ):
-        service.scheduler.wait_ready()
+        service.cluster.wait_ready()
         for name in options.rows:
             row = points()[name]
             print(f"| {name} | model | workers | servers | step, ms | against the first |\n|---|---|---|---|---|---|")

@@ -192,7 +192,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     results = []
     with tempfile.TemporaryDirectory() as data, running_service(Path(data), grpc_port=0, http_port=0) as service:
-        service.scheduler.wait_ready()
+        service.cluster.wait_ready()
         with Client(f"127.0.0.1:{service.grpc_port}") as client:
             for workers in workers_compared:
                 for size in (s for s in SIZES if s.name.replace(" ", "") in options.sizes):

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS / "telemetry.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as data, running_service(Path(data), grpc_port=0, http_port=0) as service:
-        service.scheduler.wait_ready()
+        service.cluster.wait_ready()
         with Client(f"127.0.0.1:{service.grpc_port}") as client:
             jobs = []
             for telemetry in (ON, OFF):

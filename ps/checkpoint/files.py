@@ -13,9 +13,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -165,28 +166,61 @@ def read_checkpoint(path: Path) -> State:
     return _read(path)[1]
 
 
-def _read(path: Path) -> tuple[Written, State]:
+def _verified_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files have the hashes it says. Raises CheckpointError."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        files: Mapping[str, Mapping[str, str]] = manifest["files"]
-        step, updates, version = int(manifest["step"]), int(manifest["updates"]), manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        hashes = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+        int(manifest["step"]), int(manifest["updates"]), manifest["parameters_sha256"], manifest["state_sha256"]
+        version = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST}: {error}") from error
     if version != FORMAT:
         raise CheckpointError(f"{path / MANIFEST}: format {version}; this version reads format {FORMAT}")
-    tensors: dict[str, dict[str, torch.Tensor]] = {EXTRA: {}, COMPRESSION: {}}
-    for name, entry in files.items():
+    for name, expected in hashes.items():
         try:
-            if _file_sha256(path / name) != entry["sha256"]:
-                raise CheckpointError(f"{path / name}: its SHA-256 is not the one in the manifest")
+            found = _file_sha256(path / name)
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: {error}") from error
+        if found != expected:
+            raise CheckpointError(f"{path / name}: its SHA-256 is not the one in the manifest")
+    return manifest
+
+
+def _read(path: Path) -> tuple[Written, State]:
+    manifest = _verified_manifest(path)
+    tensors: dict[str, dict[str, torch.Tensor]] = {EXTRA: {}, COMPRESSION: {}}
+    for name in manifest["files"]:
+        try:
             tensors[name] = load_file(path / name)
         except OSError as error:
             raise CheckpointError(f"{path / name}: {error}") from error
-    state = State(step, updates, tensors[MODEL], tensors[OPTIMIZER], tensors[EXTRA], tensors[COMPRESSION])
+    state = State(
+        int(manifest["step"]),
+        int(manifest["updates"]),
+        tensors[MODEL],
+        tensors[OPTIMIZER],
+        tensors[EXTRA],
+        tensors[COMPRESSION],
+    )
     parameters, whole = state_hashes(state)
     if (parameters, whole) != (manifest["parameters_sha256"], manifest["state_sha256"]):
         raise CheckpointError(f"{path}: its state_sha256 is not the one in the manifest")
-    return Written(step, path, parameters, whole), state
+    return Written(state.step, path, parameters, whole), state
+
+
+def newest_verified(directory: Path) -> Written | None:
+    """The newest checkpoint whose files have the hashes in its manifest, or None; loads no tensor.
+
+    It is the one that `newest_valid` reads.
+    """
+    for path in checkpoints(directory):
+        try:
+            manifest = _verified_manifest(path)
+        except CheckpointError:
+            continue
+        return Written(int(manifest["step"]), path, manifest["parameters_sha256"], manifest["state_sha256"])
+    return None
 
 
 def files_of(path: Path) -> list[Path]:

@@ -124,7 +124,7 @@ class Leader:
         current = self._round
         if self._parts.is_owner(worker):
             self.phase = Phase.FAILED
-            return [Lost(f"{worker} is gone, and with it what it had not sent yet of the gradients")]
+            return [Lost(f"{worker} is gone, and the compression residuals it held are lost")]
         if current is not None and current.decision is None:
             # What another worker has been given too, it has delivered or will deliver to every shard.
             lost = member.leaves

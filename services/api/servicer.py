@@ -1,28 +1,28 @@
-"""TrainingJobService over gRPC. Thin: checks, then the service's own methods."""
+"""TrainingJobService over gRPC: a thin layer over `services.jobs.operations` and the store."""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import threading
+import time
+from collections.abc import Iterator, Sequence
 
 import grpc
 
-from ps.checkpoint.files import files_of, newest_valid
+from ps.checkpoint.files import files_of, newest_verified
 from ps.wire import convert as ps_convert
 from services.api.convert import event_to_proto, job_to_proto
+from services.jobs.operations import Operations
 from services.jobs.task_probe import TaskDescription
+from services.settings import Settings
 from services.store.lifecycle import ENDED
-from services.store.store import JobRow
+from services.store.store import JobRow, Store
 from steepest.convert import spec_from_proto
 from steepest.errors import ConflictError, ServiceUnavailableError, SpecError, Violation
 from steepest.spec import spec_from_dict
 from steepest.v1 import training_jobs_pb2 as pb
 from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
-
-if TYPE_CHECKING:
-    from services.service import Service
 
 PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1000
@@ -36,8 +36,11 @@ PREFIX = "trainingJobs/"
 class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
     """The methods of the .proto file; their names are the wire's."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, operations: Operations, store: Store, settings: Settings, closing: threading.Event) -> None:
+        self._operations = operations
+        self._store = store
+        self._settings = settings
+        self._closing = closing
 
     def _id(self, name: str) -> str:
         if not name.startswith(PREFIX) or len(name) == len(PREFIX):
@@ -45,24 +48,27 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         return name.removeprefix(PREFIX)
 
     def _row(self, name: str) -> JobRow:
-        return self._service.store.get(self._id(name))
+        return self._store.get(self._id(name))
 
     def _message(self, row: JobRow) -> pb.TrainingJob:
-        service = self._service
-        return job_to_proto(row, service.settings, service.store.samples_per_second(row.id), service.now())
+        return self._messages([row])[0]
+
+    def _messages(self, rows: Sequence[JobRow]) -> list[pb.TrainingJob]:
+        rates, now = self._store.samples_per_second([row.id for row in rows]), time.time()
+        return [job_to_proto(row, self._settings, rates.get(row.id), now) for row in rows]
 
     def UploadCode(  # noqa: N802
         self, request_iterator: Iterator[pb.UploadCodeRequest], context: grpc.ServicerContext
     ) -> pb.CodeBundle:
         """See the .proto file."""
-        return pb.CodeBundle(name=self._service.code.add(request.data for request in request_iterator))
+        return pb.CodeBundle(name=self._operations.add_code(request.data for request in request_iterator))
 
     def CreateTrainingJob(  # noqa: N802
         self, request: pb.CreateTrainingJobRequest, context: grpc.ServicerContext
     ) -> pb.TrainingJob:
         """See the .proto file."""
         spec = spec_from_proto(request.spec)
-        return self._message(self._service.create(request.training_job_id, request.request_id, spec))
+        return self._message(self._operations.create(request.training_job_id, request.request_id, spec))
 
     def GetTrainingJob(  # noqa: N802
         self, request: pb.GetTrainingJobRequest, context: grpc.ServicerContext
@@ -75,18 +81,18 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
     ) -> pb.ListTrainingJobsResponse:
         """See the .proto file."""
         size = _page_size(request.page_size, PAGE_SIZE, MAX_PAGE_SIZE)
-        rows = self._service.store.page(size + 1, _token(request.page_token))
+        rows = self._store.page(size + 1, _token(request.page_token))
         following = ""
         if len(rows) > size:
             rows = rows[:size]
             following = base64.urlsafe_b64encode(json.dumps([rows[-1].created, rows[-1].id]).encode()).decode()
-        return pb.ListTrainingJobsResponse(training_jobs=map(self._message, rows), next_page_token=following)
+        return pb.ListTrainingJobsResponse(training_jobs=self._messages(rows), next_page_token=following)
 
     def WatchTrainingJob(  # noqa: N802
         self, request: pb.WatchTrainingJobRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.WatchTrainingJobResponse]:
         """See the .proto file. Progress is coalesced: a slow watcher gets the newest."""
-        store = self._service.store
+        store = self._store
         job = self._row(request.name).id
         sequence, step = request.after_sequence, -1
         while context.is_active():
@@ -104,33 +110,33 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
                 return
             with store.changed:
                 store.changed.wait(WATCH_SECONDS * 10)
-            self._service.closing.wait(WATCH_SECONDS)
-            if self._service.closing.is_set():
+            self._closing.wait(WATCH_SECONDS)
+            if self._closing.is_set():
                 raise ServiceUnavailableError("the service is stopping")
 
     def CancelTrainingJob(  # noqa: N802
         self, request: pb.CancelTrainingJobRequest, context: grpc.ServicerContext
     ) -> pb.TrainingJob:
         """See the .proto file."""
-        return self._message(self._service.cancel(self._id(request.name)))
+        return self._message(self._operations.cancel(self._id(request.name)))
 
     def PauseTrainingJob(  # noqa: N802
         self, request: pb.PauseTrainingJobRequest, context: grpc.ServicerContext
     ) -> pb.TrainingJob:
         """See the .proto file."""
-        return self._message(self._service.pause(self._id(request.name)))
+        return self._message(self._operations.pause(self._id(request.name)))
 
     def ResumeTrainingJob(  # noqa: N802
         self, request: pb.ResumeTrainingJobRequest, context: grpc.ServicerContext
     ) -> pb.TrainingJob:
         """See the .proto file."""
-        return self._message(self._service.resume(self._id(request.name)))
+        return self._message(self._operations.resume(self._id(request.name)))
 
     def ScaleTrainingJob(  # noqa: N802
         self, request: pb.ScaleTrainingJobRequest, context: grpc.ServicerContext
     ) -> pb.TrainingJob:
         """See the .proto file."""
-        return self._message(self._service.scale(self._id(request.name), request.workers))
+        return self._message(self._operations.scale(self._id(request.name), request.workers))
 
     def QueryHistory(  # noqa: N802
         self, request: pb.QueryHistoryRequest, context: grpc.ServicerContext
@@ -141,7 +147,7 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         names = [p.name for p in layout.parameters]
         most = max(1, min(HISTORY_PAGE_SIZE, HISTORY_PAGE_NUMBERS // len(names)))
         size = _page_size(request.page_size, most, most)
-        records = self._service.store.history_of(row.id, request.first_step, size)
+        records = self._store.history_of(row.id, request.first_step, size)
         return pb.QueryHistoryResponse(records=map(ps_convert.record_to_proto, records), parameter_names=names)
 
     def DownloadCheckpoint(  # noqa: N802
@@ -149,10 +155,10 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
     ) -> Iterator[pb.DownloadCheckpointResponse]:
         """See the .proto file."""
         row = self._row(request.name)
-        newest = newest_valid(self._service.settings.checkpoints_of(row.id))
+        newest = newest_verified(self._settings.checkpoints_of(row.id))
         if newest is None:
             raise ConflictError(f"{row.name} has no checkpoint yet; it is at step {row.result.step}")
-        for path in files_of(newest[0].path):
+        for path in files_of(newest.path):
             with path.open("rb") as file:
                 while piece := file.read(CHUNK_BYTES):
                     yield pb.DownloadCheckpointResponse(file=path.name, data=piece)

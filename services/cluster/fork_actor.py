@@ -19,3 +19,7 @@ class ForkServerActor:
     def interpreter(self) -> tuple[str, tuple[int, int]]:
         """(command that starts the Python of a worker or server on this host, pids of this actor and the server)."""
         return self._server.interpreter(), (os.getpid(), self._server.pid)
+
+    def exit_status(self, pid: int) -> int | None:
+        """The wait status of a fork that has ended; None when it is none of this server's."""
+        return self._server.exit_status(pid)

@@ -21,6 +21,8 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,8 @@ PLAIN_PRIORITY = {"RAY_worker_niceness": "0"}
 REQUEST_SECONDS = 2.0
 PIECE_BYTES = 1 << 16
 ENDING_SECONDS = 5.0
+EXIT_SECONDS = 1.0  # from when Ray misses a process to when its parent knows how it ended
+MAX_STATUSES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,21 +92,46 @@ class Request:
 
 
 def serve(name: str) -> Request | None:
-    """Fork a process for each request. Returns the request in each of them, and None here when standard input ends."""
+    """Fork a process for each request. Returns the request in each of them, and None here when standard input ends.
+
+    Writes "+PID" to standard output when a process is forked, and "PID STATUS", its wait status, when it has ended.
+    """
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("\0" + name)
         listener.listen(128)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that end
-        sys.stdout.write("ready\n")
-        sys.stdout.flush()
+        ended, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        _say("ready")
         while True:
-            readable, _, _ = select.select([listener, sys.stdin], [], [])
+            readable, _, _ = select.select([listener, sys.stdin, ended], [], [])
             if sys.stdin in readable:
                 return None
+            if ended in readable:
+                os.read(ended, PIECE_BYTES)
+                _report_ended()
+            if listener not in readable:
+                continue
             with contextlib.suppress(OSError, ValueError):  # a client without an answer does without
                 request = _answer(listener)
                 if request is not None:
+                    signal.set_wakeup_fd(-1)
+                    os.close(ended)
+                    os.close(wake)
                     return request
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # whoever started this server is gone; its input ends, too
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+def _report_ended() -> None:
+    """Say how the forks ended that have ended."""
+    with contextlib.suppress(ChildProcessError):  # there is no other
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            _say(f"{found[0]} {found[1]}")
 
 
 def _answer(listener: socket.socket) -> Request | None:
@@ -114,11 +143,12 @@ def _answer(listener: socket.socket) -> Request | None:
         connection.settimeout(REQUEST_SECONDS)
         request = Request.receive(connection)
         try:
-            is_fork = os.fork() == 0
+            pid = os.fork()
         except OSError:
             _close(request.streams)
             raise
-        if not is_fork:
+        if pid:
+            _say(f"+{pid}")
             _close(request.streams)
             return None
         _confirm(connection)
@@ -166,6 +196,8 @@ class ForkServer:
     def __init__(self) -> None:
         self._process: subprocess.Popen[Any] | None = None
         self._name = ""
+        self._news = threading.Condition()
+        self._statuses: dict[int, int | None] = {}  # of its forks: None while they run
 
     @property
     def pid(self) -> int:
@@ -193,6 +225,24 @@ class ForkServer:
         assert self._process.stdout is not None  # noqa: S101  # a pipe
         if self._process.stdout.readline() != b"ready\n":
             raise OSError(f"the fork server ended with status {self._process.wait()}")
+        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
+
+    def _listen(self, lines: Iterable[bytes]) -> None:
+        """Note what the server says of its forks, until it ends."""
+        for line in lines:
+            pid, _, status = line.decode().strip().partition(" ")
+            with self._news:
+                self._statuses[int(pid.removeprefix("+"))] = int(status) if status else None
+                while len(self._statuses) > MAX_STATUSES:
+                    del self._statuses[next(iter(self._statuses))]
+                self._news.notify_all()
+
+    def exit_status(self, pid: int) -> int | None:
+        """The wait status of a fork that has ended or is about to; None when it is not known."""
+        with self._news:
+            if pid in self._statuses:
+                self._news.wait_for(lambda: self._statuses.get(pid) is not None, EXIT_SECONDS)
+            return self._statuses.get(pid)
 
     def close(self) -> None:
         """End the server; what it forked goes on."""

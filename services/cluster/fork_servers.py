@@ -16,6 +16,7 @@ from services.cluster.fork_server import PLAIN_PRIORITY
 log = logging.getLogger(__name__)
 
 START_SECONDS = 60.0
+STATUS_SECONDS = 3.0
 
 
 class ForkServers:
@@ -52,6 +53,18 @@ class ForkServers:
                     del self._actors[node or ""]
             return {}
         return {"py_executable": interpreter}
+
+    def exit_status(self, node: str | None, pid: int) -> int | None:
+        """The wait status of a process that a fork server started and that has ended; None when nobody knows it."""
+        with self._lock:
+            actor = self._actors.get(node or "")
+        if actor is None or not ray.is_initialized():
+            return None
+        try:
+            status: int | None = ray.get(actor.exit_status.remote(pid), timeout=STATUS_SECONDS)
+        except Exception:  # its host is gone, too
+            return None
+        return status
 
     def pids(self) -> list[int]:
         """Of those that run, and their actors."""

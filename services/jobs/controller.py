@@ -1,67 +1,61 @@
-"""Brings one job to its end: starts its servers and workers, replaces what dies, and carries out what users ask.
+"""Brings one job to its end: starts its processes, replaces those that die, and carries out what users ask.
 
-One thread, one inbox: reports of the leader, ends of actors and commands of users are handled one at a time.
+One thread and one inbox: reports of the leader, ends of processes and requests of users are events, handled one at a
+time. `services.jobs.policy` decides; this module acts. A *life* of a job is one incarnation: it begins with new servers
+and ends when one of them is lost, or with the job.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from ps.checkpoint.files import newest_valid, read_records
+from ps.checkpoint.files import newest_verified, read_records
 from ps.job.config import JobConfig
-from ps.step.effects import Phase
-from ps.step.messages import StepRecord
 from ps.wire.address import ServerAddress
-from services.cluster.cluster import Exit, Placement, Started
-from services.jobs.histogram import Histogram
-from services.jobs.leader_client import CheckpointReport, PhaseReport, Report, Supervision
+from services.cluster.processes import Exit, ExitKind, Started, named
+from services.jobs import policy
+from services.jobs.inbox import Asked, Detach, Event, Reported, ServerEnded, WorkerEnded, WorkerStarted
+from services.jobs.leader_client import CheckpointReport, LeaderClient, Report
+from services.jobs.ledger import Ledger
+from services.jobs.room import Dial, LeaderLink, Room
 from services.jobs.task_probe import TaskDescription
+from services.jobs.team import Team, WorkerState
+from services.jobs.totals import Totals
 from services.settings import Settings
-from services.store.lifecycle import ENDED, JobState
+from services.store.lifecycle import JobState
 from services.store.store import JobRow, Store
-from steepest.errors import ConflictError
 from steepest.spec import TrainingJobSpec
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-PERSIST_SECONDS = 1.0
-ANY_LIFE = -1  # instead of an incarnation: the action outlives it
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A stored job with what it takes to run it."""
+
+    row: JobRow
+    spec: TrainingJobSpec
+    description: TaskDescription
+    code: bytes
 
 
 @dataclass
-class _Worker:
-    generation: int = 0
-    started: Started | None = None
-    state: str = "starting"
+class Life:
+    """One incarnation's servers and the stream to their leader. lost: what happened to the servers, when it is over."""
 
-
-@dataclass
-class Totals:
-    """What the exporter counts over the life of a controller."""
-
-    steps: int = 0
-    samples: int = 0
-    clipped: int = 0
-    skipped: int = 0
-    replaced_workers: int = 0
-    step_seconds: Histogram = field(default_factory=Histogram)
-
-    def count(self, records: list[StepRecord]) -> None:
-        """Add what these steps did."""
-        self.steps += len(records)
-        self.samples += sum(r.samples for r in records)
-        self.clipped += sum(r.clipped for r in records)
-        self.skipped += sum(r.skipped for r in records)
-        for record in records:
-            self.step_seconds.observe(record.step_seconds)
+    config: JobConfig
+    addresses: list[ServerAddress]
+    servers: list[Started]
+    leader: LeaderLink
+    lost: str = ""
 
 
 class Controller(threading.Thread):
@@ -69,366 +63,304 @@ class Controller(threading.Thread):
 
     def __init__(
         self,
-        row: JobRow,
-        spec: TrainingJobSpec,
-        description: TaskDescription,
-        code: bytes,
+        job: Assignment,
         store: Store,
         settings: Settings,
-        placement: Placement,
+        room: Room,
         on_end: Callable[[str], None],
+        dial: Dial = LeaderClient,
     ) -> None:
-        super().__init__(name=f"controller-{row.id}", daemon=True)
-        self.job = row.id
-        self.job_name = row.name
-        self.spec = spec
-        self.result = row.result
-        self.record: StepRecord | None = None
+        super().__init__(name=f"controller-{job.row.id}", daemon=True)
+        self.job = job.row.id
+        self.job_name = job.row.name
+        self.spec = job.spec
+        self.total_steps = job.row.total_steps
         self.totals = Totals()
-        self.total_steps = row.total_steps
-        self._description = description
-        self._code = code
-        self._store = store
+        self.ledger = Ledger(store, job.row, job.description.num_samples, job.spec.data.global_batch)
+        self._description = job.description
+        self._code = job.code
         self._settings = settings
-        self._placement = placement
+        self._room = room
         self._on_end = on_end
-        self._wanted = row.workers
-        self._incarnation = row.incarnation
-        self._inbox: SimpleQueue[tuple[int, Callable[[], None]]] = SimpleQueue()
-        self._workers: dict[str, _Worker] = {}
-        self._servers: list[Started] = []
-        self._addresses: list[ServerAddress] = []
-        self._supervision: Supervision | None = None
-        self._config: JobConfig | None = None
-        self._lost = ""  # why this life is over, when a server died
-        self._deaths = 0  # without progress
-        self._step_of_death = -1
+        self._dial = dial
+        self._incarnation = job.row.incarnation
+        self._inbox: SimpleQueue[Event] = SimpleQueue()
+        self._team = Team(job.row.workers)
+        self._life: Life | None = None
+        self._patience = policy.Patience(job.spec.placement.max_worker_restarts)
         self._pause_wanted = False
         self._cancel_deadline: float | None = None
-        self._persisted = 0.0
-        self._generations = itertools.count()
+        self._detached = False
 
-    # -- asked from outside -----------------------------------------------------------------------------------------
+    # -- asked from outside -------------------------------------------------------------------------------------------
 
     def ask(self, verb: str, workers: int = 0) -> None:
         """Have a verb carried out: pause, resume, cancel, scale."""
-        self._inbox.put((ANY_LIFE, lambda: self._obey(verb, workers)))
+        self._inbox.put(Asked(verb, workers))
 
-    def _in_this_life(self) -> Callable[[Callable[[], None]], None]:
-        """What queues an action, which is dropped when the present life of the job is over by then."""
-        incarnation = self._incarnation
-        return lambda action: self._inbox.put((incarnation, action))
+    def detach(self) -> None:
+        """Leave the job as it is: the service is stopping, and the next one takes the job over."""
+        self._inbox.put(Detach())
 
-    # -- life -------------------------------------------------------------------------------------------------------
+    # -- lives --------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Live until the job has ended."""
+        """Live until the job has ended, or the service stops."""
         try:
-            self._placement.set_code(self._code)
-            while not self._is_ended() and self._live():
+            self._room.set_code(self._code)
+            while not self._is_over() and self._live():
                 pass
         except Exception as error:
-            log.exception("controller of %s", self.job_name)
-            self._end(JobState.FAILED, "the controller failed", f"internal error: {error!r}")
+            if not self._detached:
+                log.exception("controller of %s", self.job_name)
+                self._end(policy.End(JobState.FAILED, "the controller failed", f"internal error: {error!r}"))
         finally:
             self._hang_up()
-            self._placement.release()
+            self._room.release()
             self._on_end(self.job)
-
-    def _is_ended(self) -> bool:
-        return self._store.get(self.job).state in ENDED
-
-    def _live(self) -> bool:
-        """One life (incarnation) of the job. Returns whether there is to be another."""
-        self._incarnation += 1
-        self._lost = ""
-        self._store.update(self.job, incarnation=self._incarnation)
-        restored = newest_valid(self._settings.checkpoints_of(self.job))
-        step = 0
-        if restored is not None:
-            written = restored[0]
-            step = written.step
-            self.result = replace(
-                self.result, parameters_sha256=written.parameters_sha256, state_sha256=written.state_sha256
-            )
-            # What the leader of the life before had no time to tell.
-            self._store.fill_history(self.job, *read_records(written.path))
-        del restored
-        self._store.rewind(self.job, step)
-        self._set_step(step)
-        placement = self.spec.placement
-        self._config = JobConfig(
-            job=self.job,
-            incarnation=self._incarnation,
-            token=secrets.token_urlsafe(32),
-            spec=self.spec,
-            model=self._description.model,
-            num_samples=self._description.num_samples,
-            num_evaluation_samples=self._description.num_evaluation_samples,
-            metric_names=self._description.metric_names,
-            num_servers=placement.num_servers,
-            checkpoint_directory=self._settings.checkpoints_of(self.job),
-        )
-        post = self._in_this_life()
-        try:
-            started = self._placement.start_servers(
-                self._config, lambda i, end: post(lambda: self._server_ended(i, end))
-            )
-        except Exception as error:
-            return self._recover(f"the servers did not start: {error}")
-        self._addresses = [address for address, _ in started]
-        self._servers = [where for _, where in started]
-        self._supervision = Supervision(
-            self._addresses[0].control, self._config, lambda report: post(lambda: self._on_report(report))
-        )
-        self._workers = {}
-        if self._pause_wanted:
-            self._supervision.send("pause")
-        self._match_workers()
-        while not self._lost and not self._is_over():
-            self._handle_next()
-        return self._recover(self._lost) if self._lost else False
-
-    def _handle_next(self) -> None:
-        try:
-            incarnation, action = self._inbox.get(timeout=POLL_SECONDS)
-        except Empty:
-            return
-        if incarnation in (ANY_LIFE, self._incarnation):
-            action()
 
     def _is_over(self) -> bool:
         if self._cancel_deadline is not None and time.time() > self._cancel_deadline:
             seconds = self._settings.cancel_grace_seconds
-            self._end(JobState.CANCELLED, f"cancelled; no step ended within {seconds:g} s, so the last one is lost")
-        return self._is_ended()
+            reason = f"cancelled; no step ended within {seconds:g} s, so the unfinished one is lost"
+            self._end(policy.End(JobState.CANCELLED, reason))
+        return self._detached or self.ledger.has_ended
 
-    def _recover(self, reason: str) -> bool:
-        """A server died: start again from the last checkpoint, unless that happened too often without progress."""
+    def _live(self) -> bool:
+        """One life of the job. Returns whether there is to be another."""
+        self._incarnation += 1
+        self._restore()
+        try:
+            life = self._begin_life()
+        except Exception as error:
+            return self._after_loss(f"the servers did not start: {error}")
+        self._life = life
+        if self._pause_wanted:
+            life.leader.send("pause")
+        self._match_workers()
+        while not life.lost and not self._is_over():
+            self._handle_next()
+        return bool(life.lost) and not self._detached and self._after_loss(life.lost)
+
+    def _restore(self) -> None:
+        """Have the store say what the servers are about to find on disk."""
+        written = newest_verified(self._settings.checkpoints_of(self.job))
+        if written is None:
+            self.ledger.begin_life(self._incarnation, 0, [], 0)
+            return
+        of_incarnation, records = read_records(written.path)
+        self.ledger.note_result(parameters_sha256=written.parameters_sha256, state_sha256=written.state_sha256)
+        self.ledger.begin_life(self._incarnation, written.step, records, of_incarnation)
+
+    def _begin_life(self) -> Life:
+        description, incarnation = self._description, self._incarnation
+        config = JobConfig(
+            job=self.job,
+            incarnation=incarnation,
+            token=secrets.token_urlsafe(32),
+            spec=self.spec,
+            model=description.model,
+            num_samples=description.num_samples,
+            num_evaluation_samples=description.num_evaluation_samples,
+            metric_names=description.metric_names,
+            num_servers=self.spec.placement.num_servers,
+            checkpoint_directory=self._settings.checkpoints_of(self.job),
+        )
+        started = self._room.start_servers(
+            config, lambda index, end: self._inbox.put(ServerEnded(incarnation, index, end))
+        )
+        addresses = [address for address, _ in started]
+        leader = self._dial(addresses[0].control, config, lambda report: self._inbox.put(Reported(incarnation, report)))
+        self._team.clear()
+        return Life(config, addresses, [where for _, where in started], leader)
+
+    def _after_loss(self, what_happened: str) -> bool:
+        """The servers are gone. Returns whether the job starts again from its last checkpoint."""
         self._hang_up()
-        self._placement.stop_actors()
-        if self._cancel_deadline is not None:
-            self._end(JobState.CANCELLED, "cancelled")
+        self._room.stop_actors()
+        written = newest_verified(self._settings.checkpoints_of(self.job))
+        decision = policy.on_server_loss(
+            self._patience,
+            what_happened,
+            self.ledger.result.step,
+            None if written is None else written.step,
+            cancelling=self._cancel_deadline is not None,
+        )
+        if isinstance(decision, policy.End):
+            self._end(decision)
             return False
-        if self._count_death():
-            self._end(JobState.FAILED, "its servers keep dying", f"{reason} ({self._deaths} deaths without progress)")
-            return False
-        self._move(JobState.RECOVERING, f"{reason}; going back to the last checkpoint")
+        self.ledger.move(JobState.RECOVERING, decision.reason)
         return True
 
     def _hang_up(self) -> None:
-        if self._supervision is not None:
-            self._supervision.close()
-            self._supervision = None
+        if self._life is not None:
+            self._life.leader.close()
+            self._life = None
 
-    def _count_death(self) -> bool:
-        """Count a death; whether there were too many since the last progress."""
-        if self.result.step > self._step_of_death:
-            self._deaths = 0
-        self._step_of_death = max(self._step_of_death, self.result.step)
-        self._deaths += 1
-        return self._deaths > self.spec.placement.max_worker_restarts
+    # -- events -------------------------------------------------------------------------------------------------------
 
-    # -- commands ---------------------------------------------------------------------------------------------------
-
-    def _obey(self, verb: str, workers: int) -> None:
-        if verb == "scale":
-            self._wanted = workers
-            if self._supervision is not None:
-                self._match_workers()
+    def _handle_next(self) -> None:
+        try:
+            event = self._inbox.get(timeout=POLL_SECONDS)
+        except Empty:
             return
-        if verb == "cancel":
-            state = self._store.get(self.job).state
-            if self._supervision is None or not any(w.state == "running" for w in self._workers.values()):
-                self._end(
-                    JobState.CANCELLED, "cancelled" if state == JobState.CANCELLING else "cancelled while starting"
-                )
-                return
-            self._cancel_deadline = time.time() + self._settings.cancel_grace_seconds
-        else:
-            self._pause_wanted = verb == "pause"
-        if self._supervision is not None:
-            self._supervision.send(verb)
+        self._handle(event)
 
-    # -- workers ----------------------------------------------------------------------------------------------------
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, Asked):
+            self._obey(event)
+            return
+        if isinstance(event, Detach):
+            self._detached = True
+            return
+        life = self._life
+        if life is None or event.incarnation != self._incarnation:
+            return  # of a life that is over
+        match event:
+            case ServerEnded(_, index, end):
+                who = named(self._name_of(index), life.servers[index])
+                life.lost = f"{who} {end.message}"
+            case WorkerStarted(_, name, generation, started):
+                worker = self._team.current(name, generation)
+                if worker is not None:
+                    worker.started = started
+                    self._publish()
+            case WorkerEnded(_, name, generation, end):
+                if self._team.current(name, generation) is not None and not self.ledger.has_ended:
+                    self._worker_ended(name, end)
+            case Reported(_, report):
+                self._on_report(life, report)
+
+    def _obey(self, asked: Asked) -> None:
+        life = self._life
+        match asked.verb:
+            case "scale":
+                self._team.wanted = asked.workers
+                if life is not None:
+                    self._match_workers()
+                return
+            case "cancel":
+                if life is None or not self._team.any_running():
+                    while_ = "" if self.ledger.state == JobState.CANCELLING else " while starting"
+                    self._end(policy.End(JobState.CANCELLED, f"cancelled{while_}"))
+                    return
+                self._cancel_deadline = time.time() + self._settings.cancel_grace_seconds
+            case _:
+                self._pause_wanted = asked.verb == "pause"
+        if life is not None:
+            life.leader.send(asked.verb)
+
+    # -- workers ------------------------------------------------------------------------------------------------------
 
     def _match_workers(self) -> None:
         """Start or retire workers until there are as many as wanted."""
-        staying = [name for name, w in self._workers.items() if w.state != "retiring"]
-        staying.sort(key=self._placement.has_server, reverse=True)  # who shares its GPU with a server goes last
-        for name in reversed(staying[self._wanted :]):
+        for name in self._team.surplus(self._room.has_server):
             self._retire(name)
-        number = 0
-        for _ in range(self._wanted - len(staying)):
-            while f"worker-{number}" in self._workers:
-                number += 1
-            self._start_worker(f"worker-{number}")
+        for name in self._team.missing():
+            self._start_worker(name)
 
     def _start_worker(self, name: str) -> None:
-        assert self._config is not None  # noqa: S101  # only called in a life
-        generation = next(self._generations)
-        self._workers[name] = _Worker(generation)
-        post = self._in_this_life()
-        self._placement.start_worker(
-            self._config,
+        life, incarnation = self._life, self._incarnation
+        assert life is not None  # noqa: S101  # only called in a life
+        generation = self._team.add(name).generation
+        self._room.start_worker(
+            life.config,
             name,
             generation,
-            self._addresses,
-            lambda started: post(lambda: self._worker_started(name, generation, started)),
-            lambda end: post(lambda: self._worker_ended(name, generation, end)),
+            life.addresses,
+            lambda started: self._inbox.put(WorkerStarted(incarnation, name, generation, started)),
+            lambda end: self._inbox.put(WorkerEnded(incarnation, name, generation, end)),
         )
         self._publish()
 
     def _retire(self, name: str) -> None:
-        worker = self._workers[name]
-        if worker.state == "running" and self._supervision is not None:
-            worker.state = "retiring"
-            self._supervision.send("retire", name)
+        worker = self._team[name]
+        if worker.state == WorkerState.RUNNING and self._life is not None:
+            worker.state = WorkerState.RETIRING
+            self._life.leader.send("retire", name)
             return
-        del self._workers[name]
-        self._placement.stop_worker(name, keep_room=False)
+        del self._team[name]
+        self._room.stop_worker(name, keep_room=False)
 
-    def _worker_started(self, name: str, generation: int, started: Started) -> None:
-        worker = self._workers.get(name)
-        if worker is not None and worker.generation == generation:
-            worker.started = started
-            self._publish()
+    def _worker_ended(self, name: str, end: Exit) -> None:
+        worker = self._team.pop(name)
+        who = named(name, worker.started)
+        match policy.on_worker_exit(self._patience, who, worker.state, end, self.ledger.result.step):
+            case policy.End() as decision:
+                self._room.stop_worker(name, keep_room=True)
+                self._end(decision)
+            case policy.LetGo(frees_room):
+                if frees_room:
+                    self._room.stop_worker(name, keep_room=False)
+                    self._publish()
+            case policy.Replace(note):
+                self._room.stop_worker(name, keep_room=True)
+                self.totals.replaced_workers += 1
+                self.ledger.say(note)
+                self._start_worker(name)
 
-    def _worker_ended(self, name: str, generation: int, end: Exit) -> None:
-        worker = self._workers.get(name)
-        if worker is None or worker.generation != generation or self._is_ended():
-            return
-        del self._workers[name]
-        if end.kind == "refused":
-            error = f"{end.message}\n{end.traceback}".strip()
-            self._end(JobState.FAILED, f"the task cannot be run on {name}", error)
-            return
-        if worker.state == "retiring":
-            self._placement.stop_worker(name, keep_room=False)
-            self._publish()
-            return
-        if end.kind == "done":
-            return  # dismissed at the end of the job, which the leader reports
-        self._placement.stop_worker(name, keep_room=True)
-        if self._count_death():
-            self._end(
-                JobState.FAILED,
-                f"{name} keeps dying",
-                f"{name} died at step {self.result.step}: {end.message} ({self._deaths} deaths without progress; "
-                f"placement.max_worker_restarts = {self.spec.placement.max_worker_restarts})",
-            )
-            return
-        self.totals.replaced_workers += 1
-        self._store.note(self.job, f"{name} died and is replaced: {end.message}", time.time())
-        self._start_worker(name)
+    # -- reports of the leader ----------------------------------------------------------------------------------------
 
-    def _name_of(self, server: int) -> str:
-        """Those beyond the number of shards are homes of their hosts only."""
-        shards = self.spec.placement.num_servers
-        return f"server-{server}" if server < shards else f"home-{server - shards}"
-
-    def _server_ended(self, index: int, end: Exit) -> None:
-        self._lost = f"{self._name_of(index)} died: {end.message}"
-
-    # -- reports of the leader --------------------------------------------------------------------------------------
-
-    def _on_report(self, report: Report) -> None:
-        self._on_records(report.records, report.newest)
+    def _on_report(self, life: Life, report: Report) -> None:
+        self.ledger.append(self._incarnation, report.records, report.newest)
+        if report.records:
+            life.leader.acknowledge(report.records[-1].step)
+        if report.newest is not None:
+            self.totals.count(report.records or [report.newest])
         for _, metrics in report.evaluations:
-            self.result = replace(self.result, metrics=metrics)
+            self.ledger.note_result(metrics=metrics)
         for checkpoint in report.checkpoints:
             self._on_checkpoint(checkpoint)
         for worker, change in report.members:
             self._on_member(worker, change)
         for phase in report.phases:
-            self._on_phase(phase)
-        if time.time() - self._persisted > PERSIST_SECONDS or report.members or report.evaluations or report.phases:
+            traceback = phase.failure.traceback if phase.failure is not None else ""
+            state = self.ledger.state
+            for decision in policy.on_phase(
+                phase.phase, phase.reason, traceback, state, pause_wanted=self._pause_wanted
+            ):
+                if isinstance(decision, policy.End):
+                    self._end(decision)
+                else:
+                    self.ledger.move(decision.state, decision.reason)
+        if self.ledger.is_stale or report.members or report.evaluations or report.phases:
             self._publish()
-
-    def _on_records(self, records: list[StepRecord], newest: StepRecord | None) -> None:
-        if records:
-            self._store.append_history(self.job, self._incarnation, records)
-            if self._supervision is not None:
-                self._supervision.acknowledge(records[-1].step)
-        if newest is None:
-            return
-        self.record = newest
-        self.totals.count(records or [newest])
-        self._set_step(newest.step + 1)
-        self.result = replace(self.result, loss=newest.loss)
 
     def _on_checkpoint(self, checkpoint: CheckpointReport) -> None:
         if checkpoint.problem:
-            self._store.note(self.job, checkpoint.problem, time.time())
+            self.ledger.say(checkpoint.problem)
             return
-        self.result = replace(
-            self.result, parameters_sha256=checkpoint.parameters_sha256, state_sha256=checkpoint.state_sha256
-        )
+        self.ledger.note_result(parameters_sha256=checkpoint.parameters_sha256, state_sha256=checkpoint.state_sha256)
 
     def _on_member(self, name: str, change: str) -> None:
-        worker = self._workers.get(name)
+        worker = self._team.get(name)
         if worker is None:
             return
-        if change == "joined" and worker.state == "starting":
-            worker.state = "running"
-            if len(self._workers) > self._wanted:
+        if change == "joined" and worker.state == WorkerState.STARTING:
+            worker.state = WorkerState.RUNNING
+            if len(self._team) > self._team.wanted:
                 self._match_workers()
         elif change == "hung":
             seconds = self.spec.placement.worker_timeout_seconds
-            self._placement.stop_worker(name, keep_room=True)
-            message = f"it did not answer within {seconds:g} s (placement.worker_timeout_seconds)"
-            self._worker_ended(name, worker.generation, Exit("died", message))
+            message = f"did not answer within {seconds:g} s (placement.worker_timeout_seconds) and was killed"
+            self._worker_ended(name, Exit(ExitKind.DIED, message))
 
-    def _on_phase(self, phase: PhaseReport) -> None:
-        state = self._store.get(self.job).state
-        match phase.phase:
-            case Phase.WORKING:
-                if state in (JobState.STARTING, JobState.RECOVERING, JobState.PAUSED):
-                    self._move(JobState.RUNNING, phase.reason)
-                if self._pause_wanted and state == JobState.RECOVERING:
-                    self._move(JobState.PAUSING, "to be paused again")
-            case Phase.PAUSED:
-                if state == JobState.RUNNING and self._pause_wanted:
-                    self._move(JobState.PAUSING, "to be paused again")
-                    state = JobState.PAUSING
-                if state == JobState.PAUSING:
-                    self._move(JobState.PAUSED, phase.reason)
-            case Phase.FINISHED:
-                self._end(JobState.SUCCEEDED, phase.reason)
-            case Phase.CANCELLED:
-                self._end(JobState.CANCELLED, phase.reason)
-            case Phase.FAILED:
-                traceback = phase.failure.traceback if phase.failure is not None else ""
-                self._end(JobState.FAILED, phase.reason, f"{phase.reason}\n{traceback}".strip())
+    # -- the store ----------------------------------------------------------------------------------------------------
 
-    # -- the store --------------------------------------------------------------------------------------------------
-
-    def _set_step(self, step: int) -> None:
-        per_epoch = -(-self._description.num_samples // self.spec.data.global_batch)
-        epochs, rest = divmod(step, per_epoch)
-        in_epoch = min(rest * self.spec.data.global_batch, self._description.num_samples)
-        self.result = replace(self.result, step=step, samples=epochs * self._description.num_samples + in_epoch)
+    def _name_of(self, server: int) -> str:
+        """Servers beyond the number of shards are only homes of their hosts."""
+        shards = self.spec.placement.num_servers
+        return f"server-{server}" if server < shards else f"home-{server - shards}"
 
     def _publish(self) -> None:
-        """Write what is known to the store."""
-        members = [("server", self._name_of(i), s.pid, s.host, "running") for i, s in enumerate(self._servers)]
-        for name, worker in self._workers.items():
+        servers = self._life.servers if self._life is not None else []
+        members = [("server", self._name_of(i), s.pid, s.host, "running") for i, s in enumerate(servers)]
+        for name, worker in self._team.items():
             started = worker.started or Started(0, "")
-            members.append(("worker", name, started.pid, started.host, worker.state))
-        self.result = replace(self.result, members=tuple(members))
-        self._store.update(self.job, result=self.result)
-        self._persisted = time.time()
+            members.append(("worker", name, started.pid, started.host, str(worker.state)))
+        self.ledger.publish(members)
 
-    def _move(self, state: JobState, reason: str) -> None:
-        """Change the state, unless a user's cancel came first."""
-        try:
-            self._store.move(self.job, state, reason, time.time())
-        except ConflictError:
-            log.info("%s cannot become %s", self.job_name, state)
-
-    def _end(self, state: JobState, reason: str, error: str = "") -> None:
-        self.result = replace(self.result, error=error)
+    def _end(self, decision: policy.End) -> None:
+        self.ledger.note_result(error=decision.error)
         self._publish()
-        if state == JobState.CANCELLED:
-            self._move(JobState.CANCELLING, reason)
-        self._move(state, reason)
+        self.ledger.end(decision.state, decision.reason)

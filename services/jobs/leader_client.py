@@ -73,7 +73,7 @@ def report_from_proto(message: pb.SupervisionMessage) -> Report:
     )
 
 
-class Supervision:
+class LeaderClient:
     """Supervises one life of a job. on_report is called in a thread of its own."""
 
     def __init__(self, address: str, config: JobConfig, on_report: Callable[[Report], None]) -> None:

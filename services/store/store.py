@@ -138,6 +138,17 @@ class Store:
         with self._engine.connect() as connection:
             return [_job(row) for row in connection.execute(query)]
 
+    def exists(self, job: str) -> bool:
+        """Whether there is a job of that id."""
+        with self._engine.connect() as connection:
+            return connection.execute(sa.select(jobs.c.id).where(jobs.c.id == job)).first() is not None
+
+    def count_states(self) -> dict[JobState, int]:
+        """How many jobs are in each state."""
+        query = sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)
+        with self._engine.connect() as connection:
+            return {JobState(state): count for state, count in connection.execute(query)}
+
     def move(self, job: str, state: JobState, reason: str, now: float) -> JobRow:
         """Change the state of a job, with an event. Raises ConflictError for a move that is not legal."""
         with self._write, self._engine.begin() as connection:
@@ -231,19 +242,41 @@ class Store:
             row = connection.execute(query).first()
         return None if row is None else _record(row)
 
-    def samples_per_second(self, job: str) -> float | None:
-        """Over the last half of the steps; None before there are two steps in it."""
-        last = self.last_record(job)
-        if last is None:
-            return None
-        columns = (history.c.step, history.c.time, history.c.samples)
-        half = (history.c.job == job, ~history.c.hidden, history.c.step >= last.step // 2)
+    def samples_per_second(self, ids: Sequence[str]) -> dict[str, float]:
+        """Of each job, over the last half of its steps; without those that have fewer than two steps in it."""
+        if not ids:
+            return {}
+        own = (history.c.job.in_(ids), ~history.c.hidden)
+        last = (
+            sa.select(history.c.job, sa.func.max(history.c.step).label("step"))
+            .where(*own)
+            .group_by(history.c.job)
+            .subquery()
+        )
+        half = (
+            sa.select(
+                history.c.job,
+                sa.func.min(history.c.step).label("first"),
+                sa.func.max(history.c.step).label("last"),
+                sa.func.sum(history.c.samples).label("samples"),
+            )
+            .join(last, last.c.job == history.c.job)
+            .where(*own, 2 * history.c.step + 1 >= last.c.step)
+            .group_by(history.c.job)
+            .subquery()
+        )
+        ends = sa.select(history.c.job, history.c.step, history.c.time, history.c.samples, half.c.samples).join(
+            half, sa.and_(half.c.job == history.c.job, history.c.step.in_((half.c.first, half.c.last)))
+        )
+        rows: dict[str, list[Any]] = {}
         with self._engine.connect() as connection:
-            first = connection.execute(sa.select(*columns).where(*half).order_by(history.c.step).limit(1)).one()
-            later = sa.select(sa.func.sum(history.c.samples)).where(*half, history.c.step > first.step)
-            samples = connection.execute(later).scalar()
-        seconds = last.time - first.time
-        return samples / seconds if samples and seconds > 0 else None
+            for row in connection.execute(ends.where(*own).order_by(history.c.job, history.c.step)):
+                rows.setdefault(row[0], []).append(row)
+        rates = {}
+        for job, (first, *rest) in rows.items():
+            if rest and rest[-1][2] > first[2]:
+                rates[job] = (first[4] - first[3]) / (rest[-1][2] - first[2])
+        return rates
 
 
 def _configure_sqlite(connection: Any, _: Any) -> None:

@@ -44,15 +44,16 @@ class JobCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """All metric families."""
         jobs = GaugeMetricFamily("steepest_jobs", "Jobs by state.", labels=["state"])
-        for state, count in self._states().items():
-            jobs.add_metric([state.value], count)
+        counts = self._states()
+        for state in JobState:
+            jobs.add_metric([state.value], counts.get(state, 0))
         yield jobs
         controllers = list(self._controllers())
         step = GaugeMetricFamily("steepest_job_step", "Steps the job has behind it.", labels=["job"])
         total = GaugeMetricFamily("steepest_job_planned_steps", "Steps the job is to make.", labels=["job"])
         seconds = HistogramMetricFamily("steepest_job_step_seconds", "Duration of a step.", labels=["job"])
         for controller in controllers:
-            step.add_metric([controller.job], controller.result.step)
+            step.add_metric([controller.job], controller.ledger.result.step)
             total.add_metric([controller.job], controller.total_steps)
             histogram = controller.totals.step_seconds
             seconds.add_metric([controller.job], buckets=histogram.buckets(), sum_value=histogram.total)
@@ -60,7 +61,7 @@ class JobCollector(Collector):
         for name, text, attribute in _RECORD_GAUGES:
             gauge = GaugeMetricFamily(name, text, labels=["job"])
             for controller in controllers:
-                record = controller.record
+                record = controller.ledger.record
                 if record is not None:
                     gauge.add_metric([controller.job], getattr(record, attribute))
             yield gauge
@@ -73,6 +74,6 @@ class JobCollector(Collector):
             "steepest_job_evaluation", "Last evaluation, by metric.", labels=["job", "metric"]
         )
         for controller in controllers:
-            for metric, value in controller.result.metrics.items():
+            for metric, value in controller.ledger.result.metrics.items():
                 evaluation.add_metric([controller.job, metric], value)
         yield evaluation

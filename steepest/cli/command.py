@@ -155,7 +155,7 @@ def serve(
     with running_service(data_dir, ray_address=ray_address, num_cpus=cpus, **settings) as service:
         sys.stderr.write(f"gRPC {host}:{service.grpc_port}  HTTP http://{host}:{service.http_port}  data {data_dir}\n")
         sys.stderr.flush()
-        service.scheduler.wait_ready()
+        service.cluster.wait_ready()
         sys.stderr.write("ready\n")
         sys.stderr.flush()
         with contextlib.suppress(KeyboardInterrupt):

@@ -39,7 +39,7 @@ def train_embedded(request: Submission, output: Path | None) -> JobInfo:
             sys.stderr.write(f"metrics: http://127.0.0.1:{service.http_port}/metrics\n")
             with Client(f"127.0.0.1:{service.grpc_port}") as client:
                 job = client.submit(request.task, name=request.name, arguments=request.arguments, **request.spec)
-                service.scheduler.wait_ready()
+                service.cluster.wait_ready()
                 info = _follow(job)
                 if output is not None and info.parameters_sha256:
                     job.download(output)

@@ -17,7 +17,7 @@ from tests.support.service import NUM_CPUS, TASKS, until
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     directory = tmp_path_factory.mktemp("service")
     with running_service(directory, grpc_port=0, http_port=0, num_cpus=NUM_CPUS) as started:
-        started.scheduler.wait_ready()
+        started.cluster.wait_ready()
         yield started
 
 

@@ -87,7 +87,11 @@ def _free_cpus() -> float:
         (
             "misbehaving",
             {"arguments": {"how": "die"}, "placement": {"max_worker_restarts": 1}},
-            ["died at step", "deaths without progress", "placement.max_worker_restarts = 1"],
+            [
+                "was killed by signal 9 (SIGKILL) at step",
+                "deaths without progress",
+                "placement.max_worker_restarts = 1",
+            ],
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -103,7 +107,7 @@ def test_a_job_that_fails_says_why_and_frees_everything(
     assert info.error is not None
     assert all(word in info.error for word in words), info.error
     until(lambda: _free_cpus() == NUM_CPUS - 1)
-    until(lambda: len(service.controllers()) == 1)
+    until(lambda: len(service.running.all()) == 1)
     pids = [m.pid for m in (*info.workers, *info.servers) if m.pid]
     until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
     step = bystander.get().step

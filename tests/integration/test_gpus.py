@@ -21,7 +21,8 @@ from tests.support.service import RAY_ENVIRONMENT, TASKS, raylets, serving
 PLACED = """
 import json, sys
 import ray
-from services.cluster import cluster as scheduler
+from services.cluster import cluster  # prepares Ray's environment
+from services.cluster import job_room
 from services.cluster.fork_servers import ForkServers
 from steepest.spec import PlacementSpec
 
@@ -44,8 +45,8 @@ def remote(cls):
     return Made
 
 ray.init(address=sys.argv[1], log_to_driver=False)
-scheduler.ServerActor, scheduler.WorkerActor = remote(Actor), remote(Worker)
-placed = scheduler.Placement(
+job_room.ServerActor, job_room.WorkerActor = remote(Actor), remote(Worker)
+placed = job_room.JobRoom(
     PlacementSpec(workers=3, servers=2, device="cuda", server_device="cuda"), 1000, ForkServers(), inline=False
 )
 for _ in range(3):
@@ -55,8 +56,7 @@ servers = [(address, where.host) for address, where in placed.start_servers(None
 
 def start(number):
     placed.start_worker(None, f"worker-{number}", 0, [], lambda started: None, lambda end: None)
-    actor, _ = placed._workers[f"worker-{number}"]
-    return ray.get(actor.describe.remote())
+    return ray.get(placed._workers[f"worker-{number}"].actor.describe.remote())
 
 workers = [start(number) for number in range(3)]
 for number in (2, 0):

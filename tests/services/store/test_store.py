@@ -104,10 +104,10 @@ def test_the_norms_of_parameters_keep_every_bit(store: Store) -> None:
 
 def test_throughput_is_over_the_last_half(store: Store) -> None:
     store.create(job())
-    assert store.samples_per_second("a") is None
+    assert store.samples_per_second(["a"]) == {}
     times = [0.0, 10.0, 20.0, 30.0, 31.0, 32.0, 33.0]
     store.append_history("a", 1, [record(i, t) for i, t in enumerate(times)])
-    assert store.samples_per_second("a") == 12 / 3
+    assert store.samples_per_second(["a"])["a"] == 12 / 3
 
 
 def test_what_was_acknowledged_is_there_after_a_restart(tmp_path: Path) -> None:

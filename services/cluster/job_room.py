@@ -1,0 +1,266 @@
+"""One job's room on the cluster: the placement groups it holds and the actors in them.
+
+Imported by `services.cluster.cluster`, which prepares Ray's environment first.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ps.job.config import JobConfig
+from ps.job.topology import gpus_of_servers, server_places
+from ps.server.actor import ServerActor
+from ps.wire.address import ServerAddress
+from services.cluster.fork_servers import ForkServers
+from services.cluster.processes import Exit, ExitKind, Started, explain_status
+from steepest.spec import PlacementSpec
+from worker.process.actor import WorkerActor
+
+log = logging.getLogger(__name__)
+
+PLACING_SECONDS = 1.0  # more than it takes where there is room
+# A server holds its shard's parameters, two moments of each, and scratch.
+SERVER_COPIES = 4
+MIN_SERVER_BYTES = 1 << 20
+NODE_LABEL = "ray.io/node-id"
+# A server shares its worker's GPU. Each requests half, so Ray shows both the same GPU and gives it to no one else.
+SHARE_OF_GPU = 0.5
+
+
+def demand(placement: PlacementSpec, num_workers: int) -> dict[str, float]:
+    """Ray's resources for so many workers."""
+    needed = {"CPU": float(placement.threads_per_worker * num_workers)}
+    if placement.device == "cuda":
+        needed["GPU"] = float(num_workers)
+    return needed
+
+
+def num_hosts() -> int:
+    """How many nodes the cluster has now."""
+    return sum(node["Alive"] for node in ray.nodes())
+
+
+def nodes_of(group: PlacementGroup) -> list[str | None]:
+    """The node of each bundle, None for as long as it has none."""
+    nodes = placement_group_table(group)["bundles_to_node_id"]
+    return [nodes[index] or None for index in range(len(nodes))]
+
+
+@dataclass(eq=False)
+class _Process:
+    """An actor of the job. node: Ray's id of it. started: None until it answered. stopped: this room has killed it."""
+
+    actor: Any
+    group: PlacementGroup
+    node: str | None
+    started: Started | None = None
+    stopped: bool = False
+
+    def stop(self) -> None:
+        """Kill it; nobody hears of its end."""
+        self.stopped = True
+        if ray.is_initialized():  # else the cluster has been left, and ends it; to ask would join again
+            ray.kill(self.actor)
+
+
+class JobRoom:
+    """The resources of one job and the actors in them. Callbacks come in threads of Ray.
+
+    layout_bytes: of the parameters. inline: no memory is shared between processes.
+    """
+
+    def __init__(self, placement: PlacementSpec, layout_bytes: int, fork_servers: ForkServers, *, inline: bool) -> None:
+        self._placement = placement
+        self._fork_servers = fork_servers
+        self._inline = inline
+        self._layout_bytes = layout_bytes
+        self._server_group: PlacementGroup | None = None
+        self._server_memory: list[int] = []  # of each server, in bytes
+        self._on_gpus: list[PlacementGroup] = []  # of each server on a GPU: the room of a worker, whose GPU it is on
+        self._spare: list[PlacementGroup] = []
+        self._workers: dict[str, _Process] = {}
+        self._servers: list[_Process] = []
+        self._code: Any = None
+
+    def add_group(self) -> None:
+        """Ask for room for one more worker."""
+        self._spare.append(placement_group([demand(self._placement, 1)]))
+
+    @property
+    def _servers_on_gpus(self) -> bool:
+        return self._placement.server_device == "cuda"
+
+    def wait(self, seconds: float) -> bool:
+        """Whether all the room asked for the workers is there."""
+        return all(group.wait(seconds) for group in self._spare)
+
+    def add_servers(self, seconds: float) -> bool:
+        """Ask for room for the servers, on the workers' hosts if possible; whether it was granted in time."""
+        placement = self._placement
+        home = max(MIN_SERVER_BYTES, self._layout_bytes)
+        own = max(MIN_SERVER_BYTES, SERVER_COPIES * self._layout_bytes // placement.num_servers)
+        if self._servers_on_gpus:  # the rest of what it has is there
+            own = home
+        workers = [str(*nodes_of(group)) for group in self._spare]
+        places = server_places(workers, placement.num_servers, inline=self._inline, on_gpus=self._servers_on_gpus)
+        self._server_memory = [own] * placement.num_servers + [home] * (len(places) - placement.num_servers)
+        bundles = [{"memory": memory} for memory in self._server_memory]
+        group = placement_group(bundles, bundle_label_selector=[{NODE_LABEL: node} for node in places])
+        if not group.wait(seconds):
+            remove_placement_group(group)
+            del self._server_memory[placement.num_servers :]
+            group = placement_group(bundles[: placement.num_servers], strategy="SPREAD")
+        self._server_group = group
+        if self._servers_on_gpus:
+            self._on_gpus = [self._spare[index] for index in gpus_of_servers(workers, placement.num_servers)]
+        return bool(group.wait(seconds))
+
+    def nodes(self) -> set[str]:
+        """All that have room for something of the job."""
+        groups = [*self._spare, *([self._server_group] if self._server_group else [])]
+        return {node for group in groups for node in nodes_of(group) if node}
+
+    def set_code(self, code: bytes) -> None:
+        """The code bundle that every worker gets."""
+        self._code = ray.put(code)
+
+    def start_servers(
+        self, config: JobConfig, on_exit: Callable[[int, Exit], None]
+    ) -> list[tuple[ServerAddress, Started]]:
+        """Start all servers, connected to each other; their (address, where), the leader first."""
+        # On a cluster of one host nothing needs to be reachable from outside it.
+        bind = "127.0.0.1" if num_hosts() == 1 else ""
+        assert self._server_group is not None  # noqa: S101  # `reserve` has seen to it
+        for index, memory in enumerate(self._server_memory):
+            group, bundle = self._server_group, index
+            resources: dict[str, float] = {"memory": memory}
+            if index < len(self._on_gpus):
+                group, bundle, resources = self._on_gpus[index], 0, {"num_gpus": SHARE_OF_GPU}
+            actor = ServerActor.options(  # type: ignore[attr-defined]
+                num_cpus=0,
+                **resources,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+                max_concurrency=4,
+                runtime_env=self._fork_servers.runtime_env(node := nodes_of(group)[bundle]),
+            ).remote(config, index, bind)
+            server = _Process(actor, group, node)
+            self._servers.append(server)
+            self._watch(server, actor.wait.remote(), partial(on_exit, index))
+        described = ray.get([server.actor.describe.remote() for server in self._servers])
+        addresses = [address for address, _, _ in described]
+        for server, (_, pid, host) in zip(self._servers, described, strict=True):
+            server.started = Started(pid, host)
+        ray.get([server.actor.connect.remote(addresses) for server in self._servers])
+        return [(address, Started(pid, host)) for address, pid, host in described]
+
+    def start_worker(
+        self,
+        config: JobConfig,
+        worker: str,
+        generation: int,
+        addresses: Sequence[ServerAddress],
+        on_start: Callable[[Started], None],
+        on_exit: Callable[[Exit], None],
+    ) -> None:
+        """Start a worker in room that was asked for, or ask for some; it starts when there is any."""
+        if not self._spare:
+            self.add_group()
+        group = min(self._spare, key=lambda room: self._on_gpus.index(room) if room in self._on_gpus else math.inf)
+        self._spare.remove(group)
+        group.wait(PLACING_SECONDS)  # a fork needs to know where
+        resources = demand(self._placement, 1)
+        actor = WorkerActor.options(  # type: ignore[attr-defined]
+            num_cpus=resources["CPU"],
+            num_gpus=SHARE_OF_GPU if group in self._on_gpus else resources.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+            runtime_env=self._fork_servers.runtime_env(node := nodes_of(group)[0]),
+        ).remote()
+        process = self._workers[worker] = _Process(actor, group, node)
+
+        def started(future: Any) -> None:
+            if future.exception() is None:
+                process.started = Started(*future.result())
+                on_start(process.started)
+
+        actor.describe.remote().future().add_done_callback(started)
+        self._watch(process, actor.run.remote(config, worker, generation, self._code, list(addresses)), on_exit)
+
+    def _watch(self, process: _Process, reference: Any, on_exit: Callable[[Exit], None]) -> None:
+        """Tell how a process ended, unless this room has killed it. reference: of the call that it lives for."""
+
+        def ended(future: Any) -> None:
+            error = future.exception()
+            if process.stopped:
+                return
+            if error is None:
+                result = future.result()
+                on_exit(Exit(ExitKind.REFUSED, *result) if result else Exit(ExitKind.DONE))
+                return
+            # Ray's thread must not wait for an answer from Ray.
+            threading.Thread(
+                target=lambda: on_exit(Exit(ExitKind.DIED, self._what_happened(process, error))), daemon=True
+            ).start()
+
+        reference.future().add_done_callback(ended)
+
+    def _what_happened(self, process: _Process, error: BaseException) -> str:
+        """How a process died, as a clause: by an exception of its own, a signal, or an exit status."""
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, BaseException):
+            return f"failed: {cause}" if type(cause) is RuntimeError else f"failed: {type(cause).__name__}: {cause}"
+        log.info("Ray says of an actor: %s", error)
+        status = None
+        if process.started is not None:
+            status = self._fork_servers.exit_status(process.node, process.started.pid)
+        return explain_status(status)
+
+    def has_server(self, worker: str) -> bool:
+        """Whether a server is on a worker's GPU."""
+        return worker in self._workers and self._workers[worker].group in self._on_gpus
+
+    def stop_worker(self, worker: str, *, keep_room: bool) -> None:
+        """Kill a worker if it still runs. keep_room: for another one in its place."""
+        process = self._workers.pop(worker, None)
+        if process is None:
+            return
+        process.stop()
+        if keep_room or process.group in self._on_gpus:
+            self._spare.append(process.group)
+        else:
+            _remove(process.group)
+
+    def stop_actors(self) -> None:
+        """Kill everything, but keep the room."""
+        for worker in list(self._workers):
+            self.stop_worker(worker, keep_room=True)
+        for server in self._servers:
+            server.stop()
+        self._servers = []
+
+    def release(self) -> None:
+        """Kill everything and give back the room."""
+        self.stop_actors()
+        for group in [self._server_group, *self._spare]:
+            if group is not None:
+                _remove(group)
+        self._server_group, self._spare, self._on_gpus = None, [], []
+
+
+def _remove(group: PlacementGroup) -> None:
+    if ray.is_initialized():
+        remove_placement_group(group)

@@ -1,0 +1,165 @@
+"""What a user may ask for: create, cancel, pause, resume, scale. The gRPC servicer is a thin layer over this."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import threading
+import time
+from collections.abc import Iterable
+from typing import Protocol
+
+from ps.compression.choose import compression_problem
+from ps.job.footprint import explain_refusal, footprint
+from ps.parameters.layout import choose_num_servers
+from services.jobs.code_bundles import CodeStore
+from services.jobs.running import Running
+from services.jobs.task_probe import TaskDescription, probe_task
+from services.settings import Settings
+from services.store.lifecycle import JobState, check_verb
+from services.store.store import JobRow, Result, Store
+from steepest.errors import ConflictError, SpecError, Violation
+from steepest.spec import TrainingJobSpec, spec_from_dict
+
+_JOB_ID = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+class Capacity(Protocol):
+    """What the cluster has in all. Both raise ServiceUnavailableError without one."""
+
+    def totals(self) -> dict[str, float]:
+        """Ray's resources, by name."""
+
+    def num_hosts(self) -> int:
+        """How many hosts there are."""
+
+
+class Operations:
+    """Checks what users ask, writes it down and passes it on. wake: set when admission has something to look at."""
+
+    def __init__(
+        self,
+        store: Store,
+        bundles: CodeStore,
+        capacity: Capacity,
+        running: Running,
+        settings: Settings,
+        wake: threading.Event,
+    ) -> None:
+        self._store = store
+        self._bundles = bundles
+        self._capacity = capacity
+        self._running = running
+        self._settings = settings
+        self._wake = wake
+
+    def add_code(self, pieces: Iterable[bytes]) -> str:
+        """Store a code bundle and return its name. Raises SpecError."""
+        return self._bundles.add(pieces)
+
+    def create(self, job: str, request_id: str, spec: TrainingJobSpec) -> JobRow:
+        """Check a job as far as possible without running it, and queue it. Raises SpecError, ConflictError."""
+        job = job or f"{_slug(spec.task.function)}-{secrets.token_hex(3)}"
+        if not _JOB_ID.fullmatch(job):
+            problem = f"{job!r}; allowed: 1 to 63 of a-z, 0-9 and -, a letter first, no - at the end"
+            raise SpecError([Violation("training_job_id", problem)])
+        if not request_id and self._store.exists(job):
+            raise ConflictError(f"training_job_id: {job!r} is taken; choose another --name")
+        description = probe_task(
+            spec, self._bundles.unpacked(spec.task.code_bundle), self._settings.probe_timeout_seconds
+        )
+        self._check_device(spec)
+        problem = compression_problem(spec.compression, description.layout(spec))
+        if problem:
+            raise SpecError([Violation("compression.name", f"{spec.compression.name!r}: {problem}")])
+        spec = self._place(spec, description)
+        total_steps = spec.total_steps(description.num_samples)
+        if spec.schedule.warmup_steps >= total_steps:
+            problem = f"{spec.schedule.warmup_steps} leaves nothing of the {total_steps} steps of the job"
+            raise SpecError([Violation("schedule.warmup_steps", problem)])
+        row = self._store.create(
+            JobRow(
+                id=job,
+                request_id=request_id,
+                spec=spec.model_dump_json(),
+                description=description.to_json(),
+                state=JobState.QUEUED,
+                reason="created",
+                workers=spec.placement.workers,
+                incarnation=0,
+                total_steps=total_steps,
+                created=time.time(),
+                ended=None,
+                result=Result(),
+            )
+        )
+        self._wake.set()
+        return row
+
+    def _check_device(self, spec: TrainingJobSpec) -> None:
+        if spec.placement.device == "cuda" and not self._capacity.totals().get("GPU"):
+            problem = "'cuda' is not there: no host of the cluster has a GPU; allowed: cpu"
+            raise SpecError([Violation("placement.device", problem)])
+
+    def _place(self, spec: TrainingJobSpec, description: TaskDescription) -> TrainingJobSpec:
+        """The spec with a number of servers. Raises SpecError for a job that cannot fit the cluster."""
+        layout = description.layout(spec)
+        num_hosts = self._capacity.num_hosts()
+        servers = spec.placement.servers or choose_num_servers(layout, min(num_hosts, spec.placement.workers))
+        spec = spec.model_copy(update={"placement": spec.placement.model_copy(update={"servers": servers})})
+        needed = footprint(spec, layout, num_hosts=num_hosts)
+        problem = explain_refusal(needed, int(self._capacity.totals().get("memory", 0)))
+        if problem:
+            raise SpecError([Violation("placement", problem)])
+        return spec
+
+    def cancel(self, job: str) -> JobRow:
+        """Stop a job at its next step boundary. Raises ConflictError for one that has ended."""
+        return self._steer(job, "cancel", JobState.CANCELLING)
+
+    def pause(self, job: str) -> JobRow:
+        """Hold a running job at its next step boundary. Raises ConflictError in other states."""
+        return self._steer(job, "pause", JobState.PAUSING)
+
+    def resume(self, job: str) -> JobRow:
+        """Let a paused job go on. Raises ConflictError in other states."""
+        return self._steer(job, "resume", JobState.RUNNING)
+
+    def _steer(self, job: str, verb: str, state: JobState) -> JobRow:
+        with self._running.lock:
+            row = self._store.get(job)
+            check_verb(row.name, row.state, verb)
+            done = {"pause": {JobState.PAUSING, JobState.PAUSED}, "resume": {JobState.RUNNING}}
+            if row.state == state or row.state in done.get(verb, ()):
+                return row
+            controller = self._running.get(job)
+            if verb == "resume" and controller is None:
+                state = JobState.RECOVERING  # it was paused when the service was restarted, and holds no resources
+                self._wake.set()
+            row = self._store.move(job, state, f"{verb} requested", time.time())
+            if controller is not None:
+                controller.ask(verb)
+            elif verb == "cancel":
+                row = self._store.move(job, JobState.CANCELLED, "cancelled; it had no process running", time.time())
+        return row
+
+    def scale(self, job: str, workers: int) -> JobRow:
+        """Change the number of workers of a live job. Raises SpecError, ConflictError."""
+        with self._running.lock:
+            row = self._store.get(job)
+            check_verb(row.name, row.state, "scale")
+            spec = json.loads(row.spec)
+            spec["placement"]["workers"] = workers
+            spec_from_dict(spec)
+            self._store.update(job, workers=workers)
+            self._store.note(job, f"scaling from {row.workers} to {workers} workers", time.time())
+            controller = self._running.get(job)
+            if controller is not None:
+                controller.ask("scale", workers)
+        self._wake.set()
+        return self._store.get(job)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "job"

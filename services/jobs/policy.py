@@ -1,0 +1,130 @@
+"""What is decided about the things that happen to a job. Decides only: `services.jobs.controller` acts.
+
+Every function is pure but for `Patience`, which counts deaths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ps.step.effects import Phase
+from services.cluster.processes import Exit, ExitKind
+from services.jobs.team import WorkerState
+from services.store.lifecycle import JobState
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Change the job's state."""
+
+    state: JobState
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """End the job."""
+
+    state: JobState
+    reason: str
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Recover:
+    """Start all processes again from the last checkpoint."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """Start another worker in place of the one that died."""
+
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class LetGo:
+    """Nothing is wrong: the worker was to leave. frees_room: whether its room is given back."""
+
+    frees_room: bool
+
+
+class Patience:
+    """Counts deaths since the last progress. limit: placement.max_worker_restarts."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.deaths = 0
+        self._step = -1
+
+    def is_exhausted_by_death_at(self, step: int) -> bool:
+        """Count a death. Whether the job has had too many without a step in between."""
+        if step > self._step:
+            self.deaths = 0
+        self._step = max(self._step, step)
+        self.deaths += 1
+        return self.deaths > self.limit
+
+    def describe(self) -> str:
+        """For an error."""
+        return f"{self.deaths} deaths without progress; placement.max_worker_restarts = {self.limit}"
+
+
+def on_server_loss(
+    patience: Patience, what_happened: str, step: int, checkpoint_step: int | None, *, cancelling: bool
+) -> Recover | End:
+    """The servers of this incarnation are gone.
+
+    step: how far the job is. checkpoint_step: of the newest valid checkpoint, None without one.
+    """
+    if cancelling:
+        return End(JobState.CANCELLED, "cancelled")
+    if patience.is_exhausted_by_death_at(step):
+        return End(JobState.FAILED, "its servers keep dying", f"{what_happened} ({patience.describe()})")
+    if checkpoint_step is None:
+        return Recover(f"{what_happened}; there is no checkpoint, starting again from step 0")
+    return Recover(f"{what_happened}; returning to the checkpoint of step {checkpoint_step}")
+
+
+def on_worker_exit(patience: Patience, who: str, state: WorkerState, end: Exit, step: int) -> Replace | LetGo | End:
+    """A worker has ended. who: its name, with pid and host where they are known."""
+    if end.kind == ExitKind.REFUSED:
+        return End(JobState.FAILED, f"the task cannot be run on {who}", f"{end.message}\n{end.traceback}".strip())
+    if state == WorkerState.RETIRING:
+        return LetGo(frees_room=True)
+    if end.kind == ExitKind.DONE:
+        return LetGo(frees_room=False)  # dismissed at the end of the job, which the leader reports
+    if patience.is_exhausted_by_death_at(step):
+        name = who.split(" ", 1)[0]
+        return End(
+            JobState.FAILED, f"{name} keeps dying", f"{who} {end.message} at step {step} ({patience.describe()})"
+        )
+    return Replace(f"{who} {end.message}; a new process takes its place, and no step is lost")
+
+
+def on_phase(phase: str, reason: str, traceback: str, state: JobState, *, pause_wanted: bool) -> list[Move | End]:
+    """The leader is in another phase. state: of the job so far."""
+    pausing = Move(JobState.PAUSING, "pausing again: the pause was requested before")
+    match phase:
+        case Phase.WORKING:
+            moves: list[Move | End] = []
+            if state in (JobState.STARTING, JobState.RECOVERING, JobState.PAUSED):
+                moves.append(Move(JobState.RUNNING, reason))
+            if pause_wanted and state == JobState.RECOVERING:
+                moves.append(pausing)
+            return moves
+        case Phase.PAUSED:
+            if state == JobState.PAUSING:
+                return [Move(JobState.PAUSED, reason)]
+            if state == JobState.RUNNING and pause_wanted:
+                return [pausing, Move(JobState.PAUSED, reason)]
+            return []
+        case Phase.FINISHED:
+            return [End(JobState.SUCCEEDED, reason)]
+        case Phase.CANCELLED:
+            return [End(JobState.CANCELLED, reason)]
+        case Phase.FAILED:
+            return [End(JobState.FAILED, reason, f"{reason}\n{traceback}".strip())]
+    return []

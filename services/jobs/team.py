@@ -1,0 +1,75 @@
+"""The workers that a job should have, and those it has, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from services.cluster.processes import Started
+
+
+class WorkerState(StrEnum):
+    """What a worker is doing, as users see it."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    RETIRING = "retiring"  # it leaves when it has answered
+
+
+@dataclass
+class Worker:
+    """One worker. generation: tells it from others that have had its name."""
+
+    generation: int
+    started: Started | None = None
+    state: WorkerState = WorkerState.STARTING
+
+
+class Team(dict[str, Worker]):
+    """The workers by name. wanted: how many there should be."""
+
+    def __init__(self, wanted: int) -> None:
+        super().__init__()
+        self.wanted = wanted
+        self._generations = 0
+
+    def surplus(self, goes_last: Callable[[str], bool]) -> list[str]:
+        """Who is to leave, in order: the newest first. goes_last: keep these for as long as possible."""
+        staying = [name for name, worker in self.items() if worker.state != WorkerState.RETIRING]
+        staying.sort(key=goes_last, reverse=True)
+        return staying[self.wanted :][::-1]
+
+    def missing(self) -> list[str]:
+        """Names for the workers still to be started: the lowest numbers that are free."""
+        staying = sum(worker.state != WorkerState.RETIRING for worker in self.values())
+        names: list[str] = []
+        number = 0
+        while len(names) < self.wanted - staying:
+            name = f"worker-{number}"
+            if name not in self:
+                names.append(name)
+            number += 1
+        return names
+
+    def add(self, name: str) -> Worker:
+        """A worker is being started."""
+        worker = Worker(self._generations)
+        self._generations += 1
+        self[name] = worker
+        return worker
+
+    def current(self, name: str, generation: int) -> Worker | None:
+        """The worker of that name, if it is still of that generation."""
+        worker = self.get(name)
+        return worker if worker is not None and worker.generation == generation else None
+
+    def any_running(self) -> bool:
+        """Whether one has joined the servers."""
+        return any(worker.state == WorkerState.RUNNING for worker in self.values())
+
+    def disband(self) -> Iterable[str]:
+        """Forget all workers; their names."""
+        names = list(self)
+        self.clear()
+        return names
