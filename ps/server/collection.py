@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from ps.numerics.optimizer import StatePart
-from ps.step.shard import ShardServer
+from ps.step.shard import ShardState
 from ps.wire.chunks import chunks, place
 from ps.wire.connection import StreamError
 from steepest.v1 import exchange_pb2 as pb
@@ -15,16 +15,17 @@ from steepest.v1 import exchange_pb2 as pb
 MASTER = "master"
 
 
-def parts_of(server: ShardServer) -> list[StatePart]:
+def parts_of(shard: ShardState) -> list[StatePart]:
     """What one shard has: its parameters (under no name, with their offset in the layout), and its optimizer's state.
 
-    The optimizer's own parameters, if they are others, are there likewise, as the state MASTER.
+    The optimizer's own parameters, if they differ, are there likewise, as the state MASTER.
     """
-    server.expose()
-    parts = [StatePart("", "", server.shard.start, server.parameters)]
-    if server.is_lossy:
-        parts.append(StatePart("", MASTER, server.shard.start, server.master))
-    return [*parts, *server.optimizer.export_state()]
+    shard.expose()
+    start = shard.shard.start
+    parts = [StatePart("", "", start, shard.parameters)]
+    if shard.is_lossy:
+        parts.append(StatePart("", MASTER, start, shard.master))
+    return [*parts, *shard.optimizer.export_state()]
 
 
 def pieces(parts: Iterable[StatePart], step: int) -> Iterator[tuple[pb.Chunk, memoryview | None]]:
@@ -36,32 +37,32 @@ def pieces(parts: Iterable[StatePart], step: int) -> Iterator[tuple[pb.Chunk, me
 
 
 class Collection:
-    """The parts that followers send for one checkpoint. servers: the followers it waits for.
+    """The parts of one checkpoint. servers: those it waits for."""
 
-    residuals: what workers have handed in, by part of the step.
-    """
-
-    def __init__(
-        self, step: int, servers: Iterable[int], dtype: torch.dtype, residuals: Mapping[int, torch.Tensor]
-    ) -> None:
+    def __init__(self, step: int, servers: Iterable[int], dtype: torch.dtype) -> None:
         self.step = step
-        self.residuals = residuals
         self._missing = set(servers)
         self._dtype = dtype
         self._parts: dict[tuple[int, str], StatePart] = {}
+        self._here: list[StatePart] = []
 
     @property
     def is_complete(self) -> bool:
-        """Whether every follower has sent all it has."""
+        """Whether every server has given all it has."""
         return not self._missing
 
     @property
     def parts(self) -> list[StatePart]:
         """What came in."""
-        return list(self._parts.values())
+        return [*self._here, *self._parts.values()]
+
+    def take(self, server: int, parts: Iterable[StatePart]) -> None:
+        """Take all that a server of this process has."""
+        self._here += parts
+        self._missing.discard(server)
 
     def sink(self, server: int, chunk: pb.Chunk, num_bytes: int) -> memoryview:
-        """Where the tensor of a chunk belongs. Raises StreamError for one that does not fit."""
+        """Where the tensor of a follower's chunk belongs. Raises StreamError for one that does not fit."""
         key = (server, chunk.name)
         if key not in self._parts:
             try:

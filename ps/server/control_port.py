@@ -10,6 +10,7 @@ from concurrent import futures
 import grpc
 
 from ps.parameters.layout import Layout
+from ps.server.checkpoint_writer import Saved
 from ps.step.effects import PhaseChanged
 from ps.step.messages import StepRecord
 from ps.step.record import CompletedStep, records_of
@@ -23,24 +24,18 @@ MAX_STREAMS = 4
 MAX_UNSTORED = 100_000  # records kept while no controller is there to take them
 
 
-class Supervisor(pb_grpc.ParameterExchangeServiceServicer):
-    """Listens for the controller on gRPC.
+class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
+    """Listens for the controller on gRPC, once it is started.
 
-    refusal: why a peer is not let in, or nothing. obey: carries out a command, in a thread of the stream.
-    record_every: the records of every so many steps are for the history. layout: None leaves out parameter norms.
+    refusal: why a caller is not let in, or nothing. record_every: the records of every so many steps are for the
+    history. layout: None leaves out parameter norms.
     """
 
     def __init__(
-        self,
-        bind: str,
-        refusal: Callable[[pb.Fence, str], str],
-        obey: Callable[[pb.Command], None],
-        *,
-        record_every: int,
-        layout: Layout | None,
+        self, bind: str, refusal: Callable[[pb.Fence, str], str], *, record_every: int, layout: Layout | None
     ) -> None:
         self._refusal = refusal
-        self._obey_command = obey
+        self._obey_command: Callable[[str, str], None] = _ignore
         self._record_every = record_every
         self._layout = layout
         self._news = threading.Condition()
@@ -53,6 +48,10 @@ class Supervisor(pb_grpc.ParameterExchangeServiceServicer):
         self._grpc = grpc.server(futures.ThreadPoolExecutor(MAX_STREAMS), options=GRPC_OPTIONS)
         pb_grpc.add_ParameterExchangeServiceServicer_to_server(self, self._grpc)
         self.address = f"{bind}:{self._grpc.add_insecure_port(f'{bind}:0')}"
+
+    def start(self, obey: Callable[[str, str], None]) -> None:
+        """Begin to listen. obey: carries out a command (verb, worker), in a thread of the stream."""
+        self._obey_command = obey
         self._grpc.start()
 
     def Supervise(  # noqa: N802  # the name on the wire
@@ -93,7 +92,7 @@ class Supervisor(pb_grpc.ParameterExchangeServiceServicer):
                 if message.WhichOneof("message") == "stored":
                     self._forget(message.stored)
                 else:
-                    self._obey_command(message.command)
+                    self._obey_command(message.command.verb, message.command.worker)
         except grpc.RpcError:
             pass  # the controller is gone; the job goes on
 
@@ -126,9 +125,15 @@ class Supervisor(pb_grpc.ParameterExchangeServiceServicer):
         """An evaluation is done."""
         self._tell(lambda report: report.evaluations.append(pb.Evaluation(step=step, metrics=metrics)))
 
-    def tell_checkpoint(self, saved: pb.CheckpointSaved) -> None:
+    def tell_checkpoint(self, saved: Saved) -> None:
         """A checkpoint is on disk, or could not be written."""
-        self._tell(lambda report: report.checkpoints.append(saved))
+        message = pb.CheckpointSaved(
+            step=saved.step,
+            parameters_sha256=saved.parameters_sha256,
+            state_sha256=saved.state_sha256,
+            problem=saved.problem,
+        )
+        self._tell(lambda report: report.checkpoints.append(message))
 
     def tell_member(self, worker: str, change: str) -> None:
         """A worker joined, left, or hangs."""
@@ -142,9 +147,13 @@ class Supervisor(pb_grpc.ParameterExchangeServiceServicer):
         )
         self._tell(lambda report: report.phases.append(phase))
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End the stream."""
         with self._news:
             self._stopped = True
             self._news.notify_all()
         self._grpc.stop(grace=0.5)
+
+
+def _ignore(verb: str, worker: str) -> None:
+    """Nobody leads yet."""

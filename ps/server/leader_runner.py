@@ -1,26 +1,26 @@
-"""What server 0 does besides holding a shard: it carries out what the leader's state machine asks for.
+"""What server 0 does besides holding a shard: it runs the leader's state machine and carries out its effects.
 
 Everything here runs under the server's lock, in the thread that received the message.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from ps.checkpoint.files import write_checkpoint
-from ps.checkpoint.named_state import assemble, compression_state
-from ps.job.config import JobConfig
-from ps.parameters.layout import Layout
-from ps.server.collection import MASTER, Collection, parts_of
-from ps.server.control_port import Supervisor
+from ps.numerics.optimizer import StatePart
+from ps.server.checkpoint_writer import CheckpointWriter, Saved, Snapshot
+from ps.server.collection import Collection
+from ps.server.control_port import ControlPort
+from ps.server.guard import Guard
+from ps.server.peer import Peers
 from ps.server.residuals import NAME, Residuals
+from ps.server.shard_links import ShardLinks
 from ps.step.effects import (
     Decide,
     Dismiss,
@@ -35,283 +35,217 @@ from ps.step.effects import (
     Stepped,
 )
 from ps.step.leader import Leader
-from ps.step.messages import Decision, Failure, Push, Round
-from ps.step.shard import ShardServer
+from ps.step.messages import Failure, Push, Round
 from ps.wire import convert
 from ps.wire.chunks import chunks
-from ps.wire.connection import Connection, StreamError
+from ps.wire.connection import StreamError
 from steepest.v1 import exchange_pb2 as pb
-
-log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
 
 
-class Leading:
-    """Leads a job. flat: the whole layout, of which `shard` owns a part.
-
-    residuals: those of a job that compresses. post: sends a message to a worker by name, with the bytes of a tensor if
-    there are any. apply: carries out a decision on this server's own shard. fail: ends this server, with the reason.
-    refusal: why a peer is not let in, or nothing.
-    """
+class LeaderRunner:
+    """Runs a leader. workers: the streams to them. control: tells the controller. residuals: of a compressed job."""
 
     def __init__(
         self,
-        config: JobConfig,
-        layout: Layout,
         leader: Leader,
-        shard: ShardServer,
-        flat: torch.Tensor,
-        bind: str,
-        lock: threading.RLock,
+        shards: ShardLinks,
+        workers: Peers,
         residuals: Residuals,
-        *,
-        post: Callable[[str, pb.ServerMessage, memoryview | None], None],
-        apply: Callable[[Decision], float],
-        fail: Callable[[str], None],
-        refusal: Callable[[pb.Fence, str], str],
+        writer: CheckpointWriter,
+        control: ControlPort,
+        guard: Guard,
     ) -> None:
         self.leader = leader
-        self._config = config
-        self._layout = layout
-        self._shard = shard
-        self._flat = flat
+        self._shards = shards
+        self._workers = workers
         self._residuals = residuals
-        self._lock = lock
-        self._post = post
-        self._apply = apply
-        self._fail = fail
-        self._refusal = refusal
-        self._followers: dict[int, Callable[[pb.LeaderMessage], None]] = {}
-        self._collection: Collection | None = None
-        self._ended = threading.Event()
-        self._supervisor = Supervisor(
-            bind,
-            refusal,
-            self._on_command,
-            record_every=config.spec.telemetry.every,
-            layout=layout if config.spec.telemetry.parameter_norms else None,
-        )
-        self.control_address = self._supervisor.address
+        self._writer = writer
+        self._control = control
+        self._guard = guard
+        self._effects: deque[Effect] = deque()
+        self._is_busy = False
+        self._saving: Collection | None = None  # of the checkpoint that is being gathered
+        self._dtype = residuals.dtype
+
+    def start(self) -> None:
+        """Begin to tell the leader the time."""
         threading.Thread(target=self._tick, daemon=True).start()
 
-    def stop(self) -> None:
-        """End."""
-        self._ended.set()
-        self._supervisor.stop()
-
     def _tick(self) -> None:
-        while not self._ended.wait(TICK_SECONDS):
-            with self._lock:
-                self._carry_out(self.leader.tick(time.time()))
+        while not self._guard.ended.wait(TICK_SECONDS):
+            with self._guard.lock:
+                self._run(self.leader.tick(time.time()))
 
-    # -- workers ------------------------------------------------------------------------------------------------------
+    # -- workers (WorkerListener) -------------------------------------------------------------------------------------
 
     def join(self, worker: str, host: str) -> None:
-        """A worker is there."""
-        self._supervisor.tell_member(worker, "joined")
-        self._carry_out(self.leader.join(worker, time.time(), host))
+        """See WorkerListener."""
+        self._control.tell_member(worker, "joined")
+        self._run(self.leader.join(worker, time.time(), host))
 
     def leave(self, worker: str) -> None:
-        """A worker is gone."""
-        self._supervisor.tell_member(worker, "left")
-        self._carry_out(self.leader.leave(worker, time.time()))
+        """See WorkerListener."""
+        self._control.tell_member(worker, "left")
+        self._run(self.leader.leave(worker, time.time()))
 
     def replace(self, worker: str) -> None:
-        """A newer generation of a worker is there before the older one was seen to go."""
-        self._carry_out(self.leader.leave(worker, time.time()))
+        """See WorkerListener."""
+        self._run(self.leader.leave(worker, time.time()))
 
     def push(self, worker: str, push: Push) -> None:
-        """A worker's answer."""
-        self._carry_out(self.leader.push(worker, push, time.time())[1])
+        """See WorkerListener."""
+        self._run(self.leader.push(worker, push, time.time())[1])
 
     def failure(self, worker: str, failure: Failure) -> None:
-        """A worker's user code failed."""
-        self._carry_out(self.leader.failure(worker, failure, time.time())[1])
-
-    def report(self, server: int, step: int, kind: Round, sums: NDArray[np.float64]) -> None:
-        """A shard is reduced."""
-        self._carry_out(self.leader.report(server, step, kind, sums, time.time())[1])
+        """See WorkerListener."""
+        self._run(self.leader.failure(worker, failure, time.time())[1])
 
     def residual_sink(self, worker: str, chunk: pb.Chunk, num_bytes: int) -> memoryview:
-        """Where a piece of a residual belongs."""
+        """See WorkerListener."""
         return self._residuals.sink(worker, chunk, num_bytes)
 
     def residual(self, worker: str, part: int) -> None:
-        """A worker has handed in the residual of a part."""
-        self._residuals.arrived(worker, part)
+        """See WorkerListener."""
+        if self._residuals.arrived(worker, part):
+            self._on_residuals()
+
+    # -- shards -------------------------------------------------------------------------------------------------------
+
+    def report(self, server: int, step: int, kind: Round, sums: NDArray[np.float64]) -> None:
+        """A shard is reduced."""
+        self._run(self.leader.report(server, step, kind, sums, time.time())[1])
+
+    def applied(self, server: int, step: int, clipped_sum: float) -> None:
+        """A shard has carried out a decision."""
+        self._run(self.leader.applied(server, step, clipped_sum, time.time())[1])
+
+    def state_sink(self, server: int, chunk: pb.Chunk, num_bytes: int) -> memoryview:
+        """Where a piece of a follower's state belongs. Raises StreamError for one that is not expected."""
+        if self._saving is None or chunk.step != self._saving.step:
+            raise StreamError(f"state of step {chunk.step} is not expected")
+        return self._saving.sink(server, chunk, num_bytes)
+
+    def state_sent(self, server: int) -> None:
+        """A follower has sent all its state."""
+        if self._saving is not None:
+            self._saving.finish(server)
+            self._write_if_complete(self._saving)
+
+    def own_state(self, parts: Iterable[StatePart]) -> None:
+        """The state of this server's own shard."""
+        if self._saving is not None:
+            self._saving.take(0, parts)
+            self._write_if_complete(self._saving)
 
     # -- effects ------------------------------------------------------------------------------------------------------
 
-    def _carry_out(self, effects: Iterable[Effect]) -> None:
-        leader = self.leader
-        for effect in effects:
-            match effect:
-                case Send(worker, assign, handed):
-                    for part in handed:
-                        self._hand_over(worker, part)
-                    self._post(worker, pb.ServerMessage(assign=convert.assign_to_proto(assign)), None)
-                case Dismiss(worker, reason):
-                    self._post(worker, pb.ServerMessage(stop=pb.Stop(reason=reason)), None)
-                case Decide(decision):
-                    self._decide(decision)
-                case Stepped(completed):
-                    self._supervisor.tell_step(completed)
-                case Evaluated(step, metrics):
-                    self._supervisor.tell_evaluation(step, metrics)
-                case Save():
-                    self._save(effect)
-                case Settle(step, owners):
-                    self._collect_residuals(step, owners, self._settle)
-                case Lost(reason):
-                    self._fail(reason)
-                case Hung(worker):
-                    self._supervisor.tell_member(worker, "hung")
-                case PhaseChanged():
-                    self._supervisor.tell_phase(effect, leader.step)
+    def _run(self, effects: Iterable[Effect]) -> None:
+        """Carry out effects in order; what they lead to comes after them."""
+        self._effects.extend(effects)
+        if self._is_busy:
+            return
+        self._is_busy = True
+        try:
+            while self._effects:
+                self._carry_out(self._effects.popleft())
+        finally:
+            self._is_busy = False
 
-    def _decide(self, decision: Decision) -> None:
-        if self._followers:
-            message = pb.LeaderMessage(decision=convert.decision_to_proto(decision))
-            for send in self._followers.values():
-                send(message)
-        clamped = self._apply(decision)
-        self._carry_out(self.leader.applied(0, decision.step, clamped, time.time())[1])
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case Send(worker, assign, handed):
+                for part in handed:
+                    self._hand_over(worker, part)
+                self._workers.post(worker, pb.ServerMessage(assign=convert.assign_to_proto(assign)))
+            case Dismiss(worker, reason):
+                self._workers.post(worker, pb.ServerMessage(stop=pb.Stop(reason=reason)))
+            case Decide(decision):
+                self._shards.decide(decision)
+            case Stepped(completed):
+                self._control.tell_step(completed)
+            case Evaluated(step, metrics):
+                self._control.tell_evaluation(step, metrics)
+            case Save(step, owners):
+                self._saving = Collection(step, self._shards.servers, self._dtype)
+                self._ask_residuals(step, owners)
+            case Settle(step, owners):
+                self._ask_residuals(step, owners)
+            case Lost(reason):
+                self._guard.fail(reason)
+            case Hung(worker):
+                self._control.tell_member(worker, "hung")
+            case PhaseChanged():
+                self._control.tell_phase(effect, self.leader.step)
 
     # -- residuals ----------------------------------------------------------------------------------------------------
 
     def _hand_over(self, worker: str, part: int) -> None:
         for chunk, data in chunks(self._residuals.held.pop(part), slot=part, name=NAME):
-            self._post(worker, pb.ServerMessage(chunk=chunk), data)
+            self._workers.post(worker, pb.ServerMessage(chunk=chunk), data)
 
-    def _collect_residuals(
-        self, step: int, owners: Mapping[int, str], then: Callable[[dict[int, torch.Tensor]], None]
-    ) -> None:
-        for worker, parts in self._residuals.await_from(owners, then).items():
-            self._post(worker, pb.ServerMessage(collect=pb.CollectState(step=step, parts=parts)), None)
+    def _ask_residuals(self, step: int, owners: Mapping[int, str]) -> None:
+        for worker, parts in self._residuals.ask(owners).items():
+            self._workers.post(worker, pb.ServerMessage(collect=pb.CollectState(step=step, parts=parts)))
+        if self._residuals.is_complete:
+            self._on_residuals()
 
-    def _settle(self, arrived: dict[int, torch.Tensor]) -> None:
-        self._residuals.held.update(arrived)
-        self._carry_out(self.leader.settled(time.time()))
-
-    # -- followers ----------------------------------------------------------------------------------------------------
-
-    def serve_follower(self, connection: Connection[pb.FollowerMessage]) -> None:
-        """A follower's stream."""
-        server = -1
-        try:
-            for message in connection:
-                if server >= 0:
-                    with self._lock:
-                        self._on_follower_message(server, message)
-                    continue
-                enlist = message.enlist
-                refusal = self._refusal(enlist.fence, enlist.token)
-                if refusal:
-                    connection.refuse(pb.LeaderMessage(refusal=pb.Refusal(reason=refusal)))
-                    return
-                server = enlist.server
-                self._enlist(server, connection)
-        except Exception as error:  # its end needs no word: the controller sees it and starts a new incarnation
-            log.exception("message of server %d", server)
-            self._fail(f"the leader failed on a message of server {server}: {error!r}")
-        connection.release()
-
-    def _enlist(self, server: int, connection: Connection[pb.FollowerMessage]) -> None:
-        def sink(message: pb.FollowerMessage, num_bytes: int) -> memoryview:
-            collection = self._collection
-            if collection is None or message.state.step != collection.step:
-                raise StreamError(f"state of step {message.state.step} is not expected")
-            return collection.sink(server, message.state, num_bytes)
-
-        connection.sink = sink
-        with self._lock:
-            self._followers[server] = connection.send
-            connection.send(pb.LeaderMessage(enlisted=pb.Enlisted()))
-
-    def _on_follower_message(self, server: int, message: pb.FollowerMessage) -> None:
-        match message.WhichOneof("message"):
-            case "report":
-                report = message.report
-                self.report(server, report.step, Round(report.kind), convert.sums_from_bytes(report.segment_sums))
-            case "applied":
-                applied = message.applied
-                self._carry_out(self.leader.applied(server, applied.step, applied.clipped_sum, time.time())[1])
-            case "state" if not message.state.name and self._collection is not None:
-                self._collection.finish(server)
-                if self._collection.is_complete:
-                    self._write(self._collection)
+    def _on_residuals(self) -> None:
+        """All that were asked for are here: for a checkpoint, or to change hands."""
+        if self._saving is not None:
+            self._shards.collect(self._saving.step)
+            return
+        self._residuals.held.update(self._residuals.take())
+        self._run(self.leader.settled(time.time()))
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def _save(self, save: Save) -> None:
-        """Collect every shard's state, then write it in a thread of its own; the leader waits in phase SAVING."""
-        self._collect_residuals(save.step, save.owners, lambda arrived: self._collect_shards(save, arrived))
+    def _write_if_complete(self, collection: Collection) -> None:
+        if not collection.is_complete:
+            return
+        self._saving = None
+        leader = self.leader
+        residuals = {**self._residuals.held, **self._residuals.take()}
+        snapshot = Snapshot(collection.step, leader.updates, leader.buffers or b"", collection.parts, residuals)
+        self._writer.write(snapshot, self._control.unstored(), self._on_saved)
 
-    def _collect_shards(self, save: Save, residuals: dict[int, torch.Tensor]) -> None:
-        collection = Collection(save.step, self._followers, self._layout.dtype, {**self._residuals.held, **residuals})
-        self._collection = collection
-        for send in self._followers.values():
-            send(pb.LeaderMessage(collect=pb.CollectState(step=save.step)))
-        if collection.is_complete:
-            self._write(collection)
-
-    def _write(self, collection: Collection) -> None:
-        self._collection = None
-        leader, step = self.leader, collection.step
-        wholes = {"": self._flat.clone()}  # of the layout, by the name of what they are
-        states = []
-        for part in [*parts_of(self._shard), *collection.parts]:
-            if part.parameter:
-                states.append(part)
-                continue
-            if part.state not in wholes:
-                wholes[part.state] = torch.zeros_like(self._flat)
-            wholes[part.state][part.offset : part.offset + part.values.numel()] = part.values
-        state = assemble(
-            self._config.model,
-            self._layout,
-            wholes[""],
-            leader.buffers or b"",
-            states,
-            step=step,
-            updates=leader.updates,
-            compression=compression_state(self._layout, wholes.get(MASTER), collection.residuals),
-        )
-        records = self._supervisor.unstored()
-
-        def write() -> None:
-            problem = ""
-            try:
-                written = write_checkpoint(
-                    self._config.checkpoint_directory, state, records=records, incarnation=self._config.incarnation
-                )
-                saved = pb.CheckpointSaved(
-                    step=written.step,
-                    parameters_sha256=written.parameters_sha256,
-                    state_sha256=written.state_sha256,
-                )
-            except Exception as error:
-                log.exception("checkpoint of step %d", step)
-                problem = f"the checkpoint of step {step} could not be written: {error}"
-                saved = pb.CheckpointSaved(step=step, problem=problem)
-            with self._lock:
-                self._supervisor.tell_checkpoint(saved)
-                self._carry_out(leader.saved(problem, time.time()))
-
-        threading.Thread(target=write, daemon=True).start()
+    def _on_saved(self, saved: Saved) -> None:
+        with self._guard.lock:
+            self._control.tell_checkpoint(saved)
+            self._run(self.leader.saved(saved.problem, time.time()))
 
     # -- the controller -----------------------------------------------------------------------------------------------
 
-    def _on_command(self, command: pb.Command) -> None:
+    def obey(self, verb: str, worker: str) -> None:
+        """Carry out a command of the controller, from any thread."""
         leader, now = self.leader, time.time()
-        with self._lock:
-            match command.verb:
+        with self._guard.lock:
+            match verb:
                 case "pause":
-                    self._carry_out(leader.pause(now))
+                    self._run(leader.pause(now))
                 case "resume":
-                    self._carry_out(leader.resume(now))
+                    self._run(leader.resume(now))
                 case "cancel":
-                    self._carry_out(leader.cancel(now))
+                    self._run(leader.cancel(now))
                 case "retire":
-                    self._carry_out(leader.retire(command.worker, now))
+                    self._run(leader.retire(worker, now))
+
+
+class LocalLeader:
+    """The leader, as the shard in its own process reaches it."""
+
+    def __init__(self, runner: LeaderRunner) -> None:
+        self._runner = runner
+
+    def report(self, step: int, kind: Round, sums: NDArray[np.float64]) -> None:
+        """See LeaderLink."""
+        self._runner.report(0, step, kind, sums)
+
+    def applied(self, step: int, clipped_sum: float) -> None:
+        """See LeaderLink."""
+        self._runner.applied(0, step, clipped_sum)
+
+    def state(self, step: int, parts: Iterator[StatePart]) -> None:
+        """See LeaderLink."""
+        self._runner.own_state(parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -18,26 +18,23 @@ class Residuals:
 
     def __init__(self, numel: int, dtype: torch.dtype, held: Mapping[int, torch.Tensor]) -> None:
         self.held = dict(held)
+        self.dtype = dtype
         self._numel = numel
-        self._dtype = dtype
         self._missing: dict[int, str] = {}  # part -> who has it
         self._arriving: dict[int, torch.Tensor] = {}
-        self._then: Callable[[dict[int, torch.Tensor]], None] | None = None
 
-    def await_from(
-        self, owners: Mapping[int, str], then: Callable[[dict[int, torch.Tensor]], None]
-    ) -> dict[str, list[int]]:
-        """Wait for residuals from workers, and call `then` with them when all are here.
-
-        Returns which parts are to be asked of each worker; with none, `then` has been called.
-        """
-        self._missing, self._arriving, self._then = dict(owners), {}, then
+    def ask(self, owners: Mapping[int, str]) -> dict[str, list[int]]:
+        """Wait for residuals from workers. owners: part -> who has it. Returns which parts to ask of each worker."""
+        self._missing, self._arriving = dict(owners), {}
         asked: dict[str, list[int]] = {}
         for part, owner in owners.items():
             asked.setdefault(owner, []).append(part)
-        if not asked:
-            self._finish()
         return asked
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that were asked for are here."""
+        return not self._missing
 
     def sink(self, worker: str, chunk: pb.Chunk, num_bytes: int) -> memoryview:
         """Where a piece belongs. Raises StreamError for one that is not expected or does not fit."""
@@ -45,18 +42,17 @@ class Residuals:
         if chunk.name != NAME or self._missing.get(part) != worker:
             raise StreamError(f"a residual of part {part} is not expected from {worker}")
         if part not in self._arriving:
-            self._arriving[part] = torch.empty(self._numel, dtype=self._dtype)
+            self._arriving[part] = torch.empty(self._numel, dtype=self.dtype)
         return place(self._arriving[part], chunk, num_bytes)
 
-    def arrived(self, worker: str, part: int) -> None:
-        """The last piece of one is here."""
-        if self._missing.get(part) == worker:
-            del self._missing[part]
-            if not self._missing:
-                self._finish()
+    def arrived(self, worker: str, part: int) -> bool:
+        """The last piece of one is here. Returns whether it was the last one asked for."""
+        if self._missing.get(part) != worker:
+            return False
+        del self._missing[part]
+        return self.is_complete
 
-    def _finish(self) -> None:
-        then, arrived = self._then, self._arriving
-        self._then, self._arriving = None, {}
-        if then is not None:
-            then(arrived)
+    def take(self) -> dict[int, torch.Tensor]:
+        """Those that were asked for."""
+        arrived, self._arriving = self._arriving, {}
+        return arrived

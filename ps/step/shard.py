@@ -24,7 +24,7 @@ from ps.step.messages import Decision, Outcome, Round
 from steepest.spec import OptimizerSpec
 
 
-class ShardServer:
+class ShardState:
     """The state of one shard.
 
     parameters: the shard's part of the layout, shape (shard.numel,), written in place: what workers compute with.
@@ -64,7 +64,7 @@ class ShardServer:
         self.step = step
         self.initialized = initialized
         self._num_leaves = num_leaves
-        self._push, self._pull = push, pull
+        self.push_codec, self._pull = push, pull
         self._scratch = torch.empty(0)
         self._max_value = max_value
         self._held: dict[Node, torch.Tensor | None] = {}
@@ -133,8 +133,8 @@ class ShardServer:
 
     def reduce(self) -> NDArray[np.float64]:
         """Add up the round and return the sum of squares of each segment of the shard."""
-        if self._push is not None and self.initialized:
-            self._decode(self._push)
+        if self.push_codec is not None and self.initialized:
+            self._decode(self.push_codec)
         present = {node: self._held[node] is not None for node in sorted(self._held)}
         if present != self._planned:  # steps are alike
             self._plan, self._last = addition_plan(self._root, present)

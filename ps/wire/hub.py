@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from ps.wire.connection import Connection, Received
+from ps.wire.connection import Connection, HungUpError, Received
 
 
 class Hub:
@@ -21,6 +21,8 @@ class Hub:
         self._poll = select.epoll()
         self._wake = os.eventfd(0)
         self._poll.register(self._wake, select.EPOLLIN)
+        self._lock = threading.Lock()
+        self._closed = False
         self._served: dict[int, tuple[Connection[Any], Callable[[Any], None], Callable[[Exception], None]]] = {}
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -35,21 +37,28 @@ class Hub:
         self._served[descriptor] = (connection, on_message, on_end)
         error = self._read(descriptor)  # what its buffer holds already wakes nobody
         if error is None:
-            self._poll.register(descriptor, select.EPOLLIN)
-        else:
-            del self._served[descriptor]
-            on_end(error)
+            with self._lock:
+                if not self._closed:
+                    self._poll.register(descriptor, select.EPOLLIN)
+                    return
+            error = HungUpError("this end has stopped")
+        del self._served[descriptor]
+        on_end(error)
 
     def close(self) -> None:
-        """Serve no more; the connections stay as they are."""
-        os.eventfd_write(self._wake, 1)
+        """Serve no more; the connections stay as they are, and one that is added from now on ends at once."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
         while True:
             for descriptor, _ in self._poll.poll():
                 if descriptor == self._wake:
-                    self._poll.close()
-                    os.close(self._wake)
+                    with self._lock:
+                        self._poll.close()
+                        os.close(self._wake)
                     return
                 error = self._read(descriptor)
                 if error is not None:

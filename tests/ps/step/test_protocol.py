@@ -20,7 +20,7 @@ from ps.step.effects import Decide, Dismiss, Effect, Evaluated, Phase, Save, Sen
 from ps.step.leader import Leader
 from ps.step.messages import Assign, LeafResult, Outcome, Push, PushedNode, Round
 from ps.step.plan import Plan
-from ps.step.shard import ShardServer
+from ps.step.shard import ShardState
 from steepest.spec import OptimizerSpec, ScheduleSpec
 from tests.support.models import described
 
@@ -56,7 +56,7 @@ class World:
     def __init__(self, num_servers: int, evaluation_leaves: int = 0) -> None:
         self.flat = torch.zeros(LAYOUT.numel)
         self.shards = [
-            ShardServer(s, self.flat[s.start : s.stop], SPEC, num_leaves=LEAVES, max_value=None)
+            ShardState(s, self.flat[s.start : s.stop], SPEC, num_leaves=LEAVES, max_value=None)
             for s in shards(LAYOUT, num_servers)
         ]
         plan = Plan(

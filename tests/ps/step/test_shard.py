@@ -6,16 +6,16 @@ import torch
 from ps.numerics.tree import Node
 from ps.parameters.layout import build_layout, shards
 from ps.step.messages import Decision, Outcome, Round
-from ps.step.shard import ShardServer
+from ps.step.shard import ShardState
 from steepest.spec import OptimizerSpec
 from tests.support.models import described
 from tests.support.stand_in import StandInDevice
 
 
 @pytest.fixture
-def shard() -> ShardServer:
+def shard() -> ShardState:
     (whole,) = shards(build_layout(described([(64,)])), 1)
-    return ShardServer(
+    return ShardState(
         whole,
         torch.zeros(whole.numel),
         OptimizerSpec(name="sgd", lr=1.0),
@@ -25,11 +25,11 @@ def shard() -> ShardServer:
     )
 
 
-def ones(shard: ShardServer) -> torch.Tensor:
+def ones(shard: ShardState) -> torch.Tensor:
     return torch.ones(shard.shard.numel)
 
 
-def test_a_step(shard: ShardServer) -> None:
+def test_a_step(shard: ShardState) -> None:
     assert shard.accept(0, Round.TRAIN, [(Node(0, 1), ones(shard))]) == Outcome.ACCEPTED
     assert not shard.is_complete
     assert shard.accept(0, Round.TRAIN, [(Node(1, 2), ones(shard))]) == Outcome.ACCEPTED
@@ -40,7 +40,7 @@ def test_a_step(shard: ShardServer) -> None:
     assert shard.step == 1
 
 
-def test_outcomes_are_named_and_change_nothing(shard: ShardServer) -> None:
+def test_outcomes_are_named_and_change_nothing(shard: ShardState) -> None:
     assert shard.accept(1, Round.TRAIN, [(Node(0, 1), ones(shard))]) == Outcome.AHEAD
     assert shard.accept(0, Round.INITIALIZE, [(Node(0, 1), ones(shard))]) == Outcome.LATE
     shard.accept(0, Round.TRAIN, [(Node(0, 2), ones(shard))])
@@ -52,7 +52,7 @@ def test_outcomes_are_named_and_change_nothing(shard: ShardServer) -> None:
     assert shard.accept(0, Round.TRAIN, [(Node(0, 1), ones(shard))]) == Outcome.LATE
 
 
-def test_a_skipped_step_counts_but_changes_no_bit(shard: ShardServer) -> None:
+def test_a_skipped_step_counts_but_changes_no_bit(shard: ShardState) -> None:
     shard.accept(0, Round.TRAIN, [(Node(0, 2), ones(shard) * torch.nan)])
     shard.reduce()
     shard.apply(Decision(0, Round.TRAIN, apply=False))
@@ -61,7 +61,7 @@ def test_a_skipped_step_counts_but_changes_no_bit(shard: ShardServer) -> None:
     assert list(shard.optimizer.export_state()) == []
 
 
-def test_a_decision_of_another_round_is_refused(shard: ShardServer) -> None:
+def test_a_decision_of_another_round_is_refused(shard: ShardState) -> None:
     with pytest.raises(ValueError, match="cannot apply"):
         shard.apply(Decision(0, Round.TRAIN, apply=True))
     shard.accept(0, Round.TRAIN, [(Node(0, 2), ones(shard))])
@@ -71,7 +71,7 @@ def test_a_decision_of_another_round_is_refused(shard: ShardServer) -> None:
     assert torch.equal(shard.parameters, torch.zeros_like(shard.parameters))
 
 
-def test_a_step_without_samples_is_not_applied(shard: ShardServer) -> None:
+def test_a_step_without_samples_is_not_applied(shard: ShardState) -> None:
     shard.accept(0, Round.TRAIN, [(Node(0, 2), None)])
     assert shard.reduce().tolist() == [0.0]
     shard.apply(Decision(0, Round.TRAIN, apply=True))
@@ -82,7 +82,7 @@ def test_on_a_gpu_what_lies_in_the_hosts_memory_is_copied() -> None:
     (shard,) = shards(build_layout(described([(64,)])), 1)
     device = StandInDevice()
     device.torch_device = torch.device("meta")  # another one than the host's, which is all that is asked here
-    server = ShardServer(
+    server = ShardState(
         shard,
         torch.zeros(shard.numel),
         OptimizerSpec(name="rmsprop"),
@@ -102,7 +102,7 @@ def test_on_a_gpu_a_sum_that_has_to_wait_outlives_its_worker() -> None:
     (shard,) = shards(layout, 1)
 
     def reduced(*, ends: bool) -> list[float]:
-        server = ShardServer(
+        server = ShardState(
             shard,
             torch.zeros(shard.numel),
             OptimizerSpec(name="sgd", lr=1.0),

@@ -1,0 +1,92 @@
+"""Puts the parts of a job's state together and writes the checkpoint, in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ps.checkpoint.files import State, write_checkpoint
+from ps.checkpoint.named_state import assemble, compression_state
+from ps.job.config import JobConfig
+from ps.numerics.optimizer import StatePart
+from ps.parameters.layout import Layout
+from ps.server.collection import MASTER
+from ps.step.messages import StepRecord
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint is on disk, or `problem` says why not."""
+
+    step: int
+    parameters_sha256: str = ""
+    state_sha256: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint is made of, besides the parameters. residuals: by part of the step."""
+
+    step: int
+    updates: int
+    buffers: bytes
+    parts: Sequence[StatePart]
+    residuals: Mapping[int, torch.Tensor]
+
+
+class CheckpointWriter:
+    """flat: the host's parameters, shape (layout.numel,)."""
+
+    def __init__(self, config: JobConfig, layout: Layout, flat: torch.Tensor) -> None:
+        self._config = config
+        self._layout = layout
+        self._flat = flat
+
+    def write(self, snapshot: Snapshot, records: Sequence[StepRecord], done: Callable[[Saved], None]) -> None:
+        """Write a checkpoint, then call `done` in the thread that wrote it.
+
+        records: of steps that may not have reached the history. The state stays as it is until `done`.
+        """
+        state = self._assemble(snapshot)
+
+        def run() -> None:
+            try:
+                written = write_checkpoint(
+                    self._config.checkpoint_directory, state, records=records, incarnation=self._config.incarnation
+                )
+                saved = Saved(written.step, written.parameters_sha256, written.state_sha256)
+            except Exception as error:
+                log.exception("checkpoint of step %d", snapshot.step)
+                problem = f"the checkpoint of step {snapshot.step} could not be written: {error}"
+                saved = Saved(snapshot.step, problem=problem)
+            done(saved)
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def _assemble(self, snapshot: Snapshot) -> State:
+        wholes = {"": self._flat.clone()}  # of the layout, by the name of what they are
+        states = []
+        for part in snapshot.parts:
+            if part.parameter:
+                states.append(part)
+                continue
+            if part.state not in wholes:
+                wholes[part.state] = torch.zeros_like(self._flat)
+            wholes[part.state][part.offset : part.offset + part.values.numel()] = part.values
+        return assemble(
+            self._config.model,
+            self._layout,
+            wholes[""],
+            snapshot.buffers,
+            states,
+            step=snapshot.step,
+            updates=snapshot.updates,
+            compression=compression_state(self._layout, wholes.get(MASTER), snapshot.residuals),
+        )

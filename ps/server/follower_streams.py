@@ -1,0 +1,63 @@
+"""The leader's end of its followers' streams."""
+
+from __future__ import annotations
+
+import logging
+
+from ps.server.doorman import Doorman
+from ps.server.guard import Guard
+from ps.server.leader_runner import LeaderRunner
+from ps.server.shard_links import RemoteShard, ShardLinks
+from ps.step.messages import Round
+from ps.wire import convert
+from ps.wire.connection import Connection
+from steepest.v1 import exchange_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+
+class FollowerStreams:
+    """Lets followers in and carries their messages to the leader."""
+
+    def __init__(self, runner: LeaderRunner, shards: ShardLinks, doorman: Doorman, guard: Guard) -> None:
+        self._runner = runner
+        self._shards = shards
+        self._doorman = doorman
+        self._guard = guard
+
+    def serve(self, connection: Connection[pb.FollowerMessage]) -> None:
+        """Serve a follower until its stream ends, which the controller sees and starts a new incarnation."""
+        server = -1
+        try:
+            for message in connection:
+                if server >= 0:
+                    with self._guard.lock:
+                        self._on_message(server, message)
+                    continue
+                refusal = self._doorman.refusal(message.enlist.fence, message.enlist.token)
+                if refusal:
+                    connection.refuse(pb.LeaderMessage(refusal=pb.Refusal(reason=refusal)))
+                    return
+                server = message.enlist.server
+                self._enlist(server, connection)
+        except Exception as error:
+            log.exception("message of server %d", server)
+            self._guard.fail(f"the leader failed on a message of server {server}: {error!r}")
+        connection.release()
+
+    def _enlist(self, server: int, connection: Connection[pb.FollowerMessage]) -> None:
+        connection.sink = lambda message, num_bytes: self._runner.state_sink(server, message.state, num_bytes)
+        with self._guard.lock:
+            self._shards.add(server, RemoteShard(connection.send))
+            connection.send(pb.LeaderMessage(enlisted=pb.Enlisted()))
+
+    def _on_message(self, server: int, message: pb.FollowerMessage) -> None:
+        match message.WhichOneof("message"):
+            case "report":
+                report = message.report
+                sums = convert.sums_from_bytes(report.segment_sums)
+                self._runner.report(server, report.step, Round(report.kind), sums)
+            case "applied":
+                self._runner.applied(server, message.applied.step, message.applied.clipped_sum)
+            case "state" if not message.state.name:
+                self._runner.state_sent(server)
