@@ -9,18 +9,16 @@ A round moves so:  assign -> collect (pushes from workers, reports from shards) 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ps.numerics.clip import clip_coefficient
 from ps.numerics.ranges import bits_of, leaves_of, ranges
 from ps.numerics.schedule import learning_rate
 from ps.numerics.tree import parts_of_step
 from ps.step.assignment import Dealer
+from ps.step.blame import blame_gradient, blame_loss
 from ps.step.effects import (
     ENDED,
     Decide,
@@ -37,39 +35,10 @@ from ps.step.effects import (
     Stepped,
 )
 from ps.step.members import Members
-from ps.step.messages import Assign, Decision, Failure, LeafResult, Outcome, Push, Round
+from ps.step.messages import Assign, Decision, Failure, Outcome, Push, Round
 from ps.step.parts import Parts
 from ps.step.plan import Plan
-from ps.step.record import CompletedStep
-
-STRAGGLER_FACTOR = 4.0  # a range this many times over its expected time is given to an idle worker too
-STRAGGLER_SECONDS = 5.0  # but never sooner than this
-
-
-@dataclass(slots=True)
-class _Round:
-    """The round in progress. pending, missing: micro-batches that nobody has, and that have not come back (bits)."""
-
-    kind: Round
-    num_leaves: int
-    began: float
-    pending: int
-    missing: int
-    results: list[LeafResult]
-    by: list[str]
-    reports: dict[int, NDArray[np.float64]] = field(default_factory=dict)
-    collected: float = 0.0
-    reported: float = 0.0
-    decision: Decision | None = None
-    sums: NDArray[np.float64] | None = None
-    norm: float = 0.0
-    loss: float = 0.0
-    weight: float = 0.0
-    applied: dict[int, float] = field(default_factory=dict)
-    buffers: bytes | None = None
-
-
-_NOTHING = LeafResult(-1, 0.0, 0.0, 0)
+from ps.step.round import RoundState
 
 
 class Leader:
@@ -96,7 +65,7 @@ class Leader:
         self.members = Members()
         self._deal_out = Dealer()
         self._initialized = initialized
-        self._round: _Round | None = None
+        self._round: RoundState | None = None
         self._evaluated = -1
         self._saved = step if initialized else -1
         self._pause = False
@@ -125,14 +94,15 @@ class Leader:
         if self._parts.is_owner(worker):
             self.phase = Phase.FAILED
             return [Lost(f"{worker} is gone, and the compression residuals it held are lost")]
-        if current is not None and current.decision is None:
+        if current is not None and not current.is_decided:
             # What another worker has been given too, it has delivered or will deliver to every shard.
             lost = member.leaves
-            if current.kind in (Round.TRAIN, Round.INITIALIZE) and len(current.reports) < self.plan.num_servers:
+            summed = current.kind in (Round.TRAIN, Round.INITIALIZE)
+            if summed and not current.has_all_reports(self.plan.num_servers):
                 lost |= member.taken  # a push may have reached some shards and not others; duplicates are harmless
-            current.pending |= lost & ~self.members.taken_by_any()
+            current.give_back(lost & ~self.members.taken_by_any())
         effects = self._deal(now)
-        if not self.members and self.phase == Phase.WORKING and (current is None or current.decision is None):
+        if not self.members and self.phase == Phase.WORKING and (current is None or not current.is_decided):
             effects.append(self._enter(Phase.WAITING, f"worker {worker} left, and there is no other", worker))
         return effects
 
@@ -151,24 +121,11 @@ class Leader:
             return Outcome.LATE, []
         member.in_flight -= 1
         current = self._round
-        if current is None or push.step != self.step or push.kind != current.kind or current.decision is not None:
+        if current is None or current.is_decided or not current.is_answered_by(push.step, push.kind):
             return Outcome.LATE, self._after_answer(now)
-        delivered = 0
-        for result in push.leaves:
-            bit = 1 << result.leaf
-            delivered |= bit
-            if current.missing & bit:
-                current.results[result.leaf] = result
-                current.by[result.leaf] = worker
-        outcome = Outcome.ACCEPTED if delivered & current.missing else Outcome.DUPLICATE
+        outcome, delivered = current.take_push(worker, push, now)
         member.leaves &= ~delivered
-        current.missing &= ~delivered
-        current.pending &= ~delivered
         member.measure(push)
-        if push.buffers is not None and current.buffers is None:
-            current.buffers = push.buffers
-        if not current.missing and not current.collected:
-            current.collected = now
         return outcome, self._advance(now) or self._after_answer(now)
 
     def report(
@@ -176,32 +133,28 @@ class Leader:
     ) -> tuple[Outcome, list[Effect]]:
         """A shard has reduced its part of the round and measured it."""
         current = self._round
-        if current is None or step != self.step or kind != current.kind:
+        if current is None or not current.is_answered_by(step, kind):
             return Outcome.LATE, []
-        if server in current.reports:
-            return Outcome.DUPLICATE, []
-        current.reports[server] = sums
-        return Outcome.ACCEPTED, self._advance(now)
+        outcome = current.take_report(server, sums)
+        return outcome, self._advance(now) if outcome == Outcome.ACCEPTED else []
 
     def applied(self, server: int, step: int, clipped_sum: float, now: float) -> tuple[Outcome, list[Effect]]:
         """A shard has carried out the decision."""
         current = self._round
-        if current is None or step != self.step or current.decision is None:
+        if current is None or step != self.step or not current.is_decided:
             return Outcome.LATE, []
-        if server in current.applied:
-            return Outcome.DUPLICATE, []
-        current.applied[server] = clipped_sum
-        if len(current.applied) < self.plan.num_servers:
-            return Outcome.ACCEPTED, []
-        return Outcome.ACCEPTED, self._commit(now)
+        outcome = current.take_applied(server, clipped_sum)
+        if outcome == Outcome.DUPLICATE or not current.is_applied(self.plan.num_servers):
+            return outcome, []
+        return outcome, self._commit(current, now)
 
     def failure(self, worker: str, failure: Failure, now: float) -> tuple[Outcome, list[Effect]]:
-        """User code failed on a worker. One of a round that is over read parameters in motion, and means nothing."""
+        """User code failed on a worker. Ignores failures of a finished round: it was reading parameters mid-update."""
         current = self._round
         member = self.members.get(worker)
         if member is not None:
             member.in_flight -= 1
-        if self.phase in ENDED or current is None or failure.step != self.step or failure.kind != current.kind:
+        if self.phase in ENDED or current is None or not current.is_answered_by(failure.step, failure.kind):
             return Outcome.LATE, self._after_answer(now)
         return Outcome.ACCEPTED, self._fail(failure, worker)
 
@@ -250,20 +203,14 @@ class Leader:
 
     def tick(self, now: float) -> list[Effect]:
         """Time passes: find stragglers and workers that hang."""
-        if self._round is None or self._round.decision is not None or self.phase in ENDED:
+        if self._round is None or self._round.is_decided or self.phase in ENDED:
             return []
         effects: list[Effect] = []
         idle = self.members.idle()
         for name, member in list(self.members.items()):
-            if not member.leaves:
-                continue
-            waited = now - member.since
-            if waited > self.plan.worker_timeout_seconds:
+            if member.waited(now) > self.plan.worker_timeout_seconds:
                 effects.append(Hung(name))
-                continue
-            expected = math.inf if member.guessed else member.leaves.bit_count() / member.speed
-            is_slow = waited > max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * expected)
-            if is_slow and idle and not member.duplicated and not self._parts:
+            elif idle and not member.duplicated and not self._parts.any and member.is_straggling(now):
                 member.duplicated = True
                 effects += self._assign(leaves_of(member.leaves), idle, now)
                 idle = []
@@ -307,8 +254,7 @@ class Leader:
         return self._is_over or bool(every and self.step and self.step % every == 0)
 
     def _begin(self, kind: Round, num_leaves: int, now: float) -> list[Effect]:
-        every = (1 << num_leaves) - 1
-        self._round = _Round(kind, num_leaves, now, every, every, [_NOTHING] * num_leaves, [""] * num_leaves)
+        self._round = RoundState(self.step, kind, num_leaves, now)
         self.members.begin_round()
         if not self.members:
             return [] if self.phase == Phase.WAITING else [self._enter(Phase.WAITING, "there is no worker")]
@@ -317,17 +263,12 @@ class Leader:
     def _deal(self, now: float) -> list[Effect]:
         """Give what nobody has to those who have nothing."""
         current = self._round
-        if current is None or not current.pending or current.decision is not None:
+        if current is None or not current.has_undealt or current.is_decided:
             return []
-        if self._parts and current.kind == Round.TRAIN:
+        if self._parts.any and current.kind == Round.TRAIN:
             return self._deal_parts(current, now)
         idle = self.members.idle()
-        if not idle:
-            return []
-        everything = current.pending == (1 << current.num_leaves) - 1
-        leaves = range(current.num_leaves) if everything else leaves_of(current.pending)
-        current.pending = 0
-        return self._assign(leaves, idle, now)
+        return self._assign(current.take_undealt(), idle, now) if idle else []
 
     def _assign(self, leaves: Sequence[int], workers: list[str], now: float) -> list[Effect]:
         dealt = self._deal_out(leaves, self.members.speeds(workers))
@@ -356,139 +297,78 @@ class Leader:
 
     def _settle(self) -> list[Effect]:
         """Before a step: have parts change hands if the workers are others now."""
-        moving = self._parts.begin_step(self._stayers()) if self._parts else {}
+        moving = self._parts.begin_step(self._stayers()) if self._parts.any else {}
         if not moving:
             return []
         self.phase = Phase.SETTLING
         return [Settle(self.step, moving)]
 
-    def _deal_parts(self, current: _Round, now: float) -> list[Effect]:
+    def _deal_parts(self, current: RoundState, now: float) -> list[Effect]:
         """Give each worker the parts that are its own."""
         self._parts.deal(self._stayers())
         effects: list[Effect] = []
         for worker, member in self.members.items():
-            leaves = current.pending & self._parts.leaves_of(worker)
-            if leaves and not member.in_flight:
-                current.pending &= ~leaves
+            if member.in_flight:
+                continue
+            leaves = current.take_undealt_of(self._parts.leaves_of(worker))
+            if leaves:
                 effects.append(self._give(worker, ranges(leaves_of(leaves)), now, handed=self._parts.hand_over(worker)))
         return effects
 
     def _advance(self, now: float) -> list[Effect]:
         """Move the round on when all that was awaited is there."""
         current = self._round
-        if current is None or current.missing or current.decision is not None:
+        if current is None or current.is_decided or not current.has_all_pushes:
             return []
         if current.kind == Round.EVALUATE:
-            return self._finish_evaluation(now)
+            return self._finish_evaluation(current, now)
         if current.kind == Round.DIAGNOSE:
-            return self._finish_diagnosis()
-        if len(current.reports) < self.plan.num_servers:
+            return self._fail(*blame_gradient(current))
+        if not current.has_all_reports(self.plan.num_servers):
             return []
         current.reported = now
-        return self._decide(current, now)
-
-    def _decide(self, current: _Round, now: float) -> list[Effect]:
         if current.kind == Round.INITIALIZE:
             current.decision = Decision(self.step, current.kind, apply=True)
             return [Decide(current.decision)]
-        reports = current.reports
-        sums = reports[0] if len(reports) == 1 else np.concatenate([reports[i] for i in range(len(reports))])
-        current.sums = sums
-        total = _sum(sums.tolist())
-        loss = _sum([r.loss for r in current.results])
-        weight = _sum([r.weight for r in current.results])
-        finite = math.isfinite(total) and math.isfinite(loss) and math.isfinite(weight)
-        if not finite and not self.plan.skip_nonfinite:
-            return self._blame(now)
-        lr = learning_rate(self.plan.base_lr, self.plan.schedule, self.updates, self.plan.total_steps)
-        current.weight = weight if finite else math.nan
-        if not finite or weight <= 0.0:
-            current.loss = current.norm = math.nan
-            current.decision = Decision(self.step, current.kind, apply=False, lr=lr)
-            return [Decide(current.decision)]
-        current.loss = loss / weight
-        current.norm = math.sqrt(total) / weight
-        coefficient = clip_coefficient(current.norm, self.plan.max_norm)
-        current.decision = Decision(self.step, current.kind, True, weight, coefficient, lr)
-        return [Decide(current.decision)]
+        return self._decide(current, now)
 
-    def _commit(self, now: float) -> list[Effect]:
+    def _decide(self, current: RoundState, now: float) -> list[Effect]:
+        """One decision for all shards: clip and apply, or skip."""
+        lr = learning_rate(self.plan.base_lr, self.plan.schedule, self.updates, self.plan.total_steps)
+        decision = current.decide(lr, self.plan.max_norm)
+        if not current.is_finite and not self.plan.skip_nonfinite:
+            return self._blame(current, now)
+        current.decision = decision
+        return [Decide(decision)]
+
+    def _commit(self, current: RoundState, now: float) -> list[Effect]:
         """All shards have applied: the next version is visible everywhere."""
-        current = self._round
-        assert current is not None  # noqa: S101  # only `applied` calls this
-        assert current.decision is not None  # noqa: S101
         self._round = None
         if current.buffers is not None:
             self.buffers = current.buffers
         if current.kind == Round.INITIALIZE:
             self._initialized = True
             return self._next_round(now)
-        stepped = Stepped(self._completed(current, current.decision, now))
+        completed = current.completed(len(self.members), now, clips_by_value=self.plan.max_value is not None)
         self.members.favour_idle()
         self.step += 1
-        self.updates += current.decision.apply
+        self.updates += completed.decision.apply
         following = self._next_round(now)
+        stepped = Stepped(completed)
         # Work first, so that nobody waits for the telemetry; but nothing that ends or saves overtakes the record.
         return [*following, stepped] if following and isinstance(following[0], Send) else [stepped, *following]
 
-    def _completed(self, current: _Round, decision: Decision, now: float) -> CompletedStep:
-        assert current.sums is not None  # noqa: S101  # set with the decision
-        return CompletedStep(
-            decision=decision,
-            loss=current.loss,
-            norm=current.norm,
-            weight=current.weight,
-            samples=sum([r.samples for r in current.results]),
-            workers=len(self.members),
-            segment_sums=current.sums,
-            clipped_sum=None if self.plan.max_value is None else math.fsum(current.applied.values()),
-            began=current.began,
-            collected=current.collected,
-            reported=current.reported,
-            committed=now,
-        )
-
-    def _finish_evaluation(self, now: float) -> list[Effect]:
-        current = self._round
-        assert current is not None  # noqa: S101  # only `_advance` calls this
-        results = current.results
-        samples = sum(r.samples for r in results)
-        metrics = {
-            name: math.fsum(r.values[k] for r in results) / samples for k, name in enumerate(self.plan.metric_names)
-        }
-        weight = math.fsum(r.weight for r in results)
-        metrics["loss"] = math.fsum(r.loss for r in results) / weight if weight else math.nan
+    def _finish_evaluation(self, current: RoundState, now: float) -> list[Effect]:
         self._evaluated = self.step
         self._round = None
-        return [Evaluated(self.step, metrics), *self._next_round(now)]
+        return [Evaluated(self.step, current.mean_metrics(self.plan.metric_names)), *self._next_round(now)]
 
-    # -- failures ---------------------------------------------------------------------------------------------------
+    # -- failures -----------------------------------------------------------------------------------------------------
 
-    def _blame(self, now: float) -> list[Effect]:
+    def _blame(self, current: RoundState, now: float) -> list[Effect]:
         """A sum is not finite: name the micro-batch, by its loss or by computing the step again."""
-        current = self._round
-        assert current is not None  # noqa: S101  # only `_decide` calls this
-        for result, worker in zip(current.results, current.by, strict=True):
-            if not (math.isfinite(result.loss) and math.isfinite(result.weight)):
-                message = (
-                    f"the loss is not finite at step {self.step}, worker {worker}, micro-batch {result.leaf}: "
-                    f"loss sum {result.loss}, weight {result.weight}"
-                )
-                return self._fail(Failure(self.step, result.leaf, "nonfinite_loss", message), worker)
-        return self._begin(Round.DIAGNOSE, self.plan.num_leaves, now)
-
-    def _finish_diagnosis(self) -> list[Effect]:
-        current = self._round
-        assert current is not None  # noqa: S101  # only `_advance` calls this
-        for result, worker in zip(current.results, current.by, strict=True):
-            if result.nonfinite:
-                message = (
-                    f"the gradient of {result.nonfinite} is not finite at step {self.step}, worker {worker}, "
-                    f"micro-batch {result.leaf}"
-                )
-                return self._fail(Failure(self.step, result.leaf, "nonfinite_gradient", message), worker)
-        message = f"the sum of finite gradients is not finite at step {self.step}: they are too large to add"
-        return self._fail(Failure(self.step, -1, "nonfinite_gradient", message), "")
+        found = blame_loss(current)
+        return self._begin(Round.DIAGNOSE, self.plan.num_leaves, now) if found is None else self._fail(*found)
 
     def _fail(self, failure: Failure, worker: str) -> list[Effect]:
         self._round = None
@@ -517,11 +397,3 @@ class Leader:
             effects.append(Dismiss(name, "scaled down"))
             effects += self.leave(name, now)
         return effects
-
-
-def _sum(values: Sequence[float]) -> float:
-    """The exact sum, rounded once; not finite when it, or what is added, is not."""
-    try:
-        return math.fsum(values)
-    except (OverflowError, ValueError):  # beyond range; inf - inf
-        return math.nan

@@ -5,6 +5,7 @@ Sets of micro-batches are the bits of an integer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ SPEED_MEMORY = 0.8  # weight of the past in a worker's measured speed
 WARM_UP_PUSHES = 3  # a worker's first answers are slow, and say nothing of its speed
 PATIENCE_STEPS = 8  # a worker that got no work is tried again after so many steps, then after twice as many, ...
 MAX_PATIENCE_STEPS = 512
+STRAGGLER_FACTOR = 4.0  # a range this many times over its expected time is given to an idle worker too
+STRAGGLER_SECONDS = 5.0  # but never sooner than this
 
 
 @dataclass(slots=True)
@@ -41,6 +44,15 @@ class Member:
     def is_idle(self) -> bool:
         """Whether it can be given work."""
         return not self.in_flight and not self.retiring
+
+    def waited(self, now: float) -> float:
+        """For how many seconds it has not answered."""
+        return now - self.since if self.leaves else 0.0
+
+    def is_straggling(self, now: float) -> bool:
+        """Whether it takes so long that somebody idle should do its work too."""
+        expected = math.inf if self.guessed else self.leaves.bit_count() / self.speed
+        return self.waited(now) > max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * expected)
 
     def give(self, leaves: int, now: float) -> None:
         """It has been assigned these."""

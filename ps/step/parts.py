@@ -32,7 +32,7 @@ def redeal(owners: Sequence[str | None], workers: Sequence[str]) -> list[str | N
 
 
 class Parts:
-    """The parts of every step of a job. Without any, which is false, the job compresses nothing.
+    """The parts of every step of a job; a job that does not compress has none.
 
     leaves: the micro-batches of each, as bits. kept: parts whose residuals lie with the servers, as after a restart.
     """
@@ -43,7 +43,9 @@ class Parts:
         self._kept = set(kept)
         self._moving: dict[int, str] = {}
 
-    def __bool__(self) -> bool:
+    @property
+    def any(self) -> bool:
+        """Whether the job compresses, so that steps have parts."""
         return bool(self._leaves)
 
     @property

@@ -1,0 +1,203 @@
+"""One round of work as the leader sees it: what is dealt, what came back, and what was decided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ps.numerics.clip import clip_coefficient
+from ps.numerics.ranges import leaves_of
+from ps.step.messages import Decision, LeafResult, Outcome, Push, Round
+from ps.step.record import CompletedStep
+
+_NOTHING = LeafResult(-1, 0.0, 0.0, 0)
+
+
+class RoundState:
+    """Sets of micro-batches are the bits of an integer. now: when the round begins, in seconds."""
+
+    def __init__(self, step: int, kind: Round, num_leaves: int, now: float) -> None:
+        self.step = step
+        self.kind = kind
+        self.began = now
+        self.collected = 0.0  # when all pushes were there
+        self.reported = 0.0  # when all shards had reported
+        self.results = [_NOTHING] * num_leaves
+        self.decision: Decision | None = None
+        self.loss = self.norm = self.weight = 0.0  # of the mean; set with the decision
+        self.buffers: bytes | None = None
+        self._everything = (1 << num_leaves) - 1
+        self._undealt = self._everything
+        self._missing = self._everything
+        self._by = [""] * num_leaves
+        self._reports: dict[int, NDArray[np.float64]] = {}
+        self._sums: NDArray[np.float64] | None = None
+        self._applied: dict[int, float] = {}
+
+    # -- what is where ------------------------------------------------------------------------------------------------
+
+    def is_answered_by(self, step: int, kind: Round) -> bool:
+        """Whether a message of that step and kind belongs to this round."""
+        return step == self.step and kind == self.kind
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether nothing more is awaited from workers."""
+        return self.decision is not None
+
+    @property
+    def has_undealt(self) -> bool:
+        """Whether there is work that nobody has."""
+        return self._undealt != 0
+
+    @property
+    def has_all_pushes(self) -> bool:
+        """Whether every micro-batch has come back."""
+        return self._missing == 0
+
+    def has_all_reports(self, num_servers: int) -> bool:
+        """Whether every shard has reduced the round."""
+        return len(self._reports) == num_servers
+
+    def is_applied(self, num_servers: int) -> bool:
+        """Whether every shard has carried out the decision."""
+        return len(self._applied) == num_servers
+
+    # -- dealing ------------------------------------------------------------------------------------------------------
+
+    def take_undealt(self) -> Sequence[int]:
+        """All work that nobody has; somebody has it from now on."""
+        everything = self._undealt == self._everything
+        leaves = range(len(self.results)) if everything else leaves_of(self._undealt)
+        self._undealt = 0
+        return leaves
+
+    def take_undealt_of(self, leaves: int) -> int:
+        """As much of `leaves` as nobody has; somebody has it from now on."""
+        taken = self._undealt & leaves
+        self._undealt &= ~taken
+        return taken
+
+    def give_back(self, leaves: int) -> None:
+        """Nobody has these any more."""
+        self._undealt |= leaves
+
+    # -- answers ------------------------------------------------------------------------------------------------------
+
+    def take_push(self, worker: str, push: Push, now: float) -> tuple[Outcome, int]:
+        """A worker's answer: what becomes of it, and the micro-batches in it."""
+        delivered = 0
+        for result in push.leaves:
+            bit = 1 << result.leaf
+            delivered |= bit
+            if self._missing & bit:
+                self.results[result.leaf] = result
+                self._by[result.leaf] = worker
+        outcome = Outcome.ACCEPTED if delivered & self._missing else Outcome.DUPLICATE
+        self._missing &= ~delivered
+        self._undealt &= ~delivered
+        if push.buffers is not None and self.buffers is None:
+            self.buffers = push.buffers
+        if self.has_all_pushes and not self.collected:
+            self.collected = now
+        return outcome, delivered
+
+    def take_report(self, server: int, sums: NDArray[np.float64]) -> Outcome:
+        """A shard's sums of squares of its segments."""
+        if server in self._reports:
+            return Outcome.DUPLICATE
+        self._reports[server] = sums
+        return Outcome.ACCEPTED
+
+    def take_applied(self, server: int, clipped_sum: float) -> Outcome:
+        """A shard has carried out the decision."""
+        if server in self._applied:
+            return Outcome.DUPLICATE
+        self._applied[server] = clipped_sum
+        return Outcome.ACCEPTED
+
+    # -- the decision ------------------------------------------------------------------------------------------------
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether gradient, loss and weight are; known once `decide` has been called."""
+        return math.isfinite(self.weight)
+
+    def decide(self, lr: float, max_norm: float | None) -> Decision:
+        """Clip by the global norm and apply, or skip a step that is not finite or weighs nothing.
+
+        Also sets loss, norm and weight, which are of the mean gradient.
+        """
+        total = exact_sum(self.segment_sums().tolist())
+        loss, weight = exact_sum([r.loss for r in self.results]), exact_sum([r.weight for r in self.results])
+        finite = math.isfinite(total) and math.isfinite(loss) and math.isfinite(weight)
+        self.weight = weight if finite else math.nan
+        if not finite or weight <= 0.0:
+            self.loss = self.norm = math.nan
+            return Decision(self.step, self.kind, apply=False, lr=lr)
+        self.loss = loss / weight
+        self.norm = math.sqrt(total) / weight
+        return Decision(self.step, self.kind, True, weight, clip_coefficient(self.norm, max_norm), lr)
+
+    def completed(self, workers: int, now: float, *, clips_by_value: bool) -> CompletedStep:
+        """What is told of the step, when all shards have applied the decision."""
+        assert self.decision is not None  # noqa: S101  # a step is complete when it is decided and applied
+        return CompletedStep(
+            decision=self.decision,
+            loss=self.loss,
+            norm=self.norm,
+            weight=self.weight,
+            samples=self.total_samples(),
+            workers=workers,
+            segment_sums=self.segment_sums(),
+            clipped_sum=math.fsum(self._applied.values()) if clips_by_value else None,
+            began=self.began,
+            collected=self.collected,
+            reported=self.reported,
+            committed=now,
+        )
+
+    # -- totals -------------------------------------------------------------------------------------------------------
+
+    def segment_sums(self) -> NDArray[np.float64]:
+        """Those of all shards, in the layout's order."""
+        if self._sums is None:
+            reports = self._reports
+            self._sums = reports[0] if len(reports) == 1 else np.concatenate([reports[i] for i in range(len(reports))])
+        return self._sums
+
+    def total_samples(self) -> int:
+        """How many samples there were."""
+        return sum([r.samples for r in self.results])
+
+    def mean_metrics(self, names: Sequence[str]) -> dict[str, float]:
+        """Of an evaluation: each metric's mean over the samples, and the mean loss."""
+        samples, weight = self.total_samples(), math.fsum(r.weight for r in self.results)
+        metrics = {name: math.fsum(r.values[k] for r in self.results) / samples for k, name in enumerate(names)}
+        metrics["loss"] = math.fsum(r.loss for r in self.results) / weight if weight else math.nan
+        return metrics
+
+    def find_nonfinite_loss(self) -> tuple[LeafResult, str] | None:
+        """The first micro-batch whose loss or weight is not finite, and who computed it."""
+        for result, worker in zip(self.results, self._by, strict=True):
+            if not (math.isfinite(result.loss) and math.isfinite(result.weight)):
+                return result, worker
+        return None
+
+    def find_nonfinite_gradient(self) -> tuple[LeafResult, str] | None:
+        """Of a diagnosis: the first micro-batch with a gradient that is not finite, and who computed it."""
+        for result, worker in zip(self.results, self._by, strict=True):
+            if result.nonfinite:
+                return result, worker
+        return None
+
+
+def exact_sum(values: Sequence[float]) -> float:
+    """The exact sum, rounded once; not finite when it, or what is added, is not."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):  # beyond range; inf - inf
+        return math.nan
