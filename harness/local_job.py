@@ -27,7 +27,8 @@ from ps.wire.address import ServerAddress
 from steepest.spec import spec_from_dict
 from worker.gradients.backend import Backend, backend_of
 from worker.process.loop import WorkerLoop
-from worker.task.load import describe_model, load_task, num_samples
+from worker.task.load import load_task
+from worker.task.model import describe_model, num_samples
 
 WAIT_SECONDS = 60.0
 

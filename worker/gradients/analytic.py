@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ps.parameters.layout import Layout
 from steepest.task import AnalyticTask
 from worker.data.sources import ArraySource, Source
-from worker.gradients.torch_engine import LossError, Measured, measure_metrics
+from worker.gradients.engine import LossError, Measured, measure_metrics
 
 
 class AnalyticEngine:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ps.checkpoint.named_state import pack_buffers, unpack_buffers
 from ps.parameters.description import ModelDescription
@@ -17,71 +14,15 @@ from ps.parameters.layout import Layout
 from steepest.task import Task
 from worker.data.sources import Source, source_of
 from worker.gradients.backend import Backend
+from worker.gradients.engine import LossError, Measured, measure_metrics
 from worker.gradients.linear import write_directly
-from worker.task.load import named_state
+from worker.gradients.sink import GradientSink
+from worker.task.model import named_state
 
-SMALL_NUMEL = 1 << 14
 MAX_FACTORS = 64
 _AS_IT_IS = contextlib.nullcontext()
 
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
-
-
-class Measured(NamedTuple):
-    """A loss sum and its weight; in an evaluation, also the metrics' sums over the samples."""
-
-    loss: float
-    weight: float
-    values: tuple[float, ...] = ()
-
-
-class LossError(Exception):
-    """What the user's loss returned is no loss. The message says why."""
-
-
-class InPartsError(Exception):
-    """A parameter's gradient came in parts, and the first was taken for the whole: the sum is to be made again.
-
-    Once is enough: the engine waits for the rest of that parameter's gradient from then on.
-    """
-
-
-class Engine(Protocol):
-    """Computes gradients of a task; `AnalyticEngine` and `TorchEngine` are the two."""
-
-    only_torch: bool  # whether no code but torch's own runs in `gradient`
-    train_source: Source
-    eval_source: Source | None
-
-    def write_initial(self, flat: torch.Tensor) -> None:
-        """Write the task's own initial parameters into `flat`, shape (layout.numel,)."""
-
-    def bind(self, flat: torch.Tensor) -> None:
-        """Use `flat`, shape (layout.numel,), as the parameters from now on."""
-
-    def refresh(self) -> None:
-        """The bound parameters hold another version."""
-
-    def gradient(self, batch: Any, num_samples: int, into: list[torch.Tensor], *, add: bool) -> Measured:
-        """Write (or add) the gradient of the batch's loss sum into one tensor per parameter, in the layout's order.
-
-        Raises InPartsError; the tensors hold nothing of use then.
-        """
-
-    def watch(self, on_final: Callable[[int], None]) -> None:
-        """From now on, tell of each parameter of a gradient, by its index, when it is written."""
-
-    def evaluate(self, batch: Any, num_samples: int) -> Measured:
-        """Loss and metrics, without gradients."""
-
-    def set_buffers(self, packed: bytes) -> None:
-        """Start every micro-batch from these buffers."""
-
-    def buffers(self) -> bytes | None:
-        """The buffers as the last micro-batch left them, or None when it changed nothing."""
-
-    def initial_buffers(self) -> bytes:
-        """The buffers that the task came with."""
 
 
 class TorchEngine:
@@ -112,22 +53,9 @@ class TorchEngine:
         self._flat = torch.empty(0)
         self._on_device = torch.empty(0)
         self._model.train()
-        # Where the backward pass in progress puts its gradients, and which of them are still to come.
-        self._into: list[torch.Tensor] = []
-        self._add = False
-        self._missing: set[int] = set()
-        self._indices = {id(p): index for index, p in enumerate(self._parameters)}
-        self._small = [i for i, p in enumerate(self._parameters) if p.numel() < SMALL_NUMEL]
-        self._large = set(self._indices.values()) - set(self._small)
-        self._in_parts: set[int] = (
-            set()
-        )  # what of `_large` came more than once in this pass, as by reentrant checkpoints
-        self._on_final: Callable[[int], None] | None = None
-        self._hook(self._large)
-        self._unfinished = True
-        self._free: set[int] = set()  # whose place nothing has been written to
+        self._sink = GradientSink(self._parameters)
         if device.type == "cpu":
-            write_directly(self._model, self._place)
+            write_directly(self._model, self._sink.place)
         self._factors: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
 
     def write_initial(self, flat: torch.Tensor) -> None:
@@ -150,45 +78,21 @@ class TorchEngine:
     def gradient(self, batch: Any, num_samples: int, into: list[torch.Tensor], *, add: bool) -> Measured:
         """See Engine. Raises LossError, InPartsError."""
         self._start(training=True)
-        if self._unfinished:  # a pass that failed has left some
-            for parameter in self._parameters:
-                parameter.grad = None
-        self._unfinished = True
-        self._in_parts.clear()
-        self._into, self._add, self._missing = into, add, set(self._large)
-        self._free = set() if add else set(self._large)
+        self._sink.begin(into, add=add)
         batch = self._backend.batch(batch)
         value, factor, weight = self._loss(batch, num_samples)
         if not value.requires_grad:
             raise LossError("the loss does not depend on any trainable parameter")
-        # Backward of factor * loss, as value.backward(factor) comes to after 20 us of checks; `_store` takes each large
-        # gradient when it is ready.
+        # Backward of factor * loss, as value.backward(factor) comes to after 20 us of checks.
         _run_backward(
             (value,), (self._factor(factor, value),), False, False, (), allow_unreachable=True, accumulate_grad=True
         )
-        self._store_small()
-        self._unfinished = False
-        if self._in_parts:
-            self._large -= self._in_parts
-            self._small += sorted(self._in_parts)
-            raise InPartsError
-        for index in self._missing:
-            # Zeros rather than nothing, and zeros are added too (-0 + 0 is 0): so the bits are the same however the
-            # tree is cut.
-            if add:
-                into[index].add_(0.0)
-            else:
-                into[index].zero_()
-            if self._on_final is not None:
-                self._on_final(index)
+        self._sink.finish()
         return Measured(value.item() * factor, weight)
 
     def watch(self, on_final: Callable[[int], None]) -> None:
-        """See Engine. Small gradients are moved one by one then, too."""
-        self._on_final = on_final
-        self._hook(self._small)
-        self._large.update(self._small)
-        self._small = []
+        """See Engine."""
+        self._sink.watch(on_final)
 
     def evaluate(self, batch: Any, num_samples: int) -> Measured:
         """See Engine. Raises LossError."""
@@ -270,63 +174,6 @@ class TorchEngine:
             self._factors[key] = torch.full_like(value, factor, requires_grad=False)
         return self._factors[key]
 
-    def _hook(self, indices: Iterable[int]) -> None:
-        for index in indices:
-            self._parameters[index].register_post_accumulate_grad_hook(partial(self._store, index))  # type: ignore[no-untyped-call]
-
-    def _place(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
-        """Where this gradient may be written at once: its place, unless something is there or is to be added to."""
-        index = self._indices.get(id(parameter), -1)
-        if index not in self._free:
-            return None
-        self._free.discard(index)
-        return self._into[index].detach()
-
-    def _store(self, index: int, parameter: torch.Tensor) -> None:
-        """Move a gradient that autograd has just finished to its place, while it is in cache, and free it."""
-        gradient = parameter.grad
-        if gradient is None or index not in self._large:  # nothing came of it in this pass; or all of it is moved later
-            return
-        parameter.grad = None
-        if index not in self._missing:
-            self._in_parts.add(index)
-        self._missing.discard(index)
-        into = self._into[index]
-        if gradient.is_sparse:
-            gradient = gradient.to_dense()
-        if self._add:
-            into.add_(gradient)
-        elif gradient.data_ptr() != into.data_ptr():
-            into.copy_(gradient)
-        if self._on_final is not None and index not in self._in_parts:
-            self._on_final(index)
-
-    def _store_small(self) -> None:
-        """Move the small gradients to their places, all in one call: a call for each would cost more than the move.
-
-        With them, those that come in parts.
-        """
-        targets, gradients = [], []
-        for index in self._small:
-            parameter = self._parameters[index]
-            gradient = parameter.grad
-            if gradient is None:
-                self._missing.add(index)
-                continue
-            parameter.grad = None
-            targets.append(self._into[index])
-            gradients.append(gradient.to_dense() if gradient.is_sparse else gradient)
-        if not targets:
-            return
-        with torch.no_grad():
-            if self._add:
-                torch._foreach_add_(targets, gradients)
-            else:
-                torch._foreach_copy_(targets, gradients)
-        if self._on_final is not None:
-            for index in set(self._small) - self._missing:
-                self._on_final(index)
-
 
 def _is_torchs_own(task: Task) -> bool:
     """Whether model and loss are made of torch's own modules, with no code of the user in between."""
@@ -342,30 +189,3 @@ def _pair(batch: Any, what: str) -> tuple[Any, Any]:
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise LossError(f"{what} needs batches of pairs (inputs, targets); this one is {type(batch).__name__}")
     return batch[0], batch[1]
-
-
-def measure_metrics(
-    metrics: Mapping[str, Callable[[Any, Any], Any]], outputs: Any, targets: Any, num_samples: int
-) -> tuple[float, ...]:
-    """Each metric's sum over the samples. Raises LossError for one that returns no number."""
-    values = []
-    for name, metric in metrics.items():
-        value = metric(outputs, targets)
-        try:
-            values.append(float(value) * num_samples)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise LossError(f"the metric {name!r} must return a number; it returned {type(value).__name__}") from error
-    return tuple(values)
-
-
-def finite_parameters(into: list[torch.Tensor], layout: Layout) -> str:
-    """The name of the first parameter whose tensor has a non-finite element, or nothing."""
-    for placed, tensor in zip(layout.parameters, into, strict=True):
-        if not bool(torch.isfinite(tensor).all()):
-            return placed.name
-    return ""
-
-
-def as_indices(low: int, high: int) -> NDArray[np.int64]:
-    """The samples [low, high)."""
-    return np.arange(low, high, dtype=np.int64)

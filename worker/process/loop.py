@@ -18,10 +18,12 @@ from ps.wire.address import ServerAddress
 from steepest.task import AnalyticTask
 from worker.gradients.analytic import AnalyticEngine
 from worker.gradients.backend import Backend, DeviceBackend
+from worker.gradients.batches import Batches
 from worker.gradients.compressor import Compressor
 from worker.gradients.compute import Computer, MicroBatchError
+from worker.gradients.engine import Engine, LossError
 from worker.gradients.slots import Slots, num_slots
-from worker.gradients.torch_engine import Engine, LossError, TorchEngine
+from worker.gradients.torch_engine import TorchEngine
 from worker.process.exchange import Exchange
 from worker.task.load import load_task, user_traceback
 
@@ -71,16 +73,8 @@ class WorkerLoop:
         self._compressor = (
             None if codec is None else Compressor(codec, self._layout, config.spec.part_leaves, num_leaves)
         )
-        self._computer = Computer(
-            config.spec,
-            self._engine,
-            self._layout,
-            self._slots,
-            backend,
-            num_samples=config.num_samples,
-            num_evaluation_samples=config.num_evaluation_samples,
-            compressor=self._compressor,
-        )
+        batches = Batches(config.spec, self._engine, backend, config.num_samples, config.num_evaluation_samples)
+        self._computer = Computer(self._engine, self._layout, self._slots, batches, num_leaves, self._compressor)
 
     def run(self, addresses: Sequence[ServerAddress]) -> None:
         """Work until dismissed. addresses: of the servers, the leader first.

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from steepest.spec import TaskReference
-from worker.task.load import TaskError, check_fits, describe_model, load_task, num_samples
+from worker.task.load import TaskError, load_task
+from worker.task.model import check_fits, describe_model, num_samples
 
 
 def probe(request: dict[str, Any]) -> dict[str, Any]:

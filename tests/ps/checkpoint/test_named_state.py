@@ -8,7 +8,7 @@ import steepest
 from ps.checkpoint.named_state import assemble, flatten, pack_buffers, unpack_buffers
 from ps.numerics.optimizer import StatePart
 from ps.parameters.layout import build_layout
-from worker.task.load import describe_model, named_state
+from worker.task.model import describe_model, named_state
 
 
 def _task() -> steepest.Task:

@@ -11,10 +11,12 @@ from ps.step.messages import Assign, Round
 from steepest.spec import spec_from_dict
 from tests.support import tasks
 from worker.gradients.backend import CpuBackend, DeviceBackend, backend_of
+from worker.gradients.batches import Batches
 from worker.gradients.compute import Computer
 from worker.gradients.slots import Slots, num_slots
 from worker.gradients.torch_engine import TorchEngine
-from worker.task.load import TaskError, check_fits, describe_model
+from worker.task.load import TaskError
+from worker.task.model import check_fits, describe_model
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -61,9 +63,9 @@ def test_gradients_of_a_gpu_are_those_of_the_cpu(precision: str) -> None:
         segment = Segment.create(count * layout.nbytes, "gradients")
         slots = segment.tensor(layout.dtype, count * layout.numel).view(count, -1)
         engine = TorchEngine(task, model, layout, backend, precision)
-        computer = Computer(
-            spec, engine, layout, Slots(slots, layout, backend), backend, num_samples=101, num_evaluation_samples=0
-        )
+        batches = Batches(spec, engine, backend, 101, 0)
+        slots_of = Slots(slots, layout, backend)
+        computer = Computer(engine, layout, slots_of, batches, spec.data.num_micro_batches)
         flat = Segment.create(layout.nbytes, "parameters").tensor(layout.dtype, layout.numel)
         engine.write_initial(flat)
         engine.bind(flat)

@@ -21,11 +21,12 @@ from worker.data.sampler import Sampler
 from worker.gradients import buckets as overlap
 from worker.gradients.analytic import AnalyticEngine
 from worker.gradients.backend import CpuBackend
+from worker.gradients.batches import Batches
 from worker.gradients.buckets import cut_buckets
 from worker.gradients.compute import Computer
 from worker.gradients.slots import Slots, num_slots
 from worker.gradients.torch_engine import TorchEngine
-from worker.task.load import describe_model, num_samples
+from worker.task.model import describe_model, num_samples
 
 BUCKET_BYTES = 4096
 
@@ -72,15 +73,9 @@ class Worker:
         engine.bind(flat)
         shape = num_slots(self.spec.data.num_micro_batches), self.layout.numel
         self.slots = torch.zeros(shape, dtype=self.layout.dtype)
-        self.computer = Computer(
-            self.spec,
-            engine,
-            self.layout,
-            Slots(self.slots, self.layout, self.backend),
-            self.backend,
-            num_samples=num_samples(task.train_data, "train_data"),
-            num_evaluation_samples=0,
-        )
+        batches = Batches(self.spec, engine, self.backend, num_samples(task.train_data, "train_data"), 0)
+        slots = Slots(self.slots, self.layout, self.backend)
+        self.computer = Computer(engine, self.layout, slots, batches, self.spec.data.num_micro_batches)
         self.announced: list[tuple[Ready, torch.Tensor]] = []
 
     def overlap(self) -> None:

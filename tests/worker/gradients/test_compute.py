@@ -15,10 +15,12 @@ from tests.support import tasks
 from worker.data.sampler import Sampler
 from worker.gradients.analytic import AnalyticEngine
 from worker.gradients.backend import CpuBackend
+from worker.gradients.batches import Batches
 from worker.gradients.compute import Computer, MicroBatchError
+from worker.gradients.engine import LossError
 from worker.gradients.slots import Slots, num_slots
-from worker.gradients.torch_engine import LossError, TorchEngine
-from worker.task.load import describe_model, num_samples
+from worker.gradients.torch_engine import TorchEngine
+from worker.task.model import describe_model, num_samples
 
 
 def _spec(**raw: Any) -> TrainingJobSpec:
@@ -45,9 +47,9 @@ def _computer(make: Any, spec: TrainingJobSpec) -> tuple[Computer, torch.Tensor,
         slot[~_mask(layout)] = 0.0
     engine.bind(flat)
     samples = num_samples(task.train_data, "train_data")
-    computer = Computer(
-        spec, engine, layout, Slots(slots, layout, backend), backend, num_samples=samples, num_evaluation_samples=0
-    )
+    batches = Batches(spec, engine, backend, samples, 0)
+    num_leaves = spec.data.num_micro_batches
+    computer = Computer(engine, layout, Slots(slots, layout, backend), batches, num_leaves)
     return computer, slots, layout, flat
 
 

@@ -10,7 +10,8 @@ from torch import nn
 
 import steepest
 from steepest.spec import TaskReference
-from worker.task.load import TaskError, describe_model, load_task, num_samples, unpack_code
+from worker.task.load import TaskError, load_task, unpack_code
+from worker.task.model import describe_model, num_samples
 
 
 def _load(function: str, module: str = "tests.support.tasks", **arguments: object) -> object:

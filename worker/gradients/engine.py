@@ -1,0 +1,90 @@
+"""The one interface behind which gradients are computed, whatever by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from ps.parameters.layout import Layout
+from worker.data.sources import Source
+
+
+class Measured(NamedTuple):
+    """A loss sum and its weight; in an evaluation, also the metrics' sums over the samples."""
+
+    loss: float
+    weight: float
+    values: tuple[float, ...] = ()
+
+
+class LossError(Exception):
+    """What the user's loss returned is no loss. The message says why."""
+
+
+class InPartsError(Exception):
+    """A parameter's gradient came in parts, and the first was taken for the whole: the sum is to be made again.
+
+    Once is enough: the engine waits for the rest of that parameter's gradient from then on.
+    """
+
+
+class Engine(Protocol):
+    """Computes gradients of a task; `AnalyticEngine` and `TorchEngine` are the two."""
+
+    only_torch: bool  # whether no code but torch's own runs in `gradient`
+    train_source: Source
+    eval_source: Source | None
+
+    def write_initial(self, flat: torch.Tensor) -> None:
+        """Write the task's own initial parameters into `flat`, shape (layout.numel,)."""
+
+    def bind(self, flat: torch.Tensor) -> None:
+        """Use `flat`, shape (layout.numel,), as the parameters from now on."""
+
+    def refresh(self) -> None:
+        """The bound parameters hold another version."""
+
+    def gradient(self, batch: Any, num_samples: int, into: list[torch.Tensor], *, add: bool) -> Measured:
+        """Write (or add) the gradient of the batch's loss sum into one tensor per parameter, in the layout's order.
+
+        Raises InPartsError; the tensors hold nothing of use then.
+        """
+
+    def watch(self, on_final: Callable[[int], None]) -> None:
+        """From now on, tell of each parameter of a gradient, by its index, when it is written."""
+
+    def evaluate(self, batch: Any, num_samples: int) -> Measured:
+        """Loss and metrics, without gradients."""
+
+    def set_buffers(self, packed: bytes) -> None:
+        """Start every micro-batch from these buffers."""
+
+    def buffers(self) -> bytes | None:
+        """The buffers as the last micro-batch left them, or None when it changed nothing."""
+
+    def initial_buffers(self) -> bytes:
+        """The buffers that the task came with."""
+
+
+def measure_metrics(
+    metrics: Mapping[str, Callable[[Any, Any], Any]], outputs: Any, targets: Any, num_samples: int
+) -> tuple[float, ...]:
+    """Each metric's sum over the samples. Raises LossError for one that returns no number."""
+    values = []
+    for name, metric in metrics.items():
+        value = metric(outputs, targets)
+        try:
+            values.append(float(value) * num_samples)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise LossError(f"the metric {name!r} must return a number; it returned {type(value).__name__}") from error
+    return tuple(values)
+
+
+def finite_parameters(into: list[torch.Tensor], layout: Layout) -> str:
+    """The name of the first parameter whose tensor has a non-finite element, or nothing."""
+    for placed, tensor in zip(layout.parameters, into, strict=True):
+        if not bool(torch.isfinite(tensor).all()):
+            return placed.name
+    return ""
