@@ -10,7 +10,7 @@ PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS)
 endef
 
-.PHONY: help demo test test-core check format proto bench bench-full clean
+.PHONY: help demo test test-full test-core check format proto bench bench-full clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -24,8 +24,11 @@ $(INSTALLED): constraints.txt pyproject.toml
 demo: $(INSTALLED)  ## train the digits through a service of its own
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
 
-test: $(INSTALLED)  ## all tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## the tests, without those that repeat others at more placements or run for long
+	$(BIN)/python -m pytest -m "not full" --durations 10
+
+test-full: $(INSTALLED)  ## all tests
+	$(BIN)/python -m pytest --durations 10
 
 test-core: $(INSTALLED)  ## the pure part: no Ray, no gRPC
 	$(BIN)/python -m pytest -m "not cluster" tests/ps tests/worker tests/services tests/steepest

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -97,7 +98,8 @@ def _serve(config: JobConfig, index: int, pipe: Connection, host: Host | None) -
     server.connect(pipe.recv())
     pipe.send("ready")
     with contextlib.suppress(EOFError):
-        pipe.recv()
+        while pipe.recv():  # how far is the job?
+            pipe.send(-1 if server.leader is None else server.leader.step)
 
 
 def work(config: JobConfig, name: str, generation: int, addresses: list[ServerAddress], host: Host | None) -> None:
@@ -113,6 +115,7 @@ class LocalJob:
     config: JobConfig
     addresses: list[ServerAddress]
     servers: list[BaseProcess]
+    leader: Connection
     workers: dict[str, BaseProcess] = field(default_factory=dict)
     generation: int = 0
     work: Callable[..., None] = field(default=work)
@@ -123,6 +126,27 @@ class LocalJob:
         process = _context().Process(target=self.work, args=(self.config, name, self.generation, self.addresses, host))
         process.start()
         self.workers[name] = process
+
+    def kill_worker(self, name: str) -> None:
+        """Kill a worker that still works: one that had been dismissed already would make a test of nothing."""
+        process = self.workers[name]
+        assert process.is_alive(), f"{name} has ended before it was killed"
+        process.kill()
+        process.join()
+
+    def wait_for_step(self, step: int, seconds: float = WAIT_SECONDS) -> None:
+        """Return when so many steps are done, while the job still runs."""
+        deadline = time.monotonic() + seconds
+        while self.step < step:
+            assert time.monotonic() < deadline, f"step {step} was not reached within {seconds:g} s"
+            time.sleep(0.002)
+        assert self.step < self.config.plan().total_steps, "the job has ended"
+
+    @property
+    def step(self) -> int:
+        """How many steps are done."""
+        self.leader.send("step")
+        return int(self.leader.recv())
 
     def finish(self, seconds: float = WAIT_SECONDS) -> State:
         """Wait for the end, for no longer than so many seconds for each worker."""
@@ -161,7 +185,7 @@ def running(
         process.start()
         pipes.append(ours)
         servers.append(process)
-    job = LocalJob(config, [pipe.recv() for pipe in pipes], servers, work=work)
+    job = LocalJob(config, [pipe.recv() for pipe in pipes], servers, pipes[0], work=work)
     try:
         for pipe in pipes:
             pipe.send(job.addresses)

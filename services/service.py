@@ -32,7 +32,13 @@ class Service:
         self._closing = threading.Event()
         wake = threading.Event()
         registry = CollectorRegistry()
-        self._http = HttpServer(settings.http_host, settings.http_port, registry, lambda: not self._closing.is_set())
+        self._http = HttpServer(
+            settings.http_host,
+            settings.http_port,
+            registry,
+            lambda: not self._closing.is_set(),
+            may_differ=settings.http_port_may_differ,
+        )
         try:
             self._grpc = GrpcServer(settings.grpc_host, settings.grpc_port)
         except BaseException:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
 
 import grpc
 
@@ -155,13 +158,18 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
     ) -> Iterator[pb.DownloadCheckpointResponse]:
         """See the .proto file."""
         row = self._row(request.name)
-        newest = newest_verified(self._settings.checkpoints_of(row.id))
-        if newest is None:
-            raise ConflictError(f"{row.name} has no checkpoint yet; it is at step {row.result.step}")
-        for path in files_of(newest.path):
-            with path.open("rb") as file:
+        with contextlib.ExitStack() as stack:
+            for path, file in self._open_newest(row, stack):
                 while piece := file.read(CHUNK_BYTES):
                     yield pb.DownloadCheckpointResponse(file=path.name, data=piece)
+
+    def _open_newest(self, row: JobRow, stack: contextlib.ExitStack) -> list[tuple[Path, IO[bytes]]]:
+        """The files of the newest checkpoint, all open, so that none is lost when the job prunes it meanwhile."""
+        directory = self._settings.checkpoints_of(row.id)
+        while (newest := newest_verified(directory)) is not None:
+            with contextlib.suppress(FileNotFoundError):  # pruned since: there is a newer one
+                return [(path, stack.enter_context(path.open("rb"))) for path in files_of(newest.path)]
+        raise ConflictError(f"{row.name} has no checkpoint yet; it is at step {row.result.step}")
 
 
 def _page_size(asked: int, default: int, maximum: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
@@ -22,10 +23,26 @@ class _Quiet(WSGIRequestHandler):
         """Say nothing of each request."""
 
 
-class HttpServer:
-    """Serves until stopped. is_healthy: whether the service can do its work. Raises OSError when the port is taken."""
+def _bind(host: str, port: int, app: Any) -> WSGIServer:
+    return make_server(host, port, app, server_class=_Server, handler_class=_Quiet)
 
-    def __init__(self, host: str, port: int, registry: CollectorRegistry, is_healthy: Callable[[], bool]) -> None:
+
+class HttpServer:
+    """Serves until stopped.
+
+    is_healthy: whether the service can do its work. may_differ: take any free port when `port` is in use; otherwise
+    raises OSError.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        registry: CollectorRegistry,
+        is_healthy: Callable[[], bool],
+        *,
+        may_differ: bool = False,
+    ) -> None:
         metrics = make_wsgi_app(registry)
 
         def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -44,11 +61,13 @@ class HttpServer:
             return [b"not found; there are /metrics and /healthz\n"]
 
         try:
-            self._server = make_server(host, port, app, server_class=_Server, handler_class=_Quiet)
+            self._server = _bind(host, port, app)
         except OSError as error:
-            raise OSError(
-                f"cannot listen on {host}:{port}: {(error.strerror or '').lower()}; choose another port"
-            ) from error
+            if error.errno != errno.EADDRINUSE or not may_differ:
+                raise OSError(
+                    f"cannot listen on {host}:{port}: {(error.strerror or '').lower()}; choose another port"
+                ) from error
+            self._server = _bind(host, 0, app)
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 

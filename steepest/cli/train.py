@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from ps.job.footprint import Footprint
     from steepest.client import Job
 
-DEFAULT_HTTP_PORT = 8080
-
 
 def train_embedded(request: Submission, output: Path | None) -> JobInfo:
     """Run one job to its end. Raises SpecError before anything is started where it can be told."""
@@ -32,7 +29,7 @@ def train_embedded(request: Submission, output: Path | None) -> JobInfo:
     with tempfile.TemporaryDirectory(prefix="steepest-", ignore_cleanup_errors=True) as data:
         settings = {
             "grpc_port": 0,
-            "http_port": _free_or_any(DEFAULT_HTTP_PORT),
+            "http_port_may_differ": True,
             "num_cpus": placement.workers * placement.threads_per_worker,
         }
         with running_service(Path(data), **settings) as service:
@@ -88,13 +85,3 @@ def _check_output(output: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise SpecError([Violation("--output", f"cannot write to {output}: {error.strerror}")]) from None
-
-
-def _free_or_any(port: int) -> int:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return 0
-    return port

@@ -156,6 +156,7 @@ def _segments(job: Job) -> list[str]:
     return found
 
 
+@pytest.mark.full
 def test_ten_thousand_steps_leave_no_growth_and_no_segment(client: Client) -> None:
     job = client.submit(f"{EXAMPLES / 'digits.py'}:mlp", steps=10_000, placement={"workers": 2, "servers": 2})
     until(lambda: job.get().step >= 2_000, 120)

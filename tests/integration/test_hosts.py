@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import pytest
 from harness.hosts import Host, hosts
 from harness.local_job import hashes, job_config, run_here, running
 from ps.job.footprint import footprint
+from tests.support.choices import full
 from tests.support.programs import need_program
 from tests.support.service import COMMAND, RAY_ENVIRONMENT, TASKS, serving, until
 
@@ -68,49 +67,54 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, s
     }
 
 
+LAYOUTS: dict[str, tuple[list[int], list[int], int]] = {
+    "a server each": ([0, 1], [0, 0, 1, 1], 2),
+    "three": ([0, 1, 2], [0, 1, 1, 2, 2], 3),
+    "two servers each": ([0, 1, 0, 1], [1, 1, 0], 4),
+    "one server": ([0], [0, 1, 2], 1),
+    "a home without a shard": ([0, 1], [0, 1, 1, 2], 1),
+    "a leader apart": ([2], [0, 0, 1], 1),
+}
+JOBS = {"large": LARGE, "slow": SLOW, "deep": DEEP, "in parts": IN_PARTS}
+QUICK = {
+    ("large", "three"),
+    ("slow", "a server each"),
+    ("deep", "two servers each"),
+    ("in parts", "one server"),
+    ("deep", "a home without a shard"),
+    ("slow", "a leader apart"),
+}
+
+
 @pytest.mark.parametrize(
-    ("servers", "workers", "shards"),
-    [
-        ([0, 1], [0, 0, 1, 1], 2),
-        ([0, 1, 2], [0, 1, 1, 2, 2], 3),
-        ([0, 1, 0, 1], [1, 1, 0], 4),
-        ([0], [0, 1, 2], 1),
-        ([0, 1], [0, 1, 1, 2], 1),
-        ([2], [0, 0, 1], 1),
-    ],
-    ids=["a server each", "three", "two servers each", "one server", "a home without a shard", "a leader apart"],
+    ("name", "where"),
+    [pytest.param(n, w, marks=[] if (n, w) in QUICK else pytest.mark.full) for n in JOBS for w in LAYOUTS],
 )
-@pytest.mark.parametrize("raw", [LARGE, SLOW, DEEP, IN_PARTS], ids=["large", "slow", "deep", "in parts"])
 def test_where_hosts_are_does_not_show_in_the_bits(
     three: list[Host],
     expected: dict[str, tuple[str, str]],
     tmp_path: Path,
-    raw: dict[str, Any],
-    servers: list[int],
-    workers: list[int],
-    shards: int,
+    name: str,
+    where: str,
 ) -> None:
+    raw, (servers, workers, shards) = JOBS[name], LAYOUTS[where]
     config = job_config(tmp_path, **{**raw, "placement": {"servers": shards}})
     places = [three[i] for i in servers], [three[i] for i in workers]
     with running(config, len(workers), *places) as job:
         assert hashes(job.finish()) == expected[raw["task"]]
 
 
-@pytest.mark.parametrize("raw", [SLOW, DEEP], ids=["slow", "deep"])
+@pytest.mark.parametrize("raw", [full(SLOW, name="slow"), pytest.param(DEEP, id="deep")])
 def test_workers_killed_on_a_host_leave_no_trace(
     three: list[Host], expected: dict[str, tuple[str, str]], tmp_path: Path, raw: dict[str, Any]
 ) -> None:
     config = job_config(tmp_path, **{**raw, "placement": {"servers": 2}})
     where = [three[0], three[1], three[1]]
     with running(config, 3, three[:2], where) as job:
-        time.sleep(0.3)
-        for victim in (1, 2, 0):
-            process = job.workers[f"worker-{victim}"]
-            assert process.pid is not None
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
+        for round_, victim in enumerate((1, 2, 0)):
+            job.wait_for_step(3 + 8 * round_)
+            job.kill_worker(f"worker-{victim}")
             job.start_worker(f"worker-{victim}", where[victim])
-            time.sleep(0.15)
         assert hashes(job.finish()) == expected[raw["task"]]
 
 
@@ -126,6 +130,7 @@ except ConnectionRefusedError:
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("raw", [LARGE, DEEP], ids=["large", "deep"])
 def test_far_hosts_give_the_same_bits(
     three: list[Host], expected: dict[str, tuple[str, str]], tmp_path: Path, raw: dict[str, Any]
@@ -140,10 +145,8 @@ def test_far_hosts_give_the_same_bits(
         config = job_config(tmp_path, **{**raw, "placement": {"servers": 2}})
         where = [far[0], far[0], far[1]]
         with running(config, 3, far, where) as job:
-            time.sleep(0.3)
-            victim = job.workers["worker-2"]
-            victim.kill()
-            victim.join()
+            job.wait_for_step(1)
+            job.kill_worker("worker-2")
             job.start_worker("worker-2", where[2])
             assert hashes(job.finish()) == expected[raw["task"]]
 
@@ -161,6 +164,7 @@ def _bytes_a_step(three: list[Host], directory: Path, workers: list[int], server
     return (totals[1] - totals[0]) / steps
 
 
+@pytest.mark.full
 def test_a_host_sends_one_gradient_however_many_workers_it_has(three: list[Host], tmp_path: Path) -> None:
     placement = {"workers": 6, "servers": 2}
     config = job_config(tmp_path / "size", **{**LARGE, "data": DATA, "placement": placement})
@@ -202,6 +206,7 @@ def cluster_address(three: list[Host], tmp_path_factory: pytest.TempPathFactory)
     shutil.rmtree(directory, ignore_errors=True)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("servers", "names"), [(2, ["server-0", "server-1"]), (1, ["server-0", "home-0"])])
 def test_ray_puts_servers_where_the_workers_are(
     three: list[Host], cluster_address: str, tmp_path: Path, servers: int, names: list[str]

@@ -10,6 +10,7 @@ import pytest
 
 from harness.local_job import hashes, job_config, run_here
 from steepest.client import Client
+from tests.support.choices import full
 from tests.support.service import COMMAND, TASKS, serving, until
 
 pytestmark = pytest.mark.cluster
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.cluster
 SPEC = {"steps": 40, "data": {"global_batch": 24}, "checkpoint_every": 5}
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("ending", [signal.SIGKILL, full(signal.SIGTERM)])
 def test_jobs_go_on_from_their_last_checkpoint_and_paused_ones_stay_paused(
     ending: signal.Signals, tmp_path: Path
 ) -> None:

@@ -56,6 +56,7 @@ def test_train_leaves_what_the_contract_says(tmp_path: Path) -> None:
     assert history["loss"].to_pylist()[-1] == result["loss"]
 
 
+@pytest.mark.full
 def test_a_failed_job_exits_with_1_and_shows_the_users_traceback() -> None:
     run = steepest("train", f"{TASKS}:failing_dataset", "--epochs", "1", "--json")
     assert run.returncode == 1
@@ -65,6 +66,7 @@ def test_a_failed_job_exits_with_1_and_shows_the_users_traceback() -> None:
     assert "__getitem__" in result["error"]
 
 
+@pytest.mark.full
 def test_a_refused_task_exits_with_2() -> None:
     run = steepest("train", f"{TASKS}:without_parameters", "--epochs", "1")
     assert run.returncode == 2
@@ -95,6 +97,7 @@ def test_ctrl_c_cancels_cleanly_and_leaves_no_process(tmp_path: Path) -> None:
     until(lambda: not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE])
 
 
+@pytest.mark.full
 def test_a_job_spreads_over_the_nodes_of_an_existing_cluster(tmp_path: Path) -> None:
     nodes = [{"num_cpus": 2}] * 3
     with raylets(nodes) as cluster_address, serving(tmp_path / "data", "--ray-address", cluster_address) as address:

@@ -20,6 +20,13 @@ class Backend(Protocol):
     """The device of a worker. `CpuBackend` and `DeviceBackend` are the two."""
 
     device: torch.device
+    gpu: Device | None  # the GPU, if it is one
+
+    def share(self, parameters: Mapping[tuple[int, int], torch.Tensor], numel: int) -> None:
+        """Do not copy what servers on the same GPU own, from now on.
+
+        parameters: theirs, by the elements [start, stop) of the layout, which has `numel`.
+        """
 
     @property
     def publishes(self) -> bool:
@@ -51,7 +58,11 @@ class CpuBackend:
     """Everything is where the servers see it."""
 
     device = torch.device("cpu")
+    gpu: Device | None = None
     publishes = False
+
+    def share(self, parameters: Mapping[tuple[int, int], torch.Tensor], numel: int) -> None:
+        """See Backend: no server is on a GPU."""
 
     def parameters(self, shared: torch.Tensor) -> torch.Tensor:
         """See Backend."""
@@ -82,16 +93,14 @@ class DeviceBackend:
     """A copy of the parameters and of every sum on one GPU."""
 
     def __init__(self, gpu: Device) -> None:
-        self.gpu = gpu
+        self.gpu: Device | None = gpu
+        self._gpu = gpu
         self.device = gpu.torch_device
         self._on_gpu: dict[tuple[int, int], torch.Tensor] = {}
         self._has_rest = True
 
     def share(self, parameters: Mapping[tuple[int, int], torch.Tensor], numel: int) -> None:
-        """Do not copy what servers on the same GPU own, from now on.
-
-        parameters: theirs, by the elements [start, stop) of the layout, which has `numel`.
-        """
+        """See Backend."""
         self._on_gpu = dict(parameters)
         self._has_rest = bool(gaps(0, numel, self._on_gpu))
 
@@ -102,31 +111,31 @@ class DeviceBackend:
 
     def parameters(self, shared: torch.Tensor) -> torch.Tensor:
         """See Backend."""
-        self.gpu.lock(shared)
+        self._gpu.lock(shared)
         return torch.empty_like(shared, device=self.device)
 
     def refresh(self, parameters: torch.Tensor, shared: torch.Tensor) -> None:
         """See Backend."""
         for (start, stop), own in self._on_gpu.items():
-            self.gpu.copy(parameters[start:stop], own)
+            self._gpu.copy(parameters[start:stop], own)
         for start, stop in gaps(0, len(shared), self._on_gpu):
-            self.gpu.copy(parameters[start:stop], shared[start:stop])
-        self.gpu.await_copies()
+            self._gpu.copy(parameters[start:stop], shared[start:stop])
+        self._gpu.await_copies()
 
     def gradient(self, shared: torch.Tensor) -> torch.Tensor:
         """See Backend."""
         if self._has_rest:
-            self.gpu.lock(shared)
+            self._gpu.lock(shared)
         return torch.zeros_like(shared, device=self.device)
 
     def publish(self, gradient: torch.Tensor, shared: torch.Tensor, start: int, stop: int) -> None:
         """See Backend."""
         for first, last in gaps(start, stop, self._on_gpu):
-            self.gpu.copy(shared[first:last], gradient[first:last])
+            self._gpu.copy(shared[first:last], gradient[first:last])
 
     def wait(self) -> None:
         """See Backend."""
-        self.gpu.synchronize()
+        self._gpu.synchronize()
 
     def batch(self, batch: Any) -> Any:
         """See Backend."""
@@ -134,7 +143,7 @@ class DeviceBackend:
 
     def seed(self, value: int) -> None:
         """See Backend."""
-        self.gpu.seed(value)
+        self._gpu.seed(value)
 
 
 def backend_of(name: str) -> Backend:

@@ -17,7 +17,7 @@ from ps.step.messages import Assign, Failure
 from ps.wire.address import ServerAddress
 from steepest.task import AnalyticTask
 from worker.gradients.analytic import AnalyticEngine
-from worker.gradients.backend import Backend, DeviceBackend
+from worker.gradients.backend import Backend
 from worker.gradients.batches import Batches
 from worker.gradients.compressor import Compressor
 from worker.gradients.compute import Computer, MicroBatchError
@@ -80,12 +80,10 @@ class WorkerLoop:
         """Work until dismissed. addresses: of the servers, the leader first.
 
         Raises ConnectionError when a server is gone, RefusedError when one says no."""
-        gpu = self._backend.gpu if isinstance(self._backend, DeviceBackend) else None
         exchange = Exchange(
-            self._config, self._worker, self._generation, addresses, self._segment, self._compressor, gpu
+            self._config, self._worker, self._generation, addresses, self._segment, self._compressor, self._backend.gpu
         )
-        if isinstance(self._backend, DeviceBackend):
-            self._backend.share(exchange.on_gpu, self._layout.numel)
+        self._backend.share(exchange.on_gpu, self._layout.numel)
         if self._compressor is None:
             self._overlap(exchange)
         bound = False
