@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import subprocess
 import sys
 import urllib.parse
@@ -18,19 +17,13 @@ import pytest
 from services.service import Service
 from steepest.client import Job
 from tests.support.programs import need_program
-from tests.support.service import until
+from tests.support.service import free_port, until
 
 pytestmark = pytest.mark.cluster
 
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"
 CONFIG = DEPLOY / "prometheus" / "prometheus.yml"
 DASHBOARD = DEPLOY / "grafana" / "steepest.json"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _get(url: str) -> str:
@@ -47,7 +40,7 @@ def query(service: Service, tmp_path: Path) -> Iterator[Callable[[str], dict[str
     assert "127.0.0.1:8080" in text
     fast = text.replace("127.0.0.1:8080", f"127.0.0.1:{service.http_port}").replace("5s", "250ms")
     config.write_text(fast)
-    port = _free_port()
+    port = free_port()
     process = subprocess.Popen(
         [
             program,

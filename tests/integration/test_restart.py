@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
 from harness.local_job import hashes, job_config, run_here
 from steepest.client import Client
+from steepest.jobs import Event, JobInfo, Progress
 from tests.support.choices import full
-from tests.support.service import COMMAND, TASKS, serving, until
+from tests.support.service import COMMAND, TASKS, free_port, serving, until
 
 pytestmark = pytest.mark.cluster
 
@@ -25,13 +27,17 @@ def test_jobs_go_on_from_their_last_checkpoint_and_paused_ones_stay_paused(
     expected = hashes(
         run_here(job_config(tmp_path / "here", "tests.support.tasks:slow", arguments={"delay": 0.0}, **SPEC))  # type: ignore[arg-type]
     )
-    data = tmp_path / "data"
-    with serving(data, ending=ending) as address, Client(address) as client:
-        held = client.submit(f"{TASKS}:slow", name="held", arguments={"delay": 0.02}, **SPEC)
+    data, port = tmp_path / "data", ("--port", str(free_port()))
+    updates: list[Event | Progress | JobInfo] = []
+    with serving(data, *port, ending=ending) as address, Client(address) as client:
+        held = client.submit(f"{TASKS}:slow", name="held", arguments={"delay": 0.01}, **SPEC)
         until(lambda: held.get().step >= 6)
         held.pause()
         until(lambda: held.get().state == "PAUSED")
-        running = client.submit(f"{TASKS}:slow", name="running", arguments={"delay": 0.02}, **SPEC)
+        running = client.submit(f"{TASKS}:slow", name="running", arguments={"delay": 0.01}, **SPEC)
+        watching = Client(address)
+        watcher = threading.Thread(target=lambda: updates.extend(watching.job("running").watch()), daemon=True)
+        watcher.start()
         until(lambda: running.get().step >= 11)
         second = subprocess.run(
             [*COMMAND, "serve", "--port", "0", "--http-port", "0", "--data-dir", str(data)],
@@ -39,8 +45,16 @@ def test_jobs_go_on_from_their_last_checkpoint_and_paused_ones_stay_paused(
         )  # fmt: skip
         assert second.returncode == 2
         assert "another service uses the data directory" in second.stderr
-    with serving(data, ending=signal.SIGTERM) as address, Client(address) as client:
-        info = client.job("running").wait()
+    with serving(data, *port, ending=signal.SIGTERM) as address, Client(address) as client:
+        watcher.join(60)
+        assert not watcher.is_alive(), "the watch was not resumed"
+        watching.close()
+        events = [update for update in updates if isinstance(update, Event)]
+        assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+        assert "the service was restarted" in [event.reason for event in events]
+        info = updates[-1]
+        assert isinstance(info, JobInfo)
+        assert info.state == "SUCCEEDED"
         assert (info.parameters_sha256, info.state_sha256) == expected
         steps = [r["step"] for r in client.job("running").history()]
         assert steps == sorted(set(steps))

@@ -125,6 +125,11 @@ def returns_nothing() -> None:
     return None
 
 
+def sleeps() -> steepest.Task:
+    time.sleep(3600)
+    raise AssertionError
+
+
 def exits() -> steepest.Task:
     sys.exit(7)
 

@@ -2,13 +2,19 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Iterator
+from concurrent import futures
+from typing import Any
 
+import grpc
 import pytest
 from google.rpc import code_pb2, error_details_pb2
 
-from services.api.errors import CATALOGUE, status_of
+from services.api.errors import CATALOGUE, ErrorInterceptor, status_of
 from steepest import errors
-from steepest.errors import SpecError, SteepestError, Violation
+from steepest.errors import ConflictError, NotFoundError, SpecError, SteepestError, Violation
+from steepest.v1 import training_jobs_pb2 as pb
+from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
 
 # Raised by the client when it waited; a service never sends it.
 CLIENT_ONLY = {errors.SteepestError, errors.JobFailedError}
@@ -42,3 +48,53 @@ def test_an_unexpected_error_keeps_its_traceback_in_the_log(caplog: pytest.LogCa
     assert status.details[0].Unpack(info)
     assert info.metadata["reference"] in status.message
     assert info.metadata["reference"] in caplog.text
+
+
+class _Broken(pb_grpc.TrainingJobServiceServicer):
+    """Fails in ways that no servicer should."""
+
+    def GetTrainingJob(self, request: Any, context: Any) -> Any:
+        raise ZeroDivisionError("secret detail")
+
+    def ListTrainingJobs(self, request: Any, context: Any) -> Any:
+        raise ConflictError("not now")
+
+    def UploadCode(self, request_iterator: Any, context: Any) -> Any:
+        list(request_iterator)
+        raise SpecError([Violation("data", "too large")])
+
+    def WatchTrainingJob(self, request: Any, context: Any) -> Any:
+        yield pb.WatchTrainingJobResponse()
+        raise NotFoundError("it is gone")
+
+
+@pytest.fixture
+def stub() -> Iterator[pb_grpc.TrainingJobServiceStub]:
+    server = grpc.server(futures.ThreadPoolExecutor(2), interceptors=[ErrorInterceptor()])
+    pb_grpc.add_TrainingJobServiceServicer_to_server(_Broken(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield pb_grpc.TrainingJobServiceStub(channel)
+    server.stop(None).wait()
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "words"),
+    [
+        (lambda s: s.GetTrainingJob(pb.GetTrainingJobRequest()), grpc.StatusCode.INTERNAL, "internal error"),
+        (lambda s: s.ListTrainingJobs(pb.ListTrainingJobsRequest()), grpc.StatusCode.FAILED_PRECONDITION, "not now"),
+        (lambda s: s.UploadCode(iter([pb.UploadCodeRequest()])), grpc.StatusCode.INVALID_ARGUMENT, "data: too large"),
+        (lambda s: list(s.WatchTrainingJob(pb.WatchTrainingJobRequest())), grpc.StatusCode.NOT_FOUND, "it is gone"),
+    ],
+    ids=["unexpected", "unary", "client stream", "server stream"],
+)
+def test_the_interceptor_turns_errors_into_statuses(
+    stub: Any, call: Any, code: grpc.StatusCode, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        call(stub)
+    assert caught.value.code() == code
+    assert words in caught.value.details()
+    assert "secret" not in caught.value.details()
+    assert ("secret detail" in caplog.text) == (code == grpc.StatusCode.INTERNAL)

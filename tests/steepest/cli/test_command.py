@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.command import run
+
 pytestmark = pytest.mark.cluster
 
 COMMANDS = [
@@ -26,12 +28,6 @@ COMMANDS = [
     "scale",
     "download",
 ]
-
-
-def run(*arguments: str, directory: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user does. A port where nothing listens stands for the service."""
-    command = [sys.executable, "-c", "from steepest.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=directory, timeout=120)
 
 
 def _imported(statement: str) -> set[str]:

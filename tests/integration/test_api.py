@@ -1,0 +1,132 @@
+"""The edges of the gRPC interface: pages, limits, time-outs, a full disk, checkpoints that go while they are read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from services.service import Service
+from steepest.client import Client, Job
+from steepest.errors import SpecError
+from steepest.jobs import Event
+from steepest.v1 import training_jobs_pb2 as pb
+from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
+from tests.support.service import TASKS, until
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture
+def stub(service: Service) -> Iterator[pb_grpc.TrainingJobServiceStub]:
+    with grpc.insecure_channel(f"127.0.0.1:{service.grpc_port}") as channel:
+        yield pb_grpc.TrainingJobServiceStub(channel)
+
+
+def test_pages_hold_every_job_once(stub: Any, submit: Callable[..., Job]) -> None:
+    names = {submit("regression", steps=1).name for _ in range(3)}
+    found: list[str] = []
+    token = ""
+    while True:
+        page = stub.ListTrainingJobs(pb.ListTrainingJobsRequest(page_size=2, page_token=token))
+        assert len(page.training_jobs) <= 2
+        found += [job.name for job in page.training_jobs]
+        token = page.next_page_token
+        if not token:
+            break
+    assert len(found) == len(set(found))
+    assert names <= set(found)
+
+
+@pytest.mark.parametrize("request_", [{"page_token": "bm9uc2Vuc2U="}, {"page_token": "%"}, {"page_size": -1}])
+def test_a_page_that_cannot_be_is_refused(stub: Any, request_: dict[str, Any]) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ListTrainingJobs(pb.ListTrainingJobsRequest(**request_))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_code_beyond_the_limit_is_refused(stub: Any, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    piece = b"\0" * (1 << 20)
+    limit = service.settings.max_code_bytes >> 20
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.UploadCode(pb.UploadCodeRequest(data=piece) for _ in range(limit + 1))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert f"the code is larger than {service.settings.max_code_bytes} bytes" in caught.value.details()
+
+
+def test_records_of_every_third_step(submit: Callable[..., Job]) -> None:
+    job = submit("regression", steps=8, telemetry={"every": 3, "parameter_norms": False})
+    info = job.wait()
+    assert [r["step"] for r in job.history()] == [0, 3, 6]
+    assert info.step == 8
+    assert info.loss is not None
+    assert all(not r["parameter_norms"] for r in job.history())
+
+
+def test_a_download_goes_on_while_checkpoints_are_pruned(
+    stub: Any, service: Service, submit: Callable[..., Job]
+) -> None:
+    job = submit("regression", arguments={"hidden": 200_000}, steps=12, checkpoint_every=1)
+    directory = service.settings.checkpoints_of(job.name.removeprefix("trainingJobs/"))
+    until(lambda: list(directory.glob("step-*")))
+    pieces = stub.DownloadCheckpoint(pb.DownloadCheckpointRequest(name=job.name))
+    first = next(pieces)
+    job.wait()
+    until(lambda: len(list(directory.glob("step-*"))) == 3)
+    assert {"step-000000000012"} <= {path.name for path in directory.glob("step-*")}
+    files = {first.file} | {piece.file for piece in pieces}
+    assert files == {"manifest.json", "model.safetensors", "optimizer.safetensors"}
+
+
+@pytest.fixture
+def small_disk(service: Service) -> Iterator[str]:
+    """The id of a job whose checkpoints lie on a disk of 256 KiB."""
+    if os.geteuid():
+        pytest.skip("mounting a file system needs root")
+    name = "on-a-small-disk"
+    directory: Path = service.settings.checkpoints_of(name)
+    directory.mkdir(parents=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(directory)],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    if mounted.returncode:
+        pytest.skip(f"tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+    yield name
+    subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+def test_a_full_disk_is_told_and_the_last_checkpoint_stays(
+    small_disk: str, submit: Callable[..., Job], service: Service
+) -> None:
+    job = submit("regression", name=small_disk, arguments={"hidden": 1000}, steps=12, checkpoint_every=2)
+    info = until(lambda: job.get() if job.get().has_ended else None)
+    assert info.state == "FAILED"
+    said = "\n".join(update.reason for update in job.watch() if isinstance(update, Event))
+    assert "the checkpoint of step 4 could not be written" in said
+    assert "No space left on device" in said
+    kept = list(service.settings.checkpoints_of(small_disk).glob("step-*"))
+    assert [path.name for path in kept] == ["step-000000000002"]
+    assert info.parameters_sha256
+
+
+def test_a_task_that_does_not_return_is_refused_in_time(
+    client: Client, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.jobs.operations.probe_task", _impatient)
+    with pytest.raises(SpecError, match=r"tasks:sleeps did not return within 1 s"):
+        client.submit(f"{TASKS}:sleeps", steps=1)
+
+
+def _impatient(spec: Any, code: Any, timeout_seconds: float) -> Any:
+    from services.jobs.task_probe import probe_task
+
+    assert timeout_seconds > 1.0
+    return probe_task(spec, code, 1.0)
