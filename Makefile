@@ -10,7 +10,7 @@ PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS)
 endef
 
-.PHONY: help demo test test-full test-core check format proto bench bench-full clean
+.PHONY: reference help demo test test-full test-core check format proto bench bench-full clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -39,6 +39,7 @@ check: $(INSTALLED)  ## lint, types, import contracts, proto
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	cd proto && ../$(BIN)/buf lint
+	$(BIN)/python -m steepest.cli.reference --check
 	@rm -rf build/stubs && mkdir -p build/stubs
 	@$(call generate,build/stubs)
 	@for f in build/stubs/steepest/v1/*; do cmp "$$f" "steepest/v1/$${f##*/}" || { echo "stubs differ: run make proto"; exit 1; }; done
@@ -46,6 +47,9 @@ check: $(INSTALLED)  ## lint, types, import contracts, proto
 format: $(INSTALLED)  ## lay the code out
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+reference: $(INSTALLED)  ## write the descriptions of the spec's fields to docs/jobs.md and the .proto file
+	$(BIN)/python -m steepest.cli.reference
 
 proto: $(INSTALLED)  ## generate steepest/v1 from proto/
 	$(call generate,.)

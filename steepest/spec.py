@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
@@ -35,6 +36,7 @@ HYPER_PARAMETERS: Mapping[str, tuple[str, ...]] = {
 DEFAULT_LR: Mapping[str, float] = {"adagrad": 1e-2, "rmsprop": 1e-2}
 DEFAULT_LR_OTHERWISE = 1e-3
 DEFAULT_RATIO, DEFAULT_RANK, DEFAULT_PARTS = 0.01, 16, 8
+_TORCH: dict[str, JsonValue] = {"default_text": "torch.optim's"}
 
 
 class _Model(BaseModel):
@@ -42,21 +44,29 @@ class _Model(BaseModel):
 
 
 class TaskReference(_Model):
-    """The user's function that builds a task. code_bundle: codeBundles/{sha256}, empty for installed code."""
+    """The user's function that builds a task, and the code it lives in."""
 
-    module: str
-    function: str
-    arguments: dict[str, JsonValue] = {}
-    code_bundle: str = ""
+    module: str = Field(description="Module of the function, as Python imports it.")
+    function: str = Field(description="Name of the function in its module.")
+    arguments: dict[str, JsonValue] = Field(
+        default={}, description="Arguments of the function; on the wire, each as JSON."
+    )
+    code_bundle: str = Field(
+        default="", description="codeBundles/{sha256}; empty when the module is installed on the cluster."
+    )
 
 
 class DataSpec(_Model):
-    """How the data are cut. micro_batch: default ceil(global_batch / 8), whatever the number of workers."""
+    """How the data are cut into steps."""
 
-    global_batch: PositiveInt = 64
-    micro_batch: PositiveInt | None = None
-    shuffle: bool = True
-    evaluation_batch: PositiveInt = 256
+    global_batch: PositiveInt = Field(default=64, description="Samples of one step.")
+    micro_batch: PositiveInt | None = Field(
+        default=None,
+        description="Samples of one gradient computation, the unit that is dealt to workers.",
+        json_schema_extra={"default_text": "global batch / 8, rounded up"},
+    )
+    shuffle: bool = Field(default=True, description="Draw another order of the samples in each epoch.")
+    evaluation_batch: PositiveInt = Field(default=256, description="Samples of one evaluation pass.")
 
     @model_validator(mode="after")
     def _micro_within_global(self) -> Self:
@@ -79,21 +89,59 @@ class DataSpec(_Model):
 
 
 class OptimizerSpec(_Model):
-    """Which optimizer. What is None is torch.optim's default (momentum: 0.9 for `momentum` and `nesterov`)."""
+    """Which optimizer, with its hyper-parameters; absent ones are torch.optim's defaults."""
 
-    name: Literal["sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw"] = "adamw"
-    lr: PositiveFloat | None = None
-    momentum: UnitFloat | None = None
-    dampening: NonNegativeFloat | None = None
-    weight_decay: NonNegativeFloat | None = None
-    betas: tuple[UnitFloat, UnitFloat] | None = None
-    eps: PositiveFloat | None = None
-    alpha: UnitFloat | None = None
-    centered: bool | None = None
-    amsgrad: bool | None = None
-    lr_decay: NonNegativeFloat | None = None
-    initial_accumulator_value: NonNegativeFloat | None = None
-    decay_biases_and_norms: bool = True
+    name: Literal["sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw"] = Field(
+        default="adamw", description="Optimizer: sgd, momentum, nesterov, adagrad, rmsprop, adam or adamw."
+    )
+    lr: PositiveFloat | None = Field(
+        default=None,
+        description="Learning rate before the schedule.",
+        json_schema_extra={"default_text": "0.001; 0.01 for adagrad and rmsprop"},
+    )
+    momentum: UnitFloat | None = Field(
+        default=None,
+        description="Momentum factor, for sgd, momentum, nesterov and rmsprop.",
+        json_schema_extra={"default_text": "0.9 for momentum and nesterov, else 0"},
+    )
+    dampening: NonNegativeFloat | None = Field(
+        default=None, description="Dampening of the momentum, for sgd and momentum.", json_schema_extra=_TORCH
+    )
+    weight_decay: NonNegativeFloat | None = Field(
+        default=None,
+        description="Weight decay; decoupled for adamw, an L2 penalty for the others.",
+        json_schema_extra=_TORCH,
+    )
+    betas: tuple[UnitFloat, UnitFloat] | None = Field(
+        default=None,
+        description="Decay rates of the two moment estimates, for adam and adamw.",
+        json_schema_extra=_TORCH,
+    )
+    eps: PositiveFloat | None = Field(
+        default=None,
+        description="Term added to the denominator, for adagrad, rmsprop, adam and adamw.",
+        json_schema_extra=_TORCH,
+    )
+    alpha: UnitFloat | None = Field(
+        default=None, description="Smoothing constant of the squared gradient, for rmsprop.", json_schema_extra=_TORCH
+    )
+    centered: bool | None = Field(
+        default=None,
+        description="Normalize by the estimated variance of the gradient, for rmsprop.",
+        json_schema_extra=_TORCH,
+    )
+    amsgrad: bool | None = Field(
+        default=None, description="Use the AMSGrad variant, for adam and adamw.", json_schema_extra=_TORCH
+    )
+    lr_decay: NonNegativeFloat | None = Field(
+        default=None, description="Decay of the learning rate with the updates, for adagrad.", json_schema_extra=_TORCH
+    )
+    initial_accumulator_value: NonNegativeFloat | None = Field(
+        default=None, description="Initial sum of squared gradients, for adagrad.", json_schema_extra=_TORCH
+    )
+    decay_biases_and_norms: bool = Field(
+        default=True, description="Apply weight decay to parameters of fewer than two dimensions too."
+    )
 
     @model_validator(mode="after")
     def _only_own_hyper_parameters(self) -> Self:
@@ -115,23 +163,30 @@ class OptimizerSpec(_Model):
 
 
 class ScheduleSpec(_Model):
-    """How the learning rate moves; see ps.numerics.schedule.
+    """How the learning rate moves over the steps."""
 
-    final_factor: of linear and cosine; step_size: of step; gamma: of step and exponential.
-    """
-
-    name: Literal["constant", "linear", "cosine", "step", "exponential"] = "constant"
-    warmup_steps: NonNegativeInt = 0
-    final_factor: NonNegativeFloat = 0.0
-    step_size: PositiveInt = 100
-    gamma: PositiveFloat = 0.1
+    name: Literal["constant", "linear", "cosine", "step", "exponential"] = Field(
+        default="constant", description="Schedule: constant, linear, cosine, step or exponential."
+    )
+    warmup_steps: NonNegativeInt = Field(default=0, description="Steps of linear warm-up from 0, before the schedule.")
+    final_factor: NonNegativeFloat = Field(
+        default=0.0, description="Share of the learning rate left at the last step, for linear and cosine."
+    )
+    step_size: PositiveInt = Field(default=100, description="Steps between two decays, for step.")
+    gamma: PositiveFloat = Field(
+        default=0.1, description="Factor of one decay: every step_size steps for step, every step for exponential."
+    )
 
 
 class ClipSpec(_Model):
-    """Clipping of the aggregated gradient: by its global L2 norm, or each element to [-value, value]."""
+    """Clipping of the aggregated gradient: at most one of the two."""
 
-    norm: PositiveFloat | None = None
-    value: PositiveFloat | None = None
+    norm: PositiveFloat | None = Field(
+        default=None, description="Largest global L2 norm of the gradient; a longer one is scaled down."
+    )
+    value: PositiveFloat | None = Field(
+        default=None, description="Largest magnitude of a gradient element; others are set to it."
+    )
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -141,18 +196,32 @@ class ClipSpec(_Model):
 
 
 class CompressionSpec(_Model):
-    """Lossy compression of what goes over the network; what is left out of one step goes into the next.
+    """Lossy compression of gradients and updates on the network.
 
-    name: of gradients. ratio: of topk, the share of elements that is sent. rank: of powersgd. pull: of updates to the
-    parameters; by default as the gradients for bf16 and fp16, else twobit. parts: in how many parts, of neighbouring
-    micro-batches, a step's gradient is compressed; no more workers than that have work.
+    Whatever a step does not send is added to the next, for gradients and updates alike: delayed, never lost.
     """
 
-    name: Literal["none", "bf16", "fp16", "topk", "powersgd", "twobit"] = "none"
-    ratio: Annotated[float, Field(gt=0, le=0.5, allow_inf_nan=False)] | None = None
-    rank: Annotated[int, Field(ge=1, le=1024)] | None = None
-    pull: Literal["none", "bf16", "fp16", "topk", "twobit"] | None = None
-    parts: PositiveInt | None = None
+    name: Literal["none", "bf16", "fp16", "topk", "powersgd", "twobit"] = Field(
+        default="none", description="Compression of gradients: none, bf16, fp16, topk, powersgd or twobit."
+    )
+    ratio: Annotated[float, Field(gt=0, le=0.5, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="Share of the elements that is sent, for topk.",
+        json_schema_extra={"default_text": "0.01"},
+    )
+    rank: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        default=None, description="Rank of the approximation, for powersgd.", json_schema_extra={"default_text": "16"}
+    )
+    pull: Literal["none", "bf16", "fp16", "topk", "twobit"] | None = Field(
+        default=None,
+        description="Compression of updates to the parameters: none, bf16, fp16, topk or twobit.",
+        json_schema_extra={"default_text": "as the gradients for bf16 and fp16, else twobit"},
+    )
+    parts: PositiveInt | None = Field(
+        default=None,
+        description="In how many parts a step's gradient is compressed; no more workers than that have work.",
+        json_schema_extra={"default_text": "8"},
+    )
 
     @model_validator(mode="after")
     def _only_own_fields(self) -> Self:
@@ -191,26 +260,40 @@ class CompressionSpec(_Model):
 
 
 class SyncSpec(_Model):
-    """When the servers apply a push. This version applies every step as a whole: `sync`."""
+    """When the servers apply a push."""
 
-    mode: Literal["sync"] = "sync"
+    mode: Literal["sync"] = Field(default="sync", description="Mode: sync applies every step as a whole.")
+    staleness: Annotated[int, Field(ge=0, le=0)] = Field(
+        default=0,
+        description="Steps that a worker may be ahead of the slowest: 0, for in sync mode all are at the same step.",
+    )
 
 
 class PlacementSpec(_Model):
-    """Where a job runs; never changes the result (but for threads_per_worker and the type of the device).
+    """Where a job runs. Never changes the result, but for threads_per_worker and the type of the devices."""
 
-    servers: None (or "auto") leaves the number to the service. server_device: where servers keep parameters and
-    optimizer state, and compute; on cuda each is on the GPU of a worker.
-    """
-
-    workers: Annotated[int, Field(ge=1, le=1024)] = 1
-    servers: Annotated[int, Field(ge=1, le=256)] | None = None
-    threads_per_worker: Annotated[int, Field(ge=1, le=1024)] = 1
-    device: Literal["cpu", "cuda"] = "cpu"
-    server_device: Literal["cpu", "cuda"] = "cpu"
-    transport: Literal["auto", "inline"] = "auto"
-    worker_timeout_seconds: PositiveFloat = 300.0
-    max_worker_restarts: NonNegativeInt = 3
+    workers: Annotated[int, Field(ge=1, le=1024)] = Field(default=1, description="Number of workers.")
+    servers: Annotated[int, Field(ge=1, le=256)] | None = Field(
+        default=None,
+        description="Number of servers, or auto: one; on several hosts one each, from 16 MiB of parameters on.",
+        json_schema_extra={"default_text": "auto"},
+    )
+    threads_per_worker: Annotated[int, Field(ge=1, le=1024)] = Field(
+        default=1, description="CPU threads of each worker; another number may change the last bits."
+    )
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="Device of the workers: cpu or cuda, a GPU each.")
+    server_device: Literal["cpu", "cuda"] = Field(
+        default="cpu", description="Device of the servers: cpu or cuda, each on the GPU of a worker."
+    )
+    transport: Literal["auto", "inline"] = Field(
+        default="auto", description="auto: shared memory within a host; inline: the network everywhere."
+    )
+    worker_timeout_seconds: PositiveFloat = Field(
+        default=300.0, description="A worker that does not answer for so long is replaced."
+    )
+    max_worker_restarts: NonNegativeInt = Field(
+        default=3, description="Deaths in a row, without a step in between, that the job survives."
+    )
 
     @field_validator("servers", mode="before")
     @classmethod
@@ -237,35 +320,41 @@ class PlacementSpec(_Model):
 
 
 class TelemetrySpec(_Model):
-    """What is kept of every step.
+    """What is kept of every step."""
 
-    every: the record of every so many steps goes to the history. parameter_norms: whether it holds the gradient norm
-    of each parameter.
-    """
-
-    every: PositiveInt = 1
-    parameter_norms: bool = True
+    every: PositiveInt = Field(default=1, description="Keep the record of every so many steps in the history.")
+    parameter_norms: bool = Field(default=True, description="Keep the gradient norm of each parameter in the records.")
 
 
 class TrainingJobSpec(_Model):
-    """Everything a job is. precision: bf16 runs the forward pass under autocast; gradients stay float32."""
+    """Everything a job is."""
 
-    task: TaskReference
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    steps: PositiveInt | None = None
-    epochs: PositiveInt | None = None
-    data: DataSpec = DataSpec()
-    optimizer: OptimizerSpec = OptimizerSpec()
-    schedule: ScheduleSpec = ScheduleSpec()
-    clip: ClipSpec = ClipSpec()
-    sync: SyncSpec = SyncSpec()
-    compression: CompressionSpec = CompressionSpec()
-    precision: Literal["full", "bf16"] = "full"
-    checkpoint_every: NonNegativeInt = 0
-    eval_every: NonNegativeInt = 0
-    on_nonfinite: Literal["fail", "skip"] = "fail"
-    placement: PlacementSpec = PlacementSpec()
-    telemetry: TelemetrySpec = TelemetrySpec()
+    task: TaskReference = Field(description="The function that builds the task.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0,
+        description="Seed of everything random: initial parameters, order of the data, dropout, augmentation.",
+    )
+    steps: PositiveInt | None = Field(default=None, description="Length in optimizer steps; give steps or epochs.")
+    epochs: PositiveInt | None = Field(
+        default=None, description="Length in passes over the data; give steps or epochs."
+    )
+    data: DataSpec = Field(default=DataSpec(), description="How the data are cut into steps.")
+    optimizer: OptimizerSpec = Field(default=OptimizerSpec(), description="Which optimizer.")
+    schedule: ScheduleSpec = Field(default=ScheduleSpec(), description="How the learning rate moves.")
+    clip: ClipSpec = Field(default=ClipSpec(), description="Clipping of the aggregated gradient.")
+    sync: SyncSpec = Field(default=SyncSpec(), description="When the servers apply a push.")
+    compression: CompressionSpec = Field(default=CompressionSpec(), description="Lossy compression on the network.")
+    precision: Literal["full", "bf16"] = Field(
+        default="full",
+        description="full, or bf16: the forward pass under autocast; parameters and gradients stay float32.",
+    )
+    checkpoint_every: NonNegativeInt = Field(default=0, description="Save every so many steps; 0: only at the end.")
+    eval_every: NonNegativeInt = Field(default=0, description="Evaluate every so many steps; 0: only at the end.")
+    on_nonfinite: Literal["fail", "skip"] = Field(
+        default="fail", description="A loss or gradient that is not finite fails the job, or skips the step."
+    )
+    placement: PlacementSpec = Field(default=PlacementSpec(), description="Where the job runs.")
+    telemetry: TelemetrySpec = Field(default=TelemetrySpec(), description="What is kept of every step.")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -328,3 +417,26 @@ def _violation(error: dict[str, Any]) -> Violation:
         return Violation(path, "is required")
     message = error["msg"].replace("Input should be", "must be")
     return Violation(path, f"{error['input']!r} {message[:1].lower()}{message[1:]}")
+
+
+@dataclass(frozen=True, slots=True)
+class FieldInfo:
+    """One field of a spec as people read about it. default: as text, empty when there is none."""
+
+    path: str
+    description: str
+    default: str
+
+
+def describe_fields(model: type[BaseModel] = TrainingJobSpec, prefix: str = "") -> Iterator[FieldInfo]:
+    """Every field that holds a value, in order; those of `task` are set by naming the task, and left out."""
+    for name, info in model.model_fields.items():
+        annotation = info.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            if annotation is not TaskReference:
+                yield from describe_fields(annotation, f"{prefix}{name}.")
+            continue
+        extra = info.json_schema_extra
+        default = extra["default_text"] if isinstance(extra, dict) and "default_text" in extra else info.default
+        text = "" if default is None or info.is_required() else str(default)
+        yield FieldInfo(prefix + name, info.description or "", text.lower() if isinstance(default, bool) else text)

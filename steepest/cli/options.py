@@ -6,183 +6,92 @@ import functools
 import inspect
 import json
 import tomllib
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from typer import Option
 
 from steepest.errors import SpecError, Violation
+from steepest.spec import describe_fields
 
 _PLACE, _TRAIN, _STEP, _TASK = "Placement (never changes the result)", "Training", "Optimizer", "Task"
 
 
+_INT, _FLOAT = "INTEGER", "FLOAT"
+# Option -> (path in the spec, panel of the help, metavar). Help and default are those of the spec's field.
+_OPTIONS: dict[str, tuple[str, str, str | None]] = {
+    "workers": ("placement.workers", _PLACE, _INT),
+    "servers": ("placement.servers", _PLACE, "INTEGER|auto"),
+    "threads": ("placement.threads_per_worker", _PLACE, _INT),
+    "device": ("placement.device", _PLACE, None),
+    "server_device": ("placement.server_device", _PLACE, None),
+    "steps": ("steps", _TRAIN, _INT),
+    "epochs": ("epochs", _TRAIN, _INT),
+    "seed": ("seed", _TRAIN, _INT),
+    "global_batch": ("data.global_batch", _TRAIN, _INT),
+    "micro_batch": ("data.micro_batch", _TRAIN, _INT),
+    "eval_every": ("eval_every", _TRAIN, _INT),
+    "checkpoint_every": ("checkpoint_every", _TRAIN, _INT),
+    "precision": ("precision", _TRAIN, None),
+    "optimizer": ("optimizer.name", _STEP, None),
+    "lr": ("optimizer.lr", _STEP, _FLOAT),
+    "momentum": ("optimizer.momentum", _STEP, _FLOAT),
+    "weight_decay": ("optimizer.weight_decay", _STEP, _FLOAT),
+    "schedule": ("schedule.name", _STEP, None),
+    "warmup_steps": ("schedule.warmup_steps", _STEP, _INT),
+    "clip_norm": ("clip.norm", _STEP, _FLOAT),
+    "clip_value": ("clip.value", _STEP, _FLOAT),
+    "sync": ("sync.mode", _STEP, None),
+    "staleness": ("sync.staleness", _STEP, _INT),
+    "compression": ("compression.name", _STEP, None),
+}
+FLAG_OF_PATH = {path: f"--{name.replace('_', '-')}" for name, (path, _, _) in _OPTIONS.items()} | {
+    "training_job_id": "--name"
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class JobOptions:
-    """One field for each option of `train` and `submit`; what is None is left to the spec's default.
-
-    Numbers stay text: the spec reads them, so that every refusal names field, value and what is allowed.
+    """What a user typed of a job. spec: values by path; all are text, which the spec reads, so that every refusal
+    names field, value and what is allowed.
     """
 
-    name: Annotated[str, Option(help="Id of the job; chosen by the service when not given.")] = ""
-    workers: Annotated[
-        str | None, Option(metavar="INTEGER", help="Number of workers (default: 1).", rich_help_panel=_PLACE)
-    ] = None
-    servers: Annotated[
-        str | None,
-        Option(
-            metavar="INTEGER|auto",
-            help="Number of servers; auto: by model size and hosts (default: auto).",
-            rich_help_panel=_PLACE,
-        ),
-    ] = None
-    threads: Annotated[
-        str | None, Option(metavar="INTEGER", help="CPU threads of each worker (default: 1).", rich_help_panel=_PLACE)
-    ] = None
-    device: Annotated[str | None, Option(help="cpu or cuda (default: cpu).", rich_help_panel=_PLACE)] = None
-    server_device: Annotated[
-        str | None,
-        Option(help="Of servers: cpu or cuda, on GPUs of workers (default: cpu).", rich_help_panel=_PLACE),
-    ] = None
-    steps: Annotated[
-        str | None, Option(metavar="INTEGER", help="Length in optimizer steps.", rich_help_panel=_TRAIN)
-    ] = None
-    epochs: Annotated[
-        str | None, Option(metavar="INTEGER", help="Length in passes over the data.", rich_help_panel=_TRAIN)
-    ] = None
-    seed: Annotated[
-        str | None, Option(metavar="INTEGER", help="Of everything random (default: 0).", rich_help_panel=_TRAIN)
-    ] = None
-    global_batch: Annotated[
-        str | None, Option(metavar="INTEGER", help="Samples of a step (default: 64).", rich_help_panel=_TRAIN)
-    ] = None
-    micro_batch: Annotated[
-        str | None,
-        Option(
-            metavar="INTEGER",
-            help="Samples of one gradient computation (default: global batch / 8).",
-            rich_help_panel=_TRAIN,
-        ),
-    ] = None
-    eval_every: Annotated[
-        str | None,
-        Option(
-            metavar="INTEGER",
-            help="Evaluate every so many steps; 0: only at the end (default: 0).",
-            rich_help_panel=_TRAIN,
-        ),
-    ] = None
-    checkpoint_every: Annotated[
-        str | None,
-        Option(
-            metavar="INTEGER", help="Save every so many steps; 0: only at the end (default: 0).", rich_help_panel=_TRAIN
-        ),
-    ] = None
-    optimizer: Annotated[
-        str | None,
-        Option(
-            help="sgd, momentum, nesterov, adagrad, rmsprop, adam or adamw (default: adamw).", rich_help_panel=_STEP
-        ),
-    ] = None
-    lr: Annotated[
-        str | None,
-        Option(
-            metavar="FLOAT", help="Learning rate (default: 0.001; 0.01 for adagrad and rmsprop).", rich_help_panel=_STEP
-        ),
-    ] = None
-    momentum: Annotated[
-        str | None, Option(metavar="FLOAT", help="Of sgd, momentum, nesterov, rmsprop.", rich_help_panel=_STEP)
-    ] = None
-    weight_decay: Annotated[
-        str | None, Option(metavar="FLOAT", help="torch.optim's default if not given.", rich_help_panel=_STEP)
-    ] = None
-    schedule: Annotated[
-        str | None,
-        Option(help="constant, linear, cosine, step or exponential (default: constant).", rich_help_panel=_STEP),
-    ] = None
-    warmup_steps: Annotated[
-        str | None, Option(metavar="INTEGER", help="Steps of linear warm-up (default: 0).", rich_help_panel=_STEP)
-    ] = None
-    clip_norm: Annotated[
-        str | None, Option(metavar="FLOAT", help="Largest global L2 norm of the gradient.", rich_help_panel=_STEP)
-    ] = None
-    clip_value: Annotated[
-        str | None, Option(metavar="FLOAT", help="Largest gradient element.", rich_help_panel=_STEP)
-    ] = None
-    sync: Annotated[
-        str | None, Option(help="When pushes are applied: sync (default: sync).", rich_help_panel=_STEP)
-    ] = None
-    staleness: Annotated[
-        str | None, Option(metavar="INTEGER", help="Only for modes other than sync.", rich_help_panel=_STEP)
-    ] = None
-    precision: Annotated[
-        str | None,
-        Option(
-            help="full, or bf16: forward pass under autocast, gradients in float32 (default: full).",
-            rich_help_panel=_TRAIN,
-        ),
-    ] = None
-    compression: Annotated[
-        str | None,
-        Option(
-            help="Of gradients and updates on the network, lossy: none, bf16, fp16, topk, powersgd or twobit "
-            "(default: none).",
-            rich_help_panel=_STEP,
-        ),
-    ] = None
-    arg: Annotated[
-        list[str], Option(metavar="KEY=VALUE", help="Argument of the task function; repeatable.", rich_help_panel=_TASK)
-    ] = field(default_factory=list)
-    set: Annotated[
-        list[str],
-        Option(
-            metavar="PATH=VALUE",
-            help="Any other field, such as optimizer.betas=[0.9,0.95]; repeatable.",
-            rich_help_panel=_TASK,
-        ),
-    ] = field(default_factory=list)
+    name: str = ""
+    arg: Sequence[str] = ()
+    set: Sequence[str] = ()
+    spec: Mapping[str, str] = field(default_factory=dict)
 
 
-# Option -> path in the spec. An option that is not here has the path of its own name.
-_PATHS = {
-    "workers": "placement.workers",
-    "servers": "placement.servers",
-    "threads": "placement.threads_per_worker",
-    "device": "placement.device",
-    "server_device": "placement.server_device",
-    "global_batch": "data.global_batch",
-    "micro_batch": "data.micro_batch",
-    "optimizer": "optimizer.name",
-    "lr": "optimizer.lr",
-    "momentum": "optimizer.momentum",
-    "weight_decay": "optimizer.weight_decay",
-    "schedule": "schedule.name",
-    "warmup_steps": "schedule.warmup_steps",
-    "clip_norm": "clip.norm",
-    "clip_value": "clip.value",
-    "sync": "sync.mode",
-    "compression": "compression.name",
-    "staleness": "sync.staleness",
-}
-_NOT_SPEC = frozenset({"name", "arg", "set"})
-FLAG_OF_PATH = {
-    _PATHS.get(f.name, f.name): f"--{f.name.replace('_', '-')}" for f in fields(JobOptions) if f.name not in _NOT_SPEC
-} | {"training_job_id": "--name"}
+def _parameters() -> list[inspect.Parameter]:
+    """All options of a job as Typer takes them."""
+    described = {info.path: info for info in describe_fields()}
+    options: dict[str, tuple[Any, Any]] = {
+        "name": (Annotated[str, Option(help="Id of the job; chosen by the service when not given.")], "")
+    }
+    for name, (path, panel, metavar) in _OPTIONS.items():
+        info = described[path]
+        default = f" (default: {info.default})" if info.default else ""
+        text = f"{info.description.removesuffix('.')}{default}."
+        options[name] = (Annotated[str | None, Option(help=text, metavar=metavar, rich_help_panel=panel)], None)
+    argument = Option(metavar="KEY=VALUE", help="Argument of the task function; repeatable.", rich_help_panel=_TASK)
+    any_field = Option(
+        metavar="PATH=VALUE",
+        help="Any other field, such as optimizer.betas=[0.9,0.95]; repeatable.",
+        rich_help_panel=_TASK,
+    )
+    options["arg"] = (Annotated[list[str], argument], [])
+    options["set"] = (Annotated[list[str], any_field], [])
+    return [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+        for name, (annotation, default) in options.items()
+    ]
 
 
 def takes_job_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command all options of JobOptions; it gets them as its parameter `options`."""
-    hints = get_type_hints(JobOptions, include_extras=True)
-    options = [
-        inspect.Parameter(
-            f.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=hints[f.name],
-            default=f.default if f.default is not MISSING else [],
-        )
-        for f in fields(JobOptions)
-    ]
+    """Give a command all options of a job; it gets them as its parameter `options`."""
+    options = _parameters()
     own_hints = get_type_hints(command, include_extras=True)
     own = [
         p.replace(annotation=own_hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY)
@@ -192,8 +101,10 @@ def takes_job_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def wrapped(**values: Any) -> Any:
-        job = JobOptions(**{f.name: values.pop(f.name) for f in fields(JobOptions)})
-        return command(options=job, **values)
+        name, arg, set_ = (values.pop(key) for key in ("name", "arg", "set"))
+        given = {path: values.pop(key) for key, (path, _, _) in _OPTIONS.items()}
+        spec = {path: value for path, value in given.items() if value is not None}
+        return command(options=JobOptions(name=name, arg=arg, set=set_, spec=spec), **values)
 
     wrapped.__signature__ = inspect.Signature([own[0], *options, *own[1:]])  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
@@ -218,13 +129,11 @@ def submission(task: str, options: JobOptions) -> Submission:
     if task.endswith(".toml"):
         spec = _read_job_file(Path(task))
         task = _task_of(spec, Path(task), arguments)
-    for f in fields(JobOptions):
-        value = getattr(options, f.name)
-        if f.name not in _NOT_SPEC and value is not None:
-            _put(spec, _PATHS.get(f.name, f.name), value)
-    if options.steps is not None and options.epochs is None:
+    for path, value in options.spec.items():
+        _put(spec, path, value)
+    if "steps" in options.spec and "epochs" not in options.spec:
         spec.pop("epochs", None)
-    if options.epochs is not None and options.steps is None:
+    if "epochs" in options.spec and "steps" not in options.spec:
         spec.pop("steps", None)
     for item in options.set:
         path, value = _key_value("--set", item)

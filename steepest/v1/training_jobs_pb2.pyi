@@ -85,12 +85,14 @@ class TaskReference(_message.Message):
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     CODE_BUNDLE_FIELD_NUMBER: _builtins.int
     module: _builtins.str
+    """Module of the function, as Python imports it."""
     function: _builtins.str
+    """Name of the function in its module."""
     code_bundle: _builtins.str
     """codeBundles/{sha256}; empty when the module is installed on the cluster."""
     @_builtins.property
     def arguments(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Argument values, each encoded as JSON."""
+        """Arguments of the function; on the wire, each as JSON."""
 
     def __init__(
         self,
@@ -130,9 +132,13 @@ class DataSpec(_message.Message):
     SHUFFLE_FIELD_NUMBER: _builtins.int
     EVALUATION_BATCH_FIELD_NUMBER: _builtins.int
     global_batch: _builtins.int
+    """Samples of one step."""
     micro_batch: _builtins.int
+    """Samples of one gradient computation, the unit that is dealt to workers."""
     shuffle: _builtins.bool
+    """Draw another order of the samples in each epoch."""
     evaluation_batch: _builtins.int
+    """Samples of one evaluation pass."""
     def __init__(
         self,
         *,
@@ -184,19 +190,33 @@ class OptimizerSpec(_message.Message):
     INITIAL_ACCUMULATOR_VALUE_FIELD_NUMBER: _builtins.int
     DECAY_BIASES_AND_NORMS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Optimizer: sgd, momentum, nesterov, adagrad, rmsprop, adam or adamw."""
     lr: _builtins.float
+    """Learning rate before the schedule."""
     momentum: _builtins.float
+    """Momentum factor, for sgd, momentum, nesterov and rmsprop."""
     dampening: _builtins.float
+    """Dampening of the momentum, for sgd and momentum."""
     weight_decay: _builtins.float
+    """Weight decay; decoupled for adamw, an L2 penalty for the others."""
     eps: _builtins.float
+    """Term added to the denominator, for adagrad, rmsprop, adam and adamw."""
     alpha: _builtins.float
+    """Smoothing constant of the squared gradient, for rmsprop."""
     centered: _builtins.bool
+    """Normalize by the estimated variance of the gradient, for rmsprop."""
     amsgrad: _builtins.bool
+    """Use the AMSGrad variant, for adam and adamw."""
     lr_decay: _builtins.float
+    """Decay of the learning rate with the updates, for adagrad."""
     initial_accumulator_value: _builtins.float
+    """Initial sum of squared gradients, for adagrad."""
     decay_biases_and_norms: _builtins.bool
+    """Apply weight decay to parameters of fewer than two dimensions too."""
     @_builtins.property
-    def betas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def betas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Decay rates of the two moment estimates, for adam and adamw."""
+
     def __init__(
         self,
         *,
@@ -281,10 +301,15 @@ class ScheduleSpec(_message.Message):
     STEP_SIZE_FIELD_NUMBER: _builtins.int
     GAMMA_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Schedule: constant, linear, cosine, step or exponential."""
     warmup_steps: _builtins.int
+    """Steps of linear warm-up from 0, before the schedule."""
     final_factor: _builtins.float
+    """Share of the learning rate left at the last step, for linear and cosine."""
     step_size: _builtins.int
+    """Steps between two decays, for step."""
     gamma: _builtins.float
+    """Factor of one decay: every step_size steps for step, every step for exponential."""
     def __init__(
         self,
         *,
@@ -330,7 +355,9 @@ class ClipSpec(_message.Message):
     NORM_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
     norm: _builtins.float
+    """Largest global L2 norm of the gradient; a longer one is scaled down."""
     value: _builtins.float
+    """Largest magnitude of a gradient element; others are set to it."""
     def __init__(
         self,
         *,
@@ -359,19 +386,29 @@ class SyncSpec(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODE_FIELD_NUMBER: _builtins.int
+    STALENESS_FIELD_NUMBER: _builtins.int
     mode: _builtins.str
+    """Mode: sync applies every step as a whole."""
+    staleness: _builtins.int
+    """Steps that a worker may be ahead of the slowest: 0, for in sync mode all are at the same step."""
     def __init__(
         self,
         *,
         mode: _builtins.str | None = ...,
+        staleness: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_mode", b"_mode", "mode", b"mode"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_mode", b"_mode", "_staleness", b"_staleness", "mode", b"mode", "staleness", b"staleness"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mode", b"_mode", "mode", b"mode"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mode", b"_mode", "_staleness", b"_staleness", "mode", b"mode", "staleness", b"staleness"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__mode: _TypeAlias = _typing.Literal["mode"]  # noqa: Y015
     _WhichOneofArgType__mode: _TypeAlias = _typing.Literal["_mode", b"_mode"]  # noqa: Y015
+    _WhichOneofReturnType__staleness: _TypeAlias = _typing.Literal["staleness"]  # noqa: Y015
+    _WhichOneofArgType__staleness: _TypeAlias = _typing.Literal["_staleness", b"_staleness"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__mode) -> _WhichOneofReturnType__mode | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__staleness) -> _WhichOneofReturnType__staleness | None: ...
 
 Global___SyncSpec: _TypeAlias = SyncSpec  # noqa: Y015
 
@@ -387,15 +424,15 @@ class CompressionSpec(_message.Message):
     PULL_FIELD_NUMBER: _builtins.int
     PARTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Of gradients: none, bf16, fp16, topk, powersgd, twobit."""
+    """Compression of gradients: none, bf16, fp16, topk, powersgd or twobit."""
     ratio: _builtins.float
-    """Of topk: the share of elements that is sent."""
+    """Share of the elements that is sent, for topk."""
     rank: _builtins.int
-    """Of powersgd."""
+    """Rank of the approximation, for powersgd."""
     pull: _builtins.str
-    """Of updates: none, bf16, fp16, topk, twobit."""
+    """Compression of updates to the parameters: none, bf16, fp16, topk or twobit."""
     parts: _builtins.int
-    """In how many parts the micro-batches of a step are compressed."""
+    """In how many parts a step's gradient is compressed; no more workers than that have work."""
     def __init__(
         self,
         *,
@@ -441,9 +478,9 @@ class TelemetrySpec(_message.Message):
     EVERY_FIELD_NUMBER: _builtins.int
     PARAMETER_NORMS_FIELD_NUMBER: _builtins.int
     every: _builtins.int
-    """The record of every so many steps goes to the history."""
+    """Keep the record of every so many steps in the history."""
     parameter_norms: _builtins.bool
-    """Whether it holds the gradient norm of each parameter."""
+    """Keep the gradient norm of each parameter in the records."""
     def __init__(
         self,
         *,
@@ -480,13 +517,21 @@ class PlacementSpec(_message.Message):
     MAX_WORKER_RESTARTS_FIELD_NUMBER: _builtins.int
     SERVER_DEVICE_FIELD_NUMBER: _builtins.int
     workers: _builtins.int
+    """Number of workers."""
     servers: _builtins.int
+    """Number of servers, or auto: one; on several hosts one each, from 16 MiB of parameters on."""
     threads_per_worker: _builtins.int
+    """CPU threads of each worker; another number may change the last bits."""
     device: _builtins.str
+    """Device of the workers: cpu or cuda, a GPU each."""
     transport: _builtins.str
+    """auto: shared memory within a host; inline: the network everywhere."""
     worker_timeout_seconds: _builtins.float
+    """A worker that does not answer for so long is replaced."""
     max_worker_restarts: _builtins.int
+    """Deaths in a row, without a step in between, that the job survives."""
     server_device: _builtins.str
+    """Device of the servers: cpu or cuda, each on the GPU of a worker."""
     def __init__(
         self,
         *,
@@ -561,31 +606,55 @@ class TrainingJobSpec(_message.Message):
     COMPRESSION_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
+    """Seed of everything random: initial parameters, order of the data, dropout, augmentation."""
     steps: _builtins.int
+    """Length in optimizer steps; give steps or epochs."""
     epochs: _builtins.int
+    """Length in passes over the data; give steps or epochs."""
     checkpoint_every: _builtins.int
+    """Save every so many steps; 0: only at the end."""
     eval_every: _builtins.int
+    """Evaluate every so many steps; 0: only at the end."""
     on_nonfinite: _builtins.str
+    """A loss or gradient that is not finite fails the job, or skips the step."""
     precision: _builtins.str
-    """full, or bf16: the forward pass under autocast, gradients and parameters in float32."""
+    """full, or bf16: the forward pass under autocast; parameters and gradients stay float32."""
     @_builtins.property
-    def task(self) -> Global___TaskReference: ...
+    def task(self) -> Global___TaskReference:
+        """The function that builds the task."""
+
     @_builtins.property
-    def data(self) -> Global___DataSpec: ...
+    def data(self) -> Global___DataSpec:
+        """How the data are cut into steps."""
+
     @_builtins.property
-    def optimizer(self) -> Global___OptimizerSpec: ...
+    def optimizer(self) -> Global___OptimizerSpec:
+        """Which optimizer."""
+
     @_builtins.property
-    def schedule(self) -> Global___ScheduleSpec: ...
+    def schedule(self) -> Global___ScheduleSpec:
+        """How the learning rate moves."""
+
     @_builtins.property
-    def clip(self) -> Global___ClipSpec: ...
+    def clip(self) -> Global___ClipSpec:
+        """Clipping of the aggregated gradient."""
+
     @_builtins.property
-    def sync(self) -> Global___SyncSpec: ...
+    def sync(self) -> Global___SyncSpec:
+        """When the servers apply a push."""
+
     @_builtins.property
-    def placement(self) -> Global___PlacementSpec: ...
+    def placement(self) -> Global___PlacementSpec:
+        """Where the job runs."""
+
     @_builtins.property
-    def telemetry(self) -> Global___TelemetrySpec: ...
+    def telemetry(self) -> Global___TelemetrySpec:
+        """What is kept of every step."""
+
     @_builtins.property
-    def compression(self) -> Global___CompressionSpec: ...
+    def compression(self) -> Global___CompressionSpec:
+        """Lossy compression on the network."""
+
     def __init__(
         self,
         *,

@@ -54,7 +54,7 @@ def spec(**raw: Any) -> TrainingJobSpec:
         ({"epochs": 3}, "spec", ["steps = 10", "epochs = 3", "exactly one"]),
         ({"stesp": 3}, "stesp", ["no such field", "steps"]),
         ({"sync": {"mode": "async"}}, "sync.mode", ["async", "sync"]),
-        ({"sync": {"staleness": 2}}, "sync.staleness", ["no such field"]),
+        ({"sync": {"staleness": 2}}, "sync.staleness", ["2", "less than or equal to 0"]),
     ],
 )
 def test_a_bad_field_is_named_with_its_value_and_what_is_allowed(

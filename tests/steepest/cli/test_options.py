@@ -1,21 +1,28 @@
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from steepest.cli.options import JobOptions, explain, submission
+from steepest.cli.options import FLAG_OF_PATH, JobOptions, explain, submission
 from steepest.errors import SpecError
 from steepest.spec import spec_from_dict
 
 
 def test_options_become_a_spec() -> None:
     options = JobOptions(
-        name="a", workers=3, steps=5, lr=0.1, optimizer="adam", clip_norm=2.0, arg=["hidden=3", "kind=wide"],
+        name="a",
+        arg=["hidden=3", "kind=wide"],
         set=["optimizer.betas=[0.8,0.9]", "placement.transport=inline"],
-    )  # fmt: skip
+        spec={
+            "placement.workers": "3",
+            "steps": "5",
+            "optimizer.lr": "0.1",
+            "optimizer.name": "adam",
+            "clip.norm": "2",
+        },
+    )
     it = submission("train.py:f", options)
     assert (it.task, it.name, it.arguments) == ("train.py:f", "a", {"hidden": 3, "kind": "wide"})
     spec = spec_from_dict({**it.spec, "task": {"module": "train", "function": "f"}})
@@ -26,7 +33,7 @@ def test_options_become_a_spec() -> None:
 
 
 def test_every_option_of_the_contract_is_there() -> None:
-    names = {f"--{f.name.replace('_', '-')}" for f in fields(JobOptions)}
+    names = {*FLAG_OF_PATH.values(), "--arg", "--set"}
     contract = [
         "--name",
         "--workers",
@@ -59,9 +66,9 @@ def test_every_option_of_the_contract_is_there() -> None:
 def test_a_job_file_holds_the_whole_spec_and_options_win(tmp_path: Path) -> None:
     file = tmp_path / "job.toml"
     file.write_text('task = "train.py:f"\nsteps = 7\n[optimizer]\nname = "sgd"\nlr = 0.5\n[placement]\nworkers = 2\n')
-    it = submission(str(file), JobOptions(lr=0.25))
+    it = submission(str(file), JobOptions(spec={"optimizer.lr": "0.25"}))
     assert it.task == f"{tmp_path / 'train.py'}:f"
-    assert it.spec["optimizer"] == {"name": "sgd", "lr": 0.25}
+    assert it.spec["optimizer"] == {"name": "sgd", "lr": "0.25"}
     assert it.spec["steps"] == 7
 
 
@@ -77,7 +84,7 @@ def test_a_job_file_may_give_arguments(tmp_path: Path) -> None:
     [
         ({"set": ["optimizer"]}, ["--set", "PATH=VALUE"]),
         ({"arg": ["=3"]}, ["--arg", "KEY=VALUE"]),
-        ({"set": ["steps.x=1"], "steps": 3}, ["steps"]),
+        ({"set": ["steps.x=1"], "spec": {"steps": "3"}}, ["steps"]),
     ],
 )
 def test_a_bad_pair_is_named(changes: dict[str, Any], words: list[str]) -> None:
