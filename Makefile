@@ -10,7 +10,7 @@ PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS)
 endef
 
-.PHONY: reference help demo test test-full test-core check format proto bench bench-full clean
+.PHONY: reference help demo test test-full test-core coverage check format proto bench bench-full clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -32,6 +32,10 @@ test-full: $(INSTALLED)  ## all tests
 
 test-core: $(INSTALLED)  ## the pure part: no Ray, no gRPC
 	$(BIN)/python -m pytest -m "not cluster" tests/ps tests/worker tests/services tests/steepest
+
+coverage: $(INSTALLED)  ## lines of the pure rooms that the pure tests run; fails below 90 %
+	$(BIN)/python -m pytest -m "not cluster" tests/ps tests/worker --cov=ps --cov=worker --cov-report=
+	$(BIN)/coverage report --fail-under=90 --include='ps/parameters/*,ps/memory/*,ps/numerics/*,ps/compression/*,ps/step/*,ps/checkpoint/*,ps/job/*,worker/task/*,worker/data/*,worker/gradients/*'
 
 check: $(INSTALLED)  ## lint, types, import contracts, proto
 	$(BIN)/ruff check .

@@ -6,44 +6,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
 
 from steepest.errors import SpecError, Violation
+from steepest.spec_base import NonNegativeInt, PositiveFloat, PositiveInt, SpecModel
+from steepest.step_spec import HYPER_PARAMETERS, OPTIMIZER_NAMES, SCHEDULE_NAMES, ClipSpec, OptimizerSpec, ScheduleSpec
 
-OPTIMIZER_NAMES = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw")
-SCHEDULE_NAMES = ("constant", "linear", "cosine", "step", "exponential")
+__all__ = ["HYPER_PARAMETERS", "OPTIMIZER_NAMES", "SCHEDULE_NAMES", "ClipSpec", "OptimizerSpec", "ScheduleSpec"]
 
-PositiveInt = Annotated[int, Field(gt=0, le=2**53)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=2**53)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-UnitFloat = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-
-# Which hyper-parameters each optimizer takes besides lr and weight_decay: torch.optim's own names.
-HYPER_PARAMETERS: Mapping[str, tuple[str, ...]] = {
-    "sgd": ("momentum", "dampening"),
-    "momentum": ("momentum", "dampening"),
-    "nesterov": ("momentum",),
-    "adagrad": ("lr_decay", "initial_accumulator_value", "eps"),
-    "rmsprop": ("alpha", "eps", "momentum", "centered"),
-    "adam": ("betas", "eps", "amsgrad"),
-    "adamw": ("betas", "eps", "amsgrad"),
-}
-DEFAULT_LR: Mapping[str, float] = {"adagrad": 1e-2, "rmsprop": 1e-2}
-DEFAULT_LR_OTHERWISE = 1e-3
 DEFAULT_RATIO, DEFAULT_RANK, DEFAULT_PARTS = 0.01, 16, 8
-_TORCH: dict[str, JsonValue] = {"default_text": "torch.optim's"}
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class TaskReference(_Model):
+class TaskReference(SpecModel):
     """The user's function that builds a task, and the code it lives in."""
 
     module: str = Field(description="Module of the function, as Python imports it.")
@@ -56,7 +33,7 @@ class TaskReference(_Model):
     )
 
 
-class DataSpec(_Model):
+class DataSpec(SpecModel):
     """How the data are cut into steps."""
 
     global_batch: PositiveInt = Field(default=64, description="Samples of one step.")
@@ -88,114 +65,7 @@ class DataSpec(_Model):
         return math.ceil(self.global_batch / self.micro_batch_size)
 
 
-class OptimizerSpec(_Model):
-    """Which optimizer, with its hyper-parameters; absent ones are torch.optim's defaults."""
-
-    name: Literal["sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw"] = Field(
-        default="adamw", description="Optimizer: sgd, momentum, nesterov, adagrad, rmsprop, adam or adamw."
-    )
-    lr: PositiveFloat | None = Field(
-        default=None,
-        description="Learning rate before the schedule.",
-        json_schema_extra={"default_text": "0.001; 0.01 for adagrad and rmsprop"},
-    )
-    momentum: UnitFloat | None = Field(
-        default=None,
-        description="Momentum factor, for sgd, momentum, nesterov and rmsprop.",
-        json_schema_extra={"default_text": "0.9 for momentum and nesterov, else 0"},
-    )
-    dampening: NonNegativeFloat | None = Field(
-        default=None, description="Dampening of the momentum, for sgd and momentum.", json_schema_extra=_TORCH
-    )
-    weight_decay: NonNegativeFloat | None = Field(
-        default=None,
-        description="Weight decay; decoupled for adamw, an L2 penalty for the others.",
-        json_schema_extra=_TORCH,
-    )
-    betas: tuple[UnitFloat, UnitFloat] | None = Field(
-        default=None,
-        description="Decay rates of the two moment estimates, for adam and adamw.",
-        json_schema_extra=_TORCH,
-    )
-    eps: PositiveFloat | None = Field(
-        default=None,
-        description="Term added to the denominator, for adagrad, rmsprop, adam and adamw.",
-        json_schema_extra=_TORCH,
-    )
-    alpha: UnitFloat | None = Field(
-        default=None, description="Smoothing constant of the squared gradient, for rmsprop.", json_schema_extra=_TORCH
-    )
-    centered: bool | None = Field(
-        default=None,
-        description="Normalize by the estimated variance of the gradient, for rmsprop.",
-        json_schema_extra=_TORCH,
-    )
-    amsgrad: bool | None = Field(
-        default=None, description="Use the AMSGrad variant, for adam and adamw.", json_schema_extra=_TORCH
-    )
-    lr_decay: NonNegativeFloat | None = Field(
-        default=None, description="Decay of the learning rate with the updates, for adagrad.", json_schema_extra=_TORCH
-    )
-    initial_accumulator_value: NonNegativeFloat | None = Field(
-        default=None, description="Initial sum of squared gradients, for adagrad.", json_schema_extra=_TORCH
-    )
-    decay_biases_and_norms: bool = Field(
-        default=True, description="Apply weight decay to parameters of fewer than two dimensions too."
-    )
-
-    @model_validator(mode="after")
-    def _only_own_hyper_parameters(self) -> Self:
-        own = HYPER_PARAMETERS[self.name]
-        for names in HYPER_PARAMETERS.values():
-            for name in names:
-                if name not in own and getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name} is no hyper-parameter of {self.name}; allowed: lr, weight_decay, {', '.join(own)}"
-                    )
-        if self.name == "nesterov" and self.momentum == 0:
-            raise ValueError("momentum = 0: nesterov needs a momentum greater than 0")
-        return self
-
-    @property
-    def base_lr(self) -> float:
-        """The learning rate before any schedule."""
-        return self.lr if self.lr is not None else DEFAULT_LR.get(self.name, DEFAULT_LR_OTHERWISE)
-
-
-class ScheduleSpec(_Model):
-    """How the learning rate moves over the steps."""
-
-    name: Literal["constant", "linear", "cosine", "step", "exponential"] = Field(
-        default="constant", description="Schedule: constant, linear, cosine, step or exponential."
-    )
-    warmup_steps: NonNegativeInt = Field(default=0, description="Steps of linear warm-up from 0, before the schedule.")
-    final_factor: NonNegativeFloat = Field(
-        default=0.0, description="Share of the learning rate left at the last step, for linear and cosine."
-    )
-    step_size: PositiveInt = Field(default=100, description="Steps between two decays, for step.")
-    gamma: PositiveFloat = Field(
-        default=0.1, description="Factor of one decay: every step_size steps for step, every step for exponential."
-    )
-
-
-class ClipSpec(_Model):
-    """Clipping of the aggregated gradient: at most one of the two."""
-
-    norm: PositiveFloat | None = Field(
-        default=None, description="Largest global L2 norm of the gradient; a longer one is scaled down."
-    )
-    value: PositiveFloat | None = Field(
-        default=None, description="Largest magnitude of a gradient element; others are set to it."
-    )
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        if self.norm is not None and self.value is not None:
-            raise ValueError(f"norm = {self.norm} and value = {self.value} are both given; allowed: at most one")
-        return self
-
-
-class CompressionSpec(_Model):
+class CompressionSpec(SpecModel):
     """Lossy compression of gradients and updates on the network.
 
     Whatever a step does not send is added to the next, for gradients and updates alike: delayed, never lost.
@@ -259,7 +129,7 @@ class CompressionSpec(_Model):
         return 1 << (math.ceil(num_micro_batches / (self.parts or DEFAULT_PARTS)) - 1).bit_length()
 
 
-class SyncSpec(_Model):
+class SyncSpec(SpecModel):
     """When the servers apply a push."""
 
     mode: Literal["sync"] = Field(default="sync", description="Mode: sync applies every step as a whole.")
@@ -269,7 +139,7 @@ class SyncSpec(_Model):
     )
 
 
-class PlacementSpec(_Model):
+class PlacementSpec(SpecModel):
     """Where a job runs. Never changes the result, but for threads_per_worker and the type of the devices."""
 
     workers: Annotated[int, Field(ge=1, le=1024)] = Field(default=1, description="Number of workers.")
@@ -319,14 +189,14 @@ class PlacementSpec(_Model):
         return self.servers or 1
 
 
-class TelemetrySpec(_Model):
+class TelemetrySpec(SpecModel):
     """What is kept of every step."""
 
     every: PositiveInt = Field(default=1, description="Keep the record of every so many steps in the history.")
     parameter_norms: bool = Field(default=True, description="Keep the gradient norm of each parameter in the records.")
 
 
-class TrainingJobSpec(_Model):
+class TrainingJobSpec(SpecModel):
     """Everything a job is."""
 
     task: TaskReference = Field(description="The function that builds the task.")
@@ -417,26 +287,3 @@ def _violation(error: dict[str, Any]) -> Violation:
         return Violation(path, "is required")
     message = error["msg"].replace("Input should be", "must be")
     return Violation(path, f"{error['input']!r} {message[:1].lower()}{message[1:]}")
-
-
-@dataclass(frozen=True, slots=True)
-class FieldInfo:
-    """One field of a spec as people read about it. default: as text, empty when there is none."""
-
-    path: str
-    description: str
-    default: str
-
-
-def describe_fields(model: type[BaseModel] = TrainingJobSpec, prefix: str = "") -> Iterator[FieldInfo]:
-    """Every field that holds a value, in order; those of `task` are set by naming the task, and left out."""
-    for name, info in model.model_fields.items():
-        annotation = info.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            if annotation is not TaskReference:
-                yield from describe_fields(annotation, f"{prefix}{name}.")
-            continue
-        extra = info.json_schema_extra
-        default = extra["default_text"] if isinstance(extra, dict) and "default_text" in extra else info.default
-        text = "" if default is None or info.is_required() else str(default)
-        yield FieldInfo(prefix + name, info.description or "", text.lower() if isinstance(default, bool) else text)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 from typer import Option
 
 from steepest.errors import SpecError, Violation
-from steepest.spec import describe_fields
+from steepest.spec_fields import describe_fields
 
 _PLACE, _TRAIN, _STEP, _TASK = "Placement (never changes the result)", "Training", "Optimizer", "Task"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from steepest import spec
 from steepest.cli.options import FLAG_OF_PATH
-from steepest.spec import describe_fields
+from steepest.spec_fields import describe_fields
 
 DOCS = Path("docs/jobs.md")
 PROTO = Path("proto/steepest/v1/training_jobs.proto")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from steepest.cli.reference import BEGIN, docs, proto
-from steepest.spec import describe_fields
+from steepest.spec_fields import describe_fields
 from tests.support.command import run
 
 ROOT = Path(__file__).parent.parent.parent.parent

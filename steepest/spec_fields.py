@@ -1,0 +1,33 @@
+"""Every field of the job spec with its description, for help, documentation and the .proto file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+from steepest.spec import TaskReference, TrainingJobSpec
+
+
+@dataclass(frozen=True, slots=True)
+class FieldInfo:
+    """One field of a spec as people read about it. default: as text, empty when there is none."""
+
+    path: str
+    description: str
+    default: str
+
+
+def describe_fields(model: type[BaseModel] = TrainingJobSpec, prefix: str = "") -> Iterator[FieldInfo]:
+    """Every field that holds a value, in order; those of `task` are set by naming the task, and left out."""
+    for name, info in model.model_fields.items():
+        annotation = info.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            if annotation is not TaskReference:
+                yield from describe_fields(annotation, f"{prefix}{name}.")
+            continue
+        extra = info.json_schema_extra
+        default = extra["default_text"] if isinstance(extra, dict) and "default_text" in extra else info.default
+        text = "" if default is None or info.is_required() else str(default)
+        yield FieldInfo(prefix + name, info.description or "", text.lower() if isinstance(default, bool) else text)
