@@ -26,7 +26,7 @@ from ps.numerics.threads import Threads, split
 from ps.numerics.tree import Node
 from ps.parameters.description import ModelDescription, TensorDescription
 from ps.parameters.layout import Shard, build_layout, shards
-from steepest.spec import OptimizerSpec
+from steepest.step_spec import optimizer_spec
 
 STEP_BYTES, TRIAD_BYTES = 40, 12
 LAYERS = 24
@@ -49,7 +49,7 @@ def step_of(shard: Shard, num_threads: int) -> Callable[[], None]:
     ranges = split(shard, num_threads)
     threads = Threads(len(ranges))
     reducer = Reducer(shard, threads, ranges)
-    optimizer = ShardOptimizer(OptimizerSpec(name="adamw"), shard, torch.randn(shard.numel))
+    optimizer = ShardOptimizer(optimizer_spec(name="adamw"), shard, torch.randn(shard.numel))
     optimizer.use_threads(threads, ranges)
     left, right = Node(0, 1), Node(1, 2)
     gradients = {node: torch.randn(shard.numel) for node in (left, right)}

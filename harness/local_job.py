@@ -128,7 +128,7 @@ class LocalJob:
         self.workers[name] = process
 
     def kill_worker(self, name: str) -> None:
-        """Kill a worker that still works: one that had been dismissed already would make a test of nothing."""
+        """Kill a worker that still works; fails when it was dismissed already, for then nothing would be tested."""
         process = self.workers[name]
         assert process.is_alive(), f"{name} has ended before it was killed"
         process.kill()

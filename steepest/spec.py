@@ -9,11 +9,21 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from steepest.errors import SpecError, Violation
 from steepest.spec_base import NonNegativeInt, PositiveFloat, PositiveInt, SpecModel
-from steepest.step_spec import HYPER_PARAMETERS, OPTIMIZER_NAMES, SCHEDULE_NAMES, ClipSpec, OptimizerSpec, ScheduleSpec
+from steepest.step_spec import (
+    HYPER_PARAMETERS,
+    OPTIMIZER_NAMES,
+    OPTIMIZERS,
+    SCHEDULE_NAMES,
+    AdamwSpec,
+    AnyOptimizer,
+    ClipSpec,
+    OptimizerSpec,
+    ScheduleSpec,
+)
 
 __all__ = ["HYPER_PARAMETERS", "OPTIMIZER_NAMES", "SCHEDULE_NAMES", "ClipSpec", "OptimizerSpec", "ScheduleSpec"]
 
@@ -209,7 +219,7 @@ class TrainingJobSpec(SpecModel):
         default=None, description="Length in passes over the data; give steps or epochs."
     )
     data: DataSpec = Field(default=DataSpec(), description="How the data are cut into steps.")
-    optimizer: OptimizerSpec = Field(default=OptimizerSpec(), description="Which optimizer.")
+    optimizer: AnyOptimizer = Field(default=AdamwSpec(), description="Which optimizer.")
     schedule: ScheduleSpec = Field(default=ScheduleSpec(), description="How the learning rate moves.")
     clip: ClipSpec = Field(default=ClipSpec(), description="Clipping of the aggregated gradient.")
     sync: SyncSpec = Field(default=SyncSpec(), description="When the servers apply a push.")
@@ -274,16 +284,28 @@ def spec_from_dict(raw: Mapping[str, Any]) -> TrainingJobSpec:
 
 
 def _violation(error: dict[str, Any]) -> Violation:
-    path = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "value_error":  # from a validator of ours, whose message is complete
-        return Violation(path or "spec", str(error["ctx"]["error"]))
-    if error["type"] == "extra_forbidden":
-        parent = TrainingJobSpec
-        for part in error["loc"][:-1]:
-            annotation = parent.model_fields[str(part)].annotation
-            parent = annotation if isinstance(annotation, type) else parent
-        return Violation(path, f"no such field; allowed: {', '.join(parent.model_fields)}")
-    if error["type"] == "missing":
-        return Violation(path, "is required")
+    loc, kind = [str(part) for part in error["loc"]], error["type"]
+    optimizer = None
+    if loc[:1] == ["optimizer"] and len(loc) > 1 and loc[1] in OPTIMIZERS:  # pydantic puts the name into the path
+        optimizer = OPTIMIZERS[loc.pop(1)]
+    path = ".".join(loc)
+    match kind:
+        case "value_error":  # from a validator of ours, whose message is complete
+            return Violation(path or "spec", str(error["ctx"]["error"]))
+        case "union_tag_invalid":
+            allowed = ", ".join(OPTIMIZER_NAMES)
+            return Violation("optimizer.name", f"{error['ctx']['tag']!r} is not an optimizer; allowed: {allowed}")
+        case "extra_forbidden" if optimizer is not None:
+            own = ", ".join(name for name in optimizer.model_fields if name != "name")
+            name = optimizer.model_fields["name"].default
+            return Violation(path, f"no such field of {name}; allowed: {own}")
+        case "extra_forbidden":
+            parent: type[BaseModel] = TrainingJobSpec
+            for part in loc[:-1]:
+                annotation = parent.model_fields[part].annotation
+                parent = annotation if isinstance(annotation, type) else parent
+            return Violation(path, f"no such field; allowed: {', '.join(parent.model_fields)}")
+        case "missing":
+            return Violation(path, "is required")
     message = error["msg"].replace("Input should be", "must be")
     return Violation(path, f"{error['input']!r} {message[:1].lower()}{message[1:]}")

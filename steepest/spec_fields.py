@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pydantic
 from pydantic import BaseModel
 
 from steepest.spec import TaskReference, TrainingJobSpec
+from steepest.step_spec import OPTIMIZERS, OptimizerSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +25,28 @@ def describe_fields(model: type[BaseModel] = TrainingJobSpec, prefix: str = "") 
     """Every field that holds a value, in order; those of `task` are set by naming the task, and left out."""
     for name, info in model.model_fields.items():
         annotation = info.annotation
+        if name == "optimizer":
+            yield from _describe_optimizers()
+            continue
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             if annotation is not TaskReference:
                 yield from describe_fields(annotation, f"{prefix}{name}.")
             continue
-        extra = info.json_schema_extra
-        default = extra["default_text"] if isinstance(extra, dict) and "default_text" in extra else info.default
-        text = "" if default is None or info.is_required() else str(default)
-        yield FieldInfo(prefix + name, info.description or "", text.lower() if isinstance(default, bool) else text)
+        yield _describe(prefix + name, info)
+
+
+def _describe_optimizers() -> Iterator[FieldInfo]:
+    """The fields of all optimizers, each once: those that all have come first."""
+    fields = dict(OptimizerSpec.model_fields)
+    for kind in OPTIMIZERS.values():
+        fields = {**kind.model_fields, **fields}
+    ordered = [*OptimizerSpec.model_fields, *(name for name in fields if name not in OptimizerSpec.model_fields)]
+    for name in ordered:
+        yield _describe(f"optimizer.{name}", fields[name])
+
+
+def _describe(path: str, info: pydantic.fields.FieldInfo) -> FieldInfo:
+    extra = info.json_schema_extra
+    default = extra["default_text"] if isinstance(extra, dict) and "default_text" in extra else info.default
+    text = "" if default is None or info.is_required() else str(default)
+    return FieldInfo(path, info.description or "", text.lower() if isinstance(default, bool) else text)

@@ -3,102 +3,190 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, TypeAdapter, model_validator
 
 from steepest.spec_base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SpecModel, UnitFloat
 
-OPTIMIZER_NAMES = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw")
 SCHEDULE_NAMES = ("constant", "linear", "cosine", "step", "exponential")
-
-# Which hyper-parameters each optimizer takes besides lr and weight_decay: torch.optim's own names.
-HYPER_PARAMETERS: Mapping[str, tuple[str, ...]] = {
-    "sgd": ("momentum", "dampening"),
-    "momentum": ("momentum", "dampening"),
-    "nesterov": ("momentum",),
-    "adagrad": ("lr_decay", "initial_accumulator_value", "eps"),
-    "rmsprop": ("alpha", "eps", "momentum", "centered"),
-    "adam": ("betas", "eps", "amsgrad"),
-    "adamw": ("betas", "eps", "amsgrad"),
-}
-DEFAULT_LR: Mapping[str, float] = {"adagrad": 1e-2, "rmsprop": 1e-2}
-DEFAULT_LR_OTHERWISE = 1e-3
+DEFAULT_OPTIMIZER = "adamw"
+DEFAULT_LR = 1e-3
 _TORCH: dict[str, JsonValue] = {"default_text": "torch.optim's"}
+
+# Hyper-parameters that several optimizers share: torch.optim's own names.
+Momentum = Annotated[
+    UnitFloat | None,
+    Field(
+        description="Momentum factor, for sgd, momentum, nesterov and rmsprop.",
+        json_schema_extra={"default_text": "0.9 for momentum and nesterov, else 0"},
+    ),
+]
+Dampening = Annotated[
+    NonNegativeFloat | None,
+    Field(description="Dampening of the momentum, for sgd and momentum.", json_schema_extra=_TORCH),
+]
+Eps = Annotated[
+    PositiveFloat | None,
+    Field(description="Term added to the denominator, for adagrad, rmsprop, adam and adamw.", json_schema_extra=_TORCH),
+]
 
 
 class OptimizerSpec(SpecModel):
-    """Which optimizer, with its hyper-parameters; absent ones are torch.optim's defaults."""
+    """Which optimizer, with its hyper-parameters; absent ones are torch.optim's defaults.
 
-    name: Literal["sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw"] = Field(
-        default="adamw", description="Optimizer: sgd, momentum, nesterov, adagrad, rmsprop, adam or adamw."
+    Each optimizer is a subclass with the hyper-parameters that it takes.
+    """
+
+    name: str = Field(
+        default=DEFAULT_OPTIMIZER,
+        description="Optimizer: sgd, momentum, nesterov, adagrad, rmsprop, adam or adamw.",
     )
     lr: PositiveFloat | None = Field(
         default=None,
         description="Learning rate before the schedule.",
         json_schema_extra={"default_text": "0.001; 0.01 for adagrad and rmsprop"},
     )
-    momentum: UnitFloat | None = Field(
-        default=None,
-        description="Momentum factor, for sgd, momentum, nesterov and rmsprop.",
-        json_schema_extra={"default_text": "0.9 for momentum and nesterov, else 0"},
-    )
-    dampening: NonNegativeFloat | None = Field(
-        default=None, description="Dampening of the momentum, for sgd and momentum.", json_schema_extra=_TORCH
-    )
     weight_decay: NonNegativeFloat | None = Field(
         default=None,
         description="Weight decay; decoupled for adamw, an L2 penalty for the others.",
         json_schema_extra=_TORCH,
     )
-    betas: tuple[UnitFloat, UnitFloat] | None = Field(
+    decay_biases_and_norms: bool = Field(
+        default=True, description="Apply weight decay to parameters of fewer than two dimensions too."
+    )
+
+    @property
+    def base_lr(self) -> float:
+        """The learning rate before any schedule."""
+        return self.lr if self.lr is not None else DEFAULT_LR
+
+    @property
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Those that are given, besides the learning rate, under torch.optim's names."""
+        own = self.model_dump(exclude={"name", "lr", "decay_biases_and_norms"}, exclude_none=True)
+        return dict(own)
+
+
+class SgdSpec(OptimizerSpec):
+    """Stochastic gradient descent."""
+
+    name: Literal["sgd"] = "sgd"
+    momentum: Momentum = None
+    dampening: Dampening = None
+
+
+class MomentumSpec(OptimizerSpec):
+    """SGD with heavy-ball momentum."""
+
+    name: Literal["momentum"] = "momentum"
+    momentum: Momentum = None
+    dampening: Dampening = None
+
+
+class NesterovSpec(OptimizerSpec):
+    """SGD with Nesterov momentum."""
+
+    name: Literal["nesterov"] = "nesterov"
+    momentum: Annotated[PositiveFloat, Field(lt=1)] | None = Field(
         default=None,
-        description="Decay rates of the two moment estimates, for adam and adamw.",
-        json_schema_extra=_TORCH,
+        description="Momentum factor, for sgd, momentum, nesterov and rmsprop.",
+        json_schema_extra={"default_text": "0.9 for momentum and nesterov, else 0"},
     )
-    eps: PositiveFloat | None = Field(
-        default=None,
-        description="Term added to the denominator, for adagrad, rmsprop, adam and adamw.",
-        json_schema_extra=_TORCH,
-    )
-    alpha: UnitFloat | None = Field(
-        default=None, description="Smoothing constant of the squared gradient, for rmsprop.", json_schema_extra=_TORCH
-    )
-    centered: bool | None = Field(
-        default=None,
-        description="Normalize by the estimated variance of the gradient, for rmsprop.",
-        json_schema_extra=_TORCH,
-    )
-    amsgrad: bool | None = Field(
-        default=None, description="Use the AMSGrad variant, for adam and adamw.", json_schema_extra=_TORCH
-    )
+
+
+class AdagradSpec(OptimizerSpec):
+    """Adagrad."""
+
+    name: Literal["adagrad"] = "adagrad"
     lr_decay: NonNegativeFloat | None = Field(
         default=None, description="Decay of the learning rate with the updates, for adagrad.", json_schema_extra=_TORCH
     )
     initial_accumulator_value: NonNegativeFloat | None = Field(
         default=None, description="Initial sum of squared gradients, for adagrad.", json_schema_extra=_TORCH
     )
-    decay_biases_and_norms: bool = Field(
-        default=True, description="Apply weight decay to parameters of fewer than two dimensions too."
-    )
-
-    @model_validator(mode="after")
-    def _only_own_hyper_parameters(self) -> Self:
-        own = HYPER_PARAMETERS[self.name]
-        for names in HYPER_PARAMETERS.values():
-            for name in names:
-                if name not in own and getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name} is no hyper-parameter of {self.name}; allowed: lr, weight_decay, {', '.join(own)}"
-                    )
-        if self.name == "nesterov" and self.momentum == 0:
-            raise ValueError("momentum = 0: nesterov needs a momentum greater than 0")
-        return self
+    eps: Eps = None
 
     @property
     def base_lr(self) -> float:
-        """The learning rate before any schedule."""
-        return self.lr if self.lr is not None else DEFAULT_LR.get(self.name, DEFAULT_LR_OTHERWISE)
+        """See OptimizerSpec; torch.optim's default."""
+        return self.lr if self.lr is not None else 1e-2
+
+
+class RmspropSpec(OptimizerSpec):
+    """RMSprop."""
+
+    name: Literal["rmsprop"] = "rmsprop"
+    alpha: UnitFloat | None = Field(
+        default=None,
+        description="Smoothing constant of the squared gradient, for rmsprop.",
+        json_schema_extra=_TORCH,
+    )
+    eps: Eps = None
+    momentum: Momentum = None
+    centered: bool | None = Field(
+        default=None,
+        description="Normalize by the estimated variance of the gradient, for rmsprop.",
+        json_schema_extra=_TORCH,
+    )
+
+    @property
+    def base_lr(self) -> float:
+        """See OptimizerSpec; torch.optim's default."""
+        return self.lr if self.lr is not None else 1e-2
+
+
+class _Adam(OptimizerSpec):
+    betas: tuple[UnitFloat, UnitFloat] | None = Field(
+        default=None,
+        description="Decay rates of the two moment estimates, for adam and adamw.",
+        json_schema_extra=_TORCH,
+    )
+    eps: Eps = None
+    amsgrad: bool | None = Field(
+        default=None, description="Use the AMSGrad variant, for adam and adamw.", json_schema_extra=_TORCH
+    )
+
+
+class AdamSpec(_Adam):
+    """Adam."""
+
+    name: Literal["adam"] = "adam"
+
+
+class AdamwSpec(_Adam):
+    """AdamW."""
+
+    name: Literal["adamw"] = "adamw"
+
+
+def _named(raw: Any) -> Any:
+    """The default optimizer where none is named; a null, as job files and older databases have it, is no value."""
+    if not isinstance(raw, Mapping):
+        return raw
+    return {"name": DEFAULT_OPTIMIZER, **{key: value for key, value in raw.items() if value is not None}}
+
+
+_Optimizers = SgdSpec | MomentumSpec | NesterovSpec | AdagradSpec | RmspropSpec | AdamSpec | AdamwSpec
+AnyOptimizer = Annotated[
+    Annotated[_Optimizers, Field(discriminator="name")],
+    BeforeValidator(_named),
+]
+OPTIMIZERS: Mapping[str, type[OptimizerSpec]] = {
+    str(kind.model_fields["name"].default): kind for kind in get_args(_Optimizers)
+}
+OPTIMIZER_NAMES = tuple(OPTIMIZERS)
+# Which hyper-parameters each optimizer takes besides lr and weight_decay: torch.optim's own names.
+HYPER_PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    name: tuple(field for field in kind.model_fields if field not in OptimizerSpec.model_fields)
+    for name, kind in OPTIMIZERS.items()
+}
+_ADAPTER: TypeAdapter[OptimizerSpec] = TypeAdapter(AnyOptimizer)
+
+
+def optimizer_spec(**raw: Any) -> OptimizerSpec:
+    """The spec of one optimizer. Raises pydantic.ValidationError."""
+    return _ADAPTER.validate_python(raw)
 
 
 class ScheduleSpec(SpecModel):

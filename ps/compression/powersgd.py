@@ -36,8 +36,8 @@ def add_product(
 ) -> None:
     """Add sign * (left @ right), a matrix in row-major order, from its element `start` on, to `into`.
 
-    left: shape (rows, rank). right: shape (rank, columns). Every element is added up in the same order, whatever part
-    of the matrix is asked for: a matrix product of a library does not promise that.
+    left: shape (rows, rank). right: shape (rank, columns). Every element is added up in the same order, whichever
+    part of the matrix is computed: a library's matrix product does not promise that.
     """
     columns = right.shape[1]
     position = 0

@@ -14,6 +14,7 @@ from ps.parameters.layout import Layout, shards
 from ps.step.assignment import Dealer
 from ps.step.parts import redeal
 from steepest.spec import TrainingJobSpec
+from steepest.step_spec import AdamSpec, AdamwSpec, RmspropSpec, SgdSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +109,14 @@ def explain_refusal(needed: Footprint, available: int) -> str:
 
 def state_tensors(spec: TrainingJobSpec) -> int:
     """How many tensors of a parameter's size the optimizer keeps for it."""
-    optimizer = spec.optimizer
-    match optimizer.name:
-        case "adam" | "adamw":
-            return 3 if optimizer.amsgrad else 2
-        case "momentum" | "nesterov" | "adagrad":
-            return 1
-        case "rmsprop":
-            return 1 + bool(optimizer.momentum) + bool(optimizer.centered)
-        case _:
-            return int(bool(optimizer.momentum))
+    match spec.optimizer:
+        case AdamSpec(amsgrad=amsgrad) | AdamwSpec(amsgrad=amsgrad):
+            return 3 if amsgrad else 2
+        case RmspropSpec(momentum=momentum, centered=centered):
+            return 1 + bool(momentum) + bool(centered)
+        case SgdSpec(momentum=momentum):
+            return int(bool(momentum))
+    return 1  # momentum, nesterov, adagrad
 
 
 def slots_of(low: int, high: int, num_leaves: int) -> tuple[int, int]:

@@ -33,7 +33,7 @@ class DeviceReference:
 
 
 class DeviceError(Exception):
-    """A GPU, or memory of another process on it, cannot be had. The message says why."""
+    """A GPU, or another process's memory on it, cannot be used. The message says why."""
 
 
 class Device(Protocol):

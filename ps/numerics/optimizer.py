@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ps.numerics.threads import Threads
 from ps.parameters.layout import Placed, Shard
-from steepest.spec import HYPER_PARAMETERS, OptimizerSpec
+from steepest.spec import OptimizerSpec
 
 _CLASSES: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -34,8 +34,7 @@ _FUSED_ON_GPU = ("sgd", "momentum", "nesterov", "adam", "adamw")
 
 def torch_options(spec: OptimizerSpec) -> dict[str, Any]:
     """The keyword arguments that give the same optimizer in plain PyTorch, weight decay included."""
-    names = ("weight_decay", *HYPER_PARAMETERS[spec.name])
-    options = {name: getattr(spec, name) for name in names if getattr(spec, name) is not None}
+    options = spec.hyper_parameters
     if spec.name in ("momentum", "nesterov"):
         options.setdefault("momentum", DEFAULT_MOMENTUM)
     if spec.name == "nesterov":

@@ -15,7 +15,7 @@ MIN_NUMEL = 32 * BLOCK_NUMEL  # less is done sooner than another core has woken 
 
 
 def split(shard: Shard, num_threads: int) -> tuple[tuple[int, int], ...]:
-    """A range of whole blocks for each thread that is of use, in elements from the start of the shard."""
+    """Cut a shard into ranges of whole blocks, one for each useful thread, in elements from the start of the shard."""
     useful = max(1, min(num_threads, shard.numel // MIN_NUMEL))
     num_blocks = -(-shard.numel // BLOCK_NUMEL)
     edges = [min(num_blocks * i // useful * BLOCK_NUMEL, shard.numel) for i in range(useful)]

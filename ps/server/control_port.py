@@ -71,7 +71,7 @@ class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
                 yield report
 
     def _take_report(self) -> pb.SupervisionMessage:
-        """All that is to be told. The caller holds the lock."""
+        """Collect everything that the controller has not been told. The caller holds the lock."""
         report, self._report, self._is_urgent = self._report, pb.SupervisionMessage(), False
         if records := self._make_records():
             report.records.CopyFrom(convert.records_to_proto(records))
@@ -113,7 +113,7 @@ class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
             self._newest = completed
             if completed.decision.step % self._record_every == 0:
                 self._completed.append(completed)
-                if len(self._completed) > MAX_UNSTORED:  # nobody listens
+                if len(self._completed) > MAX_UNSTORED:  # no controller is connected
                     self._make_records()
 
     def unstored(self) -> list[StepRecord]:

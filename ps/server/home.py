@@ -64,7 +64,7 @@ class Home:
             self._relay.begin(ready, slots.whole(ready.slot))
 
     def flush(self) -> None:
-        """A worker is gone: wait for nobody."""
+        """Send what has arrived, because a worker is gone and may not send the rest."""
         if self._relay is not None:
             self._relay.flush()
 

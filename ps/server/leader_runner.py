@@ -192,7 +192,7 @@ class LeaderRunner:
             self._on_residuals()
 
     def _on_residuals(self) -> None:
-        """All that were asked for are here: for a checkpoint, or to change hands."""
+        """Use the residuals that have arrived: for a checkpoint, or to hand them to other workers."""
         if self._saving is not None:
             self._shards.collect(self._saving.step)
             return

@@ -172,7 +172,7 @@ class Relay:
                 link.begin(ready.step, _Part(node, total, ready.start, ready.stop))
 
     def flush(self) -> None:
-        """A worker is gone: wait for nobody."""
+        """Send what has arrived, because a worker is gone and may not send the rest."""
         step, kind = self._gathering.round
         self._forward(step, kind, self._gathering.flush())
 

@@ -33,7 +33,7 @@ class Residuals:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all that were asked for are here."""
+        """Whether every requested residual has arrived."""
         return not self._missing
 
     def sink(self, worker: str, chunk: pb.Chunk, num_bytes: int) -> memoryview:
@@ -46,13 +46,13 @@ class Residuals:
         return place(self._arriving[part], chunk, num_bytes)
 
     def arrived(self, worker: str, part: int) -> bool:
-        """The last piece of one is here. Returns whether it was the last one asked for."""
+        """Note that a residual is complete. Returns whether it was the last one requested."""
         if self._missing.get(part) != worker:
             return False
         del self._missing[part]
         return self.is_complete
 
     def take(self) -> dict[int, torch.Tensor]:
-        """Those that were asked for."""
+        """Hand out the requested residuals."""
         arrived, self._arriving = self._arriving, {}
         return arrived

@@ -98,7 +98,7 @@ class PhaseChanged:
 
 @dataclass(frozen=True, slots=True)
 class Hung:
-    """A worker has not answered for worker_timeout_seconds: it is to be killed."""
+    """A worker has not answered for worker_timeout_seconds, and must be killed."""
 
     worker: str
 

@@ -47,10 +47,10 @@ class Gathering:
         expected: Iterable[tuple[int, int]],
         now: float,
     ) -> list[Forward]:
-        """A worker's nodes; each tensor may be changed from now on. Returns what is to be sent.
+        """Add a worker's nodes, whose tensors may be changed from now on. Returns the nodes to send.
 
         expected: ranges that this host's workers have been given; nothing is sent before all of them are there.
-        A push of a round before the present one is left out: nobody waits for it.
+        Ignores pushes of an earlier round: its step is over.
         """
         if not self._enter(step, kind):
             return []
@@ -88,7 +88,7 @@ class Gathering:
         return now - self._since if self._covered != self._forwarded else 0.0
 
     def flush(self) -> list[Forward]:
-        """Wait no longer for the rest of this host: what is there is to be sent."""
+        """Send what has arrived without waiting for the rest of this host."""
         num_leaves = self._num_leaves if self.round[1] == Round.TRAIN else 1
         fresh = self._covered & ~self._forwarded
         self._forwarded = self._covered

@@ -1,7 +1,7 @@
 """The leader of a job as a deterministic state machine: same state and message, same new state and effects.
 
 It deals micro-batches, counts what came back, decides once for all shards, and says when a version is complete. Time
-comes in as an argument; what is to be done goes out as effects, which `ps.server.leader_runner` carries out. Late,
+comes in as an argument; effects go out, which `ps.server.leader_runner` carries out. Late,
 duplicate and stale messages are named outcomes.
 
 A round moves so:  assign -> collect (pushes from workers, reports from shards) -> decide -> commit (shards applied).
@@ -86,7 +86,7 @@ class Leader:
         return self._deal(now)
 
     def leave(self, worker: str, now: float) -> list[Effect]:
-        """A worker is gone. What it had not delivered to every shard is dealt to the others, within the round."""
+        """A worker is gone: deal what it had not delivered to every shard to the others, within the round."""
         member = self.members.pop(worker, None)
         if member is None or self.phase in ENDED:
             return []
@@ -169,7 +169,7 @@ class Leader:
         return self._next_round(now)
 
     def settled(self, now: float) -> list[Effect]:
-        """The residuals that were asked for are here."""
+        """Go on after Settle: the residuals have arrived."""
         if self.phase != Phase.SETTLING:
             return []
         self._parts.settle()
@@ -261,7 +261,7 @@ class Leader:
         return self._deal(now)
 
     def _deal(self, now: float) -> list[Effect]:
-        """Give what nobody has to those who have nothing."""
+        """Deal the undealt micro-batches to the idle workers."""
         current = self._round
         if current is None or not current.has_undealt or current.is_decided:
             return []

@@ -1,4 +1,4 @@
-"""The workers of a job as the leader sees them: who is there, how fast, and what each has been given.
+"""The workers of a job as the leader sees them: their speed, and the micro-batches each has been dealt.
 
 Sets of micro-batches are the bits of an integer.
 """

@@ -76,7 +76,7 @@ class Parts:
         self._moving = {}
 
     def deal(self, workers: Sequence[str]) -> None:
-        """Give to these what nobody has; every other part's owner has it at hand."""
+        """Deal the parts without an owner to these workers."""
         if None in self._owners:
             dealt = zip(self._owners, redeal(self._owners, workers), strict=True)
             self._owners = [new if owner is None else owner for owner, new in dealt]

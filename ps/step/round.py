@@ -50,7 +50,7 @@ class RoundState:
 
     @property
     def has_undealt(self) -> bool:
-        """Whether there is work that nobody has."""
+        """Whether some micro-batches are not with any worker."""
         return self._undealt != 0
 
     @property
@@ -69,20 +69,20 @@ class RoundState:
     # -- dealing ------------------------------------------------------------------------------------------------------
 
     def take_undealt(self) -> Sequence[int]:
-        """All work that nobody has; somebody has it from now on."""
+        """Take all undealt micro-batches, for the caller to deal."""
         everything = self._undealt == self._everything
         leaves = range(len(self.results)) if everything else leaves_of(self._undealt)
         self._undealt = 0
         return leaves
 
     def take_undealt_of(self, leaves: int) -> int:
-        """As much of `leaves` as nobody has; somebody has it from now on."""
+        """Take those of `leaves` that are undealt, for the caller to deal."""
         taken = self._undealt & leaves
         self._undealt &= ~taken
         return taken
 
     def give_back(self, leaves: int) -> None:
-        """Nobody has these any more."""
+        """Return micro-batches to be dealt again."""
         self._undealt |= leaves
 
     # -- answers ------------------------------------------------------------------------------------------------------

@@ -63,8 +63,8 @@ class Message(Protocol):
 class Connection(Generic[Received]):
     """One end. Iterating gives what the other end sends, until it hangs up; StreamError when that breaks the protocol.
 
-    parse: of a message that comes in. sink: given a message and the number of bytes of its tensor, the memory they are
-    for, of that size; it raises StreamError for a tensor that is not welcome. Until it is set, none is.
+    parse: reads a message from its bytes. sink: returns the memory for a message's tensor, given the message and the
+    tensor's size in bytes; it raises StreamError to refuse the tensor. Until it is set, every tensor is refused.
     """
 
     def __init__(self, end: socket.socket, parse: Callable[[bytes], Received]) -> None:
@@ -92,7 +92,7 @@ class Connection(Generic[Received]):
         """Send, and never block: what the socket does not take at once, a thread of its own sends in its time.
 
         tensor: bytes to follow the message; they must stay as they are until the other end has answered.
-        A connection that is broken swallows messages; who reads from it learns of that.
+        A broken connection swallows messages; its reader gets the error.
         """
         data = message.SerializeToString()
         parts = [memoryview(LENGTHS.pack(len(data), 0 if tensor is None else len(tensor)) + data)]
@@ -173,7 +173,7 @@ class Connection(Generic[Received]):
         return message
 
     def _fill(self, wait: bool) -> bool:
-        """Take in what is there, at least something if `wait`. Returns whether there was anything."""
+        """Read what has arrived; with `wait`, block until something has. Returns whether anything was read."""
         if self._start == self._stop:
             self._start = self._stop = 0
         elif self._stop == len(self._buffer):

@@ -66,7 +66,7 @@ class Hub:
                     self._served.pop(descriptor)[2](error)
 
     def _read(self, descriptor: int) -> Exception | None:
-        """Read what is there; what ended the connection, if anything did."""
+        """Handle the messages that have arrived. Returns the error that ended the connection, or None."""
         connection, on_message, _ = self._served[descriptor]
         try:
             while (message := connection.receive(wait=False)) is not None:

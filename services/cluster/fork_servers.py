@@ -36,7 +36,7 @@ class ForkServers:
                         num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": PLAIN_PRIORITY}
                     )
                     self._actors[node] = options.remote()
-                    self._actors[node].interpreter.remote()  # nobody waits for it, but it starts the server
+                    self._actors[node].interpreter.remote()  # starts the server; the answer is not awaited
 
     def runtime_env(self, node: str | None) -> dict[str, Any]:
         """Of an actor on that node, which its fork server is to start."""
@@ -55,7 +55,7 @@ class ForkServers:
         return {"py_executable": interpreter}
 
     def exit_status(self, node: str | None, pid: int) -> int | None:
-        """The wait status of a process that a fork server started and that has ended; None when nobody knows it."""
+        """The wait status of a process that a fork server started and that has ended; None when it is unknown."""
         with self._lock:
             actor = self._actors.get(node or "")
         if actor is None or not ray.is_initialized():

@@ -72,7 +72,7 @@ class _Process:
     stopped: bool = False
 
     def stop(self) -> None:
-        """Kill it; nobody hears of its end."""
+        """Kill it without reporting its end."""
         self.stopped = True
         if ray.is_initialized():  # else the cluster has been left, and ends it; to ask would join again
             ray.kill(self.actor)
@@ -106,7 +106,7 @@ class JobRoom:
         return self._placement.server_device == "cuda"
 
     def wait(self, seconds: float) -> bool:
-        """Whether all the room asked for the workers is there."""
+        """Whether all room requested for the workers has been granted."""
         return all(group.wait(seconds) for group in self._spare)
 
     def add_servers(self, seconds: float) -> bool:
@@ -177,7 +177,7 @@ class JobRoom:
         on_start: Callable[[Started], None],
         on_exit: Callable[[Exit], None],
     ) -> None:
-        """Start a worker in room that was asked for, or ask for some; it starts when there is any."""
+        """Start a worker in free room of this job, or request more; the worker starts once the room is granted."""
         if not self._spare:
             self.add_group()
         group = min(self._spare, key=lambda room: self._on_gpus.index(room) if room in self._on_gpus else math.inf)

@@ -34,7 +34,7 @@ class Exit:
 
 
 def explain_status(status: int | None) -> str:
-    """A wait status (`os.waitpid`) as a clause; None: nobody knows it."""
+    """Describe a wait status (`os.waitpid`) as a clause; None: the status is unknown."""
     if status is None:
         return "ended without saying why: it was killed, ran out of memory, or its host is gone"
     if os.WIFSIGNALED(status):

@@ -53,7 +53,7 @@ class Ledger:
         self.note_result(step=step, samples=epochs * self._num_samples + in_epoch)
 
     def begin_life(self, incarnation: int, step: int, records: Iterable[StepRecord], of_incarnation: int) -> None:
-        """The job goes on from `step`. records: that the incarnation before had no time to report."""
+        """Begin an incarnation at `step`. records: of the one before, which had no time to report them."""
         self._store.update(self.job, incarnation=incarnation)
         self._store.fill_history(self.job, of_incarnation, list(records))
         self._store.rewind(self.job, step)

@@ -41,7 +41,7 @@ MOVES: dict[JobState, frozenset[JobState]] = {
     _S.FAILED: frozenset(),
 }
 
-# What a user may ask for, and in which states it can be done.
+# In which states a user's request is possible.
 VERBS: dict[str, frozenset[JobState]] = {
     "pause": frozenset({_S.RUNNING, _S.PAUSING, _S.PAUSED}),
     "resume": frozenset({_S.PAUSING, _S.PAUSED, _S.RUNNING}),

@@ -51,11 +51,17 @@ def docs(text: str) -> str:
 
 def proto(text: str) -> str:
     """The .proto file with the comments of the spec's fields as they should be."""
+    optimizer = {
+        info.path.split(".")[1]: info.description for info in describe_fields() if info.path.startswith("optimizer.")
+    }
+    descriptions = {"OptimizerSpec": optimizer}
     for name in MESSAGES:
         found = re.search(rf"^message {name} {{\n(.*?)^}}", text, re.MULTILINE | re.DOTALL)
         if found is None:
             raise ValueError(f"{PROTO} has no message {name}")
-        fields = getattr(spec, name).model_fields
+        fields = descriptions.get(name) or {
+            field: info.description or "" for field, info in getattr(spec, name).model_fields.items()
+        }
         lines = []
         for line in found[1].splitlines():
             stripped = line.strip()
@@ -63,7 +69,7 @@ def proto(text: str) -> str:
                 continue
             field = re.search(r"(\w+) = \d+;", stripped)
             if field is not None:
-                lines += [f"  // {part}" for part in textwrap.wrap(fields[field[1]].description, WIDTH)]
+                lines += [f"  // {part}" for part in textwrap.wrap(fields[field[1]], WIDTH)]
             lines.append(line)
         text = text[: found.start(1)] + "\n".join(lines) + "\n" + text[found.end(1) :]
     return text

@@ -20,11 +20,11 @@ class Measured(NamedTuple):
 
 
 class LossError(Exception):
-    """What the user's loss returned is no loss. The message says why."""
+    """The user's loss function returned something that is not a loss. The message says what is wrong."""
 
 
 class InPartsError(Exception):
-    """A parameter's gradient came in parts, and the first was taken for the whole: the sum is to be made again.
+    """A parameter's gradient came in parts and the first was taken for the whole: compute the sum again.
 
     Once is enough: the engine waits for the rest of that parameter's gradient from then on.
     """

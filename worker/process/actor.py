@@ -36,7 +36,7 @@ class WorkerActor:
     def run(
         self, config: JobConfig, worker: str, generation: int, code: bytes, addresses: Sequence[ServerAddress]
     ) -> tuple[str, str] | None:
-        """Work until dismissed. Returns (message, traceback) when the code cannot be loaded or the GPU not be had."""
+        """Work until dismissed. Returns (message, traceback) when the task cannot be loaded or the GPU not used."""
         try:
             directory = unpack_code(code, code_directory()) if code else None
             loop = WorkerLoop(config, worker, generation, directory, backend_of(config.spec.placement.device))

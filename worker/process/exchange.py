@@ -152,7 +152,7 @@ class Exchange:
                 gpu_parameters = self._device.open(reference, shard.layout.dtype, shard.numel)
             except DeviceError as error:
                 raise RefusedError(
-                    f"server {server}: its memory on the GPU cannot be had: {error}; use placement.server_device = cpu"
+                    f"server {server}: its GPU memory cannot be mapped: {error}; use placement.server_device = cpu"
                 ) from error
         return _Link(server, contact, shard, connection, outgoing, gpu_parameters=gpu_parameters)
 

@@ -11,6 +11,7 @@ from ps.numerics.optimizer import ShardOptimizer, torch_class, torch_options
 from ps.numerics.threads import Threads, split
 from ps.parameters.layout import BLOCK_NUMEL, Shard, build_layout, shards
 from steepest.spec import OPTIMIZER_NAMES, OptimizerSpec
+from steepest.step_spec import optimizer_spec
 from tests.support.models import described
 
 SHAPES = [(40, 50), (50,), (300, 300), (1,), ()]
@@ -71,7 +72,7 @@ def _run(spec: OptimizerSpec, num_servers: int, dtype: torch.dtype, steps: int =
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
 @pytest.mark.parametrize(("name", "extra"), CASES)
 def test_it_is_torch_optim(name: str, extra: dict[str, Any], dtype: torch.dtype, tolerance: float) -> None:
-    spec = OptimizerSpec(name=name, decay_biases_and_norms=False, **extra)  # type: ignore[arg-type]
+    spec = optimizer_spec(name=name, decay_biases_and_norms=False, **extra)  # type: ignore[arg-type]
     layout, flat, parameters, *_ = _run(spec, 2, dtype)
     for view, parameter in zip(layout.views(flat), parameters, strict=True):
         largest = parameter.detach().abs().max().clamp(min=1.0)
@@ -80,7 +81,7 @@ def test_it_is_torch_optim(name: str, extra: dict[str, Any], dtype: torch.dtype,
 
 @pytest.mark.parametrize(("name", "extra"), CASES)
 def test_bits_and_state_do_not_depend_on_the_number_of_shards(name: str, extra: dict[str, Any]) -> None:
-    spec = OptimizerSpec(name=name, **extra)  # type: ignore[arg-type]
+    spec = optimizer_spec(name=name, **extra)  # type: ignore[arg-type]
     _, one, *_, first = _run(spec, 1, torch.float32)
     _, three, *_, others = _run(spec, 3, torch.float32)
     assert torch.equal(one, three)
@@ -102,7 +103,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(
     monkeypatch.setattr("ps.numerics.threads.MIN_NUMEL", BLOCK_NUMEL)
     layout = build_layout(described([(1_000, 900), (900,), (400_000,)]), decay_biases_and_norms=decay_biases_and_norms)
     (shard,) = shards(layout, 1)
-    spec = OptimizerSpec(name=name, decay_biases_and_norms=decay_biases_and_norms)  # type: ignore[arg-type]
+    spec = optimizer_spec(name=name, decay_biases_and_norms=decay_biases_and_norms)  # type: ignore[arg-type]
     flats = []
     for num_threads in (1, 2, 4):
         generator = torch.Generator().manual_seed(0)
@@ -119,7 +120,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(
 
 @pytest.mark.parametrize("name", OPTIMIZER_NAMES)
 def test_exported_state_is_that_of_torch_optim_under_its_names(name: str) -> None:
-    spec = OptimizerSpec(name=name)  # type: ignore[arg-type]
+    spec = optimizer_spec(name=name)  # type: ignore[arg-type]
     layout, _, parameters, reference, _, optimizers = _run(spec, 2, torch.float64)
     index = {p.name: i for i, p in enumerate(layout.parameters)}
     seen = set()
@@ -134,7 +135,7 @@ def test_exported_state_is_that_of_torch_optim_under_its_names(name: str) -> Non
 
 @pytest.mark.parametrize("name", OPTIMIZER_NAMES)
 def test_going_on_from_exported_state_gives_the_same_bits(name: str) -> None:
-    spec = OptimizerSpec(name=name)  # type: ignore[arg-type]
+    spec = optimizer_spec(name=name)  # type: ignore[arg-type]
     layout, flat, *_, optimizers = _run(spec, 2, torch.float32)
     shapes = {p.name: p.shape for p in layout.parameters}
     state: dict[str, torch.Tensor] = {}
@@ -161,7 +162,7 @@ def test_a_clip_by_value_bounds_every_element_and_reports_the_norm() -> None:
     layout = build_layout(described([(4,)], "float64"))
     flat = torch.zeros(layout.numel, dtype=torch.float64)
     (shard,) = shards(layout, 1)
-    optimizer = _shard_optimizer(OptimizerSpec(name="sgd", lr=1.0), shard, flat)
+    optimizer = _shard_optimizer(optimizer_spec(name="sgd", lr=1.0), shard, flat)
     gradient = torch.zeros(layout.numel, dtype=torch.float64)
     gradient[:4] = torch.tensor([10.0, -10.0, 1.0, 0.0])
     clamped = optimizer.step(gradient, lr=1.0, divisor=2.0, coefficient=1.0, max_value=3.0)

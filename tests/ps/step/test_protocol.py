@@ -21,12 +21,13 @@ from ps.step.leader import Leader
 from ps.step.messages import Assign, LeafResult, Outcome, Push, PushedNode, Round
 from ps.step.plan import Plan
 from ps.step.shard import ShardState
-from steepest.spec import OptimizerSpec, ScheduleSpec
+from steepest.spec import ScheduleSpec
+from steepest.step_spec import optimizer_spec
 from tests.support.models import described
 
 STEPS, LEAVES = 5, 6
 LAYOUT = build_layout(described([(70_016,), (70_016,)]))  # without padding, for what lies there is not added
-SPEC = OptimizerSpec(name="momentum", lr=0.1)
+SPEC = optimizer_spec(name="momentum", lr=0.1)
 
 
 def gradient(step: int, leaf: int) -> torch.Tensor:

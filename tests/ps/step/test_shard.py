@@ -7,7 +7,7 @@ from ps.numerics.tree import Node
 from ps.parameters.layout import build_layout, shards
 from ps.step.messages import Decision, Outcome, Round
 from ps.step.shard import ShardState
-from steepest.spec import OptimizerSpec
+from steepest.step_spec import optimizer_spec
 from tests.support.models import described
 from tests.support.stand_in import StandInDevice
 
@@ -18,7 +18,7 @@ def shard() -> ShardState:
     return ShardState(
         whole,
         torch.zeros(whole.numel),
-        OptimizerSpec(name="sgd", lr=1.0),
+        optimizer_spec(name="sgd", lr=1.0),
         num_leaves=2,
         max_value=None,
         initialized=True,
@@ -85,7 +85,7 @@ def test_on_a_gpu_what_lies_in_the_hosts_memory_is_copied() -> None:
     server = ShardState(
         shard,
         torch.zeros(shard.numel),
-        OptimizerSpec(name="rmsprop"),
+        optimizer_spec(name="rmsprop"),
         num_leaves=2,
         max_value=None,
         initialized=True,
@@ -105,7 +105,7 @@ def test_on_a_gpu_a_sum_that_has_to_wait_outlives_its_worker() -> None:
         server = ShardState(
             shard,
             torch.zeros(shard.numel),
-            OptimizerSpec(name="sgd", lr=1.0),
+            optimizer_spec(name="sgd", lr=1.0),
             num_leaves=2,
             max_value=None,
             initialized=True,
