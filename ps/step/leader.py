@@ -209,7 +209,9 @@ class Leader:
         idle = self.members.idle()
         for name, member in list(self.members.items()):
             if member.waited(now) > self.plan.worker_timeout_seconds:
-                effects.append(Hung(name))
+                if not member.hung:  # once: the next of this name is not to blame
+                    member.hung = True
+                    effects.append(Hung(name))
             elif idle and not member.duplicated and not self._parts.any and member.is_straggling(now):
                 member.duplicated = True
                 effects += self._assign(leaves_of(member.leaves), idle, now)

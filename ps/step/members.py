@@ -38,6 +38,7 @@ class Member:
     since: float = 0.0
     retiring: bool = False
     duplicated: bool = False
+    hung: bool = False  # reported, and not gone yet
     buffers: bytes | None = None  # the newest it was sent
 
     @property

@@ -340,7 +340,7 @@ class Controller(threading.Thread):
             worker.state = WorkerState.RUNNING
             if len(self._team) > self._team.wanted:
                 self._match_workers()
-        elif change == "hung":
+        elif change == "hung" and worker.state != WorkerState.STARTING:  # else it is the successor of the one that hung
             seconds = self.spec.placement.worker_timeout_seconds
             message = f"did not answer within {seconds:g} s (placement.worker_timeout_seconds) and was killed"
             self._worker_ended(name, Exit(ExitKind.DIED, message))

@@ -29,12 +29,12 @@ def stub(service: Service) -> Iterator[pb_grpc.TrainingJobServiceStub]:
 
 
 def test_pages_hold_every_job_once(stub: Any, submit: Callable[..., Job]) -> None:
-    names = {submit("regression", steps=1).name for _ in range(3)}
+    names = {submit("regression", steps=1).name for _ in range(2)}
     found: list[str] = []
     token = ""
     while True:
-        page = stub.ListTrainingJobs(pb.ListTrainingJobsRequest(page_size=2, page_token=token))
-        assert len(page.training_jobs) <= 2
+        page = stub.ListTrainingJobs(pb.ListTrainingJobsRequest(page_size=1, page_token=token))
+        assert len(page.training_jobs) <= 1
         found += [job.name for job in page.training_jobs]
         token = page.next_page_token
         if not token:

@@ -43,6 +43,7 @@ def test_pause_resume_scale_and_wait(steepest: Callable[..., Ran], submit: Calla
     assert "is SUCCEEDED; pause is possible in" in refused.stderr
 
 
+@pytest.mark.full
 def test_scale_to_nothing_is_refused(steepest: Callable[..., Ran], submit: Callable[..., Job]) -> None:
     job = submit("slow", steps=100_000)
     refused = steepest("scale", job.name, "0")

@@ -14,6 +14,7 @@ from services.service import Service
 from steepest.client import Client, Job
 from steepest.errors import SpecError
 from steepest.jobs import Event
+from tests.support.choices import full
 from tests.support.service import EXAMPLES, NUM_CPUS, TASKS, until
 
 pytestmark = pytest.mark.cluster
@@ -28,10 +29,10 @@ pytestmark = pytest.mark.cluster
             "task.function",
             ["KeyError", "Traceback", 'raise KeyError("no such column")'],
         ),
-        ("returns_nothing", {}, "task.function", ["returned NoneType", "steepest.Task"]),
-        ("exits", {}, "task.function", ["SystemExit"]),
-        ("without_parameters", {}, "task.model", ["no trainable parameters"]),
-        ("without_data", {}, "task.train_data", ["is empty"]),
+        full("returns_nothing", {}, "task.function", ["returned NoneType", "steepest.Task"]),
+        full("exits", {}, "task.function", ["SystemExit"]),
+        full("without_parameters", {}, "task.model", ["no trainable parameters"]),
+        full("without_data", {}, "task.train_data", ["is empty"]),
         ("regression", {"depth": 2}, "task.arguments.depth", ["'depth'", "rows, hidden, dtype"]),
     ],
 )
@@ -47,6 +48,7 @@ def test_a_task_that_cannot_be_used_is_refused_before_anything_starts(
     assert [info.job for info in client.list()] == before
 
 
+@pytest.mark.full
 def test_a_module_that_is_not_installed(client: Client) -> None:
     with pytest.raises(SpecError, match="there is no module 'surely_not_there'"):
         client.submit("surely_not_there:f", steps=2)
@@ -79,11 +81,11 @@ def _free_cpus() -> float:
 @pytest.mark.parametrize(
     ("function", "spec", "words"),
     [
-        ("vector_loss", {}, ["loss must return a scalar tensor", "shape (8, 3)", "step 0", "micro-batch"]),
-        ("nonfinite_loss", {}, ["the loss is not finite at step", "worker worker-", "micro-batch", "nan"]),
+        full("vector_loss", {}, ["loss must return a scalar tensor", "shape (8, 3)", "step 0", "micro-batch"]),
+        full("nonfinite_loss", {}, ["the loss is not finite at step", "worker worker-", "micro-batch", "nan"]),
         ("nonfinite_gradient", {}, ["the gradient of 0.weight is not finite at step 0", "worker", "micro-batch 0"]),
         ("failing_dataset", {}, ["OSError: sample 30 is torn", "micro-batch", "Traceback", "__getitem__"]),
-        ("misbehaving", {"arguments": {"how": "exit"}}, ["SystemExit: 3", "micro-batch"]),
+        full("misbehaving", {"arguments": {"how": "exit"}}, ["SystemExit: 3", "micro-batch"]),
         (
             "misbehaving",
             {"arguments": {"how": "die"}, "placement": {"max_worker_restarts": 1}},
@@ -123,7 +125,7 @@ def test_a_step_that_is_not_finite_can_be_skipped(submit: Callable[..., Job]) ->
     assert not all(skipped)
 
 
-@pytest.mark.parametrize("how", ["print", "threads"])
+@pytest.mark.parametrize("how", [full("print"), "threads"])
 def test_noise_and_threads_of_user_code_do_no_harm(submit: Callable[..., Job], how: str) -> None:
     job = submit("misbehaving", arguments={"how": how}, steps=5)
     info = job.wait()
@@ -137,11 +139,11 @@ def test_a_worker_that_hangs_is_replaced(submit: Callable[..., Job], tmp_path: P
         "misbehaving",
         arguments={"how": "hang", "marker": str(tmp_path / "hung")},
         steps=8,
-        placement={"worker_timeout_seconds": 3.0},
+        placement={"worker_timeout_seconds": 10.0},
     )
     assert job.wait().step == 8
     said = "\n".join(u.reason for u in job.watch() if isinstance(u, Event))
-    assert "did not answer within 3 s (placement.worker_timeout_seconds)" in said
+    assert "did not answer within 10 s (placement.worker_timeout_seconds)" in said
 
 
 def _segments(job: Job) -> list[str]:

@@ -88,7 +88,7 @@ def test_a_server_is_on_the_gpu_of_the_worker_of_its_number(cluster: str) -> Non
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch finds the GPU")
-@pytest.mark.parametrize("server_device", [full("cpu"), "cuda"])
+@pytest.mark.parametrize("server_device", [full("cpu"), full("cuda")])
 def test_a_gpu_that_pytorch_does_not_find(cluster: str, tmp_path: Path, server_device: str) -> None:
     with serving(tmp_path / "data", "--ray-address", cluster) as address, Client(address) as client:
         placement = {"device": "cuda", "server_device": server_device, "max_worker_restarts": 0}

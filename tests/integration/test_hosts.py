@@ -78,11 +78,10 @@ LAYOUTS: dict[str, tuple[list[int], list[int], int]] = {
 JOBS = {"large": LARGE, "slow": SLOW, "deep": DEEP, "in parts": IN_PARTS}
 QUICK = {
     ("large", "three"),
-    ("slow", "a server each"),
     ("deep", "two servers each"),
     ("in parts", "one server"),
-    ("deep", "a home without a shard"),
-    ("slow", "a leader apart"),
+    ("slow", "a home without a shard"),
+    ("large", "a leader apart"),
 }
 
 

@@ -68,7 +68,7 @@ def test_same_bits_of_other_tasks(name: str, workers: int, servers: int, transpo
     assert hashes(run_processes(config, workers)) == _expected(name)
 
 
-@pytest.mark.parametrize("transport", ["auto", "inline"])
+@pytest.mark.parametrize("transport", ["auto", full("inline")])
 def test_workers_killed_and_replaced_in_mid_step_leave_no_trace(transport: str, tmp_path: Path) -> None:
     raw = {**JOBS["dataset with noise"], "epochs": 12, "arguments": {"delay": 0.004}}
     expected = hashes(run_here(job_config(tmp_path / "one", **raw)))

@@ -34,17 +34,17 @@ def test_jobs_go_on_from_their_last_checkpoint_and_paused_ones_stay_paused(
         until(lambda: held.get().step >= 6)
         held.pause()
         until(lambda: held.get().state == "PAUSED")
-        running = client.submit(f"{TASKS}:slow", name="running", arguments={"delay": 0.01}, **SPEC)
-        watching = Client(address)
-        watcher = threading.Thread(target=lambda: updates.extend(watching.job("running").watch()), daemon=True)
-        watcher.start()
-        until(lambda: running.get().step >= 11)
         second = subprocess.run(
             [*COMMAND, "serve", "--port", "0", "--http-port", "0", "--data-dir", str(data)],
             capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert second.returncode == 2
         assert "another service uses the data directory" in second.stderr
+        running = client.submit(f"{TASKS}:slow", name="running", arguments={"delay": 0.02}, **SPEC)
+        watching = Client(address)
+        watcher = threading.Thread(target=lambda: updates.extend(watching.job("running").watch()), daemon=True)
+        watcher.start()
+        until(lambda: running.get().step >= 11)
     with serving(data, *port, ending=signal.SIGTERM) as address, Client(address) as client:
         watcher.join(60)
         assert not watcher.is_alive(), "the watch was not resumed"

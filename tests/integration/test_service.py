@@ -71,7 +71,7 @@ def test_a_worker_killed_in_mid_step_leaves_no_trace(submit: Callable[..., Job],
     info = job.wait()
     assert found(info) == slow_hashes
     said = reasons(job)
-    assert f"worker-0 (pid {victim.pid} on {victim.host}) was killed by signal 9 (SIGKILL)" in said
+    assert f"{victim.id} (pid {victim.pid} on {victim.host}) was killed by signal 9 (SIGKILL)" in said
     assert "a new process takes its place" in said
     assert "Ray" not in said
     assert [r["step"] for r in job.history()] == list(range(60))

@@ -294,6 +294,10 @@ def test_a_worker_that_hangs_is_killed_and_replaced(play: Callable[..., Play]) -
     it.leader.report(members=[("worker-0", "hung")])
     until(lambda: it.room.started == ["worker-0", "worker-0"])
     assert "did not answer within 300 s (placement.worker_timeout_seconds) and was killed" in it.reasons[-1]
+    it.leader.report(members=[("worker-0", "hung")])  # still of the one that hung
+    it.leader.report(steps=[0])
+    until(lambda: it.controller.ledger.result.step == 1)
+    assert it.room.started == ["worker-0", "worker-0"]
 
 
 def test_a_service_that_stops_leaves_the_job_as_it_is(play: Callable[..., Play]) -> None:

@@ -188,7 +188,7 @@ def test_parameters_that_cannot_be_had_are_a_reason(tmp_path: Path, monkeypatch:
     server = _server(config)
     device = StandInDevice()
     monkeypatch.setattr(device, "open", StandInDevice("another").open)
-    with pytest.raises(RefusedError, match=r"server 0: its memory on the GPU .* use placement.server_device = cpu"):
+    with pytest.raises(RefusedError, match=r"server 0: its GPU memory .* use placement.server_device = cpu"):
         Exchange(config, "w", 0, [server.address], Segment.create(config.layout().nbytes, "test"), None, device)
     server.stop()
 
