@@ -67,7 +67,6 @@ class LeaderRunner:
         self._effects: deque[Effect] = deque()
         self._is_busy = False
         self._saving: Collection | None = None  # of the checkpoint that is being gathered
-        self._dtype = residuals.dtype
 
     def start(self) -> None:
         """Begin to tell the leader the time."""
@@ -168,7 +167,7 @@ class LeaderRunner:
             case Evaluated(step, metrics):
                 self._control.tell_evaluation(step, metrics)
             case Save(step, owners):
-                self._saving = Collection(step, self._shards.servers, self._dtype)
+                self._saving = Collection(step, self._shards.servers, self._residuals.dtype)
                 self._ask_residuals(step, owners)
             case Settle(step, owners):
                 self._ask_residuals(step, owners)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 
 from ps.memory.gpu import Device, DeviceReference
-from ps.numerics.optimizer import StatePart
 from ps.parameters.layout import Shard
 from ps.server.collection import parts_of
 from ps.server.links import LeaderLink
@@ -93,11 +92,7 @@ class ShardHost:
     def collect(self, step: int) -> None:
         """See ShardLink."""
         assert self._leader is not None  # noqa: S101  # it is the leader who asks
-        self._leader.state(step, self.parts())
-
-    def parts(self) -> Iterator[StatePart]:
-        """All state of the shard."""
-        return iter(parts_of(self.state))
+        self._leader.state(step, iter(parts_of(self.state)))
 
     # -- parameters out -----------------------------------------------------------------------------------------------
 

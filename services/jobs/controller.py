@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from ps.checkpoint.files import newest_verified, read_records
+from ps.checkpoint.files import Written, newest_verified, read_records
 from ps.job.config import JobConfig
 from ps.wire.address import ServerAddress
 from services.cluster.processes import Exit, ExitKind, Started, named
@@ -87,6 +87,7 @@ class Controller(threading.Thread):
         self._inbox: SimpleQueue[Event] = SimpleQueue()
         self._team = Team(job.row.workers)
         self._life: Life | None = None
+        self._checkpoint: Written | None = None  # that the next life begins from
         self._patience = policy.Patience(job.spec.placement.max_worker_restarts)
         self._pause_wanted = False
         self._cancel_deadline: float | None = None
@@ -108,6 +109,7 @@ class Controller(threading.Thread):
         """Live until the job has ended, or the service stops."""
         try:
             self._room.set_code(self._code)
+            self._find_checkpoint()
             while not self._is_over() and self._live():
                 pass
         except Exception as error:
@@ -142,9 +144,13 @@ class Controller(threading.Thread):
             self._handle_next()
         return bool(life.lost) and not self._detached and self._after_loss(life.lost)
 
+    def _find_checkpoint(self) -> None:
+        """Look, while no server runs, for the checkpoint that the next life begins from."""
+        self._checkpoint = newest_verified(self._settings.checkpoints_of(self.job))
+
     def _restore(self) -> None:
         """Have the store say what the servers are about to find on disk."""
-        written = newest_verified(self._settings.checkpoints_of(self.job))
+        written = self._checkpoint
         if written is None:
             self.ledger.begin_life(self._incarnation, 0, [], 0)
             return
@@ -178,7 +184,8 @@ class Controller(threading.Thread):
         """The servers are gone. Returns whether the job starts again from its last checkpoint."""
         self._hang_up()
         self._room.stop_actors()
-        written = newest_verified(self._settings.checkpoints_of(self.job))
+        self._find_checkpoint()
+        written = self._checkpoint
         decision = policy.on_server_loss(
             self._patience,
             what_happened,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -67,9 +67,3 @@ class Team(dict[str, Worker]):
     def any_running(self) -> bool:
         """Whether one has joined the servers."""
         return any(worker.state == WorkerState.RUNNING for worker in self.values())
-
-    def disband(self) -> Iterable[str]:
-        """Forget all workers; their names."""
-        names = list(self)
-        self.clear()
-        return names
