@@ -16,6 +16,7 @@ from services.jobs.admission import Admission
 from services.jobs.code_bundles import CodeStore
 from services.jobs.operations import Operations
 from services.jobs.running import Running
+from services.jobs.task_probe import TaskProbe
 from services.settings import Settings
 from services.store.store import Store
 from services.telemetry.http import HttpServer
@@ -45,12 +46,14 @@ class Service:
             self._http.stop()
             self._lock_file.close()
             raise
+        self._probe = TaskProbe()
+        self._probe.start()
         self.cluster = Cluster(settings)
         self.cluster.start()
         self.store = Store(settings.database_url)
         self.running = Running()
         bundles = CodeStore(settings.data_directory / "code", settings.max_code_bytes)
-        operations = Operations(self.store, bundles, self.cluster, self.running, settings, wake)
+        operations = Operations(self.store, bundles, self._probe, self.cluster, self.running, settings, wake)
         self._admission = Admission(self.store, bundles, self.cluster, self.running, settings, wake)
         registry.register(JobCollector(self.running.all, self.store.count_states))
         self._admission.start()
@@ -72,6 +75,7 @@ class Service:
         self._grpc.stop()
         self._http.stop()
         self._admission.stop()
+        self._probe.close()
         self.cluster.stop()
         self.store.close()
         self._lock_file.close()

@@ -28,12 +28,13 @@ def plan_job(bundle: Bundle, spec: TrainingJobSpec) -> tuple[Footprint, int, str
     """
     from ps.job.footprint import explain_refusal, footprint
     from ps.parameters.layout import build_layout
-    from services.jobs.task_probe import probe_task
+    from services.jobs.task_probe import TaskProbe
     from worker.task.load import unpack_code
 
     with tempfile.TemporaryDirectory(prefix="steepest-plan-") as directory:
         code = unpack_code(bundle.data, Path(directory)) if bundle.data else None
-        description = probe_task(spec, code, PROBE_SECONDS)
+        with contextlib.closing(TaskProbe()) as probe:
+            description = probe.describe(spec, code, PROBE_SECONDS)
     layout = build_layout(description.model, decay_biases_and_norms=spec.optimizer.decay_biases_and_norms)
     needed, available = footprint(spec, layout, num_hosts=1), machine_memory()
     return needed, available, explain_refusal(needed, available)

@@ -49,13 +49,22 @@ class Task:
     """A model, its data and its loss.
 
     model: trained with its parameters that require gradients, all float32 or all float64.
-    loss: `loss(model(inputs), targets)` -> scalar, the mean over the samples of a batch of pairs (inputs, targets).
-    batch_loss: instead of `loss`: `batch_loss(model, batch)` -> a scalar (mean over the samples), or (sum, weight).
+    loss: `loss(model(inputs), targets)` -> scalar, the mean over the samples of a batch of pairs (inputs, targets), or
+        a vector with the loss of each sample. A batch of more entries is (*inputs, targets). A loss that is a module
+        is trained, too.
+    batch_loss: instead of `loss`: `batch_loss(model, batch)` -> a scalar (mean over the samples), a vector with the
+        loss of each, or (sum, weight). Without either, the model takes the batch's entries as arguments and returns its
+        loss: an object with `.loss`, a dict with "loss", or a tuple that begins with it.
+    loss_weight: `loss_weight(batch)` -> what the mean that the loss returns is over, where that is not the samples: the
+        number of targets that count, say. Losses over classes of torch.nn need none.
     train_data, eval_data: a map-style torch Dataset, or ArrayData.
-    metrics: name -> `metric(model(inputs), targets)` -> mean over the samples; computed on eval_data.
+    metrics: name -> `metric(outputs, targets)` -> mean over the samples, on eval_data. outputs: `model(inputs)`. For a
+        model that returns its loss: `metric(what the model returned, batch)`.
     collate: list of samples -> batch; default: torch.utils.data.default_collate. Not for ArrayData.
+    evaluation_needs_gradients: whether the loss differentiates, so that evaluations must not run under
+        `torch.no_grad()`; None: found out when the job is submitted.
 
-    Raises ValueError unless exactly one of loss and batch_loss is given.
+    Raises ValueError when both loss and batch_loss are given.
     """
 
     model: nn.Module
@@ -65,16 +74,18 @@ class Task:
     batch_loss: Callable[[Any, Any], Any] | None = None
     metrics: Mapping[str, Callable[[Any, Any], Any]] = field(default_factory=dict)
     collate: Callable[[Sequence[Any]], Any] | None = None
+    loss_weight: Callable[[Any], Any] | None = None
+    evaluation_needs_gradients: bool | None = None
 
     def __post_init__(self) -> None:
         _refuse_loss(self.metrics)
-        if (self.loss is None) == (self.batch_loss is None):
-            given = "neither is" if self.loss is None else "both are"
-            raise ValueError(f"loss, batch_loss: {given} given; a Task has exactly one of the two")
-        if getattr(self.loss, "reduction", "mean") != "mean":
+        if self.loss is not None and self.batch_loss is not None:
+            raise ValueError("loss, batch_loss: both are given; a Task has at most one of the two")
+        if getattr(self.loss, "reduction", "mean") not in ("mean", "batchmean", "none"):
             reduction = getattr(self.loss, "reduction", None)
             raise ValueError(
-                f"loss has reduction={reduction!r}; allowed: 'mean' (for a sum, have batch_loss return (sum, weight))"
+                f"loss has reduction={reduction!r}; allowed: 'mean', 'none' (for a sum, have batch_loss return "
+                "(sum, weight))"
             )
 
 

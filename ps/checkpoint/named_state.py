@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 
 from ps.checkpoint.files import State
 from ps.memory.raw import raw_bytes
 from ps.numerics.optimizer import StatePart
-from ps.parameters.description import ModelDescription
+from ps.parameters.description import ModelDescription, TensorDescription
 from ps.parameters.layout import Layout
 
 
@@ -20,10 +21,14 @@ def pack_buffers(tensors: Iterable[torch.Tensor]) -> bytes:
 
 def unpack_buffers(model: ModelDescription, packed: bytes) -> dict[str, torch.Tensor]:
     """The inverse of `pack_buffers`. Raises ValueError when the length is wrong."""
+    return _unpack(model.buffers, packed, "buffers")
+
+
+def _unpack(tensors: Iterable[TensorDescription], packed: bytes, what: str) -> dict[str, torch.Tensor]:
     data = bytearray(packed)
     result: dict[str, torch.Tensor] = {}
     offset = 0
-    for b in model.buffers:
+    for b in tensors:
         dtype = getattr(torch, b.dtype)
         nbytes = b.numel * dtype.itemsize
         if nbytes:
@@ -32,7 +37,7 @@ def unpack_buffers(model: ModelDescription, packed: bytes) -> dict[str, torch.Te
             result[b.name] = torch.empty(b.shape, dtype=dtype)
         offset += nbytes
     if offset != len(data):
-        raise ValueError(f"buffers are {len(data)} bytes; the model's are {offset}")
+        raise ValueError(f"{what} are {len(data)} bytes; the model's are {offset}")
     return result
 
 
@@ -41,6 +46,7 @@ def assemble(
     layout: Layout,
     flat: torch.Tensor,
     buffers: bytes,
+    constants: bytes,
     optimizer: Iterable[StatePart],
     *,
     step: int,
@@ -49,11 +55,18 @@ def assemble(
 ) -> State:
     """The state of all shards as named tensors. flat: the whole layout, shape (layout.numel,).
 
+    extra gets what `state_dict` does not show: buffers that are not persistent, and parameters that it hides.
+
     compression: from `compression_state`.
     """
     named = _named(layout, flat)
     named.update(unpack_buffers(model, buffers))
+    named.update(_unpack(model.constants, constants, "constants"))
+    for a in model.aliases:
+        base = named[a.of]
+        named[a.name] = base.as_strided(a.shape, a.stride, base.storage_offset() + a.offset)
     shown = dict(model.state_names)
+    elsewhere = {*shown.values(), *(a.name for a in model.aliases)}
     shapes = {p.name: p.shape for p in model.parameters}
     states: dict[str, torch.Tensor] = {}
     for part in optimizer:
@@ -69,7 +82,7 @@ def assemble(
         updates=updates,
         model={key: named[name] for key, name in shown.items()},
         optimizer=states,
-        extra={b.name: named[b.name] for b in model.buffers if b.name not in set(shown.values())},
+        extra={name: tensor for name, tensor in named.items() if name not in elsewhere},
         compression=dict(compression or {}),
     )
 
@@ -120,12 +133,26 @@ def _flat(layout: Layout, named: Mapping[str, torch.Tensor], prefix: str = "") -
     return flat
 
 
-def flatten(model: ModelDescription, layout: Layout, state: State) -> tuple[torch.Tensor, bytes]:
-    """The flat parameters, shape (layout.numel,), and the packed buffers. Raises KeyError for a missing name."""
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint as servers need it. flat: the parameters, shape (layout.numel,); buffers, constants: packed."""
+
+    state: State
+    flat: torch.Tensor
+    buffers: bytes
+    constants: bytes
+
+
+def restore(model: ModelDescription, layout: Layout, state: State) -> Restored:
+    """The inverse of `assemble`. Raises KeyError for a missing name, ValueError for another shape."""
     by_name: dict[str, torch.Tensor] = dict(state.extra)
     for key, name in model.state_names:
         by_name[name] = state.model[key]
-    return _flat(layout, by_name), pack_buffers(_checked(by_name, b.name, b.shape) for b in model.buffers)
+
+    def packed(tensors: Iterable[TensorDescription]) -> bytes:
+        return pack_buffers(_checked(by_name, t.name, t.shape) for t in tensors)
+
+    return Restored(state, _flat(layout, by_name), packed(model.buffers), packed(model.constants))
 
 
 def _checked(tensors: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -18,6 +18,9 @@ class JobConfig:
     """One life (incarnation) of a job, the same for all its processes.
 
     token: the secret that every stream opens with. num_samples, num_evaluation_samples: sizes of the data sets.
+    evaluates_with_gradients: whether evaluations run with autograd on. caches: attributes in which modules keep what
+    they computed. fingerprint: of data and initial parameters, as
+    they were when the job was submitted.
     """
 
     job: str
@@ -30,6 +33,9 @@ class JobConfig:
     metric_names: tuple[str, ...]
     num_servers: int
     checkpoint_directory: Path
+    evaluates_with_gradients: bool = False
+    caches: tuple[str, ...] = ()
+    fingerprint: tuple[tuple[str, float], ...] = ()
 
     def layout(self) -> Layout:
         """The layout of the parameters."""

@@ -24,17 +24,40 @@ class TensorDescription:
 
 
 @dataclass(frozen=True, slots=True)
+class AliasDescription:
+    """A tensor that lies in the memory of a trainable parameter, as `of.as_strided(shape, stride, offset)`."""
+
+    name: str
+    of: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelDescription:
     """A model's trainable parameters, its other state, and the names both have in `state_dict`.
 
     parameters: the trainable parameters, tied ones once, in the order of `named_parameters()`.
-    buffers: everything else that is part of the state: buffers and frozen parameters.
-    state_names: `state_dict` key -> name of the parameter or buffer it shows; tied ones appear under each key.
+    buffers: what forward passes may change.
+    state_names: `state_dict` key -> name of the tensor it shows; tied ones appear under each key.
+    constants: frozen parameters, which stay as the task made them.
+    aliases: what lies in the memory of a trainable parameter.
     """
 
     parameters: tuple[TensorDescription, ...]
     buffers: tuple[TensorDescription, ...]
     state_names: tuple[tuple[str, str], ...]
+    constants: tuple[TensorDescription, ...] = ()
+    aliases: tuple[AliasDescription, ...] = ()
+
+    def is_same_as(self, other: ModelDescription) -> bool:
+        """Whether both have the same tensors, in whatever order they are registered."""
+        own, theirs = (
+            [set(d.parameters), set(d.buffers), set(d.constants), set(d.aliases), set(d.state_names)]
+            for d in (self, other)
+        )
+        return own == theirs
 
     def sha256(self) -> str:
         """A digest by which a worker and a server see that they speak of the same model."""
@@ -49,10 +72,15 @@ class ModelDescription:
         """The inverse of `to_dict`."""
 
         def tensors(key: str) -> tuple[TensorDescription, ...]:
-            return tuple(TensorDescription(t["name"], tuple(t["shape"]), t["dtype"]) for t in raw[key])
+            return tuple(TensorDescription(t["name"], tuple(t["shape"]), t["dtype"]) for t in raw.get(key, ()))
 
         return ModelDescription(
             parameters=tensors("parameters"),
             buffers=tensors("buffers"),
             state_names=tuple((key, name) for key, name in raw["state_names"]),
+            constants=tensors("constants"),
+            aliases=tuple(
+                AliasDescription(a["name"], a["of"], tuple(a["shape"]), tuple(a["stride"]), a["offset"])
+                for a in raw.get("aliases", ())
+            ),
         )

@@ -37,6 +37,7 @@ class Snapshot:
     step: int
     updates: int
     buffers: bytes
+    constants: bytes
     parts: Sequence[StatePart]
     residuals: Mapping[int, torch.Tensor]
 
@@ -85,6 +86,7 @@ class CheckpointWriter:
             self._layout,
             wholes[""],
             snapshot.buffers,
+            snapshot.constants,
             states,
             step=snapshot.step,
             updates=snapshot.updates,

@@ -206,7 +206,9 @@ class LeaderRunner:
         self._saving = None
         leader = self.leader
         residuals = {**self._residuals.held, **self._residuals.take()}
-        snapshot = Snapshot(collection.step, leader.updates, leader.buffers or b"", collection.parts, residuals)
+        snapshot = Snapshot(
+            collection.step, leader.updates, leader.buffers or b"", leader.constants, collection.parts, residuals
+        )
         self._writer.write(snapshot, self._control.unstored(), self._on_saved)
 
     def _on_saved(self, saved: Saved) -> None:

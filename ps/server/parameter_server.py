@@ -12,8 +12,8 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ps.checkpoint.files import State, newest_valid
-from ps.checkpoint.named_state import flatten, master_of, residuals_of
+from ps.checkpoint.files import newest_valid
+from ps.checkpoint.named_state import Restored, master_of, residuals_of, restore
 from ps.job.config import JobConfig
 from ps.job.topology import home_of
 from ps.memory.gpu import Device
@@ -122,8 +122,8 @@ class ParameterServer:
         self._closers.append(remote)
         return remote
 
-    def _open(self, num_threads: int) -> tuple[ShardHost, tuple[State, bytes | None] | None]:
-        """Make the shard, from the newest checkpoint if there is one; that is returned too, and its packed buffers."""
+    def _open(self, num_threads: int) -> tuple[ShardHost, Restored | None]:
+        """Make the shard, from the newest checkpoint if there is one; that is returned, too."""
         config, plan = self.config, self.config.plan()
         own = shards(self.layout, config.num_servers)[self.index]
         here = slice(own.start, own.stop)
@@ -131,16 +131,15 @@ class ParameterServer:
         found = newest_valid(config.checkpoint_directory)
         restored = None
         if found is not None:
-            flat, buffers = flatten(config.model, self.layout, found[1])
-            parameters.copy_(flat[here])
-            restored = found[1], buffers
+            restored = restore(config.model, self.layout, found[1])
+            parameters.copy_(restored.flat[here])
         shard = ShardState(
             own,
             parameters,
             config.spec.optimizer,
             num_leaves=plan.num_leaves,
             max_value=plan.max_value,
-            step=0 if restored is None else restored[0].step,
+            step=0 if restored is None else restored.state.step,
             initialized=restored is not None,
             num_threads=num_threads,
             push=config.push_codec(),
@@ -148,8 +147,8 @@ class ParameterServer:
             device=self._device,
         )
         if restored is not None:
-            shard.optimizer.import_state(restored[0].optimizer)
-            master = master_of(self.layout, restored[0].compression)
+            shard.optimizer.import_state(restored.state.optimizer)
+            master = master_of(self.layout, restored.state.compression)
             if master is not None:
                 shard.master.copy_(master[here])
         return ShardHost(shard, self._device, self._connected), restored
@@ -157,15 +156,16 @@ class ParameterServer:
     def _connected(self) -> Iterable[Peer]:
         return [*self._peers.values(), *self._relays.values()]
 
-    def _lead(self, own: ShardHost, restored: tuple[State, bytes | None] | None) -> LeaderRunner:
+    def _lead(self, own: ShardHost, restored: Restored | None) -> LeaderRunner:
         config, codec = self.config, own.state.push_codec
-        state = None if restored is None else restored[0]
+        state = None if restored is None else restored.state
         held = {} if state is None else residuals_of(self.layout, state.compression)
         self.leader = Leader(
             config.plan(),
             step=0 if state is None else state.step,
             updates=0 if state is None else state.updates,
-            buffers=None if restored is None else restored[1],
+            buffers=None if restored is None else restored.buffers,
+            constants=b"" if restored is None else restored.constants,
             initialized=state is not None,
             kept=held,
         )

@@ -54,6 +54,7 @@ class Leader:
         step: int = 0,
         updates: int = 0,
         buffers: bytes | None = None,
+        constants: bytes = b"",
         initialized: bool = False,
         kept: Iterable[int] = (),
     ) -> None:
@@ -61,6 +62,7 @@ class Leader:
         self.step = step
         self.updates = updates  # optimizer updates applied; a skipped step makes none
         self.buffers = buffers
+        self.constants = constants  # frozen parameters: workers have their own, checkpoints have these
         self.phase = Phase.WAITING
         self.members = Members()
         self._deal_out = Dealer()
@@ -235,14 +237,15 @@ class Leader:
             if self._cancel:
                 return self._end(Phase.CANCELLED, "cancelled before the first step")
             return self._begin(Round.INITIALIZE, 1, now)
-        if not self._cancel and plan.evaluation_leaves and self._evaluated < self.step and self._wants_evaluation():
-            return self._begin(Round.EVALUATE, plan.evaluation_leaves, now)
         over = self._is_over or self._cancel
+        # Before an evaluation, whose user code may fail.
         if self._saved < self.step and (
             over or (plan.checkpoint_every and self.step and self.step % plan.checkpoint_every == 0)
         ):
             self.phase = Phase.SAVING
             return [Save(self.step, self._parts.owners)]
+        if not self._cancel and plan.evaluation_leaves and self._evaluated < self.step and self._wants_evaluation():
+            return self._begin(Round.EVALUATE, plan.evaluation_leaves, now)
         if self._cancel and not self._is_over:
             return self._end(Phase.CANCELLED, f"cancelled at step {self.step}")
         if self._is_over:
@@ -349,6 +352,7 @@ class Leader:
         if current.buffers is not None:
             self.buffers = current.buffers
         if current.kind == Round.INITIALIZE:
+            self.constants = current.constants or b""
             self._initialized = True
             return self._next_round(now)
         completed = current.completed(len(self.members), now, clips_by_value=self.plan.max_value is not None)

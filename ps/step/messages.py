@@ -65,7 +65,7 @@ class Assign(NamedTuple):
 class Push(NamedTuple):
     """A worker's answer to one Assign. buffers: as micro-batch 0 left them, if it is among the leaves.
 
-    host_ranges: as in the Assign.
+    host_ranges: as in the Assign. constants: the frozen parameters, once, when parameters are initialized.
     """
 
     step: int
@@ -75,6 +75,7 @@ class Push(NamedTuple):
     buffers: bytes | None = None
     seconds: float = 0.0
     host_ranges: tuple[tuple[int, int], ...] = ()
+    constants: bytes | None = None
 
 
 class Ready(NamedTuple):

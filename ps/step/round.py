@@ -29,6 +29,7 @@ class RoundState:
         self.decision: Decision | None = None
         self.loss = self.norm = self.weight = 0.0  # of the mean; set with the decision
         self.buffers: bytes | None = None
+        self.constants: bytes | None = None
         self._everything = (1 << num_leaves) - 1
         self._undealt = self._everything
         self._missing = self._everything
@@ -101,6 +102,8 @@ class RoundState:
         self._undealt &= ~delivered
         if push.buffers is not None and self.buffers is None:
             self.buffers = push.buffers
+        if push.constants is not None and self.constants is None:
+            self.constants = push.constants
         if self.has_all_pushes and not self.collected:
             self.collected = now
         return outcome, delivered

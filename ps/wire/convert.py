@@ -92,6 +92,7 @@ def push_to_proto(push: Push) -> pb.Push:
         nodes=b"".join([_NODE.pack(n.low, n.high, _ABSENT_SLOT if n.slot is None else n.slot) for n in push.nodes]),
         leaves=b"".join([_LEAF.pack(*r[:4]) for r in push.leaves]),
         buffers=push.buffers,
+        constants=push.constants,
         seconds=push.seconds,
         host_bounds=chain(*push.host_ranges),
     )
@@ -127,6 +128,7 @@ def push_from_proto(message: pb.Push) -> Push:
         buffers=message.buffers if message.HasField("buffers") else None,
         seconds=message.seconds,
         host_ranges=_ranges(message.host_bounds[:]),
+        constants=message.constants if message.HasField("constants") else None,
     )
 
 

@@ -11,29 +11,34 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Sequence
 
 ANSWER_SECONDS = 10.0
-LENGTH_BYTES = 8
+LENGTH_BYTES = PID_BYTES = 8
 STANDARD_STREAMS = (0, 1, 2)
-READY, GO = b"r", b"g"
+GO = b"g"
 
 
-def ask(name: str, command: list[str]) -> bool:
-    """Whether a fork of the server of that name runs the command."""
+def ask(name: str, command: list[str], streams: Sequence[int] = STANDARD_STREAMS) -> int:
+    """The pid of a fork of the server of that name that runs the command; 0 when there is none.
+
+    command: a script and its arguments, or "-m", a module and its arguments. streams: the fork's standard input, output
+    and error.
+    """
     try:
         request = {"command": command, "environment": dict(os.environ), "directory": os.getcwd()}  # noqa: PTH109
         data = json.dumps(request).encode()
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(ANSWER_SECONDS)
             connection.connect("\0" + name)
-            socket.send_fds(connection, [len(data).to_bytes(LENGTH_BYTES, "little")], STANDARD_STREAMS)
+            socket.send_fds(connection, [len(data).to_bytes(LENGTH_BYTES, "little")], streams)
             connection.sendall(data)
-            if connection.recv(1) != READY:
-                return False
-            connection.sendall(GO)  # the fork ends if this does not come: nothing is started twice
-            return True
+            pid = int.from_bytes(connection.recv(PID_BYTES, socket.MSG_WAITALL), "little")
+            if pid:
+                connection.sendall(GO)  # the fork ends if this does not come: nothing is started twice
+            return pid
     except OSError:
-        return False
+        return 0
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """A process that has imported PyTorch and Ray once, and forks a host's workers and servers.
 
 Importing them takes a process seconds, and 150 MB that a fork shares with its parent for as long as neither writes to
-them. `python -P -m services.cluster.fork_server SOCKET` serves until its standard input ends. It starts no threads and
-touches no GPU, because neither survives a fork, and draws no random number, because all forks would share it.
+them. `python -P -m services.cluster.fork_server SOCKET MODULE...` imports the modules and serves until its standard
+input ends. It starts no threads and touches no GPU, because neither survives a fork, and draws no random number,
+because all forks would share it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ PRELOADED = (
 )
 # Environment of the actor: Ray lowers the priority of its processes, forks too, and must not have lowered it before.
 PLAIN_PRIORITY = {"RAY_worker_niceness": "0"}
+# Sets of strings have the same order in all processes of a job.
+SAME_EVERYWHERE = {"PYTHONHASHSEED": "0"}
 REQUEST_SECONDS = 2.0
 PIECE_BYTES = 1 << 16
 ENDING_SECONDS = 5.0
@@ -48,7 +51,7 @@ MAX_STATUSES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A Python script to become. streams: descriptors of its standard input, output and error."""
+    """A Python script to become, or a module after "-m". streams: descriptors of its standard input, output, error."""
 
     command: list[str]
     environment: dict[str, str]
@@ -86,6 +89,10 @@ class Request:
 
         np.random.seed()  # all forks have the same state
         script = self.command[0]
+        if script == "-m":
+            sys.argv = self.command[1:]
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+            return
         sys.argv = self.command
         sys.path.insert(0, str(Path(script).parent))
         runpy.run_path(script, run_name="__main__")
@@ -165,7 +172,7 @@ def _caller(connection: socket.socket) -> int:
 def _confirm(connection: socket.socket) -> None:
     """In a fork. The client may have given up and started on its own: then there is nothing to do for this process."""
     try:
-        connection.sendall(fork_client.READY)
+        connection.sendall(os.getpid().to_bytes(fork_client.PID_BYTES, "little"))
         connection.settimeout(None)  # the client's clock counts: it confirms, or hangs up
         if connection.recv(1) == fork_client.GO:
             return
@@ -181,21 +188,24 @@ def _close(descriptors: list[int]) -> None:
 
 def main() -> None:
     """Entry point of the process."""
-    for module in PRELOADED:
+    name, *modules = sys.argv[1:]
+    for module in modules:
         importlib.import_module(module)
     gc.collect()
     gc.freeze()  # a collection would write to what is shared
-    request = serve(sys.argv[1])
+    request = serve(name)
     if request is not None:
         request.become()
 
 
 class ForkServer:
-    """Runs a fork server for as long as this process lives."""
+    """Runs a fork server for as long as this process lives. preloaded: modules that all forks have."""
 
-    def __init__(self) -> None:
+    def __init__(self, preloaded: Sequence[str] = PRELOADED) -> None:
+        self._preloaded = preloaded
         self._process: subprocess.Popen[Any] | None = None
         self._name = ""
+        self._starting = threading.Lock()
         self._news = threading.Condition()
         self._statuses: dict[int, int | None] = {}  # of its forks: None while they run
 
@@ -209,23 +219,45 @@ class ForkServer:
 
         Raises OSError when it cannot be started.
         """
-        if self._process is None or self._process.poll() is not None:
-            self._start()
+        self.start()
         return shlex.join([sys.executable, "-I", "-S", fork_client.__file__, self._name])
+
+    def run(self, command: list[str], streams: Sequence[int], timeout_seconds: float) -> int:
+        """Run a command (see `fork_client.ask`) in a fork; its wait status. Starts the server if it does not run.
+
+        Raises OSError when it cannot be started, and its subclass TimeoutError when the command, which is killed then,
+        does not end in time.
+        """
+        self.start()
+        pid = fork_client.ask(self._name, command, streams)
+        if not pid:
+            raise OSError("the fork server does not answer")
+        with self._news:
+            if self._news.wait_for(lambda: self._statuses.get(pid) is not None, timeout_seconds):
+                return self._statuses[pid] or 0
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        raise TimeoutError(f"process {pid} did not end within {timeout_seconds:g} s")
+
+    def start(self) -> None:
+        """Start the server if it does not run. Raises OSError when it cannot be started."""
+        with self._starting:
+            if self._process is None or self._process.poll() is not None:
+                self._start()
 
     def _start(self) -> None:
         self._name = f"steepest-fork-{secrets.token_hex(16)}"
         environment = {name: value for name, value in os.environ.items() if name not in PLAIN_PRIORITY}
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "services.cluster.fork_server", self._name],
+        process = self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "services.cluster.fork_server", self._name, *self._preloaded],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**environment, "OMP_NUM_THREADS": "1"},  # no BLAS is to have threads before a fork
+            env={**environment, **SAME_EVERYWHERE, "OMP_NUM_THREADS": "1"},  # no BLAS is to have threads before a fork
         )
-        assert self._process.stdout is not None  # noqa: S101  # a pipe
-        if self._process.stdout.readline() != b"ready\n":
-            raise OSError(f"the fork server ended with status {self._process.wait()}")
-        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
+        assert process.stdout is not None  # noqa: S101  # a pipe
+        if process.stdout.readline() != b"ready\n":
+            raise OSError(f"the fork server ended with status {process.wait()}")
+        threading.Thread(target=self._listen, args=(process.stdout,), daemon=True).start()
 
     def _listen(self, lines: Iterable[bytes]) -> None:
         """Note what the server says of its forks, until it ends."""

@@ -11,7 +11,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from services.cluster.fork_actor import ForkServerActor
-from services.cluster.fork_server import PLAIN_PRIORITY
+from services.cluster.fork_server import PLAIN_PRIORITY, SAME_EVERYWHERE
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +40,11 @@ class ForkServers:
 
     def runtime_env(self, node: str | None) -> dict[str, Any]:
         """Of an actor on that node, which its fork server is to start."""
+        plain: dict[str, Any] = {"env_vars": SAME_EVERYWHERE}
         with self._lock:
             actor = self._actors.get(node or "")
         if actor is None:
-            return {}
+            return plain
         try:
             interpreter, _ = ray.get(actor.interpreter.remote(), timeout=START_SECONDS)
         except Exception as error:  # what an actor raised has the type of that, too
@@ -51,8 +52,8 @@ class ForkServers:
             with self._lock:
                 if self._actors.get(node or "") is actor:
                     del self._actors[node or ""]
-            return {}
-        return {"py_executable": interpreter}
+            return plain
+        return {**plain, "py_executable": interpreter}
 
     def exit_status(self, node: str | None, pid: int) -> int | None:
         """The wait status of a process that a fork server started and that has ended; None when it is unknown."""

@@ -169,6 +169,9 @@ class Controller(threading.Thread):
             num_samples=description.num_samples,
             num_evaluation_samples=description.num_evaluation_samples,
             metric_names=description.metric_names,
+            evaluates_with_gradients=description.evaluates_with_gradients,
+            caches=description.caches,
+            fingerprint=description.fingerprint,
             num_servers=self.spec.placement.num_servers,
             checkpoint_directory=self._settings.checkpoints_of(self.job),
         )

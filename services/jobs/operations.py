@@ -15,7 +15,7 @@ from ps.job.footprint import explain_refusal, footprint
 from ps.parameters.layout import choose_num_servers
 from services.jobs.code_bundles import CodeStore
 from services.jobs.running import Running
-from services.jobs.task_probe import TaskDescription, probe_task
+from services.jobs.task_probe import TaskDescription, TaskProbe
 from services.settings import Settings
 from services.store.lifecycle import JobState, check_verb
 from services.store.store import JobRow, Result, Store
@@ -42,6 +42,7 @@ class Operations:
         self,
         store: Store,
         bundles: CodeStore,
+        probe: TaskProbe,
         capacity: Capacity,
         running: Running,
         settings: Settings,
@@ -49,6 +50,7 @@ class Operations:
     ) -> None:
         self._store = store
         self._bundles = bundles
+        self._probe = probe
         self._capacity = capacity
         self._running = running
         self._settings = settings
@@ -66,7 +68,7 @@ class Operations:
             raise SpecError([Violation("training_job_id", problem)])
         if not request_id and self._store.exists(job):
             raise ConflictError(f"training_job_id: {job!r} is taken; choose another --name")
-        description = probe_task(
+        description = self._probe.describe(
             spec, self._bundles.unpacked(spec.task.code_bundle), self._settings.probe_timeout_seconds
         )
         self._check_device(spec)

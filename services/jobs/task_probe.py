@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import subprocess
+import os
 import sys
 import tempfile
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ps.parameters.description import ModelDescription
 from ps.parameters.layout import Layout, build_layout
+from services.cluster.fork_server import ForkServer
 from steepest.errors import SpecError, Violation
 from steepest.spec import TrainingJobSpec
 
 
 @dataclass(frozen=True)
 class TaskDescription:
-    """What the service needs to know of a task."""
+    """What the service needs to know of a task.
+
+    evaluates_with_gradients, caches, fingerprint: see JobConfig. warnings: (code, message). batch, weight: in words.
+    """
 
     model: ModelDescription
     num_samples: int
     num_evaluation_samples: int
     metric_names: tuple[str, ...]
+    evaluates_with_gradients: bool = False
+    caches: tuple[str, ...] = ()
+    fingerprint: tuple[tuple[str, float], ...] = ()
+    warnings: tuple[tuple[str, str], ...] = ()
+    batch: str = ""
+    weight: str = ""
 
     def layout(self, spec: TrainingJobSpec) -> Layout:
         """How the parameters of the job lie."""
@@ -30,14 +42,8 @@ class TaskDescription:
 
     def to_json(self) -> str:
         """A form that the store can keep."""
-        return json.dumps(
-            {
-                "model": self.model.to_dict(),
-                "num_samples": self.num_samples,
-                "num_evaluation_samples": self.num_evaluation_samples,
-                "metric_names": self.metric_names,
-            }
-        )
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return json.dumps({**own, "model": self.model.to_dict()})
 
     @staticmethod
     def from_json(text: str) -> TaskDescription:
@@ -48,37 +54,60 @@ class TaskDescription:
             raw["num_samples"],
             raw["num_evaluation_samples"],
             tuple(raw["metric_names"]),
+            raw.get("evaluates_with_gradients", False),
+            tuple(raw.get("caches", ())),
+            tuple((name, value) for name, value in raw.get("fingerprint", ())),
+            tuple((code, message) for code, message in raw.get("warnings", ())),
+            raw.get("batch", ""),
+            raw.get("weight", ""),
         )
 
 
-def probe_task(spec: TrainingJobSpec, code: Path | None, timeout_seconds: float) -> TaskDescription:
-    """Load the task and describe it. Raises SpecError, with the traceback of the user's code if that raised."""
-    with tempfile.TemporaryDirectory(prefix="steepest-probe-") as directory:
-        request, reply, output = (Path(directory) / name for name in ("request", "reply", "output"))
-        task = spec.task.model_dump(mode="json")
-        wanted = {"seed": spec.seed, "precision": spec.precision, "device": spec.placement.device}
-        request.write_text(json.dumps({"task": task, "code": str(code or ""), **wanted}))
-        with output.open("wb") as stream:
-            try:
-                status = subprocess.run(
-                    [sys.executable, "-m", "worker.task.probe", str(request), str(reply)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=stream,
-                    stderr=subprocess.STDOUT,
-                    timeout=timeout_seconds,
-                    check=False,
-                ).returncode
-            except subprocess.TimeoutExpired:
-                problem = f"{spec.task.module}:{spec.task.function} did not return within {timeout_seconds:g} s"
-                raise SpecError([Violation("task.function", problem)]) from None
-        if not reply.exists():
-            tail = output.read_bytes()[-2000:].decode(errors="replace").strip()
-            problem = (
-                f"loading {spec.task.module}:{spec.task.function} ended its process (exit status {status})\n{tail}"
+class TaskProbe:
+    """Describes tasks, each in a fork of a process that has imported PyTorch."""
+
+    def __init__(self) -> None:
+        self._forks = ForkServer(["worker.rehearsal.probe"])
+
+    def start(self) -> None:
+        """Begin to import PyTorch, so that the first task waits less."""
+        threading.Thread(target=self._warm_up, daemon=True).start()
+
+    def _warm_up(self) -> None:
+        with contextlib.suppress(OSError):  # `describe` tries again, and says so
+            self._forks.start()
+
+    def describe(self, spec: TrainingJobSpec, code: Path | None, timeout_seconds: float) -> TaskDescription:
+        """Load the task and describe it. Raises SpecError, with the traceback of the user's code if that raised."""
+        name = f"{spec.task.module}:{spec.task.function}"
+        with tempfile.TemporaryDirectory(prefix="steepest-probe-") as directory:
+            request, reply, output = (Path(directory) / name for name in ("request", "reply", "output"))
+            request.write_text(
+                json.dumps({"spec": spec.model_dump(mode="json"), "code": str(code or ""), "path": sys.path})
             )
-            raise SpecError([Violation("task.function", problem.strip())])
-        answer = reply.read_text()
-    raw = json.loads(answer)
-    if "message" in raw:
-        raise SpecError([Violation(raw["field"], f"{raw['message']}\n{raw['traceback']}".strip())])
-    return TaskDescription.from_json(answer)
+            try:
+                with output.open("wb") as said, Path(os.devnull).open("rb") as nothing:
+                    streams = (nothing.fileno(), said.fileno(), said.fileno())
+                    command = ["-m", "worker.rehearsal.probe", str(request), str(reply)]
+                    status = self._forks.run(command, streams, timeout_seconds)
+            except TimeoutError:
+                problem = f"{name} did not return within {timeout_seconds:g} s"
+                raise SpecError([Violation("task.function", problem)]) from None
+            if not reply.exists():
+                tail = output.read_bytes()[-2000:].decode(errors="replace").strip()
+                problem = f"loading {name} ended its process ({_ending(status)})\n{tail}"
+                raise SpecError([Violation("task.function", problem.strip())])
+            answer = reply.read_text()
+        raw = json.loads(answer)
+        if "message" in raw:
+            raise SpecError([Violation(raw["field"], f"{raw['message']}\n{raw['traceback']}".strip())])
+        return TaskDescription.from_json(answer)
+
+    def close(self) -> None:
+        """End the process."""
+        self._forks.close()
+
+
+def _ending(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    return f"signal {-code}" if code < 0 else f"exit status {code}"

@@ -226,6 +226,7 @@ class Push(_message.Message):
     VALUES_FIELD_NUMBER: _builtins.int
     NONFINITE_FIELD_NUMBER: _builtins.int
     BUFFERS_FIELD_NUMBER: _builtins.int
+    CONSTANTS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     HOST_BOUNDS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
@@ -237,6 +238,8 @@ class Push(_message.Message):
     leaves: _builtins.bytes
     """What was measured in each leaf: int64 leaf, double loss, double weight, int64 samples."""
     buffers: _builtins.bytes
+    constants: _builtins.bytes
+    """The frozen parameters, when parameters are initialized."""
     seconds: _builtins.float
     @_builtins.property
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
@@ -260,16 +263,22 @@ class Push(_message.Message):
         values: _abc.Iterable[_builtins.float] | None = ...,
         nonfinite: _abc.Mapping[_builtins.int, _builtins.str] | None = ...,
         buffers: _builtins.bytes | None = ...,
+        constants: _builtins.bytes | None = ...,
         seconds: _builtins.float = ...,
         host_bounds: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "buffers", b"buffers"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "_constants", b"_constants", "buffers", b"buffers", "constants", b"constants"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "buffers", b"buffers", "host_bounds", b"host_bounds", "kind", b"kind", "leaves", b"leaves", "nodes", b"nodes", "nonfinite", b"nonfinite", "seconds", b"seconds", "step", b"step", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "_constants", b"_constants", "buffers", b"buffers", "constants", b"constants", "host_bounds", b"host_bounds", "kind", b"kind", "leaves", b"leaves", "nodes", b"nodes", "nonfinite", b"nonfinite", "seconds", b"seconds", "step", b"step", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__buffers: _TypeAlias = _typing.Literal["buffers"]  # noqa: Y015
     _WhichOneofArgType__buffers: _TypeAlias = _typing.Literal["_buffers", b"_buffers"]  # noqa: Y015
+    _WhichOneofReturnType__constants: _TypeAlias = _typing.Literal["constants"]  # noqa: Y015
+    _WhichOneofArgType__constants: _TypeAlias = _typing.Literal["_constants", b"_constants"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__buffers) -> _WhichOneofReturnType__buffers | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__constants) -> _WhichOneofReturnType__constants | None: ...
 
 Global___Push: _TypeAlias = Push  # noqa: Y015
 

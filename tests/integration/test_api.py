@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from services.jobs.task_probe import TaskProbe
 from services.service import Service
 from steepest.client import Client, Job
 from steepest.errors import SpecError
@@ -117,16 +118,8 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(
     assert info.parameters_sha256
 
 
-def test_a_task_that_does_not_return_is_refused_in_time(
-    client: Client, service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("services.jobs.operations.probe_task", _impatient)
+def test_a_task_that_does_not_return_is_refused_in_time(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    describe = TaskProbe.describe
+    monkeypatch.setattr(TaskProbe, "describe", lambda probe, spec, code, _: describe(probe, spec, code, 1.0))
     with pytest.raises(SpecError, match=r"tasks:sleeps did not return within 1 s"):
         client.submit(f"{TASKS}:sleeps", steps=1)
-
-
-def _impatient(spec: Any, code: Any, timeout_seconds: float) -> Any:
-    from services.jobs.task_probe import probe_task
-
-    assert timeout_seconds > 1.0
-    return probe_task(spec, code, 1.0)

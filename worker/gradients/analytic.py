@@ -86,3 +86,7 @@ class AnalyticEngine:
     def initial_buffers(self) -> bytes:
         """See Engine."""
         return b""
+
+    def constants(self) -> bytes:
+        """See Engine."""
+        return b""

@@ -129,10 +129,12 @@ class Computer:
         leaves = self._leaves
         leaves.begin(assign.step)
         nodes: list[PushedNode] = []
+        constants = None
         match assign.kind:
             case Round.INITIALIZE:
                 nodes = self._initial()
                 leaves.buffers = initial_buffers
+                constants = self._engine.constants()
             case Round.TRAIN if self._compressor is not None:
                 nodes = self._compressed(self._compressor, assign)
             case Round.TRAIN:
@@ -153,6 +155,7 @@ class Computer:
             leaves.buffers,
             time.perf_counter() - began,
             assign.host_ranges,
+            constants,
         )
 
     def prefetch(self, assign: Assign) -> None:

@@ -23,6 +23,10 @@ class LossError(Exception):
     """The user's loss function returned something that is not a loss. The message says what is wrong."""
 
 
+class StateError(Exception):
+    """User code changed something that a worker must not keep for itself. The message says what, and what to do."""
+
+
 class InPartsError(Exception):
     """A parameter's gradient came in parts and the first was taken for the whole: compute the sum again.
 
@@ -66,6 +70,9 @@ class Engine(Protocol):
 
     def initial_buffers(self) -> bytes:
         """The buffers that the task came with."""
+
+    def constants(self) -> bytes:
+        """The frozen parameters that the task came with."""
 
 
 def measure_metrics(

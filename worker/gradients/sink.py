@@ -13,17 +13,23 @@ from functools import partial
 import torch
 
 from worker.gradients.engine import InPartsError
+from worker.task.state import Alias
 
 SMALL_NUMEL = 1 << 14
 
 
 class GradientSink:
-    """Takes the gradients of `parameters`, which are numbered in this order."""
+    """Takes the gradients of `parameters`, which are numbered in this order.
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+    aliases: parameters that lie in the memory of another, with the number of that one; it gets their gradients, too.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], aliases: Sequence[tuple[int, Alias]] = ()) -> None:
         self._parameters = parameters
+        self._aliases = [(index, alias) for index, alias in aliases if alias.tensor.requires_grad]
+        tied = {index for index, _ in self._aliases}
         self._indices = {id(p): index for index, p in enumerate(parameters)}
-        self._small = [i for i, p in enumerate(parameters) if p.numel() < SMALL_NUMEL]
+        self._small = [i for i, p in enumerate(parameters) if p.numel() < SMALL_NUMEL or i in tied]
         self._large = set(range(len(parameters))) - set(self._small)
         self._on_final: Callable[[int], None] | None = None
         # Of the pass in progress: places, whether to add to them, large gradients still to come, those that came more
@@ -39,15 +45,19 @@ class GradientSink:
     def watch(self, on_final: Callable[[int], None]) -> None:
         """Tell of each parameter, by its number, when its gradient is written; small ones are moved one by one then."""
         self._on_final = on_final
-        self._hook(self._small)
-        self._large.update(self._small)
-        self._small = []
+        tied = {index for index, _ in self._aliases}
+        alone = [index for index in self._small if index not in tied]
+        self._hook(alone)
+        self._large.update(alone)
+        self._small = sorted(tied)
 
     def begin(self, into: Sequence[torch.Tensor], *, add: bool) -> None:
         """A backward pass begins. into: a place for each parameter, to write to or to add to."""
         if self._unfinished:  # a pass that failed has left some
             for parameter in self._parameters:
                 parameter.grad = None
+            for _, alias in self._aliases:
+                alias.tensor.grad = None
         self._unfinished = True
         self._in_parts.clear()
         self._into, self._add, self._missing = into, add, set(self._large)
@@ -109,6 +119,7 @@ class GradientSink:
     def _store_small(self) -> None:
         """Move the small gradients to their places in one call, and with them those that come in parts."""
         targets, gradients = [], []
+        self._add_aliases()
         for index in self._small:
             parameter = self._parameters[index]
             gradient = parameter.grad
@@ -128,3 +139,16 @@ class GradientSink:
         if self._on_final is not None:
             for index in set(self._small) - self._missing:
                 self._on_final(index)
+
+    def _add_aliases(self) -> None:
+        """Add the gradients of aliases to those of the parameters they lie in."""
+        for index, alias in self._aliases:
+            gradient, alias.tensor.grad = alias.tensor.grad, None
+            if gradient is None:
+                continue
+            parameter = self._parameters[index]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+            whole = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad.contiguous()
+            alias.over(whole).add_(gradient.to_dense() if gradient.is_sparse else gradient)
+            parameter.grad = whole

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from ps.checkpoint.named_state import pack_buffers, unpack_buffers
 from ps.parameters.description import ModelDescription
@@ -14,48 +15,74 @@ from ps.parameters.layout import Layout
 from steepest.task import Task
 from worker.data.sources import Source, source_of
 from worker.gradients.backend import Backend
-from worker.gradients.engine import LossError, Measured, measure_metrics
+from worker.gradients.buffers import Buffers
+from worker.gradients.caches import Caches
+from worker.gradients.engine import LossError, Measured, StateError, measure_metrics
 from worker.gradients.linear import write_directly
+from worker.gradients.losses import LossValue, loss_of
+from worker.gradients.modes import Modes
 from worker.gradients.sink import GradientSink
-from worker.task.model import named_state
+from worker.task.state import TaskState, roots
 
 MAX_FACTORS = 64
 _AS_IT_IS = contextlib.nullcontext()
 
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
+_version_of = torch.Tensor._version.__get__  # type: ignore[attr-defined]  # a property
+_address_of = torch.Tensor.data_ptr
 
 
 class TorchEngine:
     """A `Task` on one device. The model's parameters become views of the bound flat tensor.
 
-    precision: of the spec.
+    precision: of the spec. evaluates_with_gradients: whether evaluations run with autograd on. caches: names of
+    attributes that passes change.
     """
 
     def __init__(
-        self, task: Task, model: ModelDescription, layout: Layout, backend: Backend, precision: str = "full"
+        self,
+        task: Task,
+        model: ModelDescription,
+        layout: Layout,
+        backend: Backend,
+        precision: str = "full",
+        *,
+        evaluates_with_gradients: bool = False,
+        caches: Iterable[str] = (),
     ) -> None:
         device = backend.device
         self._backend = backend
         self._autocasts = precision == "bf16"
+        self.evaluates_with_gradients = evaluates_with_gradients
         self.train_source: Source = source_of(task.train_data, task.collate)
         self.eval_source: Source | None = None if task.eval_data is None else source_of(task.eval_data, task.collate)
-        self.only_torch = _is_torchs_own(task)
+        modules = [root for _, root in roots(task)]
+        self.only_torch = _is_torchs_own(task, modules)
         self._task = task
         self._description = model
         self._layout = layout
-        self._model = task.model.to(device)
-        parameters, buffers = named_state(self._model)
-        self._parameters = [parameters[p.name] for p in layout.parameters]
+        state = TaskState.of(task)
+        self._constants = [state.constants[c.name] for c in model.constants]
+        aliases = [state.aliases[a.name] for a in model.aliases]
+        for root in modules:
+            root.to(device)
+        self._parameters = [state.parameters[p.name] for p in layout.parameters]
+        index = {p.name: i for i, p in enumerate(layout.parameters)}
+        self._aliases = [(index[alias.description.of], alias) for alias in aliases]
         self._initial = [p.detach().cpu().clone() for p in self._parameters]
-        self._buffers = list(buffers.values())
-        self._snapshot = [b.detach().clone() for b in self._buffers]
-        self._training = True
+        self._buffers = Buffers(state.buffers, [b.name for b in model.buffers])
+        self._modes = Modes(modules)
+        self._is_frozen = False
+        self._caches = Caches(roots(task), caches)
         self._flat = torch.empty(0)
         self._on_device = torch.empty(0)
-        self._model.train()
-        self._sink = GradientSink(self._parameters)
+        self._sink = GradientSink(self._parameters, self._aliases)
         if device.type == "cpu":
-            write_directly(self._model, self._sink.place)
+            write_directly(task.model, self._sink.place)
+        self._loss_of = loss_of(task)
+        self._watched: list[torch.Tensor] = []
+        self._versions: list[int] = []
+        self._addresses: list[int] = []
         self._factors: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
 
     def write_initial(self, flat: torch.Tensor) -> None:
@@ -68,19 +95,32 @@ class TorchEngine:
         self._flat = flat
         self._initial = []  # from here on the servers have them
         self._on_device = self._backend.parameters(flat)
-        for parameter, view in zip(self._parameters, self._layout.views(self._on_device), strict=True):
+        views = self._layout.views(self._on_device)
+        for parameter, view in zip(self._parameters, views, strict=True):
             parameter.data = view
+        for index, alias in self._aliases:
+            view = alias.over(views[index])
+            if alias.place is None:
+                alias.tensor.data = view
+            else:
+                alias.place.bind(view)
+        self._watched = [*self._parameters, *(a.tensor for _, a in self._aliases if a.place is None)]
+        self._versions, self._addresses = self._marks()
 
     def refresh(self) -> None:
         """See Engine."""
         self._backend.refresh(self._on_device, self._flat)
 
     def gradient(self, batch: Any, num_samples: int, into: list[torch.Tensor], *, add: bool) -> Measured:
-        """See Engine. Raises LossError, InPartsError."""
+        """See Engine. Raises LossError, StateError, InPartsError."""
         self._start(training=True)
         self._sink.begin(into, add=add)
         batch = self._backend.batch(batch)
-        value, factor, weight = self._loss(batch, num_samples)
+        found = self._loss(batch, num_samples)
+        value, factor = found.value, found.factor
+        if found.weight == 0 and (factor == 0 or not bool(torch.isfinite(value))):  # the mean of nothing
+            self._sink.finish()
+            return Measured(0.0, 0.0)
         if not value.requires_grad:
             raise LossError("the loss does not depend on any trainable parameter")
         # Backward of factor * loss, as value.backward(factor) comes to after 20 us of checks.
@@ -88,76 +128,81 @@ class TorchEngine:
             (value,), (self._factor(factor, value),), False, False, (), allow_unreachable=True, accumulate_grad=True
         )
         self._sink.finish()
-        return Measured(value.item() * factor, weight)
+        self._check_parameters()
+        return Measured(value.item() * factor, found.weight)
 
     def watch(self, on_final: Callable[[int], None]) -> None:
         """See Engine."""
         self._sink.watch(on_final)
 
     def evaluate(self, batch: Any, num_samples: int) -> Measured:
-        """See Engine. Raises LossError."""
+        """See Engine. Raises LossError, StateError."""
         self._start(training=False)
         batch = self._backend.batch(batch)
-        with torch.inference_mode():
-            value, factor, weight = self._loss(batch, num_samples)
+        # Not inference mode: what a module keeps of it could not be used in training.
+        with torch.set_grad_enabled(self.evaluates_with_gradients):
+            found = self._loss(batch, num_samples)
             values: tuple[float, ...] = ()
             if self._task.metrics:
-                inputs, targets = _pair(batch, "metrics")
-                with self._precision():
-                    outputs = self._model(inputs)
+                outputs, targets = found.outputs, found.targets
+                if self._task.batch_loss is not None:
+                    inputs, targets = _pair(batch)
+                    with self._precision():
+                        outputs = self._task.model(inputs)
                 values = measure_metrics(self._task.metrics, outputs, targets, num_samples)
-            return Measured(float(value) * factor, weight, values)
+        self._check_parameters()
+        return Measured(found.value.item() * found.factor, found.weight, values)
 
     def set_buffers(self, packed: bytes) -> None:
         """See Engine."""
-        named = unpack_buffers(self._description, packed)
-        self._snapshot = [named[b.name].to(self._backend.device) for b in self._description.buffers]
+        self._buffers.replace(unpack_buffers(self._description, packed))
 
     def buffers(self) -> bytes | None:
-        """See Engine."""
-        if all(map(torch.equal, self._buffers, self._snapshot)):
-            return None
-        return pack_buffers(self._buffers)
+        """See Engine. Raises StateError for one that has another shape or type than before."""
+        changed = self._buffers.changed()
+        return None if changed is None else pack_buffers(changed)
 
     def initial_buffers(self) -> bytes:
         """See Engine."""
-        return pack_buffers(self._snapshot)
+        return pack_buffers(self._buffers.starts())
+
+    def constants(self) -> bytes:
+        """See Engine."""
+        return pack_buffers(constant.detach().cpu() for constant in self._constants)
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Gradients are computed in evaluation mode meanwhile: without dropout, and with constant batch statistics."""
+        self._is_frozen = True
+        try:
+            yield
+        finally:
+            self._is_frozen = False
 
     def _start(self, *, training: bool) -> None:
-        if training != self._training:
-            self._model.train(training)
-            self._training = training
-        if self._buffers:
-            with torch.no_grad():
-                torch._foreach_copy_(self._buffers, self._snapshot)
+        self._modes.set(training=training and not self._is_frozen)
+        self._buffers.start()
+        self._caches.restore()
 
-    def _loss(self, batch: Any, num_samples: int) -> tuple[torch.Tensor, float, float]:
-        """(value, factor, weight): value * factor is the loss sum, a tensor of one element times a number."""
+    def _marks(self) -> tuple[list[int], list[int]]:
+        """What changes when somebody writes to a parameter, or gives it other memory."""
+        return list(map(_version_of, self._watched)), list(map(_address_of, self._watched))
+
+    def _check_parameters(self) -> None:
+        """Raises StateError when user code wrote to a parameter."""
+        if self._marks() == (self._versions, self._addresses):
+            return
+        named = [p.name for p in self._layout.parameters]
+        named += [a.description.name for _, a in self._aliases if a.place is None]
+        versions, addresses = self._marks()
+        now, before = zip(versions, addresses, strict=True), zip(self._versions, self._addresses, strict=True)
+        name = next(name for name, new, old in zip(named, now, before, strict=True) if new != old)
+        self._versions, self._addresses = versions, addresses
+        raise StateError(written_to(name))
+
+    def _loss(self, batch: Any, num_samples: int) -> LossValue:
         with self._precision():
-            if self._task.loss is not None:
-                inputs, targets = _pair(batch, "loss")
-                value, what = self._task.loss(self._model(inputs), targets), "loss"
-            else:
-                assert self._task.batch_loss is not None  # noqa: S101  # Task has one of the two
-                value, what = self._task.batch_loss(self._model, batch), "batch_loss"
-        if what == "batch_loss" and isinstance(value, tuple):
-            if len(value) != 2:
-                raise LossError(
-                    f"batch_loss returned a tuple of {len(value)}; allowed: a scalar, or (loss_sum, weight)"
-                )
-            value, raw_weight = value
-            weight = float(raw_weight)
-            if weight < 0:
-                raise LossError(f"batch_loss returned the weight {weight}; it must not be negative")
-            factor = 1.0
-        else:
-            weight = factor = float(num_samples)
-        if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-            raise LossError(f"{what} must return a scalar tensor; it returned {got}")
-        if value.dtype == torch.bfloat16:  # which has no room for a factor above 256
-            value = value.float()
-        return value, factor, weight
+            return self._loss_of(batch, num_samples)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         """What the forward pass runs in; gradients and parameters keep the model's own type."""
@@ -175,17 +220,28 @@ class TorchEngine:
         return self._factors[key]
 
 
-def _is_torchs_own(task: Task) -> bool:
+def written_to(name: str) -> str:
+    """What is wrong with a task whose forward pass writes to the parameter of that name."""
+    return (
+        f"the forward pass writes to the parameter {name!r}, which only the servers may change (nn.Embedding with "
+        "max_norm does so, and code that clamps or normalizes weights in place): compute what you need from the "
+        "parameter instead, as by torch.nn.functional.normalize(weight) or weight.clamp(...) where it is used"
+    )
+
+
+def _is_torchs_own(task: Task, roots: list[nn.Module]) -> bool:
     """Whether model and loss are made of torch's own modules, with no code of the user in between."""
-    if not isinstance(task.loss, torch.nn.Module):
+    if not isinstance(task.loss, nn.Module) or task.loss_weight is not None:
         return False
-    modules = [*task.model.modules(), *task.loss.modules()]
-    own = all(type(m).__module__.startswith("torch.nn.modules.") for m in modules)
+    modules = [module for root in roots for module in root.modules()]
+    own = all(type(m).__module__.startswith("torch.nn.modules.") and "forward" not in vars(m) for m in modules)
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return own and not any(getattr(m, name) for m in modules for name in hooks)
+    hooked = any(getattr(m, name) for m in modules for name in hooks)
+    parameters = [p for m in modules for p in m.parameters(recurse=False)]
+    return own and not hooked and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
 
 
-def _pair(batch: Any, what: str) -> tuple[Any, Any]:
+def _pair(batch: Any) -> tuple[Any, Any]:
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise LossError(f"{what} needs batches of pairs (inputs, targets); this one is {type(batch).__name__}")
+        raise LossError(f"metrics need batches of pairs (inputs, targets); this one is {type(batch).__name__}")
     return batch[0], batch[1]

@@ -15,7 +15,7 @@ from ps.memory.gpu import DeviceError
 from ps.wire.address import ServerAddress
 from worker.gradients.backend import backend_of
 from worker.process.loop import WorkerLoop
-from worker.task.load import TaskError, unpack_code
+from worker.task.load import TaskError, said, unpack_code, user_traceback
 
 
 def code_directory() -> Path:
@@ -36,7 +36,7 @@ class WorkerActor:
     def run(
         self, config: JobConfig, worker: str, generation: int, code: bytes, addresses: Sequence[ServerAddress]
     ) -> tuple[str, str] | None:
-        """Work until dismissed. Returns (message, traceback) when the task cannot be loaded or the GPU not used."""
+        """Work until dismissed. Returns (message, traceback) when the worker cannot be set up, nor could another."""
         try:
             directory = unpack_code(code, code_directory()) if code else None
             loop = WorkerLoop(config, worker, generation, directory, backend_of(config.spec.placement.device))
@@ -44,5 +44,7 @@ class WorkerActor:
             return error.message, error.traceback
         except DeviceError as error:
             return str(error), ""
+        except Exception as error:
+            return f"the worker could not be set up: {said(error)}", user_traceback(error)
         loop.run(addresses)
         return None

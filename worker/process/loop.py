@@ -15,17 +15,19 @@ from ps.job.config import JobConfig
 from ps.memory.segment import Segment
 from ps.step.messages import Assign, Failure
 from ps.wire.address import ServerAddress
-from steepest.task import AnalyticTask
+from steepest.task import AnalyticTask, Task
 from worker.gradients.analytic import AnalyticEngine
 from worker.gradients.backend import Backend
 from worker.gradients.batches import Batches
 from worker.gradients.compressor import Compressor
 from worker.gradients.compute import Computer, MicroBatchError
-from worker.gradients.engine import Engine, LossError
+from worker.gradients.engine import Engine, LossError, StateError
 from worker.gradients.slots import Slots, num_slots
 from worker.gradients.torch_engine import TorchEngine
 from worker.process.exchange import Exchange
-from worker.task.load import load_task, user_traceback
+from worker.rehearsal.fingerprint import difference, fingerprint
+from worker.task.load import TaskError, load_task, user_traceback
+from worker.task.model import describe_model
 
 DISMISSED_GRACE_SECONDS = 0.2
 
@@ -46,6 +48,22 @@ def keep_freed_memory() -> None:
         return
 
 
+def _check_same(task: Task | AnalyticTask, config: JobConfig) -> None:
+    """Raises TaskError when the task is another than at submission."""
+    found = ""
+    if config.fingerprint:
+        found = difference(config.fingerprint, fingerprint(task))
+    if not found and not describe_model(task).is_same_as(config.model):
+        found = "the model"
+    if found:
+        raise TaskError(
+            "task",
+            f"{found} is not as it was when the job was submitted, so {config.spec.task.module}:"
+            f"{config.spec.task.function} returns another task in every process: have it draw from torch's, NumPy's or "
+            "Python's global generator, which are seeded, and read what is the same on every host",
+        )
+
+
 class WorkerLoop:
     """One worker of a job. code: where the job's code bundle is unpacked. backend: of the job's device."""
 
@@ -57,12 +75,21 @@ class WorkerLoop:
         self._worker = worker
         self._generation = generation
         task = load_task(config.spec.task, code, config.spec.seed)
+        _check_same(task, config)
         self._layout = config.layout()
         self._backend = backend
         if isinstance(task, AnalyticTask):
             self._engine: Engine = AnalyticEngine(task, self._layout)
         else:
-            self._engine = TorchEngine(task, config.model, self._layout, backend, config.spec.precision)
+            self._engine = TorchEngine(
+                task,
+                config.model,
+                self._layout,
+                backend,
+                config.spec.precision,
+                evaluates_with_gradients=config.evaluates_with_gradients,
+                caches=config.caches,
+            )
         self._initial_buffers = self._engine.initial_buffers()
         slots = num_slots(config.spec.data.num_micro_batches)
         self._segment = Segment.create(slots * self._layout.nbytes, f"gradients-{config.job}")
@@ -124,7 +151,7 @@ class WorkerLoop:
         assert cause is not None  # noqa: S101  # Computer always chains the cause
         where = f"at step {assign.step}, worker {self._worker}, micro-batch {error.micro_batch}"
         reason = "bad_loss" if isinstance(cause, LossError) else "user_code_raised"
-        if isinstance(cause, LossError):  # the message is complete, and no frame of it is the user's
+        if isinstance(cause, LossError | StateError):  # the message is complete, and no frame of it is the user's
             return Failure(assign.step, error.micro_batch, reason, f"{cause} ({where})", "", assign.kind)
         said = f"{type(cause).__name__}: {cause} ({where})"
         return Failure(assign.step, error.micro_batch, reason, said, user_traceback(cause), assign.kind)

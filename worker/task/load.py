@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import inspect
 import os
+import random
 import sys
 import traceback
 import zipfile
@@ -13,10 +14,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from steepest.spec import TaskReference
 from steepest.task import AnalyticTask, Task
+
+PACKAGES = {"steepest", "ps", "worker", "services", "torch", "numpy", "ray"}  # which a task and its process must share
 
 
 class TaskError(Exception):
@@ -63,11 +67,15 @@ def unpack_code(bundle: bytes, directory: Path) -> Path:
 def load_task(reference: TaskReference, code: Path | None, seed: int) -> Task | AnalyticTask:
     """Import the user's module and call its function right after `torch.manual_seed(seed)`.
 
-    code: where the code bundle is unpacked. Raises TaskError.
+    NumPy's and Python's own generators are seeded, too, and all of them before the import. A module of the user's hides
+    an installed one of the same name, as it does in a script. code: where the code bundle is unpacked.
+
+    Raises TaskError.
     """
-    if code is not None and str(code) not in sys.path:
-        sys.path.insert(0, str(code))
-        importlib.invalidate_caches()
+    if code is not None:
+        _put_first(code)
+    seed_python(seed)
+    torch.manual_seed(seed)
     name = f"{reference.module}:{reference.function}"
     try:
         module = importlib.import_module(reference.module)
@@ -88,6 +96,7 @@ def load_task(reference: TaskReference, code: Path | None, seed: int) -> Task | 
             f"{reference.module} has no function {reference.function!r}; it has: {', '.join(there) or 'none'}",
         )
     _check_arguments(function, reference)
+    seed_python(seed)
     torch.manual_seed(seed)
     try:
         task = function(**reference.arguments)
@@ -98,6 +107,26 @@ def load_task(reference: TaskReference, code: Path | None, seed: int) -> Task | 
             "task.function", f"{name} returned {type(task).__name__}; it must return a steepest.Task (or AnalyticTask)"
         )
     return task
+
+
+def seed_python(seed: int) -> None:
+    """Seed the generators of NumPy and of Python's `random`."""
+    np.random.seed(seed & 0xFFFFFFFF)  # user code draws from the global generator
+    random.seed(seed)
+
+
+def _put_first(code: Path) -> None:
+    """Have imports find the user's modules first, even those whose name an installed module has already taken."""
+    if str(code) not in sys.path:
+        sys.path.insert(0, str(code))
+        importlib.invalidate_caches()
+    own = {entry.stem if entry.suffix == ".py" else entry.name for entry in code.iterdir()}
+    for name in own & {module.partition(".")[0] for module in sys.modules} - set(sys.stdlib_module_names):
+        found = getattr(sys.modules.get(name), "__file__", None)
+        if name not in PACKAGES and (found is None or not Path(found).is_relative_to(code)):
+            # Whoever has imported it keeps it; the next import finds the user's.
+            for module in [m for m in sys.modules if m == name or m.startswith(name + ".")]:
+                del sys.modules[module]
 
 
 def said(error: BaseException) -> str:

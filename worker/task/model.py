@@ -11,14 +11,12 @@ from ps.parameters.description import ModelDescription, TensorDescription
 from ps.parameters.layout import build_layout
 from steepest.task import AnalyticTask, Task
 from worker.task.load import TaskError, said, user_traceback
+from worker.task.state import TaskState, UnusableError, roots
 
-
-def named_state(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.Tensor]]:
-    """(trainable parameters, buffers and frozen parameters), each tensor once, in the model's own order."""
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    buffers: dict[str, torch.Tensor] = {n: p for n, p in model.named_parameters() if not p.requires_grad}
-    buffers.update(model.named_buffers())
-    return parameters, buffers
+STORABLE = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+}  # fmt: skip
 
 
 def _describe(name: str, tensor: torch.Tensor) -> TensorDescription:
@@ -35,26 +33,46 @@ def describe_model(task: Task | AnalyticTask) -> ModelDescription:
     else:
         if not isinstance(task.model, torch.nn.Module):
             raise TaskError("task.model", f"model is {type(task.model).__name__}; it must be a torch.nn.Module")
-        lazy = [n for n, p in task.model.named_parameters() if is_lazy(p)]
+        lazy = [n for prefix, root in roots(task) for n, p in root.named_parameters(prefix[:-1]) if is_lazy(p)]
         if lazy:
             raise TaskError("task.model", f"{lazy[0]} has no shape yet: run one batch through lazy modules in the task")
-        parameters, buffers = named_state(task.model)
-        names = {id(t): n for n, t in [*buffers.items(), *parameters.items()]}
-        shown = []
-        for key, value in task.model.state_dict(keep_vars=True).items():
-            if id(value) not in names:
-                raise TaskError("task.model", f"state_dict entry {key!r} is neither a parameter nor a buffer")
-            shown.append((key, names[id(value)]))
-        description = ModelDescription(
-            tuple(_describe(n, t) for n, t in parameters.items()),
-            tuple(_describe(n, t) for n, t in buffers.items()),
-            tuple(shown),
-        )
+        description = _describe_state(task)
     try:
         build_layout(description)
     except ValueError as error:
         raise TaskError("task.model", str(error)) from error
     return description
+
+
+def _describe_state(task: Task) -> ModelDescription:
+    try:
+        state = TaskState.of(task)
+    except UnusableError as error:
+        raise TaskError("task.model", str(error)) from error
+    buffers = {name: place.tensor for name, place in state.buffers.items()}
+    for name, tensor in [*state.constants.items(), *buffers.items()]:
+        if tensor is not None and tensor.dtype not in STORABLE:
+            raise TaskError(
+                "task.model",
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')}, which a checkpoint cannot hold; keep it as "
+                "another type (of a complex tensor, torch.view_as_real)",
+            )
+    names = state.names()
+    shown = []
+    for prefix, root in roots(task):
+        if prefix and not any(name.startswith(prefix) for name in state.parameters):
+            continue  # a loss that learns nothing is no part of what is exported
+        for key, value in root.state_dict(keep_vars=True).items():
+            if id(value) not in names:
+                raise TaskError("task.model", f"state_dict entry {key!r} is neither a parameter nor a buffer")
+            shown.append((prefix + key, names[id(value)]))
+    return ModelDescription(
+        tuple(_describe(n, t) for n, t in state.parameters.items()),
+        tuple(_describe(n, t) for n, t in buffers.items() if t is not None),
+        tuple(shown),
+        tuple(_describe(n, t) for n, t in state.constants.items()),
+        tuple(alias.description for alias in state.aliases.values()),
+    )
 
 
 def check_fits(task: Task | AnalyticTask, model: ModelDescription, precision: str, device: str) -> None:

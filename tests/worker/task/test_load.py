@@ -99,7 +99,7 @@ def test_frozen_parameters_and_buffers_are_state() -> None:
     model[0].bias.requires_grad_(False)
     description = describe_model(steepest.Task(model=model, loss=nn.MSELoss(), train_data=[1]))
     assert {b.name: b.dtype for b in description.buffers}["1.num_batches_tracked"] == "int64"
-    assert "0.bias" in {b.name for b in description.buffers}
+    assert [c.name for c in description.constants] == ["0.bias"]
 
 
 def test_data_without_samples_or_length() -> None:

@@ -1,0 +1,162 @@
+"""The rule for all code: what plain PyTorch gives, and the same bits at any placement."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from harness.local_job import hashes, run_here, run_processes
+from ps.checkpoint.files import State
+from steepest.spec import TaskReference
+from steepest.task import Task
+from tests.support import brought
+from tests.support.choices import full
+from tests.support.submission import submitted
+from worker.data.sampler import Sampler
+from worker.data.sources import source_of
+from worker.gradients.losses import call_with
+from worker.process.loop import WorkerLoop
+from worker.task.load import TaskError, load_task
+
+pytestmark = pytest.mark.cluster
+
+BROUGHT = "tests.support.brought"
+STEPS, LR = 5, 0.05
+SPEC: dict[str, Any] = {"steps": STEPS, "optimizer": {"name": "sgd", "lr": LR}}
+WHOLE = {"data": {"micro_batch": brought.NUM_SAMPLES}}
+
+KINDS: dict[str, dict[str, Any]] = {
+    "rebound_buffer": {**WHOLE},
+    "buffer_through_data": {**WHOLE},
+    "expanded_buffer": {},
+    "frozen_in_evaluation_mode": {"eval_every": 2},
+    "tied_by_memory": {},
+    "hidden_parameter": {},
+    "loss_that_learns": {},
+    "ignored_targets": {},
+    "weighed_classes": {},
+    "said_weight": {},
+    "contrastive": {**WHOLE},
+    "loss_of_each_sample": {},
+    "loss_that_differentiates": {"eval_every": 2},
+    "draws_in_numpy": {"data": {"global_batch": 48}},
+    "own_loss": {},
+    "three_entries": {},
+    "frozen_backbone": {},
+}
+
+
+def _run(directory: Path, function: str, workers: int, **raw: Any) -> State:
+    config = submitted(directory / f"{workers}", f"{BROUGHT}:{function}", **{**SPEC, **raw})
+    return run_processes(config, workers)
+
+
+def _run_here(directory: Path, function: str, **raw: Any) -> State:
+    return run_here(submitted(directory / "here", f"{BROUGHT}:{function}", **{**SPEC, **raw}))
+
+
+def _plain(function: str, arguments: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
+    """The loop that anybody would write, over the same order of the samples."""
+    task = load_task(TaskReference(module=BROUGHT, function=function, arguments=arguments or {}), None, 0)
+    assert isinstance(task, Task)
+    model, loss = task.model, task.loss
+    modes = {module: module.training for module in model.modules()}
+    roots = [model, *([loss] if isinstance(loss, nn.Module) else [])]
+    optimizer = torch.optim.SGD([p for root in roots for p in root.parameters() if p.requires_grad], lr=LR)
+    size = len(task.train_data)
+    data = submitted_data(size)
+    source, sampler = source_of(task.train_data), Sampler(size, data, 0)
+    for step in range(STEPS):
+        batch = source.batch(sampler.indices(step, 0))
+        if task.batch_loss is not None:
+            value = task.batch_loss(model, batch)
+        elif loss is None:
+            value = call_with(model, batch).loss
+        else:
+            *inputs, targets = batch
+            value = loss(model(*inputs), targets).mean()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    assert modes == {module: module.training for module in model.modules()}
+    return {**model.state_dict(), **{n: p.detach() for n, p in model.named_parameters()}}
+
+
+def submitted_data(size: int) -> Any:
+    """A step over all samples."""
+    from steepest.spec import DataSpec
+
+    return DataSpec(global_batch=size, micro_batch=size)
+
+
+QUICK = ("rebound_buffer", "frozen_in_evaluation_mode", "tied_by_memory", "loss_that_learns", "ignored_targets")
+
+
+@pytest.mark.parametrize("function", [*QUICK, *(full(name) for name in KINDS if name not in QUICK)])
+def test_a_job_gives_what_plain_pytorch_gives(function: str, tmp_path: Path) -> None:
+    state = _run(tmp_path, function, 2, **KINDS[function])
+    assert hashes(_run_here(tmp_path, function, **KINDS[function])) == hashes(state)
+    expected = _plain(function)
+    got = {**state.extra, **state.model}
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    "function", ["cache", *map(full, ("buffers_in_any_order", "rebound_buffer in parts", "noisy_hook"))]
+)
+def test_the_bits_are_the_same_at_any_placement(function: str, tmp_path: Path) -> None:
+    name = function.partition(" ")[0]
+    raw = {"eval_every": 2} if name == "cache" else KINDS.get(function, {})
+    if name != function:
+        raw = {}
+    assert hashes(_run_here(tmp_path, name, **raw)) == hashes(_run(tmp_path, name, 2, **raw))
+
+
+@pytest.mark.parametrize(("kind", "returns"), [("named tuple", "dict"), ("tuple", "tuple"), ("dict", "dict")])
+def test_batches_and_losses_as_they_come(kind: str, returns: str, tmp_path: Path) -> None:
+    state = _run_here(tmp_path, "own_loss", arguments={"kind": kind, "returns": returns})
+    expected = _plain("own_loss")
+    torch.testing.assert_close(state.model["line.weight"], expected["line.weight"], rtol=2e-5, atol=2e-6)
+
+
+def test_what_shares_memory_stays_so(tmp_path: Path) -> None:
+    state = _run(tmp_path, "tied_by_memory", 2)
+    assert torch.equal(state.model["decoder.weight"], state.model["encoder.weight"].t())
+
+
+def test_a_loss_that_learns_is_exported(tmp_path: Path) -> None:
+    state = _run(tmp_path, "loss_that_learns", 2)
+    assert state.model["loss.log_scale"] != 0
+    assert "loss.floor" in {**state.extra, **state.model}
+
+
+def test_frozen_parameters_are_in_the_checkpoint_and_stay_what_they_were(tmp_path: Path) -> None:
+    state = _run(tmp_path, "frozen_backbone", 2)
+    task = load_task(TaskReference(module=BROUGHT, function="frozen_backbone"), None, 0)
+    assert isinstance(task, Task)
+    assert torch.equal(state.model["0.weight"], task.model.state_dict()["0.weight"])
+
+
+@pytest.mark.parametrize(
+    "function", ["hidden_parameter", *map(full, ("frozen_backbone", "tied_by_memory", "loss_that_learns"))]
+)
+def test_a_job_goes_on_from_a_checkpoint_with_what_state_dict_hides(function: str, tmp_path: Path) -> None:
+    at_once = _run_here(tmp_path / function / "a", function, steps=6)
+    directory = tmp_path / function / "b"
+    first = submitted(directory, f"{BROUGHT}:{function}", **{**SPEC, "steps": 3})
+    run_here(first)
+    second = submitted(directory, f"{BROUGHT}:{function}", **{**SPEC, "steps": 6})
+    assert hashes(run_processes(second, 2)) == hashes(at_once)
+
+
+def test_another_task_in_every_process_is_refused_by_name(tmp_path: Path) -> None:
+    config = submitted(tmp_path, f"{BROUGHT}:another_in_every_process", **SPEC)
+    from worker.gradients.backend import CpuBackend
+
+    with pytest.raises(TaskError, match=r"train_data\[0\]\[0\] is not as it was when the job was submitted.*seeded"):
+        WorkerLoop(config, "worker-0", 0, None, CpuBackend())

@@ -1,0 +1,122 @@
+"""What a rehearsal refuses, warns of and finds out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steepest.spec import TaskReference
+from tests.support.submission import RefusedError, rehearsed
+from worker.rehearsal.fingerprint import difference, fingerprint
+from worker.task.load import load_task
+
+BROUGHT = "tests.support.brought"
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "field", "said"),
+    [
+        (
+            "growing_buffer",
+            {},
+            "task.model",
+            r"changed the buffer 'seen' from float32\[1\] to float32\[2\].*keeps its shape",
+        ),
+        ("counter", {}, "task", r"calls has another value after every pass.*register_buffer"),
+        ("carried_state", {}, "task", r"hidden has another value after every pass"),
+        ("counter_in_a_closure", {}, "task", r"loss: calls has another value after every pass"),
+        ("writes_to_a_parameter", {"how": "in place"}, "task.model", r"writes to the parameter 'line.weight'.*instead"),
+        ("writes_to_a_parameter", {"how": "through data"}, "task.model", r"writes to the parameter 'line.weight'"),
+        ("writes_to_a_parameter", {"how": "other memory"}, "task.model", r"writes to the parameter 'line.weight'"),
+        ("writes_to_a_parameter", {"how": "max_norm"}, "task.model", r"writes to the parameter '0.weight'.*max_norm"),
+        ("overlapping_parameters", {}, "task.model", r"'one' and 'two' share a part of their memory.*clone"),
+        ("complex_buffer", {}, "task.model", r"turn is complex128.*view_as_real"),
+        ("ignored_targets", {"kind": "own"}, "task.loss", r"not a mean over the samples.*loss_weight\(batch\)"),
+        ("contrastive", {}, "task.loss", r"not a mean over the samples.*micro_batch = 64"),
+        ("clamped_gradients", {}, "task.loss", r"not a mean over the samples"),
+        ("data_with_a_generator", {}, "task.train_data", r"other values.*generator of its own.*seeded"),
+        ("metric_that_raises", {}, "task", r"evaluating 64 samples of eval_data raised KeyError: 'acuracy'"),
+        (
+            "last_batch_of_one",
+            {},
+            "data.global_batch",
+            r"micro-batch of 1 of the 65 samples.*more than 1 value.*drop_last",
+        ),
+    ],
+)
+def test_what_would_go_wrong_is_refused_with_cause_and_cure(
+    function: str, arguments: dict[str, Any], field: str, said: str
+) -> None:
+    with pytest.raises(RefusedError, match=f"(?s){said}") as refused:
+        rehearsed(f"{BROUGHT}:{function}", arguments=arguments, epochs=1)
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("function", "raw"),
+    [
+        ("contrastive", {"data": {"micro_batch": 64}}),
+        ("clamped_gradients", {"data": {"micro_batch": 64}}),
+        ("ignored_targets", {"data": {"micro_batch": 64}, "arguments": {"kind": "own"}}),
+        ("last_batch_of_one", {"data": {"global_batch": 65, "micro_batch": 13}}),
+        ("plain_line", {}),
+        ("said_weight", {}),
+        ("weighed_classes", {}),
+        ("tied_by_memory", {}),
+        ("noisy_hook", {}),
+    ],
+)
+def test_what_is_right_is_accepted_without_a_warning(function: str, raw: dict[str, Any]) -> None:
+    assert rehearsed(f"{BROUGHT}:{function}", epochs=1, **raw).warnings == ()
+
+
+def test_a_model_that_couples_samples_is_warned_of() -> None:
+    [(code, message)] = rehearsed(f"{BROUGHT}:cache", epochs=1).warnings
+    assert code == "coupled_samples"
+    assert "micro_batch = global_batch" in message
+
+
+def test_caches_and_losses_that_differentiate_are_found_out() -> None:
+    assert rehearsed(f"{BROUGHT}:cache", epochs=1).caches == (".table", ".tables")
+    assert rehearsed(f"{BROUGHT}:loss_that_differentiates", epochs=1).evaluates_with_gradients
+    assert not rehearsed(f"{BROUGHT}:cache", epochs=1).evaluates_with_gradients
+
+
+def test_fingerprints_tell_tasks_apart_and_allow_for_rounding() -> None:
+    def of(function: str) -> Any:
+        return fingerprint(load_task(TaskReference(module=BROUGHT, function=function), None, 5))
+
+    assert not difference(of("draws_in_numpy"), of("draws_in_numpy"))
+    assert difference(of("another_in_every_process"), of("another_in_every_process")).startswith("train_data[")
+    assert difference(of("plain_line"), of("draws_in_numpy")) == "the length of train_data"
+    own = dict(of("plain_line"))
+    rounded = {name: value * (1 + 1e-6) for name, value in own.items()}
+    assert not difference(tuple(own.items()), tuple(rounded.items()))
+    assert difference(tuple(own.items()), ()) == "the initial value of weight"
+
+
+def test_a_module_of_the_users_wins_over_an_installed_one_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import yaml  # whoever has it keeps it
+
+    (tmp_path / "yaml.py").write_text("MINE = True\n")
+    (tmp_path / "theirs.py").write_text(
+        "import yaml, steepest\nfrom torch import nn\n\n"
+        "def task():\n    assert yaml.MINE\n"
+        "    return steepest.Task(model=nn.Linear(1, 1), loss=nn.MSELoss(), train_data=[1])\n"
+    )
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "yaml"}
+    try:
+        load_task(TaskReference(module="theirs", function="task"), tmp_path, 0)
+    finally:
+        sys.modules.pop("theirs", None)
+        sys.modules.pop("yaml", None)
+        sys.modules.update(before)
+    assert yaml.safe_load("a: 1") == {"a": 1}
+    assert torch.__name__ == "torch"

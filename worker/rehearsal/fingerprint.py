@@ -1,0 +1,94 @@
+"""A few numbers of a task's initial parameters and data, by which a worker sees that its task is the job's.
+
+They are sums, compared with a tolerance, because another CPU may round the last bits of an initial value differently.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from steepest.task import AnalyticTask, Task
+from worker.task.state import TaskState
+
+TOLERANCE = 1e-3
+NUM_SAMPLES = 3
+_PERIOD = 1009  # a prime: positions of elements count, too
+
+Fingerprint = tuple[tuple[str, float], ...]
+
+
+def fingerprint(task: Task | AnalyticTask) -> Fingerprint:
+    """Numbers by name, the initial parameters' first. Data whose samples are no numbers are left out."""
+    found: dict[str, float] = {}
+    if isinstance(task, AnalyticTask):
+        tensors: Mapping[str, Any] = task.parameters
+    else:
+        state = TaskState.of(task)
+        tensors = {**state.parameters, **state.constants}
+        tensors = {**tensors, **{n: place.tensor for n, place in state.buffers.items() if place.tensor is not None}}
+    for name, tensor in tensors.items():
+        _add(found, f"the initial value of {name}", tensor)
+    for what, data in (("train_data", task.train_data), ("eval_data", task.eval_data)):
+        if data is None or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+            continue
+        length = len(data)
+        found[f"the length of {what}"] = float(length)
+        for index in (
+            sorted({round(i * (length - 1) / (NUM_SAMPLES - 1)) for i in range(NUM_SAMPLES)}) if length else ()
+        ):
+            torch.manual_seed(0)
+            np.random.seed(0)
+            _add(found, f"{what}[{index}]", data[index])
+    return tuple(found.items())
+
+
+def difference(job: Fingerprint, own: Fingerprint) -> str:
+    """The first name whose numbers differ, or nothing."""
+    ours = dict(own)
+    for name, value in job:
+        other = ours.get(name, math.nan)
+        if not (value == other or math.isclose(value, other, rel_tol=TOLERANCE, abs_tol=TOLERANCE)) and not (
+            math.isnan(value) and name in ours and math.isnan(other)
+        ):
+            return name
+    return ""
+
+
+def _add(found: dict[str, float], name: str, value: Any) -> None:
+    """Note a number for all that is numeric in a value."""
+    if isinstance(value, torch.Tensor | np.ndarray | bool | int | float | np.generic):
+        number = _summary(value)
+        if number is not None:
+            found[name] = number
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _add(found, f"{name}[{key!r}]", item)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value[:16]):
+            _add(found, f"{name}[{index}]", item)
+
+
+def _summary(value: Any) -> float | None:
+    """The mean of the elements, each times a weight between 1 and 2 that its place decides."""
+    tensor = value.detach() if isinstance(value, torch.Tensor) else None
+    if tensor is not None:
+        if tensor.layout != torch.strided:
+            tensor = tensor.to_dense()
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor)
+        array = tensor.cpu().reshape(-1).double().numpy()
+    else:
+        array = np.asarray(value)
+        if array.dtype.kind not in "biuf":
+            return None
+        array = array.reshape(-1).astype(np.float64)
+    if not array.size:
+        return 0.0
+    weights = 1.0 + (np.arange(array.size) % _PERIOD) / _PERIOD
+    scale = np.abs(array).mean()
+    return float((array * weights).mean() / scale) if scale and np.isfinite(scale) else float(scale)
