@@ -15,12 +15,11 @@ DATA = steepest.ArrayData(np.zeros((2, 2)))
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "neither is given"),
         ({"loss": nn.MSELoss(), "batch_loss": lambda m, b: m(b)}, "both are given"),
         ({"loss": nn.MSELoss(reduction="sum")}, "reduction='sum'"),
     ],
 )
-def test_exactly_one_loss(changes: dict[str, Any], message: str) -> None:
+def test_losses_that_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         steepest.Task(model=nn.Linear(2, 2), train_data=DATA, **changes)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 TASKS = Path(__file__).parent / "tasks.py"
+BROUGHT = TASKS.with_name("brought.py")
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 NUM_CPUS = 8
 

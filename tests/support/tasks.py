@@ -44,18 +44,23 @@ def regression(rows: int = 101, hidden: int = 50, dtype: str = "float32") -> ste
 
 
 class Rows(torch.utils.data.Dataset[Any]):
-    """A map-style dataset with noise, so that its order and seeds show in the bits. delay: seconds for a batch."""
+    """A map-style dataset with noise, so that its order and seeds show in the bits.
+
+    delay: seconds for a batch. fail_at: it fails after so many samples.
+    """
 
     def __init__(self, delay: float = 0.0, fail_at: int = -1) -> None:
         self.inputs, self.targets = arrays()
         self.delay = delay
         self.fail_at = fail_at
+        self.fetched = 0
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if index == self.fail_at:
+        self.fetched += 1
+        if 0 <= self.fail_at < self.fetched:
             raise OSError(f"sample {index} is torn")
         noise = torch.randn(NUM_INPUTS) * 0.01 + float(np.random.normal()) * 0.01
         return self.inputs[index] + noise, self.targets[index]
@@ -165,7 +170,7 @@ def nonfinite_gradient() -> steepest.Task:
 
 
 def failing_dataset() -> steepest.Task:
-    return steepest.Task(model=perceptron(), loss=nn.MSELoss(), train_data=Rows(fail_at=30))
+    return steepest.Task(model=perceptron(), loss=nn.MSELoss(), train_data=Rows(fail_at=1000))
 
 
 class _Misbehaving(nn.Module):
@@ -174,7 +179,7 @@ class _Misbehaving(nn.Module):
         self.inner = perceptron()
         self.how = how
         self.marker = Path(marker) if marker else None
-        self.calls = 0
+        self.register_buffer("calls", torch.zeros(()))  # of the first micro-batch: steps
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         self.calls += 1

@@ -6,6 +6,7 @@ Both are JSON files. User code may do anything on import; the service only ever 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def main() -> None:
     reply = json.dumps(probe(request))
     Path(sys.argv[2]).write_text(reply)
     sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # not waiting for threads that user code has left running
 
 
 if __name__ == "__main__":
