@@ -12,9 +12,9 @@ from steepest.v1 import training_jobs_pb2 as pb
 
 
 def spec_to_proto(spec: TrainingJobSpec) -> pb.TrainingJobSpec:
-    """TrainingJobSpec, to the wire. What is None stays absent."""
-    raw = spec.model_dump(mode="json", exclude_none=True)
-    arguments = raw["task"].pop("arguments")
+    """TrainingJobSpec, to the wire. What is None, or was not set, stays absent."""
+    raw = spec.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    arguments = raw["task"].pop("arguments", {})
     raw["task"]["arguments"] = {key: json.dumps(value) for key, value in arguments.items()}
     return ParseDict(raw, pb.TrainingJobSpec())
 

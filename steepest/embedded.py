@@ -13,12 +13,28 @@ from steepest.errors import ServiceUnavailableError
 
 if TYPE_CHECKING:
     from ps.job.footprint import Footprint
+    from services.jobs.task_probe import TaskDescription
     from services.service import Service
     from steepest.bundle import Bundle
     from steepest.spec import TrainingJobSpec
 
 
 PROBE_SECONDS = 120.0
+
+
+def describe_task(bundle: Bundle, spec: TrainingJobSpec) -> tuple[TrainingJobSpec, TaskDescription]:
+    """(the spec with what the task settles, what a rehearsal found), starting nothing but that.
+
+    Raises SpecError for what a service would refuse.
+    """
+    from services.jobs.task_probe import TaskProbe
+    from worker.task.load import unpack_code
+
+    with tempfile.TemporaryDirectory(prefix="steepest-plan-") as directory:
+        code = unpack_code(bundle.data, Path(directory)) if bundle.data else None
+        with contextlib.closing(TaskProbe()) as probe:
+            description = probe.describe(spec, code, PROBE_SECONDS)
+    return description.completed(spec), description
 
 
 def plan_job(bundle: Bundle, spec: TrainingJobSpec) -> tuple[Footprint, int, str]:
@@ -28,13 +44,8 @@ def plan_job(bundle: Bundle, spec: TrainingJobSpec) -> tuple[Footprint, int, str
     """
     from ps.job.footprint import explain_refusal, footprint
     from ps.parameters.layout import build_layout
-    from services.jobs.task_probe import TaskProbe
-    from worker.task.load import unpack_code
 
-    with tempfile.TemporaryDirectory(prefix="steepest-plan-") as directory:
-        code = unpack_code(bundle.data, Path(directory)) if bundle.data else None
-        with contextlib.closing(TaskProbe()) as probe:
-            description = probe.describe(spec, code, PROBE_SECONDS)
+    spec, description = describe_task(bundle, spec)
     layout = build_layout(description.model, decay_biases_and_norms=spec.optimizer.decay_biases_and_norms)
     needed, available = footprint(spec, layout, num_hosts=1), machine_memory()
     return needed, available, explain_refusal(needed, available)

@@ -54,6 +54,13 @@ class DataSpec(SpecModel):
     )
     shuffle: bool = Field(default=True, description="Draw another order of the samples in each epoch.")
     evaluation_batch: PositiveInt = Field(default=256, description="Samples of one evaluation pass.")
+    drop_last: bool = Field(default=False, description="Leave out the last step of an epoch if it is short.")
+    readers: Annotated[int, Field(ge=0, le=256)] = Field(
+        default=0, description="Processes of each worker that read its samples ahead; 0: it reads them itself."
+    )
+    shuffle_buffer: PositiveInt = Field(
+        default=1000, description="Samples among which the next is drawn, for data that can only be read in order."
+    )
 
     @model_validator(mode="after")
     def _micro_within_global(self) -> Self:
@@ -73,6 +80,10 @@ class DataSpec(SpecModel):
     def num_micro_batches(self) -> int:
         """M, the micro-batches of a step."""
         return math.ceil(self.global_batch / self.micro_batch_size)
+
+    def steps_per_epoch(self, num_samples: int) -> int:
+        """Of a training set of `num_samples`."""
+        return num_samples // self.global_batch if self.drop_last else math.ceil(num_samples / self.global_batch)
 
 
 class CompressionSpec(SpecModel):
@@ -272,7 +283,7 @@ class TrainingJobSpec(SpecModel):
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None  # noqa: S101  # one of the two is set
-        return self.epochs * math.ceil(num_samples / self.data.global_batch)
+        return self.epochs * self.data.steps_per_epoch(num_samples)
 
 
 def spec_from_dict(raw: Mapping[str, Any]) -> TrainingJobSpec:

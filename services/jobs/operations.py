@@ -71,6 +71,7 @@ class Operations:
         description = self._probe.describe(
             spec, self._bundles.unpacked(spec.task.code_bundle), self._settings.probe_timeout_seconds
         )
+        spec = description.completed(spec)
         self._check_device(spec)
         problem = compression_problem(spec.compression, description.layout(spec))
         if problem:
@@ -96,6 +97,8 @@ class Operations:
                 result=Result(),
             )
         )
+        for _, message in description.warnings:
+            self._store.note(job, f"warning: {message}", time.time())
         self._wake.set()
         return row
 

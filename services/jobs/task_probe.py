@@ -8,8 +8,9 @@ import os
 import sys
 import tempfile
 import threading
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from ps.parameters.description import ModelDescription
 from ps.parameters.layout import Layout, build_layout
@@ -22,7 +23,9 @@ from steepest.spec import TrainingJobSpec
 class TaskDescription:
     """What the service needs to know of a task.
 
-    evaluates_with_gradients, caches, fingerprint: see JobConfig. warnings: (code, message). batch, weight: in words.
+    evaluates_with_gradients, caches, fingerprint: see JobConfig. warnings: (code, message). batch, weight, model_class,
+    loss: in words. price: of the micro-batches, see Rehearsal.
+    data: fields of the spec that a DataLoader settles.
     """
 
     model: ModelDescription
@@ -35,6 +38,14 @@ class TaskDescription:
     warnings: tuple[tuple[str, str], ...] = ()
     batch: str = ""
     weight: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+    model_class: str = ""
+    loss: str = ""
+    price: float = 0.0
+
+    def completed(self, spec: TrainingJobSpec) -> TrainingJobSpec:
+        """The spec with what the task settles."""
+        return spec.model_copy(update={"data": spec.data.model_copy(update=self.data)}) if self.data else spec
 
     def layout(self, spec: TrainingJobSpec) -> Layout:
         """How the parameters of the job lie."""
@@ -60,6 +71,10 @@ class TaskDescription:
             tuple((code, message) for code, message in raw.get("warnings", ())),
             raw.get("batch", ""),
             raw.get("weight", ""),
+            raw.get("data", {}),
+            raw.get("model_class", ""),
+            raw.get("loss", ""),
+            raw.get("price", 0.0),
         )
 
 
@@ -83,7 +98,14 @@ class TaskProbe:
         with tempfile.TemporaryDirectory(prefix="steepest-probe-") as directory:
             request, reply, output = (Path(directory) / name for name in ("request", "reply", "output"))
             request.write_text(
-                json.dumps({"spec": spec.model_dump(mode="json"), "code": str(code or ""), "path": sys.path})
+                json.dumps(
+                    {
+                        "spec": spec.model_dump(mode="json"),
+                        "set": sorted(spec.data.model_fields_set),
+                        "code": str(code or ""),
+                        "path": sys.path,
+                    }
+                )
             )
             try:
                 with output.open("wb") as said, Path(os.devnull).open("rb") as nothing:

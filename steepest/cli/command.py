@@ -135,6 +135,20 @@ def train(
 
 
 @app.command()
+@takes_job_options
+def check(task: Task, options: JobOptions, as_json: Json = False) -> None:
+    """Rehearse one step of a task; say what was understood of it, and what would be refused or warned of."""
+    from steepest.cli.train import check as check_task
+    from steepest.cli.train import show_check
+
+    checked = check_task(submission(task, options))
+    if as_json:
+        sys.stdout.write(json.dumps(checked) + "\n")
+    else:
+        show_check(checked)
+
+
+@app.command()
 def serve(
     host: Annotated[str, Option(help="Address of both ports.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="gRPC port; 0: any free one.")] = 50051,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steepest.cli.console import show, show_plan
 from steepest.cli.options import Submission
 from steepest.client import Client, check_submission
-from steepest.embedded import plan_job, running_service
+from steepest.embedded import describe_task, plan_job, running_service
 from steepest.errors import SpecError, Violation
 from steepest.jobs import JobInfo
 
@@ -52,6 +53,55 @@ def plan(request: Submission) -> Footprint:
     if problem:
         raise SpecError([Violation("placement", problem)])
     return needed
+
+
+def check(request: Submission) -> dict[str, Any]:
+    """What a rehearsal finds of a task. Raises SpecError for one that a service would refuse."""
+    length = {} if {"steps", "epochs"} & request.spec.keys() else {"epochs": 1}
+    bundle, spec = check_submission(request.task, request.arguments, {**request.spec, **length})
+    spec, found = describe_task(bundle, spec)
+    trainable = sum(p.numel for p in found.model.parameters)
+    return {
+        "task": request.task,
+        "model": found.model_class,
+        "parameters": trainable + sum(c.numel for c in found.model.constants),
+        "trainable": trainable,
+        "buffers": sum(b.numel for b in found.model.buffers),
+        "batch": found.batch,
+        "loss": found.loss,
+        "weight": found.weight,
+        "samples": found.num_samples,
+        "evaluation_samples": found.num_evaluation_samples,
+        "metrics": list(found.metric_names),
+        "global_batch": spec.data.global_batch,
+        "micro_batch": spec.data.micro_batch_size,
+        "micro_batches": spec.data.num_micro_batches,
+        "micro_batch_price": round(found.price, 2) or None,
+        "evaluates_with_gradients": found.evaluates_with_gradients,
+        "warnings": [{"code": code, "message": message} for code, message in found.warnings],
+    }
+
+
+def show_check(checked: Mapping[str, Any]) -> None:
+    """What was understood of a task, for people."""
+    frozen = checked["parameters"] - checked["trainable"]
+    evaluation = f", {checked['evaluation_samples']:,} to evaluate" if checked["evaluation_samples"] else ""
+    price = checked["micro_batch_price"]
+    rows = {
+        "model": f"{checked['model']}, {checked['trainable']:,} parameters are trained, {frozen:,} are frozen",
+        "data": f"{checked['samples']:,} samples to train{evaluation}",
+        "batch": checked["batch"],
+        "loss": f"{checked['loss']}; weight {checked['weight']}",
+        "step": f"{checked['global_batch']} samples in {checked['micro_batches']} micro-batches of "
+        f"{checked['micro_batch']}" + (f", {price:g} times the time of one" if price else ""),
+        "metrics": ", ".join(checked["metrics"]) or "none",
+    }
+    for name, text in rows.items():
+        sys.stdout.write(f"{name:8} {text}\n")
+    for warning in checked["warnings"]:
+        sys.stdout.write(f"warning  {warning['message']} ({warning['code']})\n")
+    if not checked["warnings"]:
+        sys.stdout.write("nothing to warn of\n")
 
 
 def _follow(job: Job) -> JobInfo:

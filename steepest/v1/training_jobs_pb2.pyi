@@ -131,6 +131,9 @@ class DataSpec(_message.Message):
     MICRO_BATCH_FIELD_NUMBER: _builtins.int
     SHUFFLE_FIELD_NUMBER: _builtins.int
     EVALUATION_BATCH_FIELD_NUMBER: _builtins.int
+    DROP_LAST_FIELD_NUMBER: _builtins.int
+    READERS_FIELD_NUMBER: _builtins.int
+    SHUFFLE_BUFFER_FIELD_NUMBER: _builtins.int
     global_batch: _builtins.int
     """Samples of one step."""
     micro_batch: _builtins.int
@@ -139,6 +142,9 @@ class DataSpec(_message.Message):
     """Draw another order of the samples in each epoch."""
     evaluation_batch: _builtins.int
     """Samples of one evaluation pass."""
+    drop_last: _builtins.bool
+    readers: _builtins.int
+    shuffle_buffer: _builtins.int
     def __init__(
         self,
         *,
@@ -146,19 +152,30 @@ class DataSpec(_message.Message):
         micro_batch: _builtins.int | None = ...,
         shuffle: _builtins.bool | None = ...,
         evaluation_batch: _builtins.int | None = ...,
+        drop_last: _builtins.bool | None = ...,
+        readers: _builtins.int | None = ...,
+        shuffle_buffer: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_evaluation_batch", b"_evaluation_batch", "_global_batch", b"_global_batch", "_micro_batch", b"_micro_batch", "_shuffle", b"_shuffle", "evaluation_batch", b"evaluation_batch", "global_batch", b"global_batch", "micro_batch", b"micro_batch", "shuffle", b"shuffle"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_drop_last", b"_drop_last", "_evaluation_batch", b"_evaluation_batch", "_global_batch", b"_global_batch", "_micro_batch", b"_micro_batch", "_readers", b"_readers", "_shuffle", b"_shuffle", "_shuffle_buffer", b"_shuffle_buffer", "drop_last", b"drop_last", "evaluation_batch", b"evaluation_batch", "global_batch", b"global_batch", "micro_batch", b"micro_batch", "readers", b"readers", "shuffle", b"shuffle", "shuffle_buffer", b"shuffle_buffer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evaluation_batch", b"_evaluation_batch", "_global_batch", b"_global_batch", "_micro_batch", b"_micro_batch", "_shuffle", b"_shuffle", "evaluation_batch", b"evaluation_batch", "global_batch", b"global_batch", "micro_batch", b"micro_batch", "shuffle", b"shuffle"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drop_last", b"_drop_last", "_evaluation_batch", b"_evaluation_batch", "_global_batch", b"_global_batch", "_micro_batch", b"_micro_batch", "_readers", b"_readers", "_shuffle", b"_shuffle", "_shuffle_buffer", b"_shuffle_buffer", "drop_last", b"drop_last", "evaluation_batch", b"evaluation_batch", "global_batch", b"global_batch", "micro_batch", b"micro_batch", "readers", b"readers", "shuffle", b"shuffle", "shuffle_buffer", b"shuffle_buffer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__drop_last: _TypeAlias = _typing.Literal["drop_last"]  # noqa: Y015
+    _WhichOneofArgType__drop_last: _TypeAlias = _typing.Literal["_drop_last", b"_drop_last"]  # noqa: Y015
     _WhichOneofReturnType__evaluation_batch: _TypeAlias = _typing.Literal["evaluation_batch"]  # noqa: Y015
     _WhichOneofArgType__evaluation_batch: _TypeAlias = _typing.Literal["_evaluation_batch", b"_evaluation_batch"]  # noqa: Y015
     _WhichOneofReturnType__global_batch: _TypeAlias = _typing.Literal["global_batch"]  # noqa: Y015
     _WhichOneofArgType__global_batch: _TypeAlias = _typing.Literal["_global_batch", b"_global_batch"]  # noqa: Y015
     _WhichOneofReturnType__micro_batch: _TypeAlias = _typing.Literal["micro_batch"]  # noqa: Y015
     _WhichOneofArgType__micro_batch: _TypeAlias = _typing.Literal["_micro_batch", b"_micro_batch"]  # noqa: Y015
+    _WhichOneofReturnType__readers: _TypeAlias = _typing.Literal["readers"]  # noqa: Y015
+    _WhichOneofArgType__readers: _TypeAlias = _typing.Literal["_readers", b"_readers"]  # noqa: Y015
     _WhichOneofReturnType__shuffle: _TypeAlias = _typing.Literal["shuffle"]  # noqa: Y015
     _WhichOneofArgType__shuffle: _TypeAlias = _typing.Literal["_shuffle", b"_shuffle"]  # noqa: Y015
+    _WhichOneofReturnType__shuffle_buffer: _TypeAlias = _typing.Literal["shuffle_buffer"]  # noqa: Y015
+    _WhichOneofArgType__shuffle_buffer: _TypeAlias = _typing.Literal["_shuffle_buffer", b"_shuffle_buffer"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__drop_last) -> _WhichOneofReturnType__drop_last | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__evaluation_batch) -> _WhichOneofReturnType__evaluation_batch | None: ...
     @_typing.overload
@@ -166,7 +183,11 @@ class DataSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__micro_batch) -> _WhichOneofReturnType__micro_batch | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__readers) -> _WhichOneofReturnType__readers | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__shuffle) -> _WhichOneofReturnType__shuffle | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shuffle_buffer) -> _WhichOneofReturnType__shuffle_buffer | None: ...
 
 Global___DataSpec: _TypeAlias = DataSpec  # noqa: Y015
 

@@ -107,7 +107,8 @@ def test_a_job_gives_what_plain_pytorch_gives(function: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "function", ["cache", *map(full, ("buffers_in_any_order", "rebound_buffer in parts", "noisy_hook"))]
+    "function",
+    ["cache", "stream", "loader", *map(full, ("buffers_in_any_order", "rebound_buffer in parts", "noisy_hook"))],
 )
 def test_the_bits_are_the_same_at_any_placement(function: str, tmp_path: Path) -> None:
     name = function.partition(" ")[0]

@@ -64,11 +64,11 @@ def test_submit_list_get_watch_and_a_failure(steepest: Callable[..., Ran], clien
     lines = [json.loads(line) for line in steepest("watch", name, "--json").stdout.splitlines()]
     assert [line["event"]["state"] for line in lines if "event" in line][-1] == "SUCCEEDED"
     assert lines[-1]["parameters_sha256"] == shown["parameters_sha256"]
-    failed = steepest("submit", f"{TASKS}:failing_dataset", "--epochs", "1", "--watch", "--json")
+    failed = steepest("submit", f"{TASKS}:failing_dataset", "--steps", "50", "--watch", "--json")
     assert failed.returncode == 1
     result = json.loads(failed.stdout.splitlines()[-1])
     assert result["state"] == "FAILED"
-    assert "OSError: sample 30 is torn" in result["error"]
+    assert "is torn" in result["error"]
     refused = steepest("submit", f"{TASKS}:without_parameters", "--epochs", "1")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "no trainable parameters" in refused.stderr

@@ -58,11 +58,11 @@ def test_train_leaves_what_the_contract_says(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_failed_job_exits_with_1_and_shows_the_users_traceback() -> None:
-    run = steepest("train", f"{TASKS}:failing_dataset", "--epochs", "1", "--json")
+    run = steepest("train", f"{TASKS}:failing_dataset", "--steps", "50", "--json")
     assert run.returncode == 1
     result = json.loads(run.stdout.splitlines()[-1])
     assert result["state"] == "FAILED"
-    assert "OSError: sample 30 is torn" in result["error"]
+    assert "is torn" in result["error"]
     assert "__getitem__" in result["error"]
 
 

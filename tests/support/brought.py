@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
 import steepest
 
@@ -533,6 +533,40 @@ class TwoInputs(_Line):
 def three_entries() -> steepest.Task:
     """Batches of two inputs and a target."""
     return _task(TwoInputs(), train_data=steepest.ArrayData(inputs(), torch.ones(NUM_SAMPLES, 1), sums()))
+
+
+def loader(kind: str = "shuffled") -> steepest.Task:
+    """A DataLoader."""
+    data = TensorDataset(inputs(), sums())
+    weights = torch.linspace(0.1, 1.0, NUM_SAMPLES).tolist()
+    chosen: dict[str, Any] = {
+        "shuffled": {"shuffle": True, "batch_size": 16, "drop_last": True},
+        "weighted": {"sampler": WeightedRandomSampler(weights, 40), "batch_size": 8},
+        "collated": {"batch_size": 16, "collate_fn": lambda rows: tuple(map(torch.stack, zip(*rows, strict=True)))},
+        "batches": {"batch_sampler": [[0, 1], [2, 3]]},
+    }
+    return _task(nn.Linear(WIDTH, 1), train_data=DataLoader(data, **chosen[kind]))
+
+
+class Stream(IterableDataset[Any]):
+    """Samples in order, each with noise."""
+
+    def __init__(self, *, noise: bool = True) -> None:
+        self.noise = noise
+
+    def __iter__(self) -> Any:
+        for x, y in zip(inputs(), sums(), strict=True):
+            yield x + (torch.randn(WIDTH) * 0.1 if self.noise else 0.0), y
+
+
+def stream(kind: str = "plain") -> steepest.Task:
+    """Data that can only be iterated."""
+    data: Any = Stream()
+    if kind == "loader":
+        data = DataLoader(Stream(noise=False), batch_size=16)
+    elif kind == "generator":
+        data = iter(Stream())
+    return _task(nn.Linear(WIDTH, 1), train_data=data, eval_data=Stream(noise=False))
 
 
 def plain_line() -> steepest.Task:

@@ -33,7 +33,9 @@ def spec_of(task: str, **raw: Any) -> TrainingJobSpec:
 def rehearsed(task: str, **raw: Any) -> TaskDescription:
     """What is found out about a task. Raises RefusedError."""
     spec = spec_of(task, **raw)
-    answer = probe({"spec": spec.model_dump(mode="json"), "code": "", "path": []})
+    answer = probe(
+        {"spec": spec.model_dump(mode="json"), "set": sorted(spec.data.model_fields_set), "code": "", "path": []}
+    )
     if "message" in answer:
         raise RefusedError(answer["field"], answer["message"], answer["traceback"])
     return TaskDescription.from_json(json.dumps(answer))
@@ -42,8 +44,12 @@ def rehearsed(task: str, **raw: Any) -> TaskDescription:
 def submitted(directory: Path, task: str, **raw: Any) -> JobConfig:
     """The config of the job's processes. Raises RefusedError."""
     found = rehearsed(task, **dict(raw))
+    config = job_config(directory, task, **raw)
     return replace(
-        job_config(directory, task, **raw),
+        config,
+        spec=found.completed(config.spec),
+        num_samples=found.num_samples,
+        num_evaluation_samples=found.num_evaluation_samples,
         evaluates_with_gradients=found.evaluates_with_gradients,
         caches=found.caches,
         fingerprint=found.fingerprint,

@@ -169,8 +169,8 @@ def nonfinite_gradient() -> steepest.Task:
     return steepest.Task(model=perceptron(), batch_loss=batch_loss, train_data=steepest.ArrayData(*arrays()))
 
 
-def failing_dataset() -> steepest.Task:
-    return steepest.Task(model=perceptron(), loss=nn.MSELoss(), train_data=Rows(fail_at=1000))
+def failing_dataset(after: int = 1000) -> steepest.Task:
+    return steepest.Task(model=perceptron(), loss=nn.MSELoss(), train_data=Rows(fail_at=after))
 
 
 class _Misbehaving(nn.Module):

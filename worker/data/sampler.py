@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,19 +11,25 @@ from steepest.spec import DataSpec
 
 
 class Sampler:
-    """Cuts a data set of `num_samples` into steps and micro-batches; remembers the order of one epoch."""
+    """Cuts a data set of `num_samples` into steps and micro-batches; remembers the order of one epoch.
 
-    def __init__(self, num_samples: int, data: DataSpec, seed: int) -> None:
+    order: by epoch, where the source has an order of its own.
+    """
+
+    def __init__(
+        self, num_samples: int, data: DataSpec, seed: int, order: Callable[[int], Sequence[int]] | None = None
+    ) -> None:
         self._num_samples = num_samples
         self._data = data
         self._seed = seed
+        self._own_order = order
         self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
+        self._order: Sequence[int] | NDArray[np.int64] = ()
 
     @property
     def steps_per_epoch(self) -> int:
         """The last step of an epoch may be short."""
-        return -(-self._num_samples // self._data.global_batch)
+        return self._data.steps_per_epoch(self._num_samples)
 
     def indices(self, step: int, micro_batch: int) -> NDArray[np.int64]:
         """The samples of a micro-batch, possibly none. step: from 0, over all epochs."""
@@ -30,13 +38,16 @@ class Sampler:
         stop = min(start + self._data.global_batch, self._num_samples)
         low = min(start + micro_batch * self._data.micro_batch_size, stop)
         high = min(low + self._data.micro_batch_size, stop)
-        if not self._data.shuffle:
+        if self._own_order is None and not self._data.shuffle:
             return np.arange(low, high)
         if epoch != self._epoch:
-            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, epoch])))
-            self._order = generator.permutation(self._num_samples)
+            self._order = self._permutation(epoch) if self._own_order is None else self._own_order(epoch)
             self._epoch = epoch
-        return self._order[low:high]
+        return np.asarray(self._order[low:high], dtype=np.int64)
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, epoch])))
+        return generator.permutation(self._num_samples)
 
     def evaluation_range(self, chunk: int) -> tuple[int, int]:
         """The half-open range of samples of chunk number `chunk` of an evaluation set of `num_samples`."""

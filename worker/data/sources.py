@@ -10,7 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import TensorDataset, default_collate
 
+from steepest.spec import DataSpec
 from steepest.task import ArrayData
+from worker.data.loader import LoaderData
+from worker.data.streams import StreamSource, is_stream
 
 
 class Source(Protocol):
@@ -18,11 +21,28 @@ class Source(Protocol):
 
     random: bool  # whether user code runs in `batch`, so that the random generators must be seeded for it
 
+    def prepare(self, num_samples: int, data: DataSpec, seed: int, *, shuffle: bool) -> None:
+        """Called before the first batch. num_samples: of an epoch."""
+
+    def order(self, seed: int) -> Callable[[int], Sequence[int]] | None:
+        """By epoch, the numbers of its samples in order; None where any order will do."""
+
     def batch(self, indices: NDArray[np.int64]) -> Any:
         """The batch of these samples."""
 
 
-class ArraySource:
+class _AnyOrder:
+    """A source whose samples can be had by number."""
+
+    def prepare(self, num_samples: int, data: DataSpec, seed: int, *, shuffle: bool) -> None:
+        """See Source."""
+
+    def order(self, seed: int) -> Callable[[int], Sequence[int]] | None:
+        """See Source."""
+        return None
+
+
+class ArraySource(_AnyOrder):
     """Arrays in memory. as_numpy: give NumPy rows, for a task without torch."""
 
     random = False
@@ -42,7 +62,7 @@ class ArraySource:
         return rows if len(rows) > 1 else rows[0]
 
 
-class DatasetSource:
+class DatasetSource(_AnyOrder):
     """A map-style Dataset: `__getitems__` where it has one, else a sample at a time; then the collate function."""
 
     random = True
@@ -60,12 +80,37 @@ class DatasetSource:
         return self._collate([self._dataset[i] for i in numbers])
 
 
+class LoaderSource:
+    """What is in a DataLoader, in the order of its sampler."""
+
+    def __init__(self, data: LoaderData, collate: Callable[[Sequence[Any]], Any] | None) -> None:
+        self._data = data
+        self._source = source_of(data.dataset, collate or data.collate)
+        self.random = self._source.random
+
+    def prepare(self, num_samples: int, data: DataSpec, seed: int, *, shuffle: bool) -> None:
+        """See Source."""
+        self._source.prepare(num_samples, data, seed, shuffle=shuffle)
+
+    def order(self, seed: int) -> Callable[[int], Sequence[int]] | None:
+        """See Source."""
+        return self._data.order(seed) or self._source.order(seed)
+
+    def batch(self, indices: NDArray[np.int64]) -> Any:
+        """See Source."""
+        return self._source.batch(indices)
+
+
 def source_of(data: Any, collate: Callable[[Sequence[Any]], Any] | None = None) -> Source:
     """The fastest source for what a user gave."""
+    if isinstance(data, LoaderData):
+        return LoaderSource(data, collate)
     if isinstance(data, ArrayData):
         return ArraySource(data.arrays)
     if type(data) is TensorDataset and collate is None:
         return ArraySource(data.tensors) if len(data.tensors) > 1 else DatasetSource(data, None)
+    if is_stream(data):
+        return StreamSource(data, collate)
     return DatasetSource(data, collate)
 
 

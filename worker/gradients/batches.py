@@ -24,7 +24,10 @@ class Batches:
         self._spec = spec
         self._engine = engine
         self._backend = backend
-        self._sampler = Sampler(num_samples, spec.data, spec.seed)
+        engine.train_source.prepare(num_samples, spec.data, spec.seed, shuffle=spec.data.shuffle)
+        if engine.eval_source is not None:
+            engine.eval_source.prepare(num_evaluation_samples, spec.data, spec.seed, shuffle=False)
+        self._sampler = Sampler(num_samples, spec.data, spec.seed, engine.train_source.order(spec.seed))
         self._eval_sampler = Sampler(max(num_evaluation_samples, 1), spec.data, spec.seed)
         self._total_steps = spec.total_steps(num_samples)
         self._ahead: dict[tuple[int, int], tuple[Any, int]] = {}  # by step and micro-batch

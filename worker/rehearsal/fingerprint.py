@@ -5,6 +5,7 @@ They are sums, compared with a tolerance, because another CPU may round the last
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,9 @@ import numpy as np
 import torch
 
 from steepest.task import AnalyticTask, Task
+from worker.data.loader import LoaderData
+from worker.data.randomness import OwnRandomness
+from worker.data.streams import is_stream
 from worker.task.state import TaskState
 
 TOLERANCE = 1e-3
@@ -33,18 +37,25 @@ def fingerprint(task: Task | AnalyticTask) -> Fingerprint:
         tensors = {**tensors, **{n: place.tensor for n, place in state.buffers.items() if place.tensor is not None}}
     for name, tensor in tensors.items():
         _add(found, f"the initial value of {name}", tensor)
-    for what, data in (("train_data", task.train_data), ("eval_data", task.eval_data)):
-        if data is None or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-            continue
-        length = len(data)
-        found[f"the length of {what}"] = float(length)
-        for index in (
-            sorted({round(i * (length - 1) / (NUM_SAMPLES - 1)) for i in range(NUM_SAMPLES)}) if length else ()
-        ):
-            torch.manual_seed(0)
-            np.random.seed(0)
-            _add(found, f"{what}[{index}]", data[index])
+    pairs: list[tuple[str, Any]] = [("train_data", task.train_data), ("eval_data", task.eval_data)]
+    for what, data in pairs:
+        with contextlib.suppress(Exception):  # the rehearsal says what is wrong with it
+            _add_data(found, what, data.dataset if isinstance(data, LoaderData) else data)
     return tuple(found.items())
+
+
+def _add_data(found: dict[str, float], what: str, data: Any) -> None:
+    if data is None:
+        return
+    if is_stream(data):
+        with OwnRandomness(0).used():
+            _add(found, f"the first sample of {what}", next(iter(data)))
+        return
+    length = len(data)
+    found[f"the length of {what}"] = float(length)
+    for index in sorted({round(i * (length - 1) / (NUM_SAMPLES - 1)) for i in range(NUM_SAMPLES)}):
+        with OwnRandomness(0).used():
+            _add(found, f"{what}[{index}]", data[index])
 
 
 def difference(job: Fingerprint, own: Fingerprint) -> str:

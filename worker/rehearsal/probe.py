@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from steepest.spec import TrainingJobSpec
+from steepest.errors import SpecError
+from steepest.spec import TrainingJobSpec, spec_from_dict
+from worker.data.loader import LoaderData
 from worker.rehearsal.fingerprint import fingerprint
 from worker.rehearsal.rehearse import rehearse
 from worker.task.load import TaskError, load_task
@@ -30,14 +32,21 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         task = load_task(spec.task, code, spec.seed)
         model = describe_model(task)
         check_fits(task, model, spec.precision, spec.placement.device)
-        samples = num_samples(task.train_data, "train_data")
+        wishes = task.train_data.wishes.unless_set(request["set"]) if isinstance(task.train_data, LoaderData) else {}
+        spec = _with_wishes(spec, wishes)
+        most = None if spec.steps is None else spec.steps * spec.data.global_batch
+        samples = num_samples(task.train_data, "train_data", most)
+        if not spec.data.steps_per_epoch(samples):
+            problem = f"nothing is left of {samples} samples: a step has {spec.data.global_batch} (data.global_batch)"
+            raise TaskError("data.drop_last", problem)
         evaluation = 0 if task.eval_data is None else num_samples(task.eval_data, "eval_data")
         seen = fingerprint(task)
-        found = rehearse(task, spec, model, samples, code)
+        found = rehearse(task, spec, model, samples, evaluation, code)
     except TaskError as error:
         return {"field": error.field, "message": error.message, "traceback": error.traceback}
     return {
         "model": model.to_dict(),
+        "data": wishes,
         "num_samples": samples,
         "num_evaluation_samples": evaluation,
         "metric_names": list(task.metrics),
@@ -47,9 +56,19 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         "warnings": found.warnings,
         "batch": found.batch,
         "weight": found.weight,
-        "seconds": found.seconds,
-        "samples": found.samples,
+        "model_class": found.model,
+        "loss": found.loss,
+        "price": found.price,
     }
+
+
+def _with_wishes(spec: TrainingJobSpec, wishes: dict[str, Any]) -> TrainingJobSpec:
+    raw = spec.model_dump(mode="json", exclude_none=True)
+    try:
+        return spec_from_dict({**raw, "data": {**raw["data"], **wishes}})
+    except SpecError as error:
+        [violation, *_] = error.violations
+        raise TaskError(violation.field, f"with the DataLoader's settings: {violation.problem}") from error
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ from ps.parameters.layout import build_layout
 from steepest.spec import TrainingJobSpec
 from steepest.task import AnalyticTask, Task
 from worker.data.sampler import Sampler
+from worker.data.sources import Source, source_of
+from worker.data.streams import is_stream
 from worker.gradients.analytic import AnalyticEngine
 from worker.gradients.backend import CpuBackend
 from worker.gradients.engine import Engine, InPartsError, LossError, Measured, StateError
@@ -33,12 +35,18 @@ FEW_SAMPLES = 2
 SLOW_SECONDS = 2.0  # a micro-batch that takes longer is rehearsed with a few samples
 QUICK_SECONDS = 0.2  # a micro-batch that takes less is compared over whole steps, several times
 COMPARED_STEPS = 3
+EXPENSIVE = 1.5
+NOTICEABLE_SECONDS = 0.003
 TOLERANCE = {"full": 2e-3, "bf16": 5e-2}  # of sums in another order, relative
 
 
 @dataclass
 class Rehearsal:
-    """What was found out. seconds: of a micro-batch of `samples` samples, by one thread."""
+    """What was found out, some of it in words.
+
+    seconds: of a micro-batch of `samples` samples, by one thread. price: how many times as long the micro-batches of a
+    step take, one after another, as all its samples at once; 0 when that was not measured.
+    """
 
     evaluates_with_gradients: bool = False
     caches: list[str] = field(default_factory=list)
@@ -47,6 +55,9 @@ class Rehearsal:
     weight: str = ""
     seconds: float = 0.0
     samples: int = 0
+    model: str = ""
+    loss: str = ""
+    price: float = 0.0
 
 
 class _Pass(NamedTuple):
@@ -57,13 +68,18 @@ class _Pass(NamedTuple):
 
 
 def rehearse(
-    task: Task | AnalyticTask, spec: TrainingJobSpec, model: ModelDescription, num_samples: int, code: Path | None
+    task: Task | AnalyticTask,
+    spec: TrainingJobSpec,
+    model: ModelDescription,
+    num_samples: int,
+    num_evaluation_samples: int,
+    code: Path | None,
 ) -> Rehearsal:
-    """Rehearse a job. num_samples: of the training data. code: where the user's modules lie.
+    """Rehearse a job. num_samples, num_evaluation_samples: sizes of the data. code: where the user's modules lie.
 
     The task is not to be used after that. Raises TaskError for what would fail later, or differ between placements.
     """
-    return _Rehearsing(task, spec, model, num_samples, code).run()
+    return _Rehearsing(task, spec, model, num_samples, num_evaluation_samples, code).run()
 
 
 class _Rehearsing:
@@ -73,12 +89,16 @@ class _Rehearsing:
         spec: TrainingJobSpec,
         model: ModelDescription,
         num_samples: int,
+        num_evaluation_samples: int,
         code: Path | None,
     ) -> None:
         self._task = task
         self._spec = spec
         self._code = code
         self._num_samples = num_samples
+        self._num_evaluation_samples = num_evaluation_samples
+        data = getattr(task.train_data, "dataset", task.train_data)
+        self._is_stream = is_stream(data)
         self._backend = CpuBackend()
         layout = build_layout(model, decay_biases_and_norms=spec.optimizer.decay_biases_and_norms)
         self._layout = layout
@@ -95,8 +115,11 @@ class _Rehearsing:
         self._flat = torch.zeros(layout.numel, dtype=layout.dtype)
         self._engine.write_initial(self._flat)
         self._engine.bind(self._flat)
-        self._sampler = Sampler(num_samples, spec.data, spec.seed)
+        source = self._engine.train_source
+        source.prepare(num_samples, spec.data, spec.seed, shuffle=spec.data.shuffle)
+        self._sampler = Sampler(num_samples, spec.data, spec.seed, source.order(spec.seed))
         self._found = Rehearsal()
+        self._fetched: Any = None  # the last batch
 
     def run(self) -> Rehearsal:
         """Go through all steps."""
@@ -113,9 +136,31 @@ class _Rehearsing:
         self._check_last_step()
         self._check_parts()
         self._check_evaluation()
+        self._describe()
         # What passes left behind is a cache, or `_check_repeats` had refused it.
         self._found.caches = [name for name in differences(fresh, self._hidden()) if ": " not in name]
         return self._found
+
+    def _describe(self) -> None:
+        task, found, data = self._task, self._found, self._spec.data
+        if isinstance(task, Task):
+            found.model = type(task.model).__name__
+            if task.loss is not None:
+                found.loss = f"loss: {_name_of(task.loss)}"
+            else:
+                found.loss = (
+                    "the model's own" if task.batch_loss is None else f"batch_loss: {_name_of(task.batch_loss)}"
+                )
+        else:
+            found.model, found.loss = "AnalyticTask", f"gradient: {_name_of(task.gradient)}"
+        workers = self._spec.placement.workers
+        if found.price > EXPENSIVE and found.seconds > NOTICEABLE_SECONDS and workers < data.num_micro_batches:
+            problem = (
+                f"the {data.num_micro_batches} micro-batches of a step take {found.price:.1f} times as long, one after "
+                f"another, as its {data.global_batch} samples at once: with {workers} workers, micro-batches of more "
+                f"than {data.micro_batch_size} samples are faster (data.micro_batch)"
+            )
+            found.warnings.append(("small_micro_batch", problem))
 
     def _hidden(self) -> dict[str, str]:
         task = self._task
@@ -123,10 +168,11 @@ class _Rehearsing:
 
     # -- passes -----------------------------------------------------------------------------------------------------
 
-    def _fetch(self, indices: NDArray[np.int64]) -> Any:
+    def _fetch(self, indices: NDArray[np.int64], source: Source | None = None) -> Any:
         with _blamed("task.train_data", f"fetching the samples {_some(indices)} of train_data"):
             seed_all(self._spec.seed, DATA, 0, 0, backend=self._backend)
-            return self._engine.train_source.batch(indices)
+            self._fetched = (source or self._engine.train_source).batch(indices)
+            return self._fetched
 
     def _pass(self, indices: NDArray[np.int64], what: str = "the first micro-batch") -> _Pass:
         batch = self._fetch(indices)
@@ -147,6 +193,7 @@ class _Rehearsing:
         began = time.perf_counter()
         found = self._pass(indices)
         self._found.seconds, self._found.samples = time.perf_counter() - began, len(indices)
+        self._found.batch = _shape_of(self._fetched)
         self._found.weight = f"{found.measured.weight:g} for {len(indices)} samples"
         self._check_unwritten(before)
         with _blamed("task.model", "the buffers after the first micro-batch"):
@@ -165,8 +212,13 @@ class _Rehearsing:
 
     def _check_data(self, indices: NDArray[np.int64]) -> None:
         """A sample is the same whenever it is fetched with the same seeds."""
-        first, second = self._fetch(indices), self._fetch(indices)
-        self._found.batch = _shape_of(first)
+        first = self._fetch(indices)
+        if isinstance(self._task, Task):  # a stream keeps what it has read
+            again = source_of(self._task.train_data, self._task.collate)
+            again.prepare(self._num_samples, self._spec.data, self._spec.seed, shuffle=self._spec.data.shuffle)
+            second = self._fetch(indices, again)
+        else:
+            second = self._fetch(indices)
         if not _same(first, second):
             raise TaskError(
                 "task.train_data",
@@ -207,7 +259,7 @@ class _Rehearsing:
         if not short or short == self._found.samples or short >= spec.data.micro_batch_size:
             return
         try:
-            self._pass(self._sampler.indices(last, sizes.index(short)), "the last micro-batch of an epoch")
+            self._pass(self._sampler.indices(0, 0)[:short], "the last micro-batch of an epoch")
         except TaskError as error:
             raise TaskError(
                 "data.global_batch",
@@ -258,17 +310,24 @@ class _Rehearsing:
             parts = [part for part in parts if len(part)]
             if len(parts) > 1:
                 yield parts
+        if self._is_stream:
+            return
         spread = np.unique(np.linspace(0, self._num_samples - 1, 4 * size).astype(np.int64))
         yield from ([part for part in np.array_split(spread, 4) if len(part)],)
 
     def _compare(self, parts: Sequence[NDArray[np.int64]]) -> str | None:
         """What is wrong, or None. A batch that the task cannot take as a whole is not compared."""
+        began = time.perf_counter()
         apart = [self._pass(part) for part in parts]
+        middle = time.perf_counter()
         try:
             together = self._pass(np.concatenate(parts))
         except TaskError:
             self._found.warnings.append(("not_compared", _NOT_COMPARED))
             return None
+        if len(parts) == self._spec.data.num_micro_batches:
+            price = (middle - began) / (time.perf_counter() - middle)
+            self._found.price = min(price, self._found.price or price)
         weight = sum(p.measured.weight for p in apart)
         if weight <= 0 or together.measured.weight <= 0:
             return None
@@ -345,11 +404,12 @@ class _Rehearsing:
         if source is None:
             return
         task = self._task
-        data: Any = task.eval_data
         with _blamed("task.eval_data", "fetching samples of eval_data"):
-            size = min(len(data), self._spec.data.evaluation_batch)
+            size = min(self._num_evaluation_samples, self._spec.data.evaluation_batch)
             if self._found.seconds * size / max(self._found.samples, 1) > SLOW_SECONDS:
                 size = min(size, FEW_SAMPLES)
+            source.prepare(self._num_evaluation_samples, self._spec.data, self._spec.seed, shuffle=False)
+            seed_all(self._spec.seed, EVALUATE, 0, 0, backend=self._backend)
             batch = source.batch(np.arange(size, dtype=np.int64))
         before = self._flat.clone()
         wanted = task.evaluation_needs_gradients if isinstance(task, Task) else False
@@ -411,6 +471,10 @@ def _blamed(field: str, what: str) -> Iterator[None]:
         raise TaskError("task.model", str(error)) from error
     except Exception as error:
         raise TaskError(field, f"{what} raised {said(error)}", user_traceback(error)) from error
+
+
+def _name_of(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
 
 
 def _some(indices: NDArray[np.int64]) -> str:

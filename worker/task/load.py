@@ -10,15 +10,18 @@ import random
 import sys
 import traceback
 import zipfile
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from steepest.spec import TaskReference
 from steepest.task import AnalyticTask, Task
+from worker.data.loader import DataError, LoaderData
 
 PACKAGES = {"steepest", "ps", "worker", "services", "torch", "numpy", "ray"}  # which a task and its process must share
 
@@ -106,7 +109,25 @@ def load_task(reference: TaskReference, code: Path | None, seed: int) -> Task | 
         raise TaskError(
             "task.function", f"{name} returned {type(task).__name__}; it must return a steepest.Task (or AnalyticTask)"
         )
-    return task
+    return _taken_apart(task)
+
+
+def _taken_apart(task: Task | AnalyticTask) -> Task | AnalyticTask:
+    """The task with what is in its DataLoaders."""
+    if isinstance(task, AnalyticTask):
+        return task
+    return replace(
+        task,
+        train_data=_out_of_loader(task.train_data, "train_data"),
+        eval_data=_out_of_loader(task.eval_data, "eval_data"),
+    )
+
+
+def _out_of_loader(data: Any, name: str) -> Any:
+    try:
+        return LoaderData(data) if isinstance(data, DataLoader) else data
+    except DataError as error:
+        raise TaskError(f"task.{name}", f"{name}: {error}") from error
 
 
 def seed_python(seed: int) -> None:

@@ -10,6 +10,8 @@ from torch.nn.parameter import is_lazy
 from ps.parameters.description import ModelDescription, TensorDescription
 from ps.parameters.layout import build_layout
 from steepest.task import AnalyticTask, Task
+from worker.data.loader import DataError, LoaderData
+from worker.data.streams import count, is_stream
 from worker.task.load import TaskError, said, user_traceback
 from worker.task.state import TaskState, UnusableError, roots
 
@@ -90,10 +92,16 @@ def check_fits(task: Task | AnalyticTask, model: ModelDescription, precision: st
         raise TaskError("precision", problem)
 
 
-def num_samples(data: Any, field: str) -> int:
-    """The length of a data set. Raises TaskError when it has none, or when it is 0."""
+def num_samples(data: Any, field: str, most: int | None = None) -> int:
+    """The length of a data set. most: no more are read of a stream to find out.
+
+    Raises TaskError when it cannot be used, or when it is empty.
+    """
+    inner = data.dataset if isinstance(data, LoaderData) else data
     try:
-        length = len(data)
+        length = count(inner, most) if is_stream(inner) else len(data)
+    except DataError as error:
+        raise TaskError(f"task.{field}", f"{field}: {error}") from error
     except BaseException as error:
         raise TaskError(f"task.{field}", f"{field} has no length: {said(error)}", user_traceback(error)) from error
     if length == 0:

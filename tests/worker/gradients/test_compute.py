@@ -177,7 +177,7 @@ def test_buffers_come_from_micro_batch_0_alone() -> None:
     ("task", "cause", "micro_batch"),
     [
         (tasks.vector_loss, LossError, 0),
-        (tasks.failing_dataset, OSError, None),
+        (lambda: tasks.failing_dataset(5), OSError, None),
     ],
 )
 def test_what_user_code_raises_names_its_micro_batch(task: Any, cause: type, micro_batch: int | None) -> None:

@@ -39,6 +39,13 @@ BROUGHT = "tests.support.brought"
         ("contrastive", {}, "task.loss", r"not a mean over the samples.*micro_batch = 64"),
         ("clamped_gradients", {}, "task.loss", r"not a mean over the samples"),
         ("data_with_a_generator", {}, "task.train_data", r"other values.*generator of its own.*seeded"),
+        ("loader", {"kind": "batches"}, "task.train_data", r"batch_sampler of its own; give it a batch_size"),
+        (
+            "stream",
+            {"kind": "generator"},
+            "task.train_data",
+            r"generator, which can be read only once.*IterableDataset",
+        ),
         ("metric_that_raises", {}, "task", r"evaluating 64 samples of eval_data raised KeyError: 'acuracy'"),
         (
             "last_batch_of_one",
@@ -64,6 +71,9 @@ def test_what_would_go_wrong_is_refused_with_cause_and_cure(
         ("ignored_targets", {"data": {"micro_batch": 64}, "arguments": {"kind": "own"}}),
         ("last_batch_of_one", {"data": {"global_batch": 65, "micro_batch": 13}}),
         ("plain_line", {}),
+        ("last_batch_of_one", {"data": {"drop_last": True}}),
+        ("stream", {}),
+        *[("loader", {"arguments": {"kind": kind}}) for kind in ("shuffled", "weighted", "collated")],
         ("said_weight", {}),
         ("weighed_classes", {}),
         ("tied_by_memory", {}),
@@ -71,11 +81,30 @@ def test_what_would_go_wrong_is_refused_with_cause_and_cure(
     ],
 )
 def test_what_is_right_is_accepted_without_a_warning(function: str, raw: dict[str, Any]) -> None:
-    assert rehearsed(f"{BROUGHT}:{function}", epochs=1, **raw).warnings == ()
+    found = rehearsed(f"{BROUGHT}:{function}", epochs=1, **raw).warnings
+    assert [code for code, _ in found if code != "small_micro_batch"] == []
+
+
+def test_a_loader_settles_what_the_spec_leaves_open() -> None:
+    found = rehearsed(f"{BROUGHT}:loader", epochs=1)
+    assert found.data == {"global_batch": 16, "shuffle": True, "drop_last": True, "readers": 0}
+    assert "global_batch" not in rehearsed(f"{BROUGHT}:loader", epochs=1, data={"global_batch": 8}).data
+    assert rehearsed(f"{BROUGHT}:loader", epochs=1, arguments={"kind": "weighted"}).num_samples == 40
+
+
+def test_a_job_without_a_whole_step_is_refused() -> None:
+    with pytest.raises(RefusedError, match="nothing is left of 64 samples: a step has 100") as refused:
+        rehearsed(f"{BROUGHT}:plain_line", epochs=1, data={"global_batch": 100, "drop_last": True})
+    assert refused.value.field == "data.drop_last"
+
+
+def test_of_a_stream_no_more_is_counted_than_a_job_reads() -> None:
+    assert rehearsed(f"{BROUGHT}:stream", steps=2, data={"global_batch": 16}).num_samples == 32
+    assert rehearsed(f"{BROUGHT}:stream", epochs=2, data={"global_batch": 16}).num_samples == 64
 
 
 def test_a_model_that_couples_samples_is_warned_of() -> None:
-    [(code, message)] = rehearsed(f"{BROUGHT}:cache", epochs=1).warnings
+    code, message = rehearsed(f"{BROUGHT}:cache", epochs=1).warnings[0]
     assert code == "coupled_samples"
     assert "micro_batch = global_batch" in message
 

@@ -105,7 +105,7 @@ def test_frozen_parameters_and_buffers_are_state() -> None:
 def test_data_without_samples_or_length() -> None:
     with pytest.raises(TaskError, match="eval_data is empty"):
         num_samples([], "eval_data")
-    with pytest.raises(TaskError, match="has no length"):
+    with pytest.raises(TaskError, match="can be read only once"):
         num_samples(iter([1]), "train_data")
 
 
