@@ -143,8 +143,11 @@ class DataSpec(_message.Message):
     evaluation_batch: _builtins.int
     """Samples of one evaluation pass."""
     drop_last: _builtins.bool
+    """Leave out the last step of an epoch if it is short."""
     readers: _builtins.int
+    """Processes of each worker that read its samples ahead; 0: it reads them itself."""
     shuffle_buffer: _builtins.int
+    """Samples among which the next is drawn, for data that can only be read in order."""
     def __init__(
         self,
         *,
