@@ -566,6 +566,8 @@ def stream(kind: str = "plain") -> steepest.Task:
         data = DataLoader(Stream(noise=False), batch_size=16)
     elif kind == "generator":
         data = iter(Stream())
+    elif kind == "bare":
+        data = Stream(noise=False)
     return _task(nn.Linear(WIDTH, 1), train_data=data, eval_data=Stream(noise=False))
 
 

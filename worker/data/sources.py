@@ -20,6 +20,7 @@ class Source(Protocol):
     """Gives batches by sample numbers."""
 
     random: bool  # whether user code runs in `batch`, so that the random generators must be seeded for it
+    reads_ahead: bool  # whether other processes can read for it, to advantage
 
     def prepare(self, num_samples: int, data: DataSpec, seed: int, *, shuffle: bool) -> None:
         """Called before the first batch. num_samples: of an epoch."""
@@ -46,6 +47,7 @@ class ArraySource(_AnyOrder):
     """Arrays in memory. as_numpy: give NumPy rows, for a task without torch."""
 
     random = False
+    reads_ahead = False
 
     def __init__(self, arrays: Sequence[Any], *, as_numpy: bool = False) -> None:
         self._as_numpy = as_numpy
@@ -66,6 +68,7 @@ class DatasetSource(_AnyOrder):
     """A map-style Dataset: `__getitems__` where it has one, else a sample at a time; then the collate function."""
 
     random = True
+    reads_ahead = True
 
     def __init__(self, dataset: Any, collate: Callable[[Sequence[Any]], Any] | None) -> None:
         self._dataset = dataset
@@ -87,6 +90,7 @@ class LoaderSource:
         self._data = data
         self._source = source_of(data.dataset, collate or data.collate)
         self.random = self._source.random
+        self.reads_ahead = self._source.reads_ahead
 
     def prepare(self, num_samples: int, data: DataSpec, seed: int, *, shuffle: bool) -> None:
         """See Source."""

@@ -55,6 +55,7 @@ class StreamSource:
     """A Source over a stream. `prepare` comes first."""
 
     random = True  # collating may draw
+    reads_ahead = False
 
     def __init__(self, data: Any, collate: Callable[[Sequence[Any]], Any] | None) -> None:
         self._data = data

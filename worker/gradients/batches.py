@@ -6,21 +6,30 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from steepest.spec import TrainingJobSpec
 from worker.data.sampler import Sampler
 from worker.data.sources import Source
 from worker.gradients.backend import Backend
 from worker.gradients.engine import Engine
+from worker.gradients.readers import STEPS_AHEAD, Readers
 from worker.gradients.seeding import COMPUTE, DATA, EVALUATE, seed_all
 
 
 class Batches:
-    """num_samples, num_evaluation_samples: sizes of the data sets."""
+    """num_samples, num_evaluation_samples: sizes of the data sets. readers: processes that read ahead, if any."""
 
     def __init__(
-        self, spec: TrainingJobSpec, engine: Engine, backend: Backend, num_samples: int, num_evaluation_samples: int
+        self,
+        spec: TrainingJobSpec,
+        engine: Engine,
+        backend: Backend,
+        num_samples: int,
+        num_evaluation_samples: int,
+        readers: Readers | None = None,
     ) -> None:
+        self._readers = readers
         self._spec = spec
         self._engine = engine
         self._backend = backend
@@ -42,7 +51,7 @@ class Batches:
         found = self._ahead.pop((step, index), None)
         if found is None:
             indices = self._sampler.indices(step, index)
-            found = self._fetch(self._engine.train_source, indices, step, index), len(indices)
+            found = self._read(step, index, indices), len(indices)
         self._seed(COMPUTE, step, index)
         self._seeded = None
         return found
@@ -61,6 +70,9 @@ class Batches:
         self._ahead.clear()
         if step >= self._total_steps:
             return
+        if self._readers is not None:
+            self._read_ahead(self._readers, step, tuple(ranges))
+            return
         try:
             first = -1
             for low, high in ranges:
@@ -78,6 +90,21 @@ class Batches:
     def forget(self) -> None:
         """Drop what was fetched ahead."""
         self._ahead.clear()
+
+    def _read(self, step: int, index: int, indices: NDArray[np.int64]) -> Any:
+        if self._readers is None:
+            return self._fetch(self._engine.train_source, indices, step, index)
+        self._readers.ask(step, index, indices)
+        return self._readers.take(step, index)
+
+    def _read_ahead(self, readers: Readers, step: int, ranges: Iterable[tuple[int, int]]) -> None:
+        readers.forget(step)
+        for ahead in range(step, min(step + STEPS_AHEAD, self._total_steps)):
+            for low, high in ranges:
+                for index in range(low, high):
+                    indices = self._sampler.indices(ahead, index)
+                    if len(indices):
+                        readers.ask(ahead, index, indices)
 
     def _fetch(self, source: Source, indices: Any, step: int, index: int) -> Any:
         if source.random:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from worker.gradients.batches import Batches
 from worker.gradients.compressor import Compressor
 from worker.gradients.compute import Computer, MicroBatchError
 from worker.gradients.engine import Engine, LossError, StateError
+from worker.gradients.readers import Readers, Reading
 from worker.gradients.slots import Slots, num_slots
 from worker.gradients.torch_engine import TorchEngine
 from worker.process.exchange import Exchange
@@ -100,7 +102,13 @@ class WorkerLoop:
         self._compressor = (
             None if codec is None else Compressor(codec, self._layout, config.spec.part_leaves, num_leaves)
         )
-        batches = Batches(config.spec, self._engine, backend, config.num_samples, config.num_evaluation_samples)
+        readers = None
+        if config.spec.data.readers and self._engine.train_source.reads_ahead:
+            reading = Reading(config.spec.task, code, config.spec.seed, tuple(sys.path))
+            readers = Readers(reading, config.spec.data.readers)
+        batches = Batches(
+            config.spec, self._engine, backend, config.num_samples, config.num_evaluation_samples, readers
+        )
         self._computer = Computer(self._engine, self._layout, self._slots, batches, num_leaves, self._compressor)
 
     def run(self, addresses: Sequence[ServerAddress]) -> None:
