@@ -7,7 +7,7 @@ say) would cost more than the pass: they are compared while they are new, and af
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -53,11 +53,11 @@ class _Large:
 
 
 class Buffers:
-    """places: of the buffers, by name. names: their order when they are packed."""
+    """places: of the buffers, by name, in the order in which they are packed."""
 
-    def __init__(self, places: Mapping[str, Place], names: Sequence[str]) -> None:
-        self._names = list(names)
-        self._places = [places[name] for name in names]
+    def __init__(self, places: Mapping[str, Place]) -> None:
+        self._names = list(places)
+        self._places = list(places.values())
         self._own: list[torch.Tensor] = []
         for place in self._places:
             tensor = place.tensor

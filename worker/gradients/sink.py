@@ -40,6 +40,7 @@ class GradientSink:
         self._in_parts: set[int] = set()
         self._free: set[int] = set()
         self._unfinished = True
+        self.missed: set[int] = set()  # parameters without a gradient in the last pass
         self._hook(self._large)
 
     def watch(self, on_final: Callable[[int], None]) -> None:
@@ -71,6 +72,7 @@ class GradientSink:
         """
         self._store_small()
         self._unfinished = False
+        self.missed = set(self._missing)
         if self._in_parts:
             self._large -= self._in_parts
             self._small += sorted(self._in_parts)

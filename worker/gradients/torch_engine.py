@@ -62,7 +62,8 @@ class TorchEngine:
         self._description = model
         self._layout = layout
         state = TaskState.of(task)
-        self._constants = [state.constants[c.name] for c in model.constants]
+        self._constants = [state.constants.get(c.name, state.parameters.get(c.name)) for c in model.constants]
+        self._unreached = [(c.name, state.parameters[c.name]) for c in model.constants if c.name in state.parameters]
         aliases = [state.aliases[a.name] for a in model.aliases]
         for root in modules:
             root.to(device)
@@ -70,7 +71,7 @@ class TorchEngine:
         index = {p.name: i for i, p in enumerate(layout.parameters)}
         self._aliases = [(index[alias.description.of], alias) for alias in aliases]
         self._initial = [p.detach().cpu().clone() for p in self._parameters]
-        self._buffers = Buffers(state.buffers, [b.name for b in model.buffers])
+        self._buffers = Buffers({b.name: state.place(task, b.name) for b in model.buffers})
         self._modes = Modes(modules)
         self._is_frozen = False
         self._caches = Caches(roots(task), caches)
@@ -104,7 +105,7 @@ class TorchEngine:
                 alias.tensor.data = view
             else:
                 alias.place.bind(view)
-        self._watched = [*self._parameters, *(a.tensor for _, a in self._aliases if a.place is None)]
+        self._watched = [*self._parameters, *(a.tensor for _, a in self._aliases if a.place is None), *self._constants]
         self._versions, self._addresses = self._marks()
 
     def refresh(self) -> None:
@@ -129,7 +130,15 @@ class TorchEngine:
         )
         self._sink.finish()
         self._check_parameters()
+        for name, parameter in self._unreached:
+            if parameter.grad is not None:
+                raise StateError(first_gradient(name))
         return Measured(value.item() * factor, found.weight)
+
+    @property
+    def missed(self) -> list[str]:
+        """The parameters without a gradient in the last pass."""
+        return [self._layout.parameters[index].name for index in sorted(self._sink.missed)]
 
     def watch(self, on_final: Callable[[int], None]) -> None:
         """See Engine."""
@@ -194,6 +203,7 @@ class TorchEngine:
             return
         named = [p.name for p in self._layout.parameters]
         named += [a.description.name for _, a in self._aliases if a.place is None]
+        named += [c.name for c in self._description.constants]
         versions, addresses = self._marks()
         now, before = zip(versions, addresses, strict=True), zip(self._versions, self._addresses, strict=True)
         name = next(name for name, new, old in zip(named, now, before, strict=True) if new != old)
@@ -218,6 +228,14 @@ class TorchEngine:
                 self._factors.clear()
             self._factors[key] = torch.full_like(value, factor, requires_grad=False)
         return self._factors[key]
+
+
+def first_gradient(name: str) -> str:
+    """What is wrong with a task that uses a parameter it did not use when it was rehearsed."""
+    return (
+        f"the loss depends on the parameter {name!r}, which it did not when the job was submitted: have every pass use "
+        "it (add 0 * parameter.sum() where it is left out), so that it is trained from the start"
+    )
 
 
 def written_to(name: str) -> str:

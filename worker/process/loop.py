@@ -29,7 +29,7 @@ from worker.gradients.torch_engine import TorchEngine
 from worker.process.exchange import Exchange
 from worker.rehearsal.fingerprint import difference, fingerprint
 from worker.task.load import TaskError, load_task, user_traceback
-from worker.task.model import describe_model
+from worker.task.model import conduct_of, describe_model
 
 DISMISSED_GRACE_SECONDS = 0.2
 
@@ -55,7 +55,7 @@ def _check_same(task: Task | AnalyticTask, config: JobConfig) -> None:
     found = ""
     if config.fingerprint:
         found = difference(config.fingerprint, fingerprint(task))
-    if not found and not describe_model(task).is_same_as(config.model):
+    if not found and not describe_model(task, conduct_of(config.model, task)).is_same_as(config.model):
         found = "the model"
     if found:
         raise TaskError(

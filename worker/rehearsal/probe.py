@@ -17,7 +17,7 @@ from steepest.errors import SpecError
 from steepest.spec import TrainingJobSpec, spec_from_dict
 from worker.data.loader import LoaderData
 from worker.rehearsal.fingerprint import fingerprint
-from worker.rehearsal.rehearse import rehearse
+from worker.rehearsal.rehearse import OtherConductError, rehearse
 from worker.task.load import TaskError, load_task
 from worker.task.model import check_fits, describe_model, num_samples
 
@@ -41,7 +41,12 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
             raise TaskError("data.drop_last", problem)
         evaluation = 0 if task.eval_data is None else num_samples(task.eval_data, "eval_data")
         seen = fingerprint(task)
-        found = rehearse(task, spec, model, samples, evaluation, code)
+        try:
+            found = rehearse(task, spec, model, samples, evaluation, code)
+        except OtherConductError as other:
+            task = load_task(spec.task, code, spec.seed)
+            model = describe_model(task, other.conduct)
+            found = rehearse(task, spec, model, samples, evaluation, code)
     except TaskError as error:
         return {"field": error.field, "message": error.message, "traceback": error.traceback}
     return {

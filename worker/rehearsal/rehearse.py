@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,15 +29,25 @@ from worker.gradients.seeding import COMPUTE, DATA, EVALUATE, seed_all
 from worker.gradients.torch_engine import TorchEngine, written_to
 from worker.rehearsal.hidden_state import differences, hidden_state
 from worker.task.load import TaskError, said, user_traceback
-from worker.task.state import TaskState
+from worker.task.model import Conduct
+from worker.task.state import TaskState, roots
 
 FEW_SAMPLES = 2
 SLOW_SECONDS = 2.0  # a micro-batch that takes longer is rehearsed with a few samples
 QUICK_SECONDS = 0.2  # a micro-batch that takes less is compared over whole steps, several times
 COMPARED_STEPS = 3
+OTHER_PASSES = 4  # before a parameter without a gradient counts as not reached
 EXPENSIVE = 1.5
 NOTICEABLE_SECONDS = 0.003
 TOLERANCE = {"full": 2e-3, "bf16": 5e-2}  # of sums in another order, relative
+
+
+class OtherConductError(Exception):
+    """Tensors behave in another way than the description says. conduct: how; describe the task again with it."""
+
+    def __init__(self, conduct: Conduct) -> None:
+        self.conduct = conduct
+        super().__init__(str(conduct))
 
 
 @dataclass
@@ -77,7 +87,8 @@ def rehearse(
 ) -> Rehearsal:
     """Rehearse a job. num_samples, num_evaluation_samples: sizes of the data. code: where the user's modules lie.
 
-    The task is not to be used after that. Raises TaskError for what would fail later, or differ between placements.
+    The task is not to be used after that. Raises TaskError for what would fail later, or differ between placements, and
+    OtherConductError.
     """
     return _Rehearsing(task, spec, model, num_samples, num_evaluation_samples, code).run()
 
@@ -94,6 +105,7 @@ class _Rehearsing:
     ) -> None:
         self._task = task
         self._spec = spec
+        self._model = model
         self._code = code
         self._num_samples = num_samples
         self._num_evaluation_samples = num_evaluation_samples
@@ -128,6 +140,7 @@ class _Rehearsing:
         few = whole[:FEW_SAMPLES]
         self._check_data(few)
         indices = few
+        self._watch_first_pass(few)
         self._timed(few)
         if self._found.seconds * len(whole) / max(len(few), 1) <= SLOW_SECONDS and len(whole) > len(few):
             indices = whole
@@ -153,6 +166,10 @@ class _Rehearsing:
                 )
         else:
             found.model, found.loss = "AnalyticTask", f"gradient: {_name_of(task.gradient)}"
+        still = [c.name for c in self._model.constants if isinstance(task, Task) and c.name in _trainable(task)]
+        if still:
+            some = ", ".join(still[:3]) + (f" and {len(still) - 3} more" if len(still) > 3 else "")
+            found.warnings.append(("unreached_parameters", f"the loss does not depend on {some}: not trained"))
         workers = self._spec.placement.workers
         if found.price > EXPENSIVE and found.seconds > NOTICEABLE_SECONDS and workers < data.num_micro_batches:
             problem = (
@@ -174,13 +191,13 @@ class _Rehearsing:
             self._fetched = (source or self._engine.train_source).batch(indices)
             return self._fetched
 
-    def _pass(self, indices: NDArray[np.int64], what: str = "the first micro-batch") -> _Pass:
+    def _pass(self, indices: NDArray[np.int64], what: str = "the first micro-batch", seed: int | None = None) -> _Pass:
         batch = self._fetch(indices)
         gradient = torch.zeros(self._layout.numel, dtype=self._layout.dtype)
         views = self._layout.views(gradient)
         with _blamed("task", f"forward and backward of {what} ({len(indices)} samples)"):
             for _ in range(2):
-                seed_all(self._spec.seed, COMPUTE, 0, 0, backend=self._backend)
+                seed_all(self._spec.seed if seed is None else seed, COMPUTE, 0, 0, backend=self._backend)
                 try:
                     measured = self._engine.gradient(batch, len(indices), views, add=False)
                     break
@@ -207,6 +224,42 @@ class _Rehearsing:
         name = next((p.name for p, old, new in views if not torch.equal(old, new)), "")
         if name:
             raise TaskError("task.model", written_to(name))
+
+    def _watch_first_pass(self, indices: NDArray[np.int64]) -> None:
+        """Raises OtherConductError for frozen parameters that move, and for parameters that the loss does not reach."""
+        task, engine = self._task, self._engine
+        if not isinstance(task, Task) or not isinstance(engine, TorchEngine):
+            return
+        names = _trainable(task)
+        before = {name: tensor.detach().clone() for name, tensor in TaskState.of(task).constants.items()}
+        try:
+            self._pass(indices)
+        except TaskError:
+            if not self._moved(before):
+                raise
+        unreached = set(engine.missed)
+        for other in range(1, OTHER_PASSES):
+            if not unreached:
+                break
+            chosen = self._sampler.indices(other % self._sampler.steps_per_epoch, 0)[:FEW_SAMPLES]
+            self._pass(chosen, seed=self._spec.seed + other)
+            unreached &= set(engine.missed)
+        moved = self._moved(before)
+        if moved or (unreached and unreached != {p.name for p in self._layout.parameters}):
+            raise OtherConductError(Conduct(frozenset(moved), frozenset(unreached)))
+        if (new := _trainable(task)) != names:
+            name = min(new ^ names)
+            raise TaskError(
+                "task.model",
+                f"the first pass changed which parameters there are or which are trained ({name!r}); create them in "
+                "__init__, and freeze before the job starts",
+            )
+
+    def _moved(self, before: Mapping[str, torch.Tensor]) -> list[str]:
+        assert isinstance(self._task, Task)  # noqa: S101  # only a Task has frozen parameters
+        now = {**dict(self._task.model.named_parameters()), **_of_loss(self._task)}
+        known = {b.name for b in self._model.buffers}
+        return [n for n, tensor in before.items() if n not in known and not torch.equal(now[n].detach(), tensor)]
 
     # -- checks -----------------------------------------------------------------------------------------------------
 
@@ -471,6 +524,15 @@ def _blamed(field: str, what: str) -> Iterator[None]:
         raise TaskError("task.model", str(error)) from error
     except Exception as error:
         raise TaskError(field, f"{what} raised {said(error)}", user_traceback(error)) from error
+
+
+def _trainable(task: Task) -> set[str]:
+    """The names of the parameters that require gradients."""
+    return {n for prefix, root in roots(task) for n, p in root.named_parameters(prefix[:-1]) if p.requires_grad}
+
+
+def _of_loss(task: Task) -> dict[str, torch.nn.Parameter]:
+    return {n: p for prefix, root in roots(task)[1:] for n, p in root.named_parameters(prefix[:-1])}
 
 
 def _name_of(function: Any) -> str:

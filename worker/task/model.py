@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +26,20 @@ def _describe(name: str, tensor: torch.Tensor) -> TensorDescription:
     return TensorDescription(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
 
-def describe_model(task: Task | AnalyticTask) -> ModelDescription:
+@dataclass(frozen=True)
+class Conduct:
+    """How tensors behave in a pass, by name.
+
+    moving: frozen parameters that forward changes, as a momentum encoder does; they are treated as buffers.
+    unreached: parameters that the loss does not depend on; they stay as they are, as in plain PyTorch, where they have
+    no gradient.
+    """
+
+    moving: frozenset[str] = frozenset()
+    unreached: frozenset[str] = frozenset()
+
+
+def describe_model(task: Task | AnalyticTask, conduct: Conduct | None = None) -> ModelDescription:
     """What the servers need to know of the model. Raises TaskError for one that cannot be trained here."""
     if isinstance(task, AnalyticTask):
         tensors = {name: torch.as_tensor(value) for name, value in task.parameters.items()}
@@ -38,7 +52,7 @@ def describe_model(task: Task | AnalyticTask) -> ModelDescription:
         lazy = [n for prefix, root in roots(task) for n, p in root.named_parameters(prefix[:-1]) if is_lazy(p)]
         if lazy:
             raise TaskError("task.model", f"{lazy[0]} has no shape yet: run one batch through lazy modules in the task")
-        description = _describe_state(task)
+        description = _describe_state(task, conduct or Conduct())
     try:
         build_layout(description)
     except ValueError as error:
@@ -46,7 +60,7 @@ def describe_model(task: Task | AnalyticTask) -> ModelDescription:
     return description
 
 
-def _describe_state(task: Task) -> ModelDescription:
+def _describe_state(task: Task, conduct: Conduct) -> ModelDescription:
     try:
         state = TaskState.of(task)
     except UnusableError as error:
@@ -68,12 +82,25 @@ def _describe_state(task: Task) -> ModelDescription:
             if id(value) not in names:
                 raise TaskError("task.model", f"state_dict entry {key!r} is neither a parameter nor a buffer")
             shown.append((prefix + key, names[id(value)]))
+    moving = [(n, t) for n, t in state.constants.items() if n in conduct.moving]
+    unreached = [(n, t) for n, t in state.parameters.items() if n in conduct.unreached]
     return ModelDescription(
-        tuple(_describe(n, t) for n, t in state.parameters.items()),
-        tuple(_describe(n, t) for n, t in buffers.items() if t is not None),
+        tuple(_describe(n, t) for n, t in state.parameters.items() if n not in conduct.unreached),
+        tuple(_describe(n, t) for n, t in [*buffers.items(), *moving] if t is not None),
         tuple(shown),
-        tuple(_describe(n, t) for n, t in state.constants.items()),
+        tuple(_describe(n, t) for n, t in [*state.constants.items(), *unreached] if n not in conduct.moving),
         tuple(alias.description for alias in state.aliases.values()),
+    )
+
+
+def conduct_of(model: ModelDescription, task: Task | AnalyticTask) -> Conduct:
+    """The conduct that a description has taken into account."""
+    if isinstance(task, AnalyticTask):
+        return Conduct()
+    state = TaskState.of(task)
+    return Conduct(
+        frozenset(b.name for b in model.buffers if b.name in state.constants),
+        frozenset(c.name for c in model.constants if c.name in state.parameters),
     )
 
 

@@ -24,7 +24,7 @@ class UnusableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a module holds a tensor: looked up by name, since a forward pass may bind another one."""
+    """Where a module holds a buffer, or a frozen parameter: looked up by name, since a pass may bind another tensor."""
 
     module: nn.Module
     key: str
@@ -32,11 +32,14 @@ class Place:
     @property
     def tensor(self) -> torch.Tensor | None:
         """What is there now."""
-        return self.module._buffers.get(self.key)
+        return self.module._buffers.get(self.key, self.module._parameters.get(self.key))
 
     def bind(self, tensor: torch.Tensor) -> None:
         """Have this tensor there."""
-        self.module._buffers[self.key] = tensor
+        if self.key in self.module._parameters:
+            self.module._parameters[self.key] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            self.module._buffers[self.key] = tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,18 @@ class TaskState:
                     else:
                         state.aliases[name] = Alias(alias, buffer, Place(module, key))
         return state
+
+    def place(self, task: Task, name: str) -> Place:
+        """Where a buffer or a frozen parameter is."""
+        if name in self.buffers:
+            return self.buffers[name]
+        wanted = self.constants[name]
+        for _, root in roots(task):
+            for module in root.modules():
+                for key, parameter in module._parameters.items():
+                    if parameter is wanted:
+                        return Place(module, key)
+        raise KeyError(name)
 
     def names(self) -> dict[int, str]:
         """The name of each tensor, by its id."""
