@@ -47,6 +47,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "own_loss": {},
     "three_entries": {},
     "frozen_backbone": {},
+    "momentum_encoder": {**WHOLE},
+    "unreached_parameters": {"optimizer": {"name": "adamw", "lr": LR, "weight_decay": 0.5}},
 }
 
 
@@ -66,7 +68,10 @@ def _plain(function: str, arguments: dict[str, Any] | None = None) -> dict[str, 
     model, loss = task.model, task.loss
     modes = {module: module.training for module in model.modules()}
     roots = [model, *([loss] if isinstance(loss, nn.Module) else [])]
-    optimizer = torch.optim.SGD([p for root in roots for p in root.parameters() if p.requires_grad], lr=LR)
+    parameters = [p for root in roots for p in root.parameters() if p.requires_grad]
+    optimizer: Any = torch.optim.SGD(parameters, lr=LR)
+    if KINDS[function].get("optimizer", {}).get("name") == "adamw":
+        optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.5)
     size = len(task.train_data)
     data = submitted_data(size)
     source, sampler = source_of(task.train_data), Sampler(size, data, 0)
@@ -123,6 +128,11 @@ def test_batches_and_losses_as_they_come(kind: str, returns: str, tmp_path: Path
     state = _run_here(tmp_path, "own_loss", arguments={"kind": kind, "returns": returns})
     expected = _plain("own_loss")
     torch.testing.assert_close(state.model["line.weight"], expected["line.weight"], rtol=2e-5, atol=2e-6)
+
+
+def test_a_momentum_encoder_may_bind_anew(tmp_path: Path) -> None:
+    in_place, anew = (_run_here(tmp_path, "momentum_encoder", arguments={"rebinds": r}, **WHOLE) for r in (False, True))
+    torch.testing.assert_close(in_place.model["teacher.weight"], anew.model["teacher.weight"])
 
 
 def test_what_shares_memory_stays_so(tmp_path: Path) -> None:

@@ -580,3 +580,78 @@ def frozen_backbone(width: int = 512) -> steepest.Task:
     """A frozen layer under one that learns."""
     model = nn.Sequential(nn.Linear(WIDTH, width).requires_grad_(False), nn.ReLU(), nn.Linear(width, 1))
     return _task(model)
+
+
+# -- how parameters behave --------------------------------------------------------------------------------------------
+
+
+class MomentumEncoder(nn.Module):
+    """A frozen copy that follows the encoder in every forward pass, as in MoCo."""
+
+    def __init__(self, *, rebinds: bool) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(WIDTH, WIDTH)
+        self.teacher = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.rebinds = rebinds
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            for own, theirs in zip(self.teacher.parameters(), self.encoder.parameters(), strict=True):
+                if self.rebinds:
+                    own.data = own.data * 0.9 + theirs.data * 0.1
+                else:
+                    own.mul_(0.9).add_(theirs, alpha=0.1)
+            wanted = self.teacher(x)
+        return (self.encoder(x) - wanted).square().mean(1, keepdim=True)
+
+
+def momentum_encoder(*, rebinds: bool = False) -> steepest.Task:
+    """Frozen parameters that forward changes."""
+    return _task(MomentumEncoder(rebinds=rebinds))
+
+
+class PartlyUsed(_Line):
+    """Has a layer that no output depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooler = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.line(x)
+
+
+def unreached_parameters() -> steepest.Task:
+    """Parameters that the loss does not depend on."""
+    return _task(PartlyUsed())
+
+
+class UsedLater(PartlyUsed):
+    """Uses its other layer from the fourth step on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return self.line(self.pooler(x) if self.passes > 3 else x)
+
+
+def parameters_used_later() -> steepest.Task:
+    """Parameters that the loss depends on later."""
+    return _task(UsedLater())
+
+
+class CreatesParameters(_Line):
+    """Makes a parameter in its first pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "shift"):
+            self.shift = nn.Parameter(torch.zeros(1))
+        return self.line(x) + self.shift
+
+
+def created_parameter() -> steepest.Task:
+    """A parameter that is created in forward."""
+    return _task(CreatesParameters())

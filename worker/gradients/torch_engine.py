@@ -62,7 +62,8 @@ class TorchEngine:
         self._description = model
         self._layout = layout
         state = TaskState.of(task)
-        self._constants = [state.constants.get(c.name, state.parameters.get(c.name)) for c in model.constants]
+        unchanging = {**state.parameters, **state.constants}
+        self._constants = [unchanging[c.name] for c in model.constants]
         self._unreached = [(c.name, state.parameters[c.name]) for c in model.constants if c.name in state.parameters]
         aliases = [state.aliases[a.name] for a in model.aliases]
         for root in modules:

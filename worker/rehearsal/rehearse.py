@@ -232,11 +232,13 @@ class _Rehearsing:
             return
         names = _trainable(task)
         before = {name: tensor.detach().clone() for name, tensor in TaskState.of(task).constants.items()}
+        flat = self._flat.clone()
         try:
             self._pass(indices)
         except TaskError:
             if not self._moved(before):
                 raise
+        self._check_unwritten(flat)
         unreached = set(engine.missed)
         for other in range(1, OTHER_PASSES):
             if not unreached:

@@ -39,6 +39,7 @@ BROUGHT = "tests.support.brought"
         ("contrastive", {}, "task.loss", r"not a mean over the samples.*micro_batch = 64"),
         ("clamped_gradients", {}, "task.loss", r"not a mean over the samples"),
         ("data_with_a_generator", {}, "task.train_data", r"other values.*generator of its own.*seeded"),
+        ("created_parameter", {}, "task.model", r"changed which parameters there are.*'shift'.*__init__"),
         ("loader", {"kind": "batches"}, "task.train_data", r"batch_sampler of its own; give it a batch_size"),
         (
             "stream",
@@ -73,6 +74,7 @@ def test_what_would_go_wrong_is_refused_with_cause_and_cure(
         ("plain_line", {}),
         ("last_batch_of_one", {"data": {"drop_last": True}}),
         ("stream", {}),
+        ("momentum_encoder", {}),
         *[("loader", {"arguments": {"kind": kind}}) for kind in ("shuffled", "weighted", "collated")],
         ("said_weight", {}),
         ("weighed_classes", {}),
@@ -83,6 +85,14 @@ def test_what_would_go_wrong_is_refused_with_cause_and_cure(
 def test_what_is_right_is_accepted_without_a_warning(function: str, raw: dict[str, Any]) -> None:
     found = rehearsed(f"{BROUGHT}:{function}", epochs=1, **raw).warnings
     assert [code for code, _ in found if code != "small_micro_batch"] == []
+
+
+def test_parameters_are_what_a_pass_makes_of_them() -> None:
+    moving = rehearsed(f"{BROUGHT}:momentum_encoder", epochs=1).model
+    assert {b.name for b in moving.buffers} == {"teacher.weight", "teacher.bias"}
+    found = rehearsed(f"{BROUGHT}:unreached_parameters", epochs=1)
+    assert {c.name for c in found.model.constants} == {"pooler.weight", "pooler.bias"}
+    assert found.warnings[0][0] == "unreached_parameters"
 
 
 def test_a_loader_settles_what_the_spec_leaves_open() -> None:
