@@ -116,11 +116,13 @@ class _Rehearsing:
         self._layout = layout
         self._engine: Engine
         self._known: set[int] = set()
+        self._frozen: dict[str, torch.Tensor] = {}
         if isinstance(task, AnalyticTask):
             self._engine = AnalyticEngine(task, layout)
         else:
             with _blamed("task", "the task could not be set up"):
                 state = TaskState.of(task)
+                self._frozen.update(state.constants)
                 self._engine = TorchEngine(task, model, layout, self._backend, spec.precision)
                 self._known = {id(place.tensor) for place in state.buffers.values()}
                 self._known |= set(state.names())
@@ -231,7 +233,7 @@ class _Rehearsing:
         if not isinstance(task, Task) or not isinstance(engine, TorchEngine):
             return
         names = _trainable(task)
-        before = {name: tensor.detach().clone() for name, tensor in TaskState.of(task).constants.items()}
+        before = {name: tensor.detach().clone() for name, tensor in self._frozen.items()}
         flat = self._flat.clone()
         try:
             self._pass(indices)
