@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, JsonValue, PrivateAttr, ValidationError, field_validator, model_validator
 
 from steepest.errors import SpecError, Violation
 from steepest.spec_base import NonNegativeInt, PositiveFloat, PositiveInt, SpecModel
@@ -27,6 +27,7 @@ from steepest.step_spec import (
 
 __all__ = ["HYPER_PARAMETERS", "OPTIMIZER_NAMES", "SCHEDULE_NAMES", "ClipSpec", "OptimizerSpec", "ScheduleSpec"]
 
+DEFAULT_MAX_WORKERS = 2
 DEFAULT_RATIO, DEFAULT_RANK, DEFAULT_PARTS = 0.01, 16, 8
 
 
@@ -50,7 +51,7 @@ class DataSpec(SpecModel):
     micro_batch: PositiveInt | None = Field(
         default=None,
         description="Samples of one gradient computation, the unit that is dealt to workers.",
-        json_schema_extra={"default_text": "global batch / 8, rounded up"},
+        json_schema_extra={"default_text": "so many that `placement.max_workers` have one each"},
     )
     shuffle: bool = Field(default=True, description="Draw another order of the samples in each epoch.")
     evaluation_batch: PositiveInt = Field(default=256, description="Samples of one evaluation pass.")
@@ -61,6 +62,15 @@ class DataSpec(SpecModel):
     shuffle_buffer: PositiveInt = Field(
         default=1000, description="Samples among which the next is drawn, for data that can only be read in order."
     )
+
+    # Workers that find a micro-batch each; of placement.max_workers.
+    _cut_for: int = PrivateAttr(default=DEFAULT_MAX_WORKERS)
+
+    def cut_for(self, workers: int) -> DataSpec:
+        """The same, with micro-batches for so many workers unless their size is given."""
+        copy = self.model_copy()
+        copy._cut_for = workers
+        return copy
 
     @model_validator(mode="after")
     def _micro_within_global(self) -> Self:
@@ -74,7 +84,7 @@ class DataSpec(SpecModel):
     @property
     def micro_batch_size(self) -> int:
         """B, the samples of a micro-batch."""
-        return self.micro_batch or math.ceil(self.global_batch / 8)
+        return self.micro_batch or math.ceil(self.global_batch / (1 << (self._cut_for - 1).bit_length()))
 
     @property
     def num_micro_batches(self) -> int:
@@ -164,6 +174,11 @@ class PlacementSpec(SpecModel):
     """Where a job runs. Never changes the result, but for threads_per_worker and the type of the devices."""
 
     workers: Annotated[int, Field(ge=1, le=1024)] = Field(default=1, description="Number of workers.")
+    max_workers: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        default=None,
+        description="The most workers that a step is cut for; fewer and larger micro-batches take less time in all.",
+        json_schema_extra={"default_text": str(DEFAULT_MAX_WORKERS)},
+    )
     servers: Annotated[int, Field(ge=1, le=256)] | None = Field(
         default=None,
         description="Number of servers, or auto: one; on several hosts one each, from 16 MiB of parameters on.",
@@ -257,6 +272,12 @@ class TrainingJobSpec(SpecModel):
                 f"schedule.warmup_steps = {self.schedule.warmup_steps} leaves nothing of steps = {self.steps}; "
                 f"allowed: 0 to {self.steps - 1}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _cut(self) -> Self:
+        workers = self.placement.max_workers or DEFAULT_MAX_WORKERS
+        self.__dict__["data"] = self.data.cut_for(workers)  # the model is frozen, and this is no other value
         return self
 
     @model_validator(mode="after")

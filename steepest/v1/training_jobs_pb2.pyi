@@ -540,6 +540,7 @@ class PlacementSpec(_message.Message):
     WORKER_TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
     MAX_WORKER_RESTARTS_FIELD_NUMBER: _builtins.int
     SERVER_DEVICE_FIELD_NUMBER: _builtins.int
+    MAX_WORKERS_FIELD_NUMBER: _builtins.int
     workers: _builtins.int
     """Number of workers."""
     servers: _builtins.int
@@ -556,6 +557,8 @@ class PlacementSpec(_message.Message):
     """Deaths in a row, without a step in between, that the job survives."""
     server_device: _builtins.str
     """Device of the servers: cpu or cuda, each on the GPU of a worker."""
+    max_workers: _builtins.int
+    """The most workers that a step is cut for; fewer and larger micro-batches take less time in all."""
     def __init__(
         self,
         *,
@@ -567,15 +570,18 @@ class PlacementSpec(_message.Message):
         worker_timeout_seconds: _builtins.float | None = ...,
         max_worker_restarts: _builtins.int | None = ...,
         server_device: _builtins.str | None = ...,
+        max_workers: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "_max_worker_restarts", b"_max_worker_restarts", "_server_device", b"_server_device", "_servers", b"_servers", "_threads_per_worker", b"_threads_per_worker", "_transport", b"_transport", "_worker_timeout_seconds", b"_worker_timeout_seconds", "_workers", b"_workers", "device", b"device", "max_worker_restarts", b"max_worker_restarts", "server_device", b"server_device", "servers", b"servers", "threads_per_worker", b"threads_per_worker", "transport", b"transport", "worker_timeout_seconds", b"worker_timeout_seconds", "workers", b"workers"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "_max_worker_restarts", b"_max_worker_restarts", "_max_workers", b"_max_workers", "_server_device", b"_server_device", "_servers", b"_servers", "_threads_per_worker", b"_threads_per_worker", "_transport", b"_transport", "_worker_timeout_seconds", b"_worker_timeout_seconds", "_workers", b"_workers", "device", b"device", "max_worker_restarts", b"max_worker_restarts", "max_workers", b"max_workers", "server_device", b"server_device", "servers", b"servers", "threads_per_worker", b"threads_per_worker", "transport", b"transport", "worker_timeout_seconds", b"worker_timeout_seconds", "workers", b"workers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "_max_worker_restarts", b"_max_worker_restarts", "_server_device", b"_server_device", "_servers", b"_servers", "_threads_per_worker", b"_threads_per_worker", "_transport", b"_transport", "_worker_timeout_seconds", b"_worker_timeout_seconds", "_workers", b"_workers", "device", b"device", "max_worker_restarts", b"max_worker_restarts", "server_device", b"server_device", "servers", b"servers", "threads_per_worker", b"threads_per_worker", "transport", b"transport", "worker_timeout_seconds", b"worker_timeout_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "_max_worker_restarts", b"_max_worker_restarts", "_max_workers", b"_max_workers", "_server_device", b"_server_device", "_servers", b"_servers", "_threads_per_worker", b"_threads_per_worker", "_transport", b"_transport", "_worker_timeout_seconds", b"_worker_timeout_seconds", "_workers", b"_workers", "device", b"device", "max_worker_restarts", b"max_worker_restarts", "max_workers", b"max_workers", "server_device", b"server_device", "servers", b"servers", "threads_per_worker", b"threads_per_worker", "transport", b"transport", "worker_timeout_seconds", b"worker_timeout_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__device: _TypeAlias = _typing.Literal["device"]  # noqa: Y015
     _WhichOneofArgType__device: _TypeAlias = _typing.Literal["_device", b"_device"]  # noqa: Y015
     _WhichOneofReturnType__max_worker_restarts: _TypeAlias = _typing.Literal["max_worker_restarts"]  # noqa: Y015
     _WhichOneofArgType__max_worker_restarts: _TypeAlias = _typing.Literal["_max_worker_restarts", b"_max_worker_restarts"]  # noqa: Y015
+    _WhichOneofReturnType__max_workers: _TypeAlias = _typing.Literal["max_workers"]  # noqa: Y015
+    _WhichOneofArgType__max_workers: _TypeAlias = _typing.Literal["_max_workers", b"_max_workers"]  # noqa: Y015
     _WhichOneofReturnType__server_device: _TypeAlias = _typing.Literal["server_device"]  # noqa: Y015
     _WhichOneofArgType__server_device: _TypeAlias = _typing.Literal["_server_device", b"_server_device"]  # noqa: Y015
     _WhichOneofReturnType__servers: _TypeAlias = _typing.Literal["servers"]  # noqa: Y015
@@ -592,6 +598,8 @@ class PlacementSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__device) -> _WhichOneofReturnType__device | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_worker_restarts) -> _WhichOneofReturnType__max_worker_restarts | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_workers) -> _WhichOneofReturnType__max_workers | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__server_device) -> _WhichOneofReturnType__server_device | None: ...
     @_typing.overload

@@ -89,7 +89,7 @@ def test_a_job_goes_on_from_its_checkpoint_with_the_same_bits(compression: str, 
 SLOW: dict[str, Any] = {
     "arguments": {"delay": 0.02},
     "steps": 90,
-    "data": {"global_batch": 24},
+    "data": {"global_batch": 24, "micro_batch": 3},
     "checkpoint_every": 20,
     "compression": {"name": "powersgd", "rank": 1},
 }

@@ -27,14 +27,14 @@ LARGE: dict[str, Any] = {
     "task": "tests.support.tasks:large",
     "steps": 4,
     "clip": {"norm": 1.0},
-    "data": {"global_batch": 24},
+    "data": {"global_batch": 24, "micro_batch": 3},
 }
 DATA = {"global_batch": 24, "micro_batch": 3}
 SLOW: dict[str, Any] = {
     "task": "tests.support.tasks:slow",
     "arguments": {"delay": 0.004},
     "epochs": 8,
-    "data": {"global_batch": 24},
+    "data": {"global_batch": 24, "micro_batch": 3},
 }
 DEEP = {**SLOW, "task": "tests.support.tasks:deep"}
 IN_PARTS: dict[

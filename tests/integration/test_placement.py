@@ -16,12 +16,17 @@ from tests.support.choices import full, pairwise_first
 pytestmark = pytest.mark.cluster
 
 JOBS: dict[str, dict[str, Any]] = {
-    "convnet with batch norm": {"task": "examples.digits:convnet", "steps": 6, "clip": {"norm": 1.0}},
+    "convnet with batch norm": {
+        "task": "examples.digits:convnet",
+        "steps": 6,
+        "clip": {"norm": 1.0},
+        "data": {"micro_batch": 8},
+    },
     "transformer with dropout and tied embeddings": {
         "task": "examples.charlm:transformer",
         "arguments": {"width": 128, "layers": 1},
         "steps": 3,
-        "data": {"global_batch": 16},
+        "data": {"global_batch": 16, "micro_batch": 2},
     },
     "ragged data": {
         "task": "tests.support.tasks:regression",
@@ -31,13 +36,24 @@ JOBS: dict[str, dict[str, Any]] = {
         "clip": {"value": 0.001},
         "optimizer": {"name": "rmsprop", "momentum": 0.5, "decay_biases_and_norms": False, "weight_decay": 0.1},
     },
-    "dataset with noise": {"task": "tests.support.tasks:slow", "arguments": {"delay": 0.0}, "epochs": 2},
+    "dataset with noise": {
+        "task": "tests.support.tasks:slow",
+        "arguments": {"delay": 0.0},
+        "epochs": 2,
+        "data": {"micro_batch": 8},
+    },
     "bf16": {
         "task": "examples.digits:convnet",
         "steps": 6,
         "precision": "bf16",
+        "data": {"micro_batch": 8},
     },
-    "analytic": {"task": "tests.support.tasks:least_squares", "epochs": 2, "optimizer": {"name": "nesterov"}},
+    "analytic": {
+        "task": "tests.support.tasks:least_squares",
+        "epochs": 2,
+        "data": {"micro_batch": 8},
+        "optimizer": {"name": "nesterov"},
+    },
 }
 
 

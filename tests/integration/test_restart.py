@@ -17,7 +17,7 @@ from tests.support.service import COMMAND, TASKS, free_port, serving, until
 
 pytestmark = pytest.mark.cluster
 
-SPEC = {"steps": 40, "data": {"global_batch": 24}, "checkpoint_every": 5}
+SPEC = {"steps": 40, "data": {"global_batch": 24, "micro_batch": 3}, "checkpoint_every": 5}
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, full(signal.SIGTERM)])

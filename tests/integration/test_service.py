@@ -23,7 +23,7 @@ from tests.support.service import EXAMPLES, NUM_CPUS, until
 
 pytestmark = pytest.mark.cluster
 
-SLOW: dict[str, Any] = {"arguments": {"delay": 0.01}, "steps": 60, "data": {"global_batch": 24}}
+SLOW: dict[str, Any] = {"arguments": {"delay": 0.01}, "steps": 60, "data": {"global_batch": 24, "micro_batch": 3}}
 
 
 @pytest.fixture(scope="module")

@@ -78,8 +78,13 @@ def test_all_bad_fields_are_named_at_once() -> None:
 def test_the_default_micro_batch_does_not_depend_on_the_workers() -> None:
     for workers in (1, 5):
         it = spec(data={"global_batch": 60}, placement={"workers": workers})
-        assert (it.data.micro_batch_size, it.data.num_micro_batches) == (8, 8)
-    assert spec(data={"global_batch": 3}).data.num_micro_batches == 3
+        assert (it.data.micro_batch_size, it.data.num_micro_batches) == (30, 2)
+    for most, micro_batches in ((1, 1), (2, 2), (3, 4), (8, 8), (100, 60)):
+        cut = spec(data={"global_batch": 60}, placement={"max_workers": most}).data
+        assert cut.num_micro_batches == micro_batches
+    explicit = spec(data={"global_batch": 60, "micro_batch": 10}, placement={"max_workers": 2})
+    assert explicit.data.num_micro_batches == 6
+    assert spec_from_dict(spec(placement={"max_workers": 4}).model_dump()).data.num_micro_batches == 4
 
 
 def test_length_in_epochs_counts_the_short_step() -> None:

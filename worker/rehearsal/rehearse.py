@@ -173,6 +173,12 @@ class _Rehearsing:
             some = ", ".join(still[:3]) + (f" and {len(still) - 3} more" if len(still) > 3 else "")
             found.warnings.append(("unreached_parameters", f"the loss does not depend on {some}: not trained"))
         workers = self._spec.placement.workers
+        if workers > data.num_micro_batches:
+            problem = (
+                f"a step has {data.num_micro_batches} micro-batches for {workers} workers, so some have nothing to do: "
+                f"set placement.max_workers = {workers} (or a smaller data.micro_batch)"
+            )
+            found.warnings.append(("idle_workers", problem))
         if found.price > EXPENSIVE and found.seconds > NOTICEABLE_SECONDS and workers < data.num_micro_batches:
             problem = (
                 f"the {data.num_micro_batches} micro-batches of a step take {found.price:.1f} times as long, one after "

@@ -17,7 +17,7 @@ TASK = {"module": "m", "function": "f", "arguments": {}}
 
 
 def _spec(**raw: object) -> TrainingJobSpec:
-    return spec_from_dict({"steps": 1, "task": TASK, **raw})
+    return spec_from_dict({"steps": 1, "task": TASK, "data": {"micro_batch": 8}, **raw})
 
 
 @given(st.integers(1, 40), st.data())
@@ -66,7 +66,9 @@ def test_the_state_is_what_torch_optim_keeps(name: str, extra: dict[str, object]
 def test_on_one_host_nothing_is_on_the_network_and_nobody_has_a_copy() -> None:
     one, inline = (
         footprint(
-            _spec(placement={"workers": 3, "servers": 2, "transport": name}, data={"global_batch": 32}),
+            _spec(
+                placement={"workers": 3, "servers": 2, "transport": name}, data={"global_batch": 32, "micro_batch": 4}
+            ),
             LAYOUT,
             num_hosts=1,
         )

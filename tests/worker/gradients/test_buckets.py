@@ -59,7 +59,7 @@ class Worker:
         torch.manual_seed(0)
         task = make()
         self.spec = spec_from_dict(
-            {"task": {"module": "m", "function": "f"}, "steps": 10, "data": {"global_batch": 24}}
+            {"task": {"module": "m", "function": "f"}, "steps": 10, "data": {"global_batch": 24, "micro_batch": 3}}
         )
         self.layout = build_layout(describe_model(task))
         self.backend = CpuBackend() if backend is None else backend

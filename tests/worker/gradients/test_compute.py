@@ -24,7 +24,9 @@ from worker.task.model import describe_model, num_samples
 
 
 def _spec(**raw: Any) -> TrainingJobSpec:
-    return spec_from_dict({"task": {"module": "m", "function": "f"}, "steps": 10, **raw})
+    return spec_from_dict(
+        {"task": {"module": "m", "function": "f"}, "steps": 10, "placement": {"max_workers": 8}, **raw}
+    )
 
 
 def _computer(make: Any, spec: TrainingJobSpec) -> tuple[Computer, torch.Tensor, Layout, torch.Tensor]:

@@ -1,0 +1,109 @@
+"""Code as people bring it: a job with the default settings against the loop that anybody would write.
+
+`python -m benchmarks.brought [--rounds 5] [--tasks gpt2 bert resnet backbone] [--json FILE]`; needs transformers. Steps
+of 64 samples, one thread a process, AdamW. A round runs the loop, one worker, one worker with one micro-batch and two
+workers in turn, each in new processes, for seconds; figures are medians over rounds. For `backbone`, the comparison
+is with the same job without the frozen layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import brought_tasks
+from harness.local_job import job_config, running
+from worker.data.sources import source_of
+from worker.gradients.losses import loss_of
+
+BATCH, WARM_UP, SECONDS = 64, 5, 3.0
+
+
+def _loop(name: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    task = getattr(brought_tasks, name)()
+    task.model.train()
+    optimizer = torch.optim.AdamW(task.model.parameters(), lr=1e-3, fused=True)
+    source, loss_in = source_of(task.train_data), loss_of(task)
+    times = []
+    ends = time.perf_counter() + 1e9
+    step = 0
+    while time.perf_counter() < ends:
+        began = time.perf_counter()
+        batch = source.batch((torch.randint(brought_tasks.ROWS, (BATCH,))).numpy())
+        optimizer.zero_grad()
+        loss_in(batch, BATCH).value.backward()
+        optimizer.step()
+        step += 1
+        if step == WARM_UP:
+            ends = time.perf_counter() + SECONDS
+        elif step > WARM_UP:
+            times.append(time.perf_counter() - began)
+    pipe.send(statistics.median(times))
+
+
+def loop(name: str) -> float:
+    """Seconds of a step of the plain loop."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_loop, args=(name, theirs))
+    process.start()
+    found = ours.recv()
+    process.join()
+    return float(found)
+
+
+def job(name: str, workers: int, **raw: Any) -> float:
+    """Seconds of a step of a job."""
+    with tempfile.TemporaryDirectory() as directory:
+        config = job_config(
+            Path(directory), f"benchmarks.brought_tasks:{name}", steps=1_000_000, optimizer={"lr": 1e-3},
+            placement={"workers": workers}, **raw,
+        )  # fmt: skip
+        with running(config, workers) as started:
+            while started.step < WARM_UP + 5:
+                time.sleep(0.01)
+            first, began = started.step, time.perf_counter()
+            time.sleep(SECONDS)
+            return (time.perf_counter() - began) / (started.step - first)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tasks", nargs="+", default=["gpt2", "bert", "resnet", "backbone"])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    found: dict[str, dict[str, list[float]]] = {}
+    for _ in range(options.rounds):
+        for name in options.tasks:
+            row = found.setdefault(name, {})
+            if name == "backbone":
+                row.setdefault("without", []).append(job(name, 1, arguments={"millions": 0}))
+                row.setdefault("with", []).append(job(name, 1))
+                continue
+            row.setdefault("loop", []).append(loop(name))
+            row.setdefault("one worker", []).append(job(name, 1))
+            row.setdefault("in one piece", []).append(job(name, 1, data={"micro_batch": BATCH}))
+            row.setdefault("two workers", []).append(job(name, 2))
+    for name, row in found.items():
+        medians = {what: statistics.median(times) * 1000 for what, times in row.items()}
+        base, *others = medians
+        ratios = ", ".join(f"{what} {medians[what]:.1f} ms ({medians[what] / medians[base]:.2f})" for what in others)
+        print(f"{name:9} {base} {medians[base]:.1f} ms, {ratios}")
+    if options.json:
+        options.json.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
