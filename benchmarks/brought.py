@@ -19,19 +19,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from benchmarks import brought_tasks
+import steepest
 from harness.local_job import job_config, running
+from steepest.spec import TaskReference
 from worker.data.sources import source_of
 from worker.gradients.losses import loss_of
+from worker.task.load import load_task
 
-BATCH, WARM_UP, SECONDS = 64, 5, 3.0
+BATCH, WARM_UP, SECONDS, ROWS = 64, 5, 3.0, 512
+TASKS = {name: f"examples.from_scripts.{name}:task" for name in ("gpt2", "bert", "resnet")}
+TASKS["backbone"] = "benchmarks.brought:backbone"
+
+
+class Backbone(nn.Module):
+    """Frozen layers that cost memory, not time, under some that learn."""
+
+    def __init__(self, millions: int) -> None:
+        super().__init__()
+        self.body = nn.ModuleList([nn.Linear(1024, 1024) for _ in range(millions)]).requires_grad_(False)
+        self.head = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x)
+
+
+def backbone(millions: int = 25) -> steepest.Task:
+    """A head on a frozen backbone."""
+    x = torch.randn(ROWS, 64, generator=torch.Generator().manual_seed(0))
+    data = steepest.ArrayData(x, x.sum(1, keepdim=True))
+    return steepest.Task(model=Backbone(millions), loss=nn.MSELoss(), train_data=data)
 
 
 def _loop(name: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    task = getattr(brought_tasks, name)()
+    task = load_task(TaskReference(module=TASKS[name].partition(":")[0], function="task"), None, 0)
+    assert isinstance(task, steepest.Task)
     task.model.train()
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=1e-3, fused=True)
     source, loss_in = source_of(task.train_data), loss_of(task)
@@ -40,7 +65,7 @@ def _loop(name: str, pipe: Connection) -> None:
     step = 0
     while time.perf_counter() < ends:
         began = time.perf_counter()
-        batch = source.batch((torch.randint(brought_tasks.ROWS, (BATCH,))).numpy())
+        batch = source.batch((torch.randint(ROWS, (BATCH,))).numpy())
         optimizer.zero_grad()
         loss_in(batch, BATCH).value.backward()
         optimizer.step()
@@ -66,7 +91,7 @@ def job(name: str, workers: int, **raw: Any) -> float:
     """Seconds of a step of a job."""
     with tempfile.TemporaryDirectory() as directory:
         config = job_config(
-            Path(directory), f"benchmarks.brought_tasks:{name}", steps=1_000_000, optimizer={"lr": 1e-3},
+            Path(directory), TASKS[name], steps=1_000_000, optimizer={"lr": 1e-3},
             placement={"workers": workers}, **raw,
         )  # fmt: skip
         with running(config, workers) as started:

@@ -141,8 +141,14 @@ class _Rehearsing:
         whole = self._sampler.indices(0, 0)
         few = whole[:FEW_SAMPLES]
         self._check_data(few)
+        try:
+            self._watch_first_pass(few)
+        except TaskError:
+            if len(whole) == len(few):
+                raise
+            few = whole  # a state of a fixed size may need all of it
+            self._watch_first_pass(few)
         indices = few
-        self._watch_first_pass(few)
         self._timed(few)
         if self._found.seconds * len(whole) / max(len(few), 1) <= SLOW_SECONDS and len(whole) > len(few):
             indices = whole
@@ -251,7 +257,7 @@ class _Rehearsing:
         for other in range(1, OTHER_PASSES):
             if not unreached:
                 break
-            chosen = self._sampler.indices(other % self._sampler.steps_per_epoch, 0)[:FEW_SAMPLES]
+            chosen = self._sampler.indices(other % self._sampler.steps_per_epoch, 0)[: len(indices)]
             self._pass(chosen, seed=self._spec.seed + other)
             unreached &= set(engine.missed)
         moved = self._moved(before)

@@ -105,7 +105,7 @@ def test_hosts_without_a_shard() -> None:
 @pytest.mark.parametrize(("name", "most"), [("bf16", 0.51), ("topk", 0.08), ("powersgd", 0.2)])
 def test_compression_takes_less_network_and_more_memory(name: str, most: float) -> None:
     placement = {"workers": 2, "servers": 2, "transport": "inline"}
-    common: dict[str, object] = {"placement": placement, "data": {"global_batch": 32}}
+    common: dict[str, object] = {"placement": placement, "data": {"global_batch": 32, "micro_batch": 4}}
     whole = footprint(_spec(**common), LAYOUT, num_hosts=2)
     small = footprint(_spec(**common, compression={"name": name, "parts": 2}), LAYOUT, num_hosts=2)
     assert small.network <= most * whole.network
