@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from steepest.errors import SteepestError
     from steepest.interop import load_optimizer_state
     from steepest.spec import TrainingJobSpec
-    from steepest.task import AnalyticTask, ArrayData, Task
+    from steepest.task import AnalyticTask, ArrayData, ParameterGroup, Task
 
 __version__ = "0.1.0"
 
 _HOME = {
     "AnalyticTask": "steepest.task",
     "ArrayData": "steepest.task",
+    "ParameterGroup": "steepest.task",
     "Client": "steepest.client",
     "Job": "steepest.client",
     "SteepestError": "steepest.errors",
@@ -30,6 +31,7 @@ _HOME = {
 __all__ = [
     "AnalyticTask",
     "ArrayData",
+    "ParameterGroup",
     "Client",
     "Job",
     "SteepestError",

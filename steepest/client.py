@@ -43,7 +43,10 @@ def check_submission(
     """All that can be told of a submission without a service. Raises SpecError."""
     bundle = bundle_task(task)
     reference = {"module": bundle.module, "function": bundle.function, "arguments": dict(arguments)}
-    return bundle, spec_from_dict({**spec, "task": reference})
+    checked = spec_from_dict({**spec, "task": reference})
+    if checked.init_from and Path(checked.init_from).is_file():
+        checked = checked.model_copy(update={"init_from": str(Path(checked.init_from).resolve())})
+    return bundle, checked
 
 
 class Client:

@@ -53,6 +53,9 @@ class DataSpec(SpecModel):
         description="Samples of one gradient computation, the unit that is dealt to workers.",
         json_schema_extra={"default_text": "so many that `placement.max_workers` have one each"},
     )
+    accumulate: PositiveInt | None = Field(
+        default=None, description="Micro-batches of a step, whose gradients are added up; instead of their size."
+    )
     shuffle: bool = Field(default=True, description="Draw another order of the samples in each epoch.")
     evaluation_batch: PositiveInt = Field(default=256, description="Samples of one evaluation pass.")
     drop_last: bool = Field(default=False, description="Leave out the last step of an epoch if it is short.")
@@ -74,6 +77,16 @@ class DataSpec(SpecModel):
 
     @model_validator(mode="after")
     def _micro_within_global(self) -> Self:
+        if self.micro_batch is not None and self.accumulate is not None:
+            raise ValueError(
+                f"micro_batch = {self.micro_batch} and accumulate = {self.accumulate} are both given; allowed: one of "
+                "the two"
+            )
+        if self.accumulate is not None and self.accumulate > self.global_batch:
+            raise ValueError(
+                f"accumulate = {self.accumulate} is larger than global_batch = {self.global_batch}; "
+                f"allowed: 1 to {self.global_batch}"
+            )
         if self.micro_batch is not None and self.micro_batch > self.global_batch:
             raise ValueError(
                 f"micro_batch = {self.micro_batch} is larger than global_batch = {self.global_batch}; "
@@ -84,7 +97,8 @@ class DataSpec(SpecModel):
     @property
     def micro_batch_size(self) -> int:
         """B, the samples of a micro-batch."""
-        return self.micro_batch or math.ceil(self.global_batch / (1 << (self._cut_for - 1).bit_length()))
+        pieces = self.accumulate or 1 << (self._cut_for - 1).bit_length()
+        return self.micro_batch or math.ceil(self.global_batch / pieces)
 
     @property
     def num_micro_batches(self) -> int:
@@ -240,6 +254,11 @@ class TrainingJobSpec(SpecModel):
         default=0,
         description="Seed of everything random: initial parameters, order of the data, dropout, augmentation.",
     )
+    init_from: str = Field(
+        default="",
+        description="Begin with these weights: a .safetensors or state_dict file, or trainingJobs/ID.",
+    )
+    init_strict: bool = Field(default=True, description="Whether init_from must have every weight, and no other.")
     steps: PositiveInt | None = Field(default=None, description="Length in optimizer steps; give steps or epochs.")
     epochs: PositiveInt | None = Field(
         default=None, description="Length in passes over the data; give steps or epochs."

@@ -45,6 +45,26 @@ def _refuse_loss(metrics: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters that are updated in a way of their own.
+
+    names: a pattern of names, as of files: `"backbone.*"`, `"*.bias"`. lr_scale: times the job's learning rate.
+    weight_decay: instead of the job's. frozen: not trained at all.
+
+    Raises ValueError for a negative number.
+    """
+
+    names: str
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+    frozen: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lr_scale < 0 or (self.weight_decay or 0) < 0:
+            raise ValueError(f"ParameterGroup({self.names!r}): lr_scale and weight_decay must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """A model, its data and its loss.
 
@@ -63,6 +83,8 @@ class Task:
     collate: list of samples -> batch; default: torch.utils.data.default_collate. Not for ArrayData.
     evaluation_needs_gradients: whether the loss differentiates, so that evaluations must not run under
         `torch.no_grad()`; None: found out when the job is submitted.
+    parameter_groups: parameters with a learning rate or weight decay of their own, or frozen ones; the first group
+        whose pattern fits a name counts.
 
     Raises ValueError when both loss and batch_loss are given.
     """
@@ -76,6 +98,7 @@ class Task:
     collate: Callable[[Sequence[Any]], Any] | None = None
     loss_weight: Callable[[Any], Any] | None = None
     evaluation_needs_gradients: bool | None = None
+    parameter_groups: Sequence[ParameterGroup] = ()
 
     def __post_init__(self) -> None:
         _refuse_loss(self.metrics)

@@ -175,7 +175,10 @@ class ShardOptimizer:
             options["fused"] = True
         groups: list[dict[str, Any]] = []
         for part, group in zip(self._parts, shard.groups, strict=True):
-            groups.append({"params": [part]} if group.decayed else {"params": [part], "weight_decay": 0.0})
+            own: dict[str, Any] = {"params": [part], "lr_scale": group.lr_scale}
+            if group.weight_decay is not None or not group.decayed:
+                own["weight_decay"] = group.weight_decay or 0.0
+            groups.append(own)
         self._optimizer = _CLASSES[spec.name](groups, **options)
 
     def use_threads(self, threads: Threads, ranges: Sequence[tuple[int, int]]) -> None:
@@ -222,7 +225,7 @@ class ShardOptimizer:
         for part, group in zip(self._parts, self._shard.groups, strict=True):
             part.grad = gradient[group.start - self._shard.start : group.stop - self._shard.start]
         for options in optimizer.param_groups:
-            options["lr"] = lr
+            options["lr"] = lr * options["lr_scale"]
         optimizer.step()
         for part in self._parts:
             part.grad = None
@@ -257,7 +260,7 @@ class ShardOptimizer:
 
         def update(work: list[tuple[_Piece, list[torch.Tensor]]]) -> None:
             for piece, part in work:
-                kernel(piece, part, lr, scale)
+                kernel(piece, part, lr * piece.options["lr_scale"], scale)
 
         self._threads.run([partial(update, work) for work in self._work])
 

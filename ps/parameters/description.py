@@ -35,6 +35,15 @@ class AliasDescription:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupDescription:
+    """Parameters that are updated alike. lr_scale: times the job's learning rate. weight_decay: None for the job's."""
+
+    names: tuple[str, ...]
+    lr_scale: float
+    weight_decay: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelDescription:
     """A model's trainable parameters, its other state, and the names both have in `state_dict`.
 
@@ -42,6 +51,7 @@ class ModelDescription:
     buffers: what forward passes may change.
     state_names: `state_dict` key -> name of the tensor it shows; tied ones appear under each key.
     constants: frozen parameters, which stay as the task made them.
+    groups: parameters with a learning rate or weight decay of their own.
     aliases: what lies in the memory of a trainable parameter.
     """
 
@@ -50,11 +60,12 @@ class ModelDescription:
     state_names: tuple[tuple[str, str], ...]
     constants: tuple[TensorDescription, ...] = ()
     aliases: tuple[AliasDescription, ...] = ()
+    groups: tuple[GroupDescription, ...] = ()
 
     def is_same_as(self, other: ModelDescription) -> bool:
         """Whether both have the same tensors, in whatever order they are registered."""
         own, theirs = (
-            [set(d.parameters), set(d.buffers), set(d.constants), set(d.aliases), set(d.state_names)]
+            [set(d.parameters), set(d.buffers), set(d.constants), set(d.aliases), set(d.state_names), set(d.groups)]
             for d in (self, other)
         )
         return own == theirs
@@ -82,5 +93,8 @@ class ModelDescription:
             aliases=tuple(
                 AliasDescription(a["name"], a["of"], tuple(a["shape"]), tuple(a["stride"]), a["offset"])
                 for a in raw.get("aliases", ())
+            ),
+            groups=tuple(
+                GroupDescription(tuple(g["names"]), g["lr_scale"], g["weight_decay"]) for g in raw.get("groups", ())
             ),
         )

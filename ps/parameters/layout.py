@@ -6,9 +6,9 @@ kernel ever has a scalar tail: where a shard ends can then not show in the bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import torch
@@ -49,11 +49,16 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class GroupRange:
-    """The range of one optimizer parameter group, or a shard's part of it."""
+    """The range of one optimizer parameter group, or a shard's part of it.
+
+    lr_scale: times the job's learning rate. weight_decay: instead of the job's; None: the job's, if `decayed`.
+    """
 
     decayed: bool
     start: int
     stop: int
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,15 +122,19 @@ def build_layout(model: ModelDescription, *, decay_biases_and_norms: bool = True
     placed: list[Placed] = []
     groups: list[GroupRange] = []
     offset = 0
-    for decayed in (True, False):
+    own = {name: (group.lr_scale, group.weight_decay) for group in model.groups for name in group.names}
+    rates = [(1.0, None), *dict.fromkeys(rate for rate in own.values() if rate != (1.0, None))]
+    for (lr_scale, weight_decay), decayed in product(rates, (True, False)):
         start = offset
         for p in model.parameters:
-            if (decay_biases_and_norms or len(p.shape) >= 2) == decayed:
+            if own.get(p.name, (1.0, None)) != (lr_scale, weight_decay):
+                continue
+            if (decay_biases_and_norms or len(p.shape) >= 2 or weight_decay is not None) == decayed:
                 placed.append(Placed(p.name, p.shape, offset, p.numel, decayed))
                 offset = align(offset + p.numel, parameter_alignment)
         offset = align(offset, group_alignment)
         if offset > start:
-            groups.append(GroupRange(decayed, start, offset))
+            groups.append(GroupRange(decayed, start, offset, lr_scale, weight_decay))
     return Layout(dtype, tuple(placed), tuple(groups), offset)
 
 
@@ -146,7 +155,7 @@ class Shard:
     @cached_property
     def groups(self) -> tuple[GroupRange, ...]:
         """The shard's part of each optimizer group, in layout offsets."""
-        parts = (GroupRange(g.decayed, max(g.start, self.start), min(g.stop, self.stop)) for g in self.layout.groups)
+        parts = (replace(g, start=max(g.start, self.start), stop=min(g.stop, self.stop)) for g in self.layout.groups)
         return tuple(g for g in parts if g.start < g.stop)
 
     @cached_property

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from typing import Protocol
 
+from ps.checkpoint.files import MODEL, newest_verified
 from ps.compression.choose import compression_problem
 from ps.job.footprint import explain_refusal, footprint
 from ps.parameters.layout import choose_num_servers
@@ -68,6 +69,7 @@ class Operations:
             raise SpecError([Violation("training_job_id", problem)])
         if not request_id and self._store.exists(job):
             raise ConflictError(f"training_job_id: {job!r} is taken; choose another --name")
+        spec = self._with_weights(spec)
         description = self._probe.describe(
             spec, self._bundles.unpacked(spec.task.code_bundle), self._settings.probe_timeout_seconds
         )
@@ -101,6 +103,16 @@ class Operations:
             self._store.note(job, f"warning: {message}", time.time())
         self._wake.set()
         return row
+
+    def _with_weights(self, spec: TrainingJobSpec) -> TrainingJobSpec:
+        """The spec with the file of the job that it begins from. Raises SpecError when that has none."""
+        if not spec.init_from.startswith("trainingJobs/"):
+            return spec
+        job = spec.init_from.removeprefix("trainingJobs/")
+        written = newest_verified(self._settings.checkpoints_of(job)) if _JOB_ID.fullmatch(job) else None
+        if written is None:
+            raise SpecError([Violation("init_from", f"{spec.init_from} has no checkpoint here")])
+        return spec.model_copy(update={"init_from": str(written.path / MODEL)})
 
     def _check_device(self, spec: TrainingJobSpec) -> None:
         if spec.placement.device == "cuda" and not self._capacity.totals().get("GPU"):

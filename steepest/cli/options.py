@@ -32,6 +32,8 @@ _OPTIONS: dict[str, tuple[str, str, str | None]] = {
     "seed": ("seed", _TRAIN, _INT),
     "global_batch": ("data.global_batch", _TRAIN, _INT),
     "micro_batch": ("data.micro_batch", _TRAIN, _INT),
+    "accumulate": ("data.accumulate", _TRAIN, _INT),
+    "init_from": ("init_from", _TRAIN, "FILE|JOB"),
     "eval_every": ("eval_every", _TRAIN, _INT),
     "checkpoint_every": ("checkpoint_every", _TRAIN, _INT),
     "precision": ("precision", _TRAIN, None),

@@ -134,6 +134,7 @@ class DataSpec(_message.Message):
     DROP_LAST_FIELD_NUMBER: _builtins.int
     READERS_FIELD_NUMBER: _builtins.int
     SHUFFLE_BUFFER_FIELD_NUMBER: _builtins.int
+    ACCUMULATE_FIELD_NUMBER: _builtins.int
     global_batch: _builtins.int
     """Samples of one step."""
     micro_batch: _builtins.int
@@ -148,6 +149,8 @@ class DataSpec(_message.Message):
     """Processes of each worker that read its samples ahead; 0: it reads them itself."""
     shuffle_buffer: _builtins.int
     """Samples among which the next is drawn, for data that can only be read in order."""
+    accumulate: _builtins.int
+    """Micro-batches of a step, whose gradients are added up; instead of their size."""
     def __init__(
         self,
         *,
@@ -158,11 +161,14 @@ class DataSpec(_message.Message):
         drop_last: _builtins.bool | None = ...,
         readers: _builtins.int | None = ...,
         shuffle_buffer: _builtins.int | None = ...,
+        accumulate: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_drop_last", b"_drop_last", "_evaluation_batch", b"_evaluation_batch", "_global_batch", b"_global_batch", "_micro_batch", b"_micro_batch", "_readers", b"_readers", "_shuffle", b"_shuffle", "_shuffle_buffer", b"_shuffle_buffer", "drop_last", b"drop_last", "evaluation_batch", b"evaluation_batch", "global_batch", b"global_batch", "micro_batch", b"micro_batch", "readers", b"readers", "shuffle", b"shuffle", "shuffle_buffer", b"shuffle_buffer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_accumulate", b"_accumulate", "_drop_last", b"_drop_last", "_evaluation_batch", b"_evaluation_batch", "_global_batch", b"_global_batch", "_micro_batch", b"_micro_batch", "_readers", b"_readers", "_shuffle", b"_shuffle", "_shuffle_buffer", b"_shuffle_buffer", "accumulate", b"accumulate", "drop_last", b"drop_last", "evaluation_batch", b"evaluation_batch", "global_batch", b"global_batch", "micro_batch", b"micro_batch", "readers", b"readers", "shuffle", b"shuffle", "shuffle_buffer", b"shuffle_buffer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drop_last", b"_drop_last", "_evaluation_batch", b"_evaluation_batch", "_global_batch", b"_global_batch", "_micro_batch", b"_micro_batch", "_readers", b"_readers", "_shuffle", b"_shuffle", "_shuffle_buffer", b"_shuffle_buffer", "drop_last", b"drop_last", "evaluation_batch", b"evaluation_batch", "global_batch", b"global_batch", "micro_batch", b"micro_batch", "readers", b"readers", "shuffle", b"shuffle", "shuffle_buffer", b"shuffle_buffer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accumulate", b"_accumulate", "_drop_last", b"_drop_last", "_evaluation_batch", b"_evaluation_batch", "_global_batch", b"_global_batch", "_micro_batch", b"_micro_batch", "_readers", b"_readers", "_shuffle", b"_shuffle", "_shuffle_buffer", b"_shuffle_buffer", "accumulate", b"accumulate", "drop_last", b"drop_last", "evaluation_batch", b"evaluation_batch", "global_batch", b"global_batch", "micro_batch", b"micro_batch", "readers", b"readers", "shuffle", b"shuffle", "shuffle_buffer", b"shuffle_buffer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__accumulate: _TypeAlias = _typing.Literal["accumulate"]  # noqa: Y015
+    _WhichOneofArgType__accumulate: _TypeAlias = _typing.Literal["_accumulate", b"_accumulate"]  # noqa: Y015
     _WhichOneofReturnType__drop_last: _TypeAlias = _typing.Literal["drop_last"]  # noqa: Y015
     _WhichOneofArgType__drop_last: _TypeAlias = _typing.Literal["_drop_last", b"_drop_last"]  # noqa: Y015
     _WhichOneofReturnType__evaluation_batch: _TypeAlias = _typing.Literal["evaluation_batch"]  # noqa: Y015
@@ -177,6 +183,8 @@ class DataSpec(_message.Message):
     _WhichOneofArgType__shuffle: _TypeAlias = _typing.Literal["_shuffle", b"_shuffle"]  # noqa: Y015
     _WhichOneofReturnType__shuffle_buffer: _TypeAlias = _typing.Literal["shuffle_buffer"]  # noqa: Y015
     _WhichOneofArgType__shuffle_buffer: _TypeAlias = _typing.Literal["_shuffle_buffer", b"_shuffle_buffer"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__accumulate) -> _WhichOneofReturnType__accumulate | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__drop_last) -> _WhichOneofReturnType__drop_last | None: ...
     @_typing.overload
@@ -637,6 +645,8 @@ class TrainingJobSpec(_message.Message):
     TELEMETRY_FIELD_NUMBER: _builtins.int
     COMPRESSION_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
+    INIT_FROM_FIELD_NUMBER: _builtins.int
+    INIT_STRICT_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Seed of everything random: initial parameters, order of the data, dropout, augmentation."""
     steps: _builtins.int
@@ -651,6 +661,10 @@ class TrainingJobSpec(_message.Message):
     """A loss or gradient that is not finite fails the job, or skips the step."""
     precision: _builtins.str
     """full, or bf16: the forward pass under autocast; parameters and gradients stay float32."""
+    init_from: _builtins.str
+    """Begin with these weights: a .safetensors or state_dict file, or trainingJobs/ID."""
+    init_strict: _builtins.bool
+    """Whether init_from must have every weight, and no other."""
     @_builtins.property
     def task(self) -> Global___TaskReference:
         """The function that builds the task."""
@@ -706,10 +720,12 @@ class TrainingJobSpec(_message.Message):
         telemetry: Global___TelemetrySpec | None = ...,
         compression: Global___CompressionSpec | None = ...,
         precision: _builtins.str | None = ...,
+        init_from: _builtins.str | None = ...,
+        init_strict: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "init_from", b"init_from", "init_strict", b"init_strict", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "init_from", b"init_from", "init_strict", b"init_strict", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checkpoint_every: _TypeAlias = _typing.Literal["checkpoint_every"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_every: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every"]  # noqa: Y015
@@ -717,6 +733,10 @@ class TrainingJobSpec(_message.Message):
     _WhichOneofArgType__epochs: _TypeAlias = _typing.Literal["_epochs", b"_epochs"]  # noqa: Y015
     _WhichOneofReturnType__eval_every: _TypeAlias = _typing.Literal["eval_every"]  # noqa: Y015
     _WhichOneofArgType__eval_every: _TypeAlias = _typing.Literal["_eval_every", b"_eval_every"]  # noqa: Y015
+    _WhichOneofReturnType__init_from: _TypeAlias = _typing.Literal["init_from"]  # noqa: Y015
+    _WhichOneofArgType__init_from: _TypeAlias = _typing.Literal["_init_from", b"_init_from"]  # noqa: Y015
+    _WhichOneofReturnType__init_strict: _TypeAlias = _typing.Literal["init_strict"]  # noqa: Y015
+    _WhichOneofArgType__init_strict: _TypeAlias = _typing.Literal["_init_strict", b"_init_strict"]  # noqa: Y015
     _WhichOneofReturnType__on_nonfinite: _TypeAlias = _typing.Literal["on_nonfinite"]  # noqa: Y015
     _WhichOneofArgType__on_nonfinite: _TypeAlias = _typing.Literal["_on_nonfinite", b"_on_nonfinite"]  # noqa: Y015
     _WhichOneofReturnType__precision: _TypeAlias = _typing.Literal["precision"]  # noqa: Y015
@@ -731,6 +751,10 @@ class TrainingJobSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epochs) -> _WhichOneofReturnType__epochs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_every) -> _WhichOneofReturnType__eval_every | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__init_from) -> _WhichOneofReturnType__init_from | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__init_strict) -> _WhichOneofReturnType__init_strict | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__on_nonfinite) -> _WhichOneofReturnType__on_nonfinite | None: ...
     @_typing.overload

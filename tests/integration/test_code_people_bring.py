@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from torch import nn
 
 from harness.local_job import hashes, run_here, run_processes
-from ps.checkpoint.files import State
+from ps.checkpoint.files import State, newest_valid
+from ps.numerics.schedule import learning_rate
 from steepest.spec import TaskReference
 from steepest.task import Task
 from tests.support import brought
 from tests.support.choices import full
-from tests.support.submission import submitted
+from tests.support.submission import RefusedError, spec_of, submitted
 from worker.data.sampler import Sampler
 from worker.data.sources import source_of
 from worker.gradients.losses import call_with
@@ -73,7 +75,7 @@ def _plain(function: str, arguments: dict[str, Any] | None = None) -> dict[str, 
     if KINDS[function].get("optimizer", {}).get("name") == "adamw":
         optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.5)
     size = len(task.train_data)
-    data = submitted_data(size)
+    data = whole_steps(size)
     source, sampler = source_of(task.train_data), Sampler(size, data, 0)
     for step in range(STEPS):
         batch = source.batch(sampler.indices(step, 0))
@@ -91,7 +93,7 @@ def _plain(function: str, arguments: dict[str, Any] | None = None) -> dict[str, 
     return {**model.state_dict(), **{n: p.detach() for n, p in model.named_parameters()}}
 
 
-def submitted_data(size: int) -> Any:
+def whole_steps(size: int) -> Any:
     """A step over all samples."""
     from steepest.spec import DataSpec
 
@@ -133,6 +135,57 @@ def test_batches_and_losses_as_they_come(kind: str, returns: str, tmp_path: Path
 def test_a_momentum_encoder_may_bind_anew(tmp_path: Path) -> None:
     in_place, anew = (_run_here(tmp_path, "momentum_encoder", arguments={"rebinds": r}, **WHOLE) for r in (False, True))
     torch.testing.assert_close(in_place.model["teacher.weight"], anew.model["teacher.weight"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
+def test_groups_of_parameters_are_torchs(optimizer: str, tmp_path: Path) -> None:
+    raw: dict[str, Any] = {
+        "optimizer": {"name": optimizer, "lr": LR, "weight_decay": 0.3},
+        "schedule": {"name": "cosine"},
+    }
+    state = _run(tmp_path, "grouped", 2, **raw)
+    assert hashes(_run_here(tmp_path, "grouped", placement={"servers": 2}, **raw)) == hashes(state)
+    task = load_task(TaskReference(module=BROUGHT, function="grouped"), None, 0)
+    assert isinstance(task, Task)
+    model = task.model
+    named = dict(model.named_parameters())
+    frozen = {n: p.detach().clone() for n, p in named.items() if n.startswith("0.")}
+    options: dict[str, Any] = {"lr": LR, "weight_decay": 0.3}
+    biases = [p for n, p in named.items() if n in ("2.bias", "4.bias")]
+    groups = [{"params": [named["4.weight"]]}, {"params": biases, "weight_decay": 0.0}]
+    groups.append({"params": [named["2.weight"]], "lr": LR * 0.1})
+    make: Any = torch.optim.AdamW if optimizer == "adamw" else partial(torch.optim.SGD, momentum=0.9)
+    torchs = make(groups, **options)
+    first = [group["lr"] for group in torchs.param_groups]
+    source, sampler = source_of(task.train_data), Sampler(brought.NUM_SAMPLES, whole_steps(brought.NUM_SAMPLES), 0)
+    for step in range(STEPS):
+        factor = learning_rate(1.0, spec_of(f"{BROUGHT}:grouped", steps=STEPS, **raw).schedule, step, STEPS)
+        for group, lr in zip(torchs.param_groups, first, strict=True):
+            group["lr"] = lr * factor
+        x, y = source.batch(sampler.indices(step, 0))
+        torchs.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        torchs.step()
+    for name, value in {**named, **frozen}.items():
+        torch.testing.assert_close(state.model[name], value.detach(), rtol=2e-5, atol=2e-6)
+
+
+def test_a_job_begins_with_the_weights_of_another(tmp_path: Path) -> None:
+    first = _run_here(tmp_path / "first", "grouped")
+    written, _ = newest_valid(tmp_path / "first" / "here") or pytest.fail("no checkpoint")
+    file = str(written.path / "model.safetensors")
+    again = _run_here(tmp_path / "again", "grouped", init_from=file, optimizer={"name": "sgd", "lr": 1e-12})
+    for name, value in first.model.items():
+        torch.testing.assert_close(again.model[name], value, rtol=0, atol=1e-9)
+    torch.save(first.model, tmp_path / "state.pt")
+    as_state_dict = _run_here(tmp_path / "pt", "grouped", init_from=str(tmp_path / "state.pt"))
+    assert hashes(as_state_dict) == hashes(_run_here(tmp_path / "safetensors", "grouped", init_from=file))
+    with pytest.raises(RefusedError, match=r"has nothing for .* and has what the model has not.*init_strict = false"):
+        submitted(tmp_path / "other", f"{BROUGHT}:plain_line", init_from=file, steps=1)
+    with pytest.raises(RefusedError, match=r"nothing in .* has a name of the model's"):
+        submitted(tmp_path / "other", f"{BROUGHT}:plain_line", init_from=file, init_strict=False, steps=1)
+    with pytest.raises(RefusedError, match="cannot be loaded: FileNotFoundError"):
+        submitted(tmp_path / "none", f"{BROUGHT}:plain_line", init_from="/nowhere.safetensors", steps=1)
 
 
 def test_what_shares_memory_stays_so(tmp_path: Path) -> None:

@@ -82,6 +82,10 @@ def test_the_default_micro_batch_does_not_depend_on_the_workers() -> None:
     for most, micro_batches in ((1, 1), (2, 2), (3, 4), (8, 8), (100, 60)):
         cut = spec(data={"global_batch": 60}, placement={"max_workers": most}).data
         assert cut.num_micro_batches == micro_batches
+    accumulated = spec(data={"global_batch": 60, "accumulate": 4}).data
+    assert (accumulated.micro_batch_size, accumulated.num_micro_batches) == (15, 4)
+    with pytest.raises(SpecError, match="one of the two"):
+        spec(data={"accumulate": 4, "micro_batch": 4})
     explicit = spec(data={"global_batch": 60, "micro_batch": 10}, placement={"max_workers": 2})
     assert explicit.data.num_micro_batches == 6
     assert spec_from_dict(spec(placement={"max_workers": 4}).model_dump()).data.num_micro_batches == 4

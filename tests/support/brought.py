@@ -655,3 +655,19 @@ class CreatesParameters(_Line):
 def created_parameter() -> steepest.Task:
     """A parameter that is created in forward."""
     return _task(CreatesParameters())
+
+
+def grouped() -> steepest.Task:
+    """Groups of parameters: a slow one, one without decay, a frozen one."""
+    model = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    groups = [
+        steepest.ParameterGroup(names="0.*", frozen=True),
+        steepest.ParameterGroup(names="*.bias", weight_decay=0.0),
+        steepest.ParameterGroup(names="2.*", lr_scale=0.1),
+    ]
+    return _task(model, parameter_groups=groups)
+
+
+def groups_that_fit_nothing() -> steepest.Task:
+    """A group with a mistake in its pattern."""
+    return _task(nn.Linear(WIDTH, 1), parameter_groups=[steepest.ParameterGroup(names="backbone.*")])

@@ -28,7 +28,7 @@ from worker.gradients.slots import Slots, num_slots
 from worker.gradients.torch_engine import TorchEngine
 from worker.process.exchange import Exchange
 from worker.rehearsal.fingerprint import difference, fingerprint
-from worker.task.load import TaskError, load_task, user_traceback
+from worker.task.load import TaskError, initialize, load_task, user_traceback
 from worker.task.model import conduct_of, describe_model
 
 DISMISSED_GRACE_SECONDS = 0.2
@@ -77,6 +77,7 @@ class WorkerLoop:
         self._worker = worker
         self._generation = generation
         task = load_task(config.spec.task, code, config.spec.seed)
+        initialize(task, config.spec.init_from, strict=config.spec.init_strict)
         _check_same(task, config)
         self._layout = config.layout()
         self._backend = backend

@@ -15,10 +15,11 @@ import torch
 
 from steepest.errors import SpecError
 from steepest.spec import TrainingJobSpec, spec_from_dict
+from steepest.task import AnalyticTask, Task
 from worker.data.loader import LoaderData
 from worker.rehearsal.fingerprint import fingerprint
 from worker.rehearsal.rehearse import OtherConductError, rehearse
-from worker.task.load import TaskError, load_task
+from worker.task.load import TaskError, initialize, load_task
 from worker.task.model import check_fits, describe_model, num_samples
 
 
@@ -29,7 +30,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
     spec = TrainingJobSpec.model_validate(request["spec"])
     code = Path(request["code"]) if request["code"] else None
     try:
-        task = load_task(spec.task, code, spec.seed)
+        task = _loaded(spec, code)
         model = describe_model(task)
         check_fits(task, model, spec.precision, spec.placement.device)
         wishes = task.train_data.wishes.unless_set(request["set"]) if isinstance(task.train_data, LoaderData) else {}
@@ -44,7 +45,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         try:
             found = rehearse(task, spec, model, samples, evaluation, code)
         except OtherConductError as other:
-            task = load_task(spec.task, code, spec.seed)
+            task = _loaded(spec, code)
             model = describe_model(task, other.conduct)
             found = rehearse(task, spec, model, samples, evaluation, code)
     except TaskError as error:
@@ -65,6 +66,12 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         "loss": found.loss,
         "price": found.price,
     }
+
+
+def _loaded(spec: TrainingJobSpec, code: Path | None) -> Task | AnalyticTask:
+    task = load_task(spec.task, code, spec.seed)
+    initialize(task, spec.init_from, strict=spec.init_strict)
+    return task
 
 
 def _with_wishes(spec: TrainingJobSpec, wishes: dict[str, Any]) -> TrainingJobSpec:

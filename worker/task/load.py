@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from steepest.spec import TaskReference
@@ -110,6 +111,28 @@ def load_task(reference: TaskReference, code: Path | None, seed: int) -> Task | 
             "task.function", f"{name} returned {type(task).__name__}; it must return a steepest.Task (or AnalyticTask)"
         )
     return _taken_apart(task)
+
+
+def initialize(task: Task | AnalyticTask, path: str, *, strict: bool) -> None:
+    """Load weights into the task's model, from a safetensors or a state_dict file. Raises TaskError."""
+    if not path:
+        return
+    if isinstance(task, AnalyticTask):
+        raise TaskError("init_from", "an AnalyticTask has no state_dict; have its function read the values")
+    try:
+        if path.endswith(".safetensors"):
+            weights: Any = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        problems = task.model.load_state_dict(weights, strict=False)
+    except Exception as error:  # what torch and safetensors raise of a file has many types
+        raise TaskError("init_from", f"{path!r} cannot be loaded: {said(error)}") from error
+    if strict and (problems.missing_keys or problems.unexpected_keys):
+        parts = [("has nothing for", problems.missing_keys), ("has what the model has not,", problems.unexpected_keys)]
+        found = " and ".join(f"{what} {', '.join(keys[:3])}" for what, keys in parts if keys)
+        raise TaskError("init_from", f"{path!r} {found}; init_strict = false takes what fits")
+    if len(problems.missing_keys) == len(task.model.state_dict()):
+        raise TaskError("init_from", f"nothing in {path!r} has a name of the model's")
 
 
 def _taken_apart(task: Task | AnalyticTask) -> Task | AnalyticTask:

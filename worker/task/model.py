@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
 
-from ps.parameters.description import ModelDescription, TensorDescription
+from ps.parameters.description import GroupDescription, ModelDescription, TensorDescription
 from ps.parameters.layout import build_layout
-from steepest.task import AnalyticTask, Task
+from steepest.task import AnalyticTask, ParameterGroup, Task
 from worker.data.loader import DataError, LoaderData
 from worker.data.streams import count, is_stream
 from worker.task.load import TaskError, said, user_traceback
@@ -60,7 +62,34 @@ def describe_model(task: Task | AnalyticTask, conduct: Conduct | None = None) ->
     return description
 
 
+def freeze(task: Task) -> None:
+    """Freeze what the task's parameter groups say. Raises TaskError for a group that fits no parameter."""
+    named = {n: p for prefix, root in roots(task) for n, p in root.named_parameters(prefix[:-1])}
+    for group in task.parameter_groups:
+        if not any(fnmatchcase(name, group.names) for name in named):
+            some = ", ".join(list(named)[:4])
+            raise TaskError("task.parameter_groups", f"no parameter is called {group.names!r}; there are {some}, ...")
+    for name, parameter in named.items():
+        own = _group_of(task, name)
+        if own is not None and own.frozen:
+            parameter.requires_grad_(False)
+
+
+def _group_of(task: Task, name: str) -> ParameterGroup | None:
+    return next((group for group in task.parameter_groups if fnmatchcase(name, group.names)), None)
+
+
+def _describe_groups(task: Task, names: Iterable[str]) -> tuple[GroupDescription, ...]:
+    members: dict[tuple[float, float | None], list[str]] = {}
+    for name in names:
+        group = _group_of(task, name)
+        if group is not None and (group.lr_scale, group.weight_decay) != (1.0, None):
+            members.setdefault((group.lr_scale, group.weight_decay), []).append(name)
+    return tuple(GroupDescription(tuple(names), *rate) for rate, names in members.items())
+
+
 def _describe_state(task: Task, conduct: Conduct) -> ModelDescription:
+    freeze(task)
     try:
         state = TaskState.of(task)
     except UnusableError as error:
@@ -90,6 +119,7 @@ def _describe_state(task: Task, conduct: Conduct) -> ModelDescription:
         tuple(shown),
         tuple(_describe(n, t) for n, t in [*state.constants.items(), *unreached] if n not in conduct.moving),
         tuple(alias.description for alias in state.aliases.values()),
+        _describe_groups(task, [n for n in state.parameters if n not in conduct.unreached]),
     )
 
 

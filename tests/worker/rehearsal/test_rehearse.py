@@ -40,6 +40,12 @@ BROUGHT = "tests.support.brought"
         ("clamped_gradients", {}, "task.loss", r"not a mean over the samples"),
         ("data_with_a_generator", {}, "task.train_data", r"other values.*generator of its own.*seeded"),
         ("created_parameter", {}, "task.model", r"changed which parameters there are.*'shift'.*__init__"),
+        (
+            "groups_that_fit_nothing",
+            {},
+            "task.parameter_groups",
+            r"no parameter is called 'backbone.\*'",
+        ),
         ("loader", {"kind": "batches"}, "task.train_data", r"batch_sampler of its own; give it a batch_size"),
         (
             "stream",
@@ -74,6 +80,7 @@ def test_what_would_go_wrong_is_refused_with_cause_and_cure(
         ("plain_line", {}),
         ("last_batch_of_one", {"data": {"drop_last": True}}),
         ("stream", {}),
+        ("grouped", {}),
         ("momentum_encoder", {}),
         *[("loader", {"arguments": {"kind": kind}}) for kind in ("shuffled", "weighted", "collated")],
         ("said_weight", {}),
