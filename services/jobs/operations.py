@@ -168,9 +168,11 @@ class Operations:
             check_verb(row.name, row.state, "scale")
             spec = json.loads(row.spec)
             spec["placement"]["workers"] = workers
-            spec_from_dict(spec)
+            micro_batches = spec_from_dict(spec).data.num_micro_batches
             self._store.update(job, workers=workers)
-            self._store.note(job, f"scaling from {row.workers} to {workers} workers", time.time())
+            idle = workers - micro_batches
+            note = f"; a step has {micro_batches} micro-batches, so {idle} will have nothing to do" if idle > 0 else ""
+            self._store.note(job, f"scaling from {row.workers} to {workers} workers{note}", time.time())
             controller = self._running.get(job)
             if controller is not None:
                 controller.ask("scale", workers)
