@@ -13,6 +13,7 @@ import pytest
 from harness.local_job import hashes, run_here, run_processes, running
 from steepest.spec import DataSpec, TaskReference
 from tests.support import brought
+from tests.support.choices import full
 from tests.support.submission import submitted
 from worker.data.sampler import Sampler
 from worker.data.sources import source_of
@@ -47,7 +48,7 @@ def test_what_a_reader_raises_comes_with_its_traceback_and_its_end_is_noticed() 
         readers.take(1, 0)
 
 
-@pytest.mark.parametrize("kind", ["plain", "loader"])
+@pytest.mark.parametrize("kind", ["plain", full("loader")])
 def test_a_stream_gives_the_same_bits_with_workers_killed_on_the_way(kind: str, tmp_path: Path) -> None:
     raw = {"task": f"{BROUGHT}:stream", "arguments": {"kind": kind}, **SPEC, "epochs": 40}
     data = {} if kind == "loader" else {"data": {"global_batch": 16, "shuffle_buffer": 10}}

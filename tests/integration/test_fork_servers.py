@@ -26,6 +26,7 @@ def _fork_server(service: Service) -> int:
     return pid
 
 
+@pytest.mark.full
 def test_a_job_outlives_the_fork_server_and_the_next_gets_another(service: Service, submit: Callable[..., Job]) -> None:
     job = submit("slow", arguments={"delay": 0.02}, steps=60, placement={"workers": 2})
     until(lambda: job.get().step > 2 and all(worker.pid for worker in job.get().workers))

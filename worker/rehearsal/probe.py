@@ -17,8 +17,9 @@ from steepest.errors import SpecError
 from steepest.spec import TrainingJobSpec, spec_from_dict
 from steepest.task import AnalyticTask, Task
 from worker.data.loader import LoaderData
+from worker.rehearsal.conduct import OtherConductError
 from worker.rehearsal.fingerprint import fingerprint
-from worker.rehearsal.rehearse import OtherConductError, rehearse
+from worker.rehearsal.rehearse import rehearse
 from worker.task.load import TaskError, initialize, load_task
 from worker.task.model import check_fits, describe_model, num_samples
 

@@ -38,6 +38,7 @@ def _config(directory: Path, servers: int = 1, **raw: Any) -> JobConfig:
             "arguments": LARGE,
             "optimizer": {"name": "adamw", "lr": 0.01},
             "checkpoint_every": 3,
+            "data": {"micro_batch": 8},
             "placement": {"servers": servers},
             **raw,
         },

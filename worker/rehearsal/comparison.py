@@ -1,0 +1,193 @@
+"""Whether a step in several micro-batches gives what it gives in one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from steepest.task import Task
+from worker.data.streams import is_stream
+from worker.gradients.losses import loss_of
+from worker.gradients.torch_engine import TorchEngine
+from worker.rehearsal.passes import Passes
+from worker.task.load import TaskError
+
+QUICK_SECONDS = 0.2  # a micro-batch that takes less is compared over whole steps, several times
+BUDGET_SECONDS = 2.0
+MAX_STEPS, MAX_PARTS = 3, 8
+TOLERANCE = {"full": 2e-3, "bf16": 5e-2}  # of sums in another order, relative
+
+_RANDOM = (
+    "the loss draws random numbers in evaluation mode, too, so it could not be checked that a step in several "
+    "micro-batches gives what it gives in one"
+)
+_COUPLED = (
+    "what the model returns for a sample depends on the other samples of its micro-batch, so a step in several "
+    "micro-batches differs from one over the whole batch, as with batch normalization; micro_batch = global_batch "
+    "gives what one batch gives"
+)
+_NOT_COMPARED = (
+    "the task cannot take a batch larger than a micro-batch, so it could not be checked that a step in several "
+    "micro-batches gives what it gives in one"
+)
+
+Parts = Sequence[NDArray[np.int64]]
+
+
+@dataclass
+class Compared:
+    """price: how many times as long the micro-batches of a step take as its samples at once; 0: not measured.
+
+    warnings: (code, message).
+    """
+
+    price: float = 0.0
+    warnings: list[tuple[str, str]] = field(default_factory=list)
+
+
+def compare_parts(passes: Passes) -> Compared:
+    """Compare steps in micro-batches with the same samples at once, in evaluation mode.
+
+    Raises TaskError when loss or gradient differ, but for what couples the samples of a batch or draws numbers.
+    """
+    data, task, engine = passes.spec.data, passes.task, passes.engine
+    found = Compared()
+    if data.num_micro_batches == 1 or passes.num_samples <= data.micro_batch_size:
+        return found
+    if not isinstance(task, Task) or not isinstance(engine, TorchEngine):
+        return found
+    with engine.frozen():
+        began = time.perf_counter()
+        for parts in _steps(passes):
+            problem = _compare(passes, parts, found)
+            if problem is not None:
+                if _is_random(passes, parts[0]):
+                    found.warnings.append(("random_loss", _RANDOM))
+                    return found
+                if task.loss is not None and _couples(passes, task, parts) and _adds_up(passes, task, parts):
+                    found.warnings.append(("coupled_samples", _COUPLED))
+                    return found
+                raise TaskError("task.batch_loss" if task.batch_loss is not None else "task.loss", problem)
+            if time.perf_counter() - began > BUDGET_SECONDS:
+                break
+    return found
+
+
+def _steps(passes: Passes) -> Iterator[list[NDArray[np.int64]]]:
+    """The micro-batches of a few steps; then samples from all over the data."""
+    data, size, sampler = passes.spec.data, max(passes.samples, 1), passes.sampler
+    few = range(min(data.num_micro_batches, MAX_PARTS))
+    if passes.seconds > QUICK_SECONDS:
+        whole = np.concatenate([sampler.indices(0, index) for index in few])[: 2 * size]
+        if len(whole) > size:
+            yield [whole[:size], whole[size:]]
+        return
+    for step in range(min(MAX_STEPS, sampler.steps_per_epoch)):
+        parts = [part for part in (sampler.indices(step, index) for index in few) if len(part)]
+        if len(parts) > 1:
+            yield parts
+    if not is_stream(getattr(passes.task.train_data, "dataset", passes.task.train_data)):
+        spread = np.unique(np.linspace(0, passes.num_samples - 1, 4 * size).astype(np.int64))
+        yield [part for part in np.array_split(spread, 4) if len(part)]
+
+
+def _compare(passes: Passes, parts: Parts, found: Compared) -> str | None:
+    """What is wrong, or None. A batch that the task cannot take as a whole is not compared."""
+    part, total, reference = (passes.gradient(name) for name in ("part", "total", "reference"))
+    total.zero_()
+    losses, weight, norms = [], 0.0, 0.0
+    began = time.perf_counter()
+    for indices in parts:
+        measured = passes.compute(indices, part)
+        losses.append(measured.loss)
+        weight += measured.weight
+        norms += _norm(part)
+        total.add_(part)
+    middle = time.perf_counter()
+    try:
+        together = passes.compute(np.concatenate(parts), reference)
+    except TaskError:
+        found.warnings.append(("not_compared", _NOT_COMPARED))
+        return None
+    if len(parts) == passes.spec.data.num_micro_batches:
+        price = (middle - began) / (time.perf_counter() - middle)
+        found.price = min(price, found.price or price)
+    if weight <= 0 or together.weight <= 0:
+        return None
+    mean, whole = sum(losses) / weight, together.loss / together.weight
+    total.div_(weight)
+    reference.div_(together.weight)
+    size = max(norms / weight, _norm(reference))
+    off = _norm(total.sub_(reference))
+    if not np.isfinite([mean, whole, off]).all():
+        return None  # the job itself says what is not finite
+    tolerance = TOLERANCE[passes.spec.precision]
+    scale = max(abs(whole), sum(map(abs, losses)) / weight)
+    if abs(mean - whole) <= tolerance * scale + 1e-7 and off <= tolerance * size + 1e-7:
+        return None
+    return (
+        f"the loss is not a mean over the samples: {len(parts)} micro-batches of one step give {mean:.6g} and a "
+        f"gradient that is {off / max(size, 1e-30):.1%} off from the {whole:.6g} of all their samples together. "
+        "Return (sum, weight) from batch_loss, or give the task loss_weight(batch), what the mean is over: the "
+        "number of targets that count, say. A loss that compares the samples of a batch with each other needs the "
+        f"step in one piece: micro_batch = {passes.spec.data.global_batch}"
+    )
+
+
+def _norm(gradient: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(gradient))
+
+
+def _is_random(passes: Passes, indices: NDArray[np.int64]) -> bool:
+    """Whether the loss draws numbers even in evaluation mode; then another cut of a step draws others."""
+    return passes.compute(indices, seed=1).loss != passes.compute(indices, seed=2).loss
+
+
+def _outputs(passes: Passes, task: Task, parts: Parts) -> list[tuple[Any, Any]]:
+    """(outputs, targets) of the model for each batch."""
+    found = []
+    for part in parts:
+        *inputs, targets = passes.fetch(part)
+        passes.seed()
+        with torch.no_grad():
+            found.append((task.model(*inputs), targets))
+    return found
+
+
+def _couples(passes: Passes, task: Task, parts: Parts) -> bool:
+    """Whether the model's outputs for a sample depend on the others in its batch, as with batch norm."""
+    apart = [outputs for outputs, _ in _outputs(passes, task, parts)]
+    whole = _outputs(passes, task, [np.concatenate(parts)])[0][0]
+    if not all(isinstance(outputs, torch.Tensor) for outputs in [whole, *apart]):
+        return False
+    joined = torch.cat(apart)
+    tolerance = TOLERANCE[passes.spec.precision]
+    return joined.shape != whole.shape or not torch.allclose(joined, whole, rtol=tolerance, atol=tolerance)
+
+
+def _adds_up(passes: Passes, task: Task, parts: Parts) -> bool:
+    """Whether the loss alone, of the outputs that the model gives for micro-batches, is a mean by the weights."""
+    weighed = loss_of(replace(task, model=_Given()))
+    found = _outputs(passes, task, parts)
+    whole = torch.cat([outputs for outputs, _ in found]), torch.cat([targets for _, targets in found])
+    sizes = [len(part) for part in parts]
+    with torch.no_grad():
+        apart = [weighed(pair, size) for pair, size in zip(found, sizes, strict=True)]
+        together = weighed(whole, sum(sizes))
+    mean = sum(v.value.item() * v.factor for v in apart) / sum(v.weight for v in apart)
+    expected = together.value.item() * together.factor / together.weight
+    return math.isclose(mean, expected, rel_tol=TOLERANCE[passes.spec.precision])
+
+
+class _Given(torch.nn.Module):
+    """Returns what it is given."""
+
+    def forward(self, outputs: Any) -> Any:
+        return outputs
