@@ -1,7 +1,7 @@
 """Code as people bring it: a job with the default settings against the loop that anybody would write.
 
 `python -m benchmarks.brought [--rounds 5] [--tasks gpt2 bert resnet backbone] [--json FILE]`; needs transformers. Steps
-of 64 samples, one thread a process, AdamW. A round runs the loop, one worker, one worker with one micro-batch and two
+of 64 samples, one thread a process, AdamW. A round runs the loop, one worker and two
 workers in turn, each in new processes, for seconds; figures are medians over rounds. For `backbone`, the comparison
 is with the same job without the frozen layers.
 """
@@ -28,7 +28,7 @@ from worker.data.sources import source_of
 from worker.gradients.losses import loss_of
 from worker.task.load import load_task
 
-BATCH, WARM_UP, SECONDS, ROWS = 64, 5, 3.0, 512
+BATCH, WARM_UP, SECONDS, ROWS = 64, 5, 2.0, 512
 TASKS = {name: f"examples.from_scripts.{name}:task" for name in ("gpt2", "bert", "resnet")}
 TASKS["backbone"] = "benchmarks.brought:backbone"
 
@@ -119,7 +119,6 @@ def main() -> None:
                 continue
             row.setdefault("loop", []).append(loop(name))
             row.setdefault("one worker", []).append(job(name, 1))
-            row.setdefault("in one piece", []).append(job(name, 1, data={"micro_batch": BATCH}))
             row.setdefault("two workers", []).append(job(name, 2))
     for name, row in found.items():
         medians = {what: statistics.median(times) * 1000 for what, times in row.items()}

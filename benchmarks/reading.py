@@ -32,7 +32,7 @@ class Waiting(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         time.sleep(SECONDS)
-        return torch.full((4,), float(index)), torch.ones(1)
+        return torch.full((4,), index / SAMPLES), torch.ones(1)
 
 
 def task() -> steepest.Task:
@@ -46,7 +46,7 @@ def ours(readers: int) -> float:
     with tempfile.TemporaryDirectory() as directory:
         config = job_config(
             Path(directory), "benchmarks.reading:task", steps=steps, data={"global_batch": BATCH, "readers": readers},
-            optimizer={"name": "sgd", "lr": 1e-6},
+            optimizer={"name": "sgd", "lr": 0.01},
         )  # fmt: skip
         with running(config, 1) as job:
             while job.step < 20:

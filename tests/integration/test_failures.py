@@ -159,11 +159,11 @@ def test_a_worker_that_hangs_is_replaced(submit: Callable[..., Job], tmp_path: P
         "misbehaving",
         arguments={"how": "hang", "marker": str(tmp_path / "hung")},
         steps=8,
-        placement={"worker_timeout_seconds": 10.0},
+        placement={"worker_timeout_seconds": 5.0},
     )
     assert job.wait().step == 8
     said = "\n".join(u.reason for u in job.watch() if isinstance(u, Event))
-    assert "did not answer within 10 s (placement.worker_timeout_seconds)" in said
+    assert "did not answer within 5 s (placement.worker_timeout_seconds)" in said
 
 
 def _segments(job: Job) -> list[str]:

@@ -74,6 +74,7 @@ def cluster() -> Iterator[str]:
         yield address
 
 
+@pytest.mark.full
 def test_a_server_is_on_the_gpu_of_the_worker_of_its_number(cluster: str) -> None:
     run = subprocess.run(
         [sys.executable, "-c", PLACED, cluster], capture_output=True, text=True, env=RAY_ENVIRONMENT, timeout=120

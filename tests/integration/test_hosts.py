@@ -77,9 +77,7 @@ LAYOUTS: dict[str, tuple[list[int], list[int], int]] = {
 }
 JOBS = {"large": LARGE, "slow": SLOW, "deep": DEEP, "in parts": IN_PARTS}
 QUICK = {
-    ("large", "three"),
     ("deep", "two servers each"),
-    ("in parts", "one server"),
     ("slow", "a home without a shard"),
     ("large", "a leader apart"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +14,7 @@ from worker.data.sampler import Sampler
 from worker.data.sources import Source
 from worker.gradients.backend import Backend
 from worker.gradients.engine import Engine
-from worker.gradients.readers import STEPS_AHEAD, Readers
+from worker.gradients.readers import Readers
 from worker.gradients.seeding import COMPUTE, DATA, EVALUATE, seed_all
 
 
@@ -99,12 +100,14 @@ class Batches:
 
     def _read_ahead(self, readers: Readers, step: int, ranges: Iterable[tuple[int, int]]) -> None:
         readers.forget(step)
-        for ahead in range(step, min(step + STEPS_AHEAD, self._total_steps)):
-            for low, high in ranges:
-                for index in range(low, high):
-                    indices = self._sampler.indices(ahead, index)
-                    if len(indices):
-                        readers.ask(ahead, index, indices)
+        own = [index for low, high in ranges for index in range(low, high)]
+        # Enough for every reader to have one in work and one to go on with.
+        steps = max(2, math.ceil(2 * readers.number / max(len(own), 1)))
+        for ahead in range(step, min(step + steps, self._total_steps)):
+            for index in own:
+                indices = self._sampler.indices(ahead, index)
+                if len(indices):
+                    readers.ask(ahead, index, indices)
 
     def _fetch(self, source: Source, indices: Any, step: int, index: int) -> Any:
         if source.random:

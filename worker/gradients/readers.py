@@ -27,8 +27,6 @@ from worker.gradients.backend import CpuBackend
 from worker.gradients.seeding import DATA, seed_all
 from worker.task.load import load_task, said, user_traceback
 
-STEPS_AHEAD = 3
-
 
 class ReadingError(Exception):
     """A reader failed. The message has what user code raised, and its traceback."""
@@ -67,6 +65,11 @@ class Readers:
                 process.start()
                 theirs.close()
                 self._pipes.append(ours)
+
+    @property
+    def number(self) -> int:
+        """How many readers there are."""
+        return len(self._pipes)
 
     def ask(self, step: int, index: int, indices: NDArray[np.int64]) -> None:
         """Have a micro-batch read, unless it is already."""

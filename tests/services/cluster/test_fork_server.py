@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ sys.exit("the end")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ForkServer]:
-    server = ForkServer()
+    server = ForkServer(["numpy", "torch"])
     yield server
     server.close()
 
@@ -161,7 +162,7 @@ def test_who_gave_up_waiting_is_not_started_twice(
 def test_it_ends_with_its_owner() -> None:
     code = (
         "from services.cluster.fork_server import ForkServer\n"
-        "server = ForkServer()\n"
+        "server = ForkServer(['numpy'])\n"
         "server.interpreter()\n"
         "print(server.pid, flush=True)\n"
         "input()\n"
@@ -183,3 +184,22 @@ def test_a_server_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("PYTHONHOME", str(tmp_path))
     with pytest.raises(OSError, match="the fork server ended with status 1"):
         ForkServer().interpreter()
+
+
+def test_a_module_runs_in_a_fork_and_its_end_is_told(server: ForkServer, tmp_path: Path) -> None:
+    """As the probe of tasks does."""
+    with (tmp_path / "out").open("wb") as out, Path(os.devnull).open("rb") as nothing:
+        streams = (nothing.fileno(), out.fileno(), out.fileno())
+        assert server.run(["-m", "json.tool", "--help"], streams, 30.0) == 0
+        assert os.waitstatus_to_exitcode(server.run(["-m", "json.tool", "/nowhere"], streams, 30.0)) != 0
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match=r"did not end within 0\.5 s"):
+            server.run([str(_sleeper(tmp_path))], streams, 0.5)
+        assert time.monotonic() - began < 20
+    assert "usage" in (tmp_path / "out").read_text()
+    until(lambda: not psutil.Process(server.pid).children())
+
+
+def _sleeper(directory: Path) -> Path:
+    (directory / "sleeper.py").write_text("import time\ntime.sleep(600)\n")
+    return directory / "sleeper.py"

@@ -107,7 +107,8 @@ def test_a_refused_job_has_one_clear_message_and_exit_code_2(
     assert "Traceback" not in refused.stderr
 
 
-def test_a_service_that_does_not_answer() -> None:
+def test_a_service_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steepest.client.CONNECT_SECONDS", 0.5)
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{held.getsockname()[1]}"
