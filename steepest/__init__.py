@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from steepest.client import Client, Job
+    from steepest.data import ParquetData, TarData
     from steepest.errors import SteepestError
     from steepest.interop import load_optimizer_state
     from steepest.spec import TrainingJobSpec
@@ -20,6 +21,8 @@ _HOME = {
     "AnalyticTask": "steepest.task",
     "ArrayData": "steepest.task",
     "ParameterGroup": "steepest.task",
+    "ParquetData": "steepest.data",
+    "TarData": "steepest.data",
     "Client": "steepest.client",
     "Job": "steepest.client",
     "SteepestError": "steepest.errors",
@@ -32,9 +35,11 @@ __all__ = [
     "AnalyticTask",
     "ArrayData",
     "ParameterGroup",
+    "ParquetData",
     "Client",
     "Job",
     "SteepestError",
+    "TarData",
     "Task",
     "TrainingJobSpec",
     "__version__",

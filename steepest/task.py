@@ -85,6 +85,8 @@ class Task:
         `torch.no_grad()`; None: found out when the job is submitted.
     parameter_groups: parameters with a learning rate or weight decay of their own, or frozen ones; the first group
         whose pattern fits a name counts.
+    schedule: `schedule(update)` -> the factor of the job's learning rate, as torch's LambdaLR takes it; instead of the
+        spec's. It is called for every step when the job is submitted.
 
     Raises ValueError when both loss and batch_loss are given.
     """
@@ -99,6 +101,7 @@ class Task:
     loss_weight: Callable[[Any], Any] | None = None
     evaluation_needs_gradients: bool | None = None
     parameter_groups: Sequence[ParameterGroup] = ()
+    schedule: Callable[[int], float] | None = None
 
     def __post_init__(self) -> None:
         _refuse_loss(self.metrics)

@@ -20,7 +20,7 @@ class JobConfig:
     token: the secret that every stream opens with. num_samples, num_evaluation_samples: sizes of the data sets.
     evaluates_with_gradients: whether evaluations run with autograd on. caches: attributes in which modules keep what
     they computed. fingerprint: of data and initial parameters, as
-    they were when the job was submitted.
+    they were when the job was submitted. factors: see Plan.
     """
 
     job: str
@@ -36,6 +36,7 @@ class JobConfig:
     evaluates_with_gradients: bool = False
     caches: tuple[str, ...] = ()
     fingerprint: tuple[tuple[str, float], ...] = ()
+    factors: tuple[float, ...] = ()
 
     def layout(self) -> Layout:
         """The layout of the parameters."""
@@ -67,4 +68,5 @@ class JobConfig:
             checkpoint_every=spec.checkpoint_every,
             skip_nonfinite=spec.on_nonfinite == "skip",
             worker_timeout_seconds=spec.placement.worker_timeout_seconds,
+            factors=self.factors,
         )

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ps.numerics.ranges import bits_of, leaves_of, ranges
-from ps.numerics.schedule import learning_rate
 from ps.numerics.tree import parts_of_step
 from ps.step.assignment import Dealer
 from ps.step.blame import blame_gradient, blame_loss
@@ -339,8 +338,7 @@ class Leader:
 
     def _decide(self, current: RoundState, now: float) -> list[Effect]:
         """One decision for all shards: clip and apply, or skip."""
-        lr = learning_rate(self.plan.base_lr, self.plan.schedule, self.updates, self.plan.total_steps)
-        decision = current.decide(lr, self.plan.max_norm)
+        decision = current.decide(self.plan.learning_rate(self.updates), self.plan.max_norm)
         if not current.is_finite and not self.plan.skip_nonfinite:
             return self._blame(current, now)
         current.decision = decision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ps.numerics.schedule import learning_rate
 from steepest.spec import ScheduleSpec
 
 
@@ -11,6 +12,7 @@ from steepest.spec import ScheduleSpec
 class Plan:
     """What a job does, as far as the leader needs to know it. evaluation_leaves: 0 without evaluation data.
 
+    factors: of the learning rate at each update, if the task has a schedule of its own.
     part_leaves: micro-batches that are compressed together, with a residual that stays at the worker; 0: nothing is.
     """
 
@@ -28,3 +30,10 @@ class Plan:
     checkpoint_every: int = 0
     skip_nonfinite: bool = False
     worker_timeout_seconds: float = 300.0
+    factors: tuple[float, ...] = ()
+
+    def learning_rate(self, update: int) -> float:
+        """Of the update of that number, from 0."""
+        if self.factors:
+            return self.base_lr * self.factors[min(update, len(self.factors) - 1)]
+        return learning_rate(self.base_lr, self.schedule, update, self.total_steps)

@@ -172,6 +172,7 @@ class Controller(threading.Thread):
             evaluates_with_gradients=description.evaluates_with_gradients,
             caches=description.caches,
             fingerprint=description.fingerprint,
+            factors=description.factors,
             num_servers=self.spec.placement.num_servers,
             checkpoint_directory=self._settings.checkpoints_of(self.job),
         )

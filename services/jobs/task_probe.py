@@ -24,7 +24,7 @@ class TaskDescription:
     """What the service needs to know of a task.
 
     evaluates_with_gradients, caches, fingerprint: see JobConfig. warnings: (code, message). batch, weight, model_class,
-    loss: in words. price: of the micro-batches, see Rehearsal.
+    loss: in words. price: of the micro-batches, see Rehearsal. factors: see Plan.
     data: fields of the spec that a DataLoader settles.
     """
 
@@ -42,6 +42,7 @@ class TaskDescription:
     model_class: str = ""
     loss: str = ""
     price: float = 0.0
+    factors: tuple[float, ...] = ()
 
     def completed(self, spec: TrainingJobSpec) -> TrainingJobSpec:
         """The spec with what the task settles."""
@@ -75,6 +76,7 @@ class TaskDescription:
             raw.get("model_class", ""),
             raw.get("loss", ""),
             raw.get("price", 0.0),
+            tuple(raw.get("factors", ())),
         )
 
 

@@ -170,6 +170,25 @@ def test_groups_of_parameters_are_torchs(optimizer: str, tmp_path: Path) -> None
         torch.testing.assert_close(state.model[name], value.detach(), rtol=2e-5, atol=2e-6)
 
 
+def test_a_schedule_of_the_tasks_is_torchs(tmp_path: Path) -> None:
+    state = _run(tmp_path, "own_schedule", 2)
+    with pytest.raises(RefusedError, match="the task has a schedule of its own"):
+        submitted(tmp_path / "two", f"{BROUGHT}:own_schedule", schedule={"name": "linear"}, steps=3)
+    task = load_task(TaskReference(module=BROUGHT, function="own_schedule"), None, 0)
+    assert isinstance(task, Task)
+    assert task.schedule is not None
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=LR)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, task.schedule)
+    source, sampler = source_of(task.train_data), Sampler(brought.NUM_SAMPLES, whole_steps(brought.NUM_SAMPLES), 0)
+    for step in range(STEPS):
+        x, y = source.batch(sampler.indices(step, 0))
+        optimizer.zero_grad()
+        nn.functional.mse_loss(task.model(x), y).backward()
+        optimizer.step()
+        schedule.step()
+    torch.testing.assert_close(state.model["weight"], task.model.state_dict()["weight"], rtol=2e-5, atol=2e-6)
+
+
 def test_a_job_begins_with_the_weights_of_another(tmp_path: Path) -> None:
     first = _run_here(tmp_path / "first", "grouped")
     written, _ = newest_valid(tmp_path / "first" / "here") or pytest.fail("no checkpoint")

@@ -671,3 +671,13 @@ def grouped() -> steepest.Task:
 def groups_that_fit_nothing() -> steepest.Task:
     """A group with a mistake in its pattern."""
     return _task(nn.Linear(WIDTH, 1), parameter_groups=[steepest.ParameterGroup(names="backbone.*")])
+
+
+def own_schedule(kind: str = "steps") -> steepest.Task:
+    """A schedule of the task's."""
+    schedules: dict[str, Any] = {
+        "steps": lambda step: [1.0, 0.5, 0.25][min(step // 2, 2)],
+        "negative": lambda step: 1.0 - step,
+        "raising": lambda step: {0: 1.0}[step],
+    }
+    return _task(nn.Linear(WIDTH, 1), schedule=schedules[kind])

@@ -54,4 +54,5 @@ def submitted(directory: Path, task: str, **raw: Any) -> JobConfig:
         evaluates_with_gradients=found.evaluates_with_gradients,
         caches=found.caches,
         fingerprint=found.fingerprint,
+        factors=found.factors,
     )

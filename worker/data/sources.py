@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -14,6 +15,8 @@ from steepest.spec import DataSpec
 from steepest.task import ArrayData
 from worker.data.loader import LoaderData
 from worker.data.streams import StreamSource, is_stream
+
+MAPPED_BYTES = 64 << 20
 
 
 class Source(Protocol):
@@ -52,16 +55,33 @@ class ArraySource(_AnyOrder):
     def __init__(self, arrays: Sequence[Any], *, as_numpy: bool = False) -> None:
         self._as_numpy = as_numpy
         convert = np.asarray if as_numpy else torch.as_tensor
-        self._arrays: list[Any] = [convert(a) for a in arrays]
+        self._arrays: list[Any] = [a if isinstance(a, np.memmap) else convert(a) for a in arrays]
+        # Pages of a private mapping may hold what is in no file.
+        self._mapped = [a for a in self._arrays if isinstance(a, np.memmap) and a.mode in ("r", "r+")]
+        self._touched = 0
 
     def batch(self, indices: NDArray[np.int64]) -> Any:
         """Rows of each array; one gather each."""
         if self._as_numpy:
-            rows = tuple(a[indices] for a in self._arrays)
+            rows: tuple[Any, ...] = tuple(np.asarray(a[indices]) for a in self._arrays)
         else:
             chosen = torch.from_numpy(indices)
-            rows = tuple(a.index_select(0, chosen) for a in self._arrays)
+            rows = tuple(
+                torch.from_numpy(np.array(a[indices])) if isinstance(a, np.memmap) else a.index_select(0, chosen)
+                for a in self._arrays
+            )
+        if self._mapped:
+            self._let_go(len(indices))
         return rows if len(rows) > 1 else rows[0]
+
+    def _let_go(self, num_rows: int) -> None:
+        """Give back the pages of mapped files now and then; the kernel keeps them as long as it has room."""
+        self._touched += num_rows * sum(max(a.strides[0], mmap.PAGESIZE) for a in self._mapped)
+        if self._touched > MAPPED_BYTES:
+            self._touched = 0
+            for array in self._mapped:
+                if isinstance(array._mmap, mmap.mmap):  # type: ignore[attr-defined]
+                    array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
 
 class DatasetSource(_AnyOrder):

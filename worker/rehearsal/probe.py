@@ -22,6 +22,7 @@ from worker.rehearsal.fingerprint import fingerprint
 from worker.rehearsal.rehearse import rehearse
 from worker.task.load import TaskError, initialize, load_task
 from worker.task.model import check_fits, describe_model, num_samples
+from worker.task.schedule import factors_of
 
 
 def probe(request: dict[str, Any]) -> dict[str, Any]:
@@ -42,6 +43,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
             problem = f"nothing is left of {samples} samples: a step has {spec.data.global_batch} (data.global_batch)"
             raise TaskError("data.drop_last", problem)
         evaluation = 0 if task.eval_data is None else num_samples(task.eval_data, "eval_data")
+        factors = factors_of(task, spec, samples)
         seen = fingerprint(task)
         try:
             found = rehearse(task, spec, model, samples, evaluation, code)
@@ -66,6 +68,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         "model_class": found.model,
         "loss": found.loss,
         "price": found.price,
+        "factors": factors,
     }
 
 

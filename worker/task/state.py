@@ -72,7 +72,7 @@ class TaskState:
         seen: set[int] = set()
         memory = _Memory()
         rest: list[tuple[str, nn.Parameter]] = []
-        for name, parameter in _named(task, "_parameters"):
+        for name, parameter in _named(task):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
@@ -93,7 +93,7 @@ class TaskState:
                 state.parameters[name] = parameter
             else:
                 state.constants[name] = parameter
-        order = {name: index for index, (name, _) in enumerate(_named(task, "_parameters"))}
+        order = {name: index for index, (name, _) in enumerate(_named(task))}
         in_order = sorted(state.parameters.items(), key=lambda item: order[item[0]])
         state.parameters.clear()
         state.parameters.update(in_order)
@@ -143,7 +143,7 @@ def roots(task: Task) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _named(task: Task, kind: str) -> Iterator[tuple[str, nn.Parameter]]:
+def _named(task: Task) -> Iterator[tuple[str, nn.Parameter]]:
     for prefix, root in roots(task):
         yield from root.named_parameters(prefix=prefix.removesuffix("."))
 

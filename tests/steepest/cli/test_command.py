@@ -174,3 +174,32 @@ def test_a_plan_that_cannot_fit_is_refused_with_what_would(wide: Path) -> None:
     assert shown.returncode == 2
     assert "the job needs" in shown.stderr
     assert "what would fit" in shown.stderr
+
+
+def test_check_says_what_was_understood(wide: Path) -> None:
+    shown = run("check", "wide.py:task", "--arg", "width=10", "--json", directory=wide)
+    assert shown.returncode == 0, shown.stderr
+    checked = json.loads(shown.stdout.splitlines()[-1])
+    assert {"model", "parameters", "trainable", "batch", "weight", "warnings"} <= set(checked)
+    assert (checked["model"], checked["parameters"], checked["trainable"]) == ("Linear", 11_000, 11_000)
+    assert checked["batch"] == "(float32[8, 10], int64[8])"
+    assert checked["weight"] == "8 for 8 samples"
+    told = run("check", "wide.py:task", "--arg", "width=10", "--workers", "3", directory=wide)
+    assert told.returncode == 0
+    assert "Linear, 11,000 parameters are trained, 0 are frozen" in told.stdout
+    assert "(idle_workers)" in told.stdout
+
+
+def test_check_refuses_what_a_service_would(wide: Path) -> None:
+    (wide / "bad.py").write_text(
+        "import steepest, torch\n"
+        "def task():\n"
+        "    return steepest.Task(model=torch.nn.Linear(2, 2), loss=torch.nn.MSELoss(),\n"
+        "        train_data=steepest.ArrayData(torch.zeros(8, 2), torch.zeros(8, 2)),\n"
+        "        eval_data=steepest.ArrayData(torch.zeros(8, 2), torch.zeros(8, 2)),\n"
+        "        metrics={'broken': lambda outputs, targets: outputs['x']})\n"
+    )
+    refused = run("check", "bad.py:task", directory=wide)
+    assert refused.returncode == 2
+    assert "evaluating 8 samples of eval_data raised" in refused.stderr
+    assert "bad.py" in refused.stderr

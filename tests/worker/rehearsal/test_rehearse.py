@@ -46,6 +46,13 @@ BROUGHT = "tests.support.brought"
             "task.parameter_groups",
             r"no parameter is called 'backbone.\*'",
         ),
+        (
+            "own_schedule",
+            {"kind": "negative"},
+            "task.schedule",
+            r"schedule\(2\) returned -1.0; allowed",
+        ),
+        ("own_schedule", {"kind": "raising"}, "task.schedule", r"schedule\(1\) raised KeyError: 1"),
         ("loader", {"kind": "batches"}, "task.train_data", r"batch_sampler of its own; give it a batch_size"),
         (
             "stream",
@@ -66,7 +73,7 @@ def test_what_would_go_wrong_is_refused_with_cause_and_cure(
     function: str, arguments: dict[str, Any], field: str, said: str
 ) -> None:
     with pytest.raises(RefusedError, match=f"(?s){said}") as refused:
-        rehearsed(f"{BROUGHT}:{function}", arguments=arguments, epochs=1)
+        rehearsed(f"{BROUGHT}:{function}", arguments=arguments, epochs=3)
     assert refused.value.field == field
 
 
