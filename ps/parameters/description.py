@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True, slots=True)
 class TensorDescription:
@@ -21,6 +23,11 @@ class TensorDescription:
     def numel(self) -> int:
         """Number of elements."""
         return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements."""
+        return self.numel * int(getattr(torch, self.dtype).itemsize)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from ps.checkpoint.files import MODEL, newest_verified
 from ps.compression.choose import compression_problem
 from ps.job.footprint import explain_refusal, footprint
 from ps.parameters.layout import choose_num_servers
+from ps.wire.connection import MAX_MESSAGE_BYTES
 from services.jobs.code_bundles import CodeStore
 from services.jobs.running import Running
 from services.jobs.task_probe import TaskDescription, TaskProbe
@@ -23,6 +24,7 @@ from services.store.store import JobRow, Result, Store
 from steepest.errors import ConflictError, SpecError, Violation
 from steepest.spec import TrainingJobSpec, spec_from_dict
 
+MESSAGE_ROOM = 1 << 20  # for what else is in a message
 _JOB_ID = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -74,6 +76,7 @@ class Operations:
             spec, self._bundles.unpacked(spec.task.code_bundle), self._settings.probe_timeout_seconds
         )
         spec = description.completed(spec)
+        _check_messages(description)
         self._check_device(spec)
         problem = compression_problem(spec.compression, description.layout(spec))
         if problem:
@@ -178,6 +181,15 @@ class Operations:
                 controller.ask("scale", workers)
         self._wake.set()
         return self._store.get(job)
+
+
+def _check_messages(description: TaskDescription) -> None:
+    """Raises SpecError for what would not fit the message that it travels in."""
+    for what, tensors in (("frozen parameters", description.model.constants), ("buffers", description.model.buffers)):
+        size = sum(tensor.nbytes for tensor in tensors)
+        if size > MAX_MESSAGE_BYTES - MESSAGE_ROOM:
+            problem = f"its {what} are {size / 2**30:.1f} GiB; at most 1 GiB of them can travel between processes"
+            raise SpecError([Violation("task.model", problem)])
 
 
 def _slug(text: str) -> str:
