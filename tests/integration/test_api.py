@@ -69,6 +69,7 @@ def test_records_of_every_third_step(submit: Callable[..., Job]) -> None:
     assert all(not r["parameter_norms"] for r in job.history())
 
 
+@pytest.mark.full
 def test_a_download_goes_on_while_checkpoints_are_pruned(
     stub: Any, service: Service, submit: Callable[..., Job]
 ) -> None:

@@ -48,7 +48,7 @@ def test_what_a_reader_raises_comes_with_its_traceback_and_its_end_is_noticed() 
         readers.take(1, 0)
 
 
-@pytest.mark.parametrize("kind", ["plain", full("loader")])
+@pytest.mark.parametrize("kind", [full("plain"), full("loader")])
 def test_a_stream_gives_the_same_bits_with_workers_killed_on_the_way(kind: str, tmp_path: Path) -> None:
     raw = {"task": f"{BROUGHT}:stream", "arguments": {"kind": kind}, **SPEC, "epochs": 40}
     data = {} if kind == "loader" else {"data": {"global_batch": 16, "shuffle_buffer": 10}}

@@ -12,7 +12,6 @@ import pytest
 from harness.local_job import hashes, job_config, run_here
 from steepest.client import Client
 from steepest.jobs import Event, JobInfo, Progress
-from tests.support.choices import full
 from tests.support.service import COMMAND, TASKS, free_port, serving, until
 
 pytestmark = pytest.mark.cluster
@@ -20,7 +19,8 @@ pytestmark = pytest.mark.cluster
 SPEC = {"steps": 40, "data": {"global_batch": 24, "micro_batch": 3}, "checkpoint_every": 5}
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, full(signal.SIGTERM)])
+@pytest.mark.full
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
 def test_jobs_go_on_from_their_last_checkpoint_and_paused_ones_stay_paused(
     ending: signal.Signals, tmp_path: Path
 ) -> None:
