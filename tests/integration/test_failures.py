@@ -32,6 +32,7 @@ pytestmark = pytest.mark.cluster
         full("returns_nothing", {}, "task.function", ["returned NoneType", "steepest.Task"]),
         full("exits", {}, "task.function", ["SystemExit"]),
         full("without_parameters", {}, "task.model", ["no trainable parameters"]),
+        full("vector_loss", {}, "task.loss", ["loss must return a scalar tensor", "shape (2, 3)"]),
         full("without_data", {}, "task.train_data", ["is empty"]),
         ("regression", {"depth": 2}, "task.arguments.depth", ["'depth'", "rows, hidden, dtype"]),
     ],
@@ -81,7 +82,6 @@ def _free_cpus() -> float:
 @pytest.mark.parametrize(
     ("function", "spec", "words"),
     [
-        full("vector_loss", {}, ["loss must return a scalar tensor", "shape (8, 3)", "step 0", "micro-batch"]),
         full("nonfinite_loss", {}, ["the loss is not finite at step", "worker worker-", "micro-batch", "nan"]),
         ("nonfinite_gradient", {}, ["the gradient of 0.weight is not finite at step 0", "worker", "micro-batch 0"]),
         ("failing_dataset", {}, ["OSError: sample", "is torn", "micro-batch", "Traceback", "__getitem__"]),

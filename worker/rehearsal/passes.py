@@ -149,7 +149,7 @@ def blamed(field: str, what: str) -> Iterator[None]:
     except (TaskError, InPartsError):
         raise
     except LossError as error:
-        raise TaskError(field, str(error)) from error
+        raise TaskError("task.loss" if field == "task" else field, str(error)) from error
     except StateError as error:
         raise TaskError("task.model", str(error)) from error
     except Exception as error:
