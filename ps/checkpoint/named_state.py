@@ -30,12 +30,11 @@ def _unpack(tensors: Iterable[TensorDescription], packed: bytes, what: str) -> d
     offset = 0
     for b in tensors:
         dtype = getattr(torch, b.dtype)
-        nbytes = b.numel * dtype.itemsize
-        if nbytes:
+        if b.nbytes:
             result[b.name] = torch.frombuffer(data, dtype=dtype, count=b.numel, offset=offset).view(b.shape)
         else:
             result[b.name] = torch.empty(b.shape, dtype=dtype)
-        offset += nbytes
+        offset += b.nbytes
     if offset != len(data):
         raise ValueError(f"{what} are {len(data)} bytes; the model's are {offset}")
     return result

@@ -19,8 +19,8 @@ class JobConfig:
 
     token: the secret that every stream opens with. num_samples, num_evaluation_samples: sizes of the data sets.
     evaluates_with_gradients: whether evaluations run with autograd on. caches: attributes in which modules keep what
-    they computed. fingerprint: of data and initial parameters, as
-    they were when the job was submitted. factors: see Plan.
+    they computed. fingerprint: of data and initial parameters, as they were when the job was submitted. factors: see
+    Plan.
     """
 
     job: str

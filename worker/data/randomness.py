@@ -16,11 +16,17 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
 
 
+def seed_python(seed: int) -> None:
+    """Seed the generators of NumPy and of Python's `random`."""
+    np.random.seed(seed & 0xFFFFFFFF)  # user code draws from the global generator
+    random.seed(seed)
+
+
 class OwnRandomness:
     """The global generators of torch, NumPy and Python, as one reader of data sees them."""
 
     def __init__(self, seed: int) -> None:
-        self._seed: int | None = seed
+        self._seed = seed
         self._states: tuple[Any, Any, Any] | None = None
 
     @contextmanager
@@ -28,10 +34,8 @@ class OwnRandomness:
         """Code in this context draws from these generators."""
         outside = _states()
         if self._states is None:
-            seed = self._seed or 0
-            torch.default_generator.manual_seed(seed)
-            np.random.seed(seed & 0xFFFFFFFF)  # user code draws from the global generator
-            random.seed(seed)
+            torch.default_generator.manual_seed(self._seed)
+            seed_python(self._seed)
         else:
             _restore(self._states)
         try:

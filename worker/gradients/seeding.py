@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
-
-import numpy as np
 import torch
 
+from worker.data.randomness import seed_python
 from worker.gradients.backend import Backend
 
 _MASK = (1 << 64) - 1
@@ -37,5 +35,4 @@ def seed_all(
     backend.seed(value)
     if only_torch:
         return
-    np.random.seed(value & 0xFFFFFFFF)  # user code draws from the global generator
-    random.seed(value)
+    seed_python(value)

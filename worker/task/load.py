@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import inspect
 import os
-import random
 import sys
 import traceback
 import zipfile
@@ -15,7 +14,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -23,6 +21,7 @@ from torch.utils.data import DataLoader
 from steepest.spec import TaskReference
 from steepest.task import AnalyticTask, Task
 from worker.data.loader import DataError, LoaderData
+from worker.data.randomness import seed_python
 
 PACKAGES = {"steepest", "ps", "worker", "services", "torch", "numpy", "ray"}  # which a task and its process must share
 
@@ -151,12 +150,6 @@ def _out_of_loader(data: Any, name: str) -> Any:
         return LoaderData(data) if isinstance(data, DataLoader) else data
     except DataError as error:
         raise TaskError(f"task.{name}", f"{name}: {error}") from error
-
-
-def seed_python(seed: int) -> None:
-    """Seed the generators of NumPy and of Python's `random`."""
-    np.random.seed(seed & 0xFFFFFFFF)  # user code draws from the global generator
-    random.seed(seed)
 
 
 def _put_first(code: Path) -> None:
