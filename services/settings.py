@@ -25,11 +25,16 @@ class Settings:
     probe_timeout_seconds: float = 300.0
     cancel_grace_seconds: float = 20.0
     max_code_bytes: int = 256 << 20
+    max_log_bytes: int = 64 << 20
 
     @property
     def database_url(self) -> str:
         """SQLite, beside the rest."""
         return f"sqlite:///{self.data_directory / 'steepest.db'}"
+
+    def log_of(self, job: str) -> Path:
+        """Where what a job's user code prints is kept."""
+        return self.data_directory / "jobs" / job / "log.jsonl"
 
     def checkpoints_of(self, job: str) -> Path:
         """Where the checkpoints of a job lie."""

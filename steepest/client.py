@@ -24,7 +24,16 @@ from steepest.errors import (
     SteepestError,
     Violation,
 )
-from steepest.jobs import Event, JobInfo, Progress, event_from_proto, job_from_proto, progress_from_proto
+from steepest.jobs import (
+    Event,
+    JobInfo,
+    LogLine,
+    Progress,
+    event_from_proto,
+    job_from_proto,
+    line_from_proto,
+    progress_from_proto,
+)
 from steepest.spec import TrainingJobSpec, spec_from_dict
 from steepest.v1 import training_jobs_pb2 as pb
 from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
@@ -34,6 +43,7 @@ CONNECT_SECONDS = 5.0
 CALL_SECONDS = 30.0
 CREATE_SECONDS = 900.0  # the service loads the task meanwhile
 RECONNECT_SECONDS = 60.0
+RETRY_SECONDS = 0.5
 CHUNK_BYTES = 1 << 20
 
 
@@ -168,15 +178,16 @@ class Job:
         """The job as it is now. Raises NotFoundError."""
         return job_from_proto(self._call(self._stub.GetTrainingJob, pb.GetTrainingJobRequest(name=self.name)))
 
-    def watch(self) -> Iterator[Event | Progress | JobInfo]:
+    def watch(self, *, logs: bool = False) -> Iterator[Event | Progress | LogLine | JobInfo]:
         """Events and progress until the job ends; the last item is the JobInfo of its end.
 
-        A broken connection is taken up again, without gap or repeat of events.
+        logs: what user code prints, too. A broken connection is taken up again, without gap or repeat of events and
+        lines.
         """
-        sequence = 0
+        sequence = offset = 0
         broken_since: float | None = None
         while True:
-            request = pb.WatchTrainingJobRequest(name=self.name, after_sequence=sequence)
+            request = pb.WatchTrainingJobRequest(name=self.name, after_sequence=sequence, logs=logs, log_offset=offset)
             try:
                 for update in self._stub.WatchTrainingJob(request):
                     broken_since = None
@@ -184,18 +195,43 @@ class Job:
                         case "event":
                             sequence = update.event.sequence
                             yield event_from_proto(update.event)
+                        case "line":
+                            offset = update.line.offset
+                            yield line_from_proto(update.line)
                         case "progress":
                             yield progress_from_proto(update.progress)
                         case "ended":
                             yield job_from_proto(update.ended)
                             return
             except grpc.RpcError as error:
-                if error.code() != grpc.StatusCode.UNAVAILABLE:
-                    raise self._client.translate(error) from None
-                broken_since = broken_since or time.monotonic()
-                if time.monotonic() - broken_since > RECONNECT_SECONDS:
-                    raise self._client.translate(error) from None
-                time.sleep(0.5)
+                broken_since = self._pause_before_retry(error, broken_since)
+
+    def logs(self, *, follow: bool = False, offset: int = 0) -> Iterator[LogLine]:
+        """What user code has printed. offset: of the last line seen. follow: go on until the job ends.
+
+        A broken connection is taken up again, without gap or repeat.
+        """
+        broken_since: float | None = None
+        while True:
+            request = pb.StreamLogsRequest(name=self.name, offset=offset, follow=follow)
+            try:
+                for response in self._stub.StreamLogs(request):
+                    broken_since = None
+                    for line in response.lines:
+                        offset = line.offset
+                        yield line_from_proto(line)
+            except grpc.RpcError as error:
+                broken_since = self._pause_before_retry(error, broken_since)
+            else:
+                return
+
+    def _pause_before_retry(self, error: grpc.RpcError, since: float | None) -> float:
+        """Wait a moment; since when the connection is broken. Raises what cannot be mended, or lasts too long."""
+        since = since or time.monotonic()
+        if error.code() != grpc.StatusCode.UNAVAILABLE or time.monotonic() - since > RECONNECT_SECONDS:
+            raise self._client.translate(error) from None
+        time.sleep(RETRY_SECONDS)
+        return since
 
     def wait(self) -> JobInfo:
         """Wait for the end. Raises JobFailedError unless the job succeeded."""
@@ -234,7 +270,8 @@ class Job:
                 return
             for record in page.records:
                 values = {f.name: getattr(record, f.name) for f in record.DESCRIPTOR.fields}
-                yield {**values, "parameter_norms": dict(zip(page.parameter_names, record.parameter_norms))}  # noqa: B905
+                norms = dict(zip(page.parameter_names, record.parameter_norms))  # noqa: B905
+                yield {**values, "parameter_norms": norms, "logged": dict(record.logged)}
             first_step = page.records[-1].step + 1
 
     def download(self, directory: str | Path) -> Path:

@@ -125,7 +125,11 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The newest step of a running job."""
+    """The newest step of a running job.
+
+    data_seconds: that the worker which waited longest spent waiting for samples. logged: what the loss function
+    returned besides.
+    """
 
     step: int
     loss: float
@@ -135,6 +139,33 @@ class Progress:
     samples: int
     workers: int
     time: float
+    step_seconds: float
+    data_seconds: float
+    logged: dict[str, float]
+
+
+SUBMISSION = "submission"  # in the place of a worker's name
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """A line that user code printed.
+
+    process: the worker that printed it, or SUBMISSION when the job was rehearsed. stream: stdout or stderr. offset: to
+    go on after this line.
+    """
+
+    time: float
+    process: str
+    stream: str
+    text: str
+    offset: int
+
+
+def line_from_proto(message: pb.LogLine) -> LogLine:
+    """A line of a job's log, from the wire."""
+    when = message.time.ToNanoseconds() / 1e9
+    return LogLine(when, message.process, message.stream, message.text, message.offset)
 
 
 def event_from_proto(message: pb.Event) -> Event:
@@ -153,4 +184,7 @@ def progress_from_proto(message: pb.StepRecord) -> Progress:
         message.samples,
         message.workers,
         message.time,
+        message.step_seconds,
+        message.data_seconds,
+        dict(message.logged),
     )

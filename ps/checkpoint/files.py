@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ps.memory.raw import raw_bytes
-from ps.step.messages import StepRecord
+from ps.step.messages import RECORD_BYTES, StepRecord
 
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
@@ -138,7 +138,7 @@ def write_checkpoint(
             "state_sha256": whole,
             "files": {name: {"sha256": _file_sha256(temporary / name)} for name in files},
         }
-        kept = {"incarnation": incarnation, "records": [[*r[:-1], r.parameter_norms.hex()] for r in records]}
+        kept = {"incarnation": incarnation, "records": [_plain(r) for r in records]}
         (temporary / RECORDS).write_text(json.dumps(kept))
         _sync(temporary / RECORDS)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -233,10 +233,19 @@ def read_records(path: Path) -> tuple[int, list[StepRecord]]:
     """(incarnation, records) that were written with a checkpoint; none when there are none to read."""
     try:
         kept = json.loads((path / RECORDS).read_text())
-        records = [StepRecord._make([*values, bytes.fromhex(norms)]) for *values, norms in kept["records"]]
-        return int(kept["incarnation"]), records
+        return int(kept["incarnation"]), [_record(raw) for raw in kept["records"]]
     except (OSError, ValueError, KeyError, TypeError):
         return 0, []
+
+
+def _plain(record: StepRecord) -> list[Any]:
+    return [value.hex() if isinstance(value, bytes) else value for value in record]
+
+
+def _record(raw: list[Any]) -> StepRecord:
+    """A record from JSON, where bytes are hexadecimal; those of older versions have fewer fields."""
+    values = dict(zip(StepRecord._fields, raw, strict=False))
+    return StepRecord(**values | {name: bytes.fromhex(values[name]) for name in RECORD_BYTES if name in values})
 
 
 def newest_valid(directory: Path) -> tuple[Written, State] | None:

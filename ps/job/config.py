@@ -19,8 +19,8 @@ class JobConfig:
 
     token: the secret that every stream opens with. num_samples, num_evaluation_samples: sizes of the data sets.
     evaluates_with_gradients: whether evaluations run with autograd on. caches: attributes in which modules keep what
-    they computed. fingerprint: of data and initial parameters, as they were when the job was submitted. factors: see
-    Plan.
+    they computed. logged_names: what the loss function returns besides. fingerprint: of data and initial parameters, as
+    they were when the job was submitted. factors: see Plan.
     """
 
     job: str
@@ -35,6 +35,7 @@ class JobConfig:
     checkpoint_directory: Path
     evaluates_with_gradients: bool = False
     caches: tuple[str, ...] = ()
+    logged_names: tuple[str, ...] = ()
     fingerprint: tuple[tuple[str, float], ...] = ()
     factors: tuple[float, ...] = ()
 

@@ -21,6 +21,7 @@ from steepest.v1 import exchange_pb2_grpc as pb_grpc
 
 REPORT_SECONDS = 0.25  # between reports of steps; all else is told at once
 MAX_STREAMS = 4
+MAX_PRINTED = 20_000  # lines kept while no controller is there to take them
 MAX_UNSTORED = 100_000  # records kept while no controller is there to take them
 
 
@@ -138,6 +139,14 @@ class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
     def tell_member(self, worker: str, change: str) -> None:
         """A worker joined, left, or hangs."""
         self._tell(lambda report: report.members.append(pb.MembershipChanged(worker=worker, change=change)))
+
+    def tell_printed(self, worker: str, lines: Iterable[pb.PrintedLine]) -> None:
+        """User code has printed something. Without a controller for long, the first lines are kept."""
+        with self._news:
+            for line in lines:
+                if len(self._report.printed) < MAX_PRINTED:
+                    line.worker = worker
+                    self._report.printed.append(line)
 
     def tell_phase(self, change: PhaseChanged, step: int) -> None:
         """The leader's phase is another one."""

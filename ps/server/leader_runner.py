@@ -101,6 +101,10 @@ class LeaderRunner:
         """See WorkerListener."""
         self._run(self.leader.failure(worker, failure, time.time())[1])
 
+    def printed(self, worker: str, lines: Iterable[pb.PrintedLine]) -> None:
+        """See WorkerListener."""
+        self._control.tell_printed(worker, lines)
+
     def residual_sink(self, worker: str, chunk: pb.Chunk, num_bytes: int) -> memoryview:
         """See WorkerListener."""
         return self._residuals.sink(worker, chunk, num_bytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -55,6 +55,9 @@ class WorkerListener(Protocol):
     def failure(self, worker: str, failure: Failure) -> None:
         """A worker's user code failed."""
 
+    def printed(self, worker: str, lines: Iterable[pb.PrintedLine]) -> None:
+        """A worker's user code has printed something."""
+
     def residual_sink(self, worker: str, chunk: pb.Chunk, num_bytes: int) -> memoryview:
         """Where a piece of a residual belongs. Raises StreamError for one that is not expected."""
 
@@ -78,6 +81,9 @@ class Bystander:
         """See WorkerListener."""
 
     def failure(self, worker: str, failure: Failure) -> None:
+        """See WorkerListener."""
+
+    def printed(self, worker: str, lines: Iterable[pb.PrintedLine]) -> None:
         """See WorkerListener."""
 
     def residual_sink(self, worker: str, chunk: pb.Chunk, num_bytes: int) -> memoryview:

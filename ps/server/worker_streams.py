@@ -116,6 +116,8 @@ class WorkerStreams:
                     self._home.begin(peer, convert.ready_from_proto(message.ready))
                 case "chunk" if message.chunk.name and message.chunk.last:
                     self._listener.residual(peer.name, message.chunk.slot)
+                case "printed":
+                    self._listener.printed(peer.name, message.printed.lines)
                 case "failure":
                     self._listener.failure(peer.name, convert.failure_from_proto(message.failure))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-PROTOCOL = 5
+PROTOCOL = 6
 
 
 class Round(StrEnum):
@@ -36,8 +36,9 @@ class PushedNode(NamedTuple):
 
 
 class LeafResult(NamedTuple):
-    """What a worker measured in one micro-batch: the loss sum, its weight, and metric sums in an evaluation.
+    """What a worker measured in one micro-batch: the loss sum, its weight, and sums of values.
 
+    values: in an evaluation, of the metrics; in training, of what the loss function returned besides, by weight.
     nonfinite: the first parameter with a non-finite gradient; only a diagnosis looks for one.
     """
 
@@ -66,6 +67,7 @@ class Push(NamedTuple):
     """A worker's answer to one Assign. buffers: as micro-batch 0 left them, if it is among the leaves.
 
     host_ranges: as in the Assign. constants: the frozen parameters, once, when parameters are initialized.
+    data_seconds: of `seconds`, those spent waiting for samples.
     """
 
     step: int
@@ -76,6 +78,7 @@ class Push(NamedTuple):
     seconds: float = 0.0
     host_ranges: tuple[tuple[int, int], ...] = ()
     constants: bytes | None = None
+    data_seconds: float = 0.0
 
 
 class Ready(NamedTuple):
@@ -91,6 +94,15 @@ class Ready(NamedTuple):
     start: int
     stop: int
     host_ranges: tuple[tuple[int, int], ...] = ()
+
+
+class Printed(NamedTuple):
+    """A line that user code printed in a worker. time: in seconds since the epoch. stream: stdout or stderr."""
+
+    time: float
+    stream: str
+    text: str
+    worker: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +131,9 @@ class Decision(NamedTuple):
 class StepRecord(NamedTuple):
     """What the leader saw in one step. Norms are of the mean gradient; times are in seconds.
 
-    parameter_norms: of each parameter's gradient before the clip, in the layout's order: float64, little-endian.
+    data_seconds: of the worker that waited longest for samples. parameter_norms: of each parameter's gradient before
+    the clip, in the layout's order; logged: means of what the loss function returned besides, in the order of
+    JobConfig.logged_names. Both are float64, little-endian.
     """
 
     step: int
@@ -139,3 +153,8 @@ class StepRecord(NamedTuple):
     reduce_seconds: float
     apply_seconds: float
     parameter_norms: bytes = b""
+    data_seconds: float = 0.0
+    logged: bytes = b""
+
+
+RECORD_BYTES = ("parameter_norms", "logged")  # those fields of a StepRecord

@@ -18,6 +18,7 @@ class CompletedStep(NamedTuple):
 
     segment_sums: of squares of the summed gradient, for each segment of the layout.
     clipped_sum: of squares of the gradient after a clip by value; None without one.
+    logged: means of what the loss function returned besides. data_seconds: see StepRecord.
     began, collected, reported, committed: when the round began, all pushes were there, all shards had reduced, applied.
     """
 
@@ -33,6 +34,8 @@ class CompletedStep(NamedTuple):
     collected: float
     reported: float
     committed: float
+    logged: tuple[float, ...] = ()
+    data_seconds: float = 0.0
 
     def record(self, parameter_norms: bytes = b"") -> StepRecord:
         """The record of the step."""
@@ -58,6 +61,8 @@ class CompletedStep(NamedTuple):
             reduce_seconds=max(0.0, self.reported - self.collected),
             apply_seconds=self.committed - self.reported,
             parameter_norms=parameter_norms,
+            data_seconds=self.data_seconds,
+            logged=np.array(self.logged, dtype="<f8").tobytes() if self.logged else b"",
         )
 
 

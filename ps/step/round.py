@@ -34,6 +34,7 @@ class RoundState:
         self._undealt = self._everything
         self._missing = self._everything
         self._by = [""] * num_leaves
+        self._data_seconds: dict[str, float] = {}  # by worker
         self._reports: dict[int, NDArray[np.float64]] = {}
         self._sums: NDArray[np.float64] | None = None
         self._applied: dict[int, float] = {}
@@ -98,6 +99,8 @@ class RoundState:
                 self.results[result.leaf] = result
                 self._by[result.leaf] = worker
         outcome = Outcome.ACCEPTED if delivered & self._missing else Outcome.DUPLICATE
+        if push.data_seconds:
+            self._data_seconds[worker] = self._data_seconds.get(worker, 0.0) + push.data_seconds
         self._missing &= ~delivered
         self._undealt &= ~delivered
         if push.buffers is not None and self.buffers is None:
@@ -161,6 +164,8 @@ class RoundState:
             collected=self.collected,
             reported=self.reported,
             committed=now,
+            logged=self.mean_logged(),
+            data_seconds=max(self._data_seconds.values(), default=0.0),
         )
 
     # -- totals -------------------------------------------------------------------------------------------------------
@@ -175,6 +180,12 @@ class RoundState:
     def total_samples(self) -> int:
         """How many samples there were."""
         return sum([r.samples for r in self.results])
+
+    def mean_logged(self) -> tuple[float, ...]:
+        """Of a training step: the mean of each value that the loss function returned besides, by weight."""
+        count = max(len(r.values) for r in self.results)
+        sums = [exact_sum([r.values[k] for r in self.results if r.values]) for k in range(count)]
+        return tuple(total / self.weight for total in sums)
 
     def mean_metrics(self, names: Sequence[str]) -> dict[str, float]:
         """Of an evaluation: each metric's mean over the samples, and the mean loss."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ps.memory.gpu import DeviceReference
 from ps.memory.segment import SegmentReference
-from ps.step.messages import Assign, Decision, Failure, LeafResult, Push, PushedNode, Ready, Round, StepRecord
+from ps.step.messages import Assign, Decision, Failure, LeafResult, Printed, Push, PushedNode, Ready, Round, StepRecord
 from steepest.v1 import exchange_pb2 as pb
 from steepest.v1 import training_jobs_pb2 as jobs_pb
 
@@ -94,6 +94,7 @@ def push_to_proto(push: Push) -> pb.Push:
         buffers=push.buffers,
         constants=push.constants,
         seconds=push.seconds,
+        data_seconds=push.data_seconds,
         host_bounds=chain(*push.host_ranges),
     )
     for result in push.leaves:
@@ -129,6 +130,7 @@ def push_from_proto(message: pb.Push) -> Push:
         seconds=message.seconds,
         host_ranges=_ranges(message.host_bounds[:]),
         constants=message.constants if message.HasField("constants") else None,
+        data_seconds=message.data_seconds,
     )
 
 
@@ -182,6 +184,16 @@ def failure_from_proto(message: pb.Failure) -> Failure:
     )
 
 
+def printed_to_proto(lines: Iterable[Printed]) -> pb.Printed:
+    """Lines, to the wire."""
+    return pb.Printed(lines=[pb.PrintedLine(**line._asdict()) for line in lines])
+
+
+def printed_from_proto(lines: Iterable[pb.PrintedLine]) -> list[Printed]:
+    """Lines, from the wire."""
+    return [Printed(line.time, line.stream, line.text, line.worker) for line in lines]
+
+
 def decision_to_proto(decision: Decision) -> pb.Decision:
     """Decision, to the wire."""
     return pb.Decision(
@@ -206,10 +218,11 @@ def decision_from_proto(message: pb.Decision) -> Decision:
     )
 
 
-def record_to_proto(record: StepRecord) -> jobs_pb.StepRecord:
+def record_to_proto(record: StepRecord, logged_names: Sequence[str]) -> jobs_pb.StepRecord:
     """StepRecord, to clients."""
-    norms = np.frombuffer(record.parameter_norms, dtype="<f8")
-    return jobs_pb.StepRecord(**{**record._asdict(), "parameter_norms": norms})
+    norms, logged = sums_from_bytes(record.parameter_norms), sums_from_bytes(record.logged)
+    by_name = dict(zip(logged_names, logged.tolist(), strict=False))  # a step that was skipped has none
+    return jobs_pb.StepRecord(**{**record._asdict(), "parameter_norms": norms, "logged": by_name})
 
 
 def records_to_proto(records: Sequence[StepRecord]) -> pb.StepRecords:

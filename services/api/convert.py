@@ -6,6 +6,7 @@ import json
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from services.jobs.job_log import StoredLine
 from services.settings import Settings
 from services.store.lifecycle import JobState
 from services.store.store import EventRow, JobRow
@@ -56,6 +57,14 @@ def job_to_proto(row: JobRow, settings: Settings, samples_per_second: float | No
     if row.ended is not None:
         job.end_time.CopyFrom(timestamp(row.ended))
     return job
+
+
+def line_to_proto(stored: StoredLine) -> pb.LogLine:
+    """A line of a job's log, to the wire."""
+    line = stored.line
+    return pb.LogLine(
+        time=timestamp(line.time), process=line.worker, stream=line.stream, text=line.text, offset=stored.offset
+    )
 
 
 def event_to_proto(row: EventRow) -> pb.Event:

@@ -15,7 +15,8 @@ import grpc
 
 from ps.checkpoint.files import files_of, newest_verified
 from ps.wire import convert as ps_convert
-from services.api.convert import event_to_proto, job_to_proto
+from services.api.convert import event_to_proto, job_to_proto, line_to_proto
+from services.jobs.job_log import JobLog
 from services.jobs.operations import Operations
 from services.jobs.task_probe import TaskDescription
 from services.settings import Settings
@@ -96,18 +97,24 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
     ) -> Iterator[pb.WatchTrainingJobResponse]:
         """See the .proto file. Progress is coalesced: a slow watcher gets the newest."""
         store = self._store
-        job = self._row(request.name).id
+        row = self._row(request.name)
+        job, logged = row.id, TaskDescription.from_json(row.description).logged_names
         sequence, step = request.after_sequence, -1
+        offset = request.log_offset
+        printed = self._log(job)
         while context.is_active():
             # The order matters: a job read as ended here has all its events and records in the store already.
             row = store.get(job)
             record = store.last_record(job)
             if record is not None and record.step != step:
                 step = record.step
-                yield pb.WatchTrainingJobResponse(progress=ps_convert.record_to_proto(record))
+                yield pb.WatchTrainingJobResponse(progress=ps_convert.record_to_proto(record, logged))
             for event in store.events_after(job, sequence):
                 sequence = event.sequence
                 yield pb.WatchTrainingJobResponse(event=event_to_proto(event))
+            for stored in printed.read(offset) if request.logs else ():
+                offset = stored.offset
+                yield pb.WatchTrainingJobResponse(line=line_to_proto(stored))
             if row.state in ENDED:
                 yield pb.WatchTrainingJobResponse(ended=self._message(store.get(job)))
                 return
@@ -116,6 +123,30 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
             self._closing.wait(WATCH_SECONDS)
             if self._closing.is_set():
                 raise ServiceUnavailableError("the service is stopping")
+
+    def StreamLogs(  # noqa: N802
+        self, request: pb.StreamLogsRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.StreamLogsResponse]:
+        """See the .proto file."""
+        if request.offset < 0:
+            raise SpecError([Violation("offset", f"{request.offset} must not be negative")])
+        job, offset = self._row(request.name).id, request.offset
+        printed = self._log(job)
+        while context.is_active():
+            has_ended = self._store.get(job).state in ENDED  # before the read, so that all of it is there then
+            lines = printed.read(offset)
+            if lines:
+                offset = lines[-1].offset
+                yield pb.StreamLogsResponse(lines=map(line_to_proto, lines))
+            elif has_ended or not request.follow:
+                return
+            else:
+                self._closing.wait(WATCH_SECONDS)
+                if self._closing.is_set():
+                    raise ServiceUnavailableError("the service is stopping")
+
+    def _log(self, job: str) -> JobLog:
+        return JobLog(self._settings.log_of(job), self._settings.max_log_bytes)
 
     def CancelTrainingJob(  # noqa: N802
         self, request: pb.CancelTrainingJobRequest, context: grpc.ServicerContext
@@ -146,12 +177,14 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
     ) -> pb.QueryHistoryResponse:
         """See the .proto file."""
         row = self._row(request.name)
-        layout = TaskDescription.from_json(row.description).layout(spec_from_dict(json.loads(row.spec)))
+        description = TaskDescription.from_json(row.description)
+        layout = description.layout(spec_from_dict(json.loads(row.spec)))
         names = [p.name for p in layout.parameters]
         most = max(1, min(HISTORY_PAGE_SIZE, HISTORY_PAGE_NUMBERS // len(names)))
         size = _page_size(request.page_size, most, most)
         records = self._store.history_of(row.id, request.first_step, size)
-        return pb.QueryHistoryResponse(records=map(ps_convert.record_to_proto, records), parameter_names=names)
+        shown = [ps_convert.record_to_proto(record, description.logged_names) for record in records]
+        return pb.QueryHistoryResponse(records=shown, parameter_names=names)
 
     def DownloadCheckpoint(  # noqa: N802
         self, request: pb.DownloadCheckpointRequest, context: grpc.ServicerContext

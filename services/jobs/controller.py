@@ -17,10 +17,12 @@ from queue import Empty, SimpleQueue
 
 from ps.checkpoint.files import Written, newest_verified, read_records
 from ps.job.config import JobConfig
+from ps.step.messages import Printed
 from ps.wire.address import ServerAddress
 from services.cluster.processes import Exit, ExitKind, Started, named
 from services.jobs import policy
 from services.jobs.inbox import Asked, Detach, Event, Reported, ServerEnded, WorkerEnded, WorkerStarted
+from services.jobs.job_log import JobLog
 from services.jobs.leader_client import CheckpointReport, LeaderClient, Report
 from services.jobs.ledger import Ledger
 from services.jobs.room import Dial, LeaderLink, Room
@@ -80,6 +82,7 @@ class Controller(threading.Thread):
         self._description = job.description
         self._code = job.code
         self._settings = settings
+        self._log = JobLog(settings.log_of(job.row.id), settings.max_log_bytes)
         self._room = room
         self._on_end = on_end
         self._dial = dial
@@ -171,6 +174,7 @@ class Controller(threading.Thread):
             metric_names=description.metric_names,
             evaluates_with_gradients=description.evaluates_with_gradients,
             caches=description.caches,
+            logged_names=description.logged_names,
             fingerprint=description.fingerprint,
             factors=description.factors,
             num_servers=self.spec.placement.num_servers,
@@ -320,6 +324,8 @@ class Controller(threading.Thread):
             self.totals.count(report.records or [report.newest])
         for _, metrics in report.evaluations:
             self.ledger.note_result(metrics=metrics)
+        if report.printed:
+            self._keep_printed(report.printed)
         for checkpoint in report.checkpoints:
             self._on_checkpoint(checkpoint)
         for worker, change in report.members:
@@ -336,6 +342,12 @@ class Controller(threading.Thread):
                     self.ledger.move(decision.state, decision.reason)
         if self.ledger.is_stale or report.members or report.evaluations or report.phases:
             self._publish()
+
+    def _keep_printed(self, lines: list[Printed]) -> None:
+        try:
+            self._log.append(lines)
+        except OSError as error:  # a full disk must not end the job
+            log.warning("what %s printed cannot be kept: %s", self.job_name, error)
 
     def _on_checkpoint(self, checkpoint: CheckpointReport) -> None:
         if checkpoint.problem:

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 import grpc
 
 from ps.job.config import JobConfig
-from ps.step.messages import Failure, StepRecord
+from ps.step.messages import Failure, Printed, StepRecord
 from ps.wire import convert
 from ps.wire.address import GRPC_OPTIONS
 from steepest.v1 import exchange_pb2 as pb
@@ -50,6 +50,7 @@ class Report:
     checkpoints: list[CheckpointReport]
     members: list[tuple[str, str]]
     phases: list[PhaseReport]
+    printed: list[Printed]
 
 
 def report_from_proto(message: pb.SupervisionMessage) -> Report:
@@ -70,6 +71,7 @@ def report_from_proto(message: pb.SupervisionMessage) -> Report:
             )
             for p in message.phases
         ],
+        printed=convert.printed_from_proto(message.printed),
     )
 
 

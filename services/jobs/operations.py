@@ -14,14 +14,17 @@ from ps.checkpoint.files import MODEL, newest_verified
 from ps.compression.choose import compression_problem
 from ps.job.footprint import explain_refusal, footprint
 from ps.parameters.layout import choose_num_servers
+from ps.step.messages import Printed
 from ps.wire.connection import MAX_MESSAGE_BYTES
 from services.jobs.code_bundles import CodeStore
+from services.jobs.job_log import JobLog
 from services.jobs.running import Running
 from services.jobs.task_probe import TaskDescription, TaskProbe
 from services.settings import Settings
 from services.store.lifecycle import JobState, check_verb
 from services.store.store import JobRow, Result, Store
 from steepest.errors import ConflictError, SpecError, Violation
+from steepest.jobs import SUBMISSION
 from steepest.spec import TrainingJobSpec, spec_from_dict
 
 MESSAGE_ROOM = 1 << 20  # for what else is in a message
@@ -69,7 +72,9 @@ class Operations:
         if not _JOB_ID.fullmatch(job):
             problem = f"{job!r}; allowed: 1 to 63 of a-z, 0-9 and -, a letter first, no - at the end"
             raise SpecError([Violation("training_job_id", problem)])
-        if not request_id and self._store.exists(job):
+        if (known := self._store.of_request(request_id)) is not None:
+            return known
+        if self._store.exists(job):
             raise ConflictError(f"training_job_id: {job!r} is taken; choose another --name")
         spec = self._with_weights(spec)
         description = self._probe.describe(
@@ -86,24 +91,24 @@ class Operations:
         if spec.schedule.warmup_steps >= total_steps:
             problem = f"{spec.schedule.warmup_steps} leaves nothing of the {total_steps} steps of the job"
             raise SpecError([Violation("schedule.warmup_steps", problem)])
-        row = self._store.create(
-            JobRow(
-                id=job,
-                request_id=request_id,
-                spec=spec.model_dump_json(),
-                description=description.to_json(),
-                state=JobState.QUEUED,
-                reason="created",
-                workers=spec.placement.workers,
-                incarnation=0,
-                total_steps=total_steps,
-                created=time.time(),
-                ended=None,
-                result=Result(),
-            )
+        new = JobRow(
+            id=job,
+            request_id=request_id,
+            spec=spec.model_dump_json(),
+            description=description.to_json(),
+            state=JobState.QUEUED,
+            reason="created",
+            workers=spec.placement.workers,
+            incarnation=0,
+            total_steps=total_steps,
+            created=time.time(),
+            ended=None,
+            result=Result(),
         )
-        for _, message in description.warnings:
-            self._store.note(job, f"warning: {message}", time.time())
+        row = self._store.create(new, [f"warning: {message}" for _, message in description.warnings])
+        if description.printed and row is new:
+            log = JobLog(self._settings.log_of(job), self._settings.max_log_bytes)
+            log.append(Printed(row.created, "stdout", line, SUBMISSION) for line in description.printed.splitlines())
         self._wake.set()
         return row
 

@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import threading
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,16 @@ from services.cluster.fork_server import ForkServer
 from steepest.errors import SpecError, Violation
 from steepest.spec import TrainingJobSpec
 
+MAX_PRINTED_BYTES = 64 << 10
+
 
 @dataclass(frozen=True)
 class TaskDescription:
     """What the service needs to know of a task.
 
-    evaluates_with_gradients, caches, fingerprint: see JobConfig. warnings: (code, message). batch, weight, model_class,
-    loss: in words. price: of the micro-batches, see Rehearsal. factors: see Plan.
+    evaluates_with_gradients, caches, logged_names, fingerprint: see JobConfig. warnings: (code, message). batch,
+    weight, model_class, loss: in words. price: of the micro-batches, see Rehearsal. factors: see Plan.
+    printed: by the user's code meanwhile; the end of it, and it is not stored.
     data: fields of the spec that a DataLoader settles.
     """
 
@@ -43,6 +46,8 @@ class TaskDescription:
     loss: str = ""
     price: float = 0.0
     factors: tuple[float, ...] = ()
+    logged_names: tuple[str, ...] = ()
+    printed: str = ""
 
     def completed(self, spec: TrainingJobSpec) -> TrainingJobSpec:
         """The spec with what the task settles."""
@@ -54,7 +59,7 @@ class TaskDescription:
 
     def to_json(self) -> str:
         """A form that the store can keep."""
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "printed"}
         return json.dumps({**own, "model": self.model.to_dict()})
 
     @staticmethod
@@ -77,6 +82,7 @@ class TaskDescription:
             raw.get("loss", ""),
             raw.get("price", 0.0),
             tuple(raw.get("factors", ())),
+            tuple(raw.get("logged_names", ())),
         )
 
 
@@ -84,7 +90,7 @@ class TaskProbe:
     """Describes tasks, each in a fork of a process that has imported PyTorch."""
 
     def __init__(self) -> None:
-        self._forks = ForkServer(["worker.rehearsal.probe"])
+        self._forks = ForkServer(["worker.rehearsal.rehearse"])
 
     def start(self) -> None:
         """Begin to import PyTorch, so that the first task waits less."""
@@ -122,10 +128,11 @@ class TaskProbe:
                 problem = f"loading {name} ended its process ({_ending(status)})\n{tail}"
                 raise SpecError([Violation("task.function", problem.strip())])
             answer = reply.read_text()
+            printed = output.read_bytes()[-MAX_PRINTED_BYTES:].decode(errors="replace")
         raw = json.loads(answer)
         if "message" in raw:
             raise SpecError([Violation(raw["field"], f"{raw['message']}\n{raw['traceback']}".strip())])
-        return TaskDescription.from_json(answer)
+        return replace(TaskDescription.from_json(answer), printed=printed)
 
     def close(self) -> None:
         """End the process."""

@@ -56,4 +56,6 @@ history = sa.Table(
     sa.Column("reduce_seconds", sa.Double),
     sa.Column("apply_seconds", sa.Double),
     sa.Column("parameter_norms", sa.LargeBinary),
+    sa.Column("data_seconds", sa.Double),
+    sa.Column("logged", sa.LargeBinary),
 )

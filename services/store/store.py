@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
-from ps.step.messages import StepRecord
+from ps.step.messages import RECORD_BYTES, StepRecord
 from services.store.lifecycle import ENDED, JobState, check_move
 from services.store.schema import events, history, jobs
 from steepest.errors import ConflictError, NotFoundError
@@ -99,22 +99,27 @@ class Store:
 
     # -- jobs -------------------------------------------------------------------------------------------------------
 
-    def create(self, row: JobRow) -> JobRow:
-        """Store a new job with its first event. The same request_id again returns the first one's job.
+    def create(self, row: JobRow, notes: Iterable[str] = ()) -> JobRow:
+        """Store a new job with its first event, and one for each of the notes; returns `row` itself.
 
-        Raises ConflictError when the id is taken.
+        The same request_id again returns the first one's job. Raises ConflictError when the id is taken.
         """
         with self._write, self._engine.begin() as connection:
-            if row.request_id:
-                same = connection.execute(sa.select(jobs).where(jobs.c.request_id == row.request_id)).first()
-                if same is not None:
-                    return _job(same)
+            same = _of_request(connection, row.request_id)
+            if same is not None:
+                return same
             if connection.execute(sa.select(jobs.c.id).where(jobs.c.id == row.id)).first() is not None:
                 raise ConflictError(f"training_job_id: {row.id!r} is taken; choose another --name")
             connection.execute(sa.insert(jobs).values(**_job_values(row)))
-            self._add_event(connection, row.id, row.created, row.state, row.reason)
+            for reason in (row.reason, *notes):
+                self._add_event(connection, row.id, row.created, row.state, reason)
         self._notify()
         return row
+
+    def of_request(self, request_id: str) -> JobRow | None:
+        """The job that a request has created, if any."""
+        with self._engine.connect() as connection:
+            return _of_request(connection, request_id)
 
     def get(self, job: str) -> JobRow:
         """Raises NotFoundError."""
@@ -279,6 +284,13 @@ class Store:
         return rates
 
 
+def _of_request(connection: sa.Connection, request_id: str) -> JobRow | None:
+    if not request_id:
+        return None
+    row = connection.execute(sa.select(jobs).where(jobs.c.request_id == request_id)).first()
+    return None if row is None else _job(row)
+
+
 def _configure_sqlite(connection: Any, _: Any) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")
@@ -295,7 +307,8 @@ def _null(value: Any) -> Any:
 def _record(row: Any) -> StepRecord:
     values: dict[str, Any] = {n: getattr(row, n) for n in StepRecord._fields}
     values.update({n: math.nan for n in _FLOAT_FIELDS if values[n] is None})
-    return StepRecord(**{**values, "parameter_norms": row.parameter_norms or b""})
+    values.update({n: values[n] or b"" for n in RECORD_BYTES})
+    return StepRecord(**values)
 
 
 def _result_json(result: Result) -> str:

@@ -99,7 +99,7 @@ def _follow(job: Job) -> JobInfo:
     """Show progress until the job ends."""
     from steepest.cli.console import show
 
-    end = show(job.name, job.get().total_steps, job.watch())
+    end = show(job.name, job.get().total_steps, job.watch(logs=True))
     return end or job.get()
 
 
@@ -249,6 +249,24 @@ def watch(job: JobName, server: Server = DEFAULT_SERVER, as_json: Json = False) 
                 _exit_for(update)
             kind = "event" if isinstance(update, Event) else "progress"
             sys.stdout.write(json.dumps({kind: asdict(update)}) + "\n")
+            sys.stdout.flush()
+
+
+@app.command()
+def logs(
+    job: JobName,
+    follow: Annotated[bool, Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    server: Server = DEFAULT_SERVER,
+    as_json: Json = False,
+) -> None:
+    """Show what the task's code has printed, with the worker that printed it. With --json, one object a line."""
+    from dataclasses import asdict
+
+    from steepest.cli.console import log_line
+
+    with _client(server) as client:
+        for line in client.job(job).logs(follow=follow):
+            sys.stdout.write((json.dumps(asdict(line)) if as_json else log_line(line)) + "\n")
             sys.stdout.flush()
 
 

@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from steepest.jobs import Event, JobInfo
+from steepest.jobs import SUBMISSION, Event, JobInfo, LogLine
 from steepest.jobs import Progress as StepProgress
 
 if TYPE_CHECKING:
     from ps.job.footprint import Footprint
 
+NOTABLE_WAITING = 0.1  # of a step
 LINE_SECONDS = 2.0  # between lines of progress where stderr is no terminal
 
 
@@ -60,10 +61,13 @@ class JobDisplay:
         """One line."""
         self._console.print(text, markup=False, soft_wrap=True)
 
-    def update(self, update: Event | StepProgress) -> None:
+    def update(self, update: Event | StepProgress | LogLine) -> None:
         """Show what happened."""
         if isinstance(update, Event):
             self.say(f"{self._job} {update.state}: {update.reason}")
+        elif isinstance(update, LogLine):
+            if update.process != SUBMISSION:  # the workers print it again
+                self.say(log_line(update))
         else:
             self._progress(update)
 
@@ -74,7 +78,10 @@ class JobDisplay:
         self._seen = (progress.time, progress.step)
         samples = f"{self._rate * progress.samples:,.0f} samples/s" if self._rate else ""
         clipped = "" if math.isclose(progress.clipped_norm, progress.gradient_norm) else f"→{progress.clipped_norm:.3g}"
-        numbers = f"loss {progress.loss:.4f}  |g| {progress.gradient_norm:.3g}{clipped}  {samples}"
+        logged = "".join(f"  {name} {value:.4g}" for name, value in progress.logged.items())
+        waiting = progress.data_seconds / progress.step_seconds if progress.step_seconds > 0 else 0.0
+        waits = f"  {waiting:.0%} waiting for data" if waiting > NOTABLE_WAITING else ""
+        numbers = f"loss {progress.loss:.4g}{logged}  |g| {progress.gradient_norm:.3g}{clipped}  {samples}{waits}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=progress.step, numbers=numbers)
             return
@@ -85,7 +92,12 @@ class JobDisplay:
         self.say(f"step {progress.step}/{self._total}  {numbers}{left}")
 
 
-def show(job: str, total_steps: int, updates: Iterable[Event | StepProgress | JobInfo]) -> JobInfo | None:
+def log_line(line: LogLine) -> str:
+    """What user code printed, with who did."""
+    return f"{line.process} | {line.text}"
+
+
+def show(job: str, total_steps: int, updates: Iterable[Event | StepProgress | LogLine | JobInfo]) -> JobInfo | None:
     """Show all updates of a job and return the last one, its end."""
     with JobDisplay(job, total_steps) as display:
         for update in updates:

@@ -108,13 +108,13 @@ def _follow(job: Job) -> JobInfo:
     """Show progress to the end. The first Ctrl-C cancels the job and waits for it, the second leaves at once."""
     total = job.get().total_steps
     try:
-        end = show(job.name, total, job.watch())
+        end = show(job.name, total, job.watch(logs=True))
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.stderr.write("cancelling; press Ctrl-C again to leave at once\n")
         if not job.get().has_ended:
             job.cancel()
-        end = show(job.name, total, job.watch())
+        end = show(job.name, total, job.watch(logs=True))
     return end or job.get()
 
 

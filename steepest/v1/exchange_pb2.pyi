@@ -229,6 +229,7 @@ class Push(_message.Message):
     CONSTANTS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     HOST_BOUNDS_FIELD_NUMBER: _builtins.int
+    DATA_SECONDS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     kind: _builtins.str
     nodes: _builtins.bytes
@@ -241,9 +242,11 @@ class Push(_message.Message):
     constants: _builtins.bytes
     """The frozen parameters, when parameters are initialized."""
     seconds: _builtins.float
+    data_seconds: _builtins.float
+    """Of the seconds, those spent waiting for samples."""
     @_builtins.property
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Metric sums of an evaluation, as many for each leaf."""
+        """Sums of an evaluation's metrics, or of what the loss function returned besides; as many for each leaf."""
 
     @_builtins.property
     def nonfinite(self) -> _containers.ScalarMap[_builtins.int, _builtins.str]:
@@ -266,10 +269,11 @@ class Push(_message.Message):
         constants: _builtins.bytes | None = ...,
         seconds: _builtins.float = ...,
         host_bounds: _abc.Iterable[_builtins.int] | None = ...,
+        data_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "_constants", b"_constants", "buffers", b"buffers", "constants", b"constants"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "_constants", b"_constants", "buffers", b"buffers", "constants", b"constants", "host_bounds", b"host_bounds", "kind", b"kind", "leaves", b"leaves", "nodes", b"nodes", "nonfinite", b"nonfinite", "seconds", b"seconds", "step", b"step", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "_constants", b"_constants", "buffers", b"buffers", "constants", b"constants", "data_seconds", b"data_seconds", "host_bounds", b"host_bounds", "kind", b"kind", "leaves", b"leaves", "nodes", b"nodes", "nonfinite", b"nonfinite", "seconds", b"seconds", "step", b"step", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__buffers: _TypeAlias = _typing.Literal["buffers"]  # noqa: Y015
     _WhichOneofArgType__buffers: _TypeAlias = _typing.Literal["_buffers", b"_buffers"]  # noqa: Y015
@@ -415,6 +419,7 @@ class WorkerMessage(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
     GPU_SLOT_FIELD_NUMBER: _builtins.int
+    PRINTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -431,6 +436,10 @@ class WorkerMessage(_message.Message):
     def gpu_slot(self) -> Global___GpuSlot:
         """To a server on the worker's GPU, before the slot is first pushed."""
 
+    @_builtins.property
+    def printed(self) -> Global___Printed:
+        """To the leader."""
+
     def __init__(
         self,
         *,
@@ -440,16 +449,72 @@ class WorkerMessage(_message.Message):
         failure: Global___Failure | None = ...,
         ready: Global___Ready | None = ...,
         gpu_slot: Global___GpuSlot | None = ...,
+        printed: Global___Printed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "failure", b"failure", "gpu_slot", b"gpu_slot", "hello", b"hello", "message", b"message", "push", b"push", "ready", b"ready"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "failure", b"failure", "gpu_slot", b"gpu_slot", "hello", b"hello", "message", b"message", "printed", b"printed", "push", b"push", "ready", b"ready"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "failure", b"failure", "gpu_slot", b"gpu_slot", "hello", b"hello", "message", b"message", "push", b"push", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "failure", b"failure", "gpu_slot", b"gpu_slot", "hello", b"hello", "message", b"message", "printed", b"printed", "push", b"push", "ready", b"ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "push", "chunk", "failure", "ready", "gpu_slot"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "push", "chunk", "failure", "ready", "gpu_slot", "printed"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___WorkerMessage: _TypeAlias = WorkerMessage  # noqa: Y015
+
+@_typing.final
+class Printed(_message.Message):
+    """Lines that user code printed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LINES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrintedLine]: ...
+    def __init__(
+        self,
+        *,
+        lines: _abc.Iterable[Global___PrintedLine] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lines", b"lines"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Printed: _TypeAlias = Printed  # noqa: Y015
+
+@_typing.final
+class PrintedLine(_message.Message):
+    """One line."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    STREAM_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
+    time: _builtins.float
+    """Seconds since the epoch."""
+    stream: _builtins.str
+    """stdout or stderr"""
+    text: _builtins.str
+    worker: _builtins.str
+    """Filled in by the leader."""
+    def __init__(
+        self,
+        *,
+        time: _builtins.float = ...,
+        stream: _builtins.str = ...,
+        text: _builtins.str = ...,
+        worker: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["stream", b"stream", "text", b"text", "time", b"time", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrintedLine: _TypeAlias = PrintedLine  # noqa: Y015
 
 @_typing.final
 class Welcome(_message.Message):
@@ -1066,6 +1131,8 @@ class StepRecords(_message.Message):
     REDUCE_SECONDS_FIELD_NUMBER: _builtins.int
     APPLY_SECONDS_FIELD_NUMBER: _builtins.int
     PARAMETER_NORMS_FIELD_NUMBER: _builtins.int
+    DATA_SECONDS_FIELD_NUMBER: _builtins.int
+    LOGGED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def step(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -1102,6 +1169,12 @@ class StepRecords(_message.Message):
     def parameter_norms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """float64, little-endian."""
 
+    @_builtins.property
+    def data_seconds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def logged(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """float64, little-endian."""
+
     def __init__(
         self,
         *,
@@ -1122,10 +1195,12 @@ class StepRecords(_message.Message):
         reduce_seconds: _abc.Iterable[_builtins.float] | None = ...,
         apply_seconds: _abc.Iterable[_builtins.float] | None = ...,
         parameter_norms: _abc.Iterable[_builtins.bytes] | None = ...,
+        data_seconds: _abc.Iterable[_builtins.float] | None = ...,
+        logged: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "gradient_norm", b"gradient_norm", "loss", b"loss", "lr", b"lr", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "skipped", b"skipped", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "data_seconds", b"data_seconds", "gradient_norm", b"gradient_norm", "logged", b"logged", "loss", b"loss", "lr", b"lr", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "skipped", b"skipped", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1143,6 +1218,7 @@ class SupervisionMessage(_message.Message):
     CHECKPOINTS_FIELD_NUMBER: _builtins.int
     MEMBERS_FIELD_NUMBER: _builtins.int
     PHASES_FIELD_NUMBER: _builtins.int
+    PRINTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def records(self) -> Global___StepRecords:
         """Those that go to the history."""
@@ -1159,6 +1235,10 @@ class SupervisionMessage(_message.Message):
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___MembershipChanged]: ...
     @_builtins.property
     def phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___PhaseChanged]: ...
+    @_builtins.property
+    def printed(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrintedLine]:
+        """What user code printed."""
+
     def __init__(
         self,
         *,
@@ -1168,10 +1248,11 @@ class SupervisionMessage(_message.Message):
         checkpoints: _abc.Iterable[Global___CheckpointSaved] | None = ...,
         members: _abc.Iterable[Global___MembershipChanged] | None = ...,
         phases: _abc.Iterable[Global___PhaseChanged] | None = ...,
+        printed: _abc.Iterable[Global___PrintedLine] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["newest", b"newest", "records", b"records"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "evaluations", b"evaluations", "members", b"members", "newest", b"newest", "phases", b"phases", "records", b"records"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "evaluations", b"evaluations", "members", b"members", "newest", b"newest", "phases", b"phases", "printed", b"printed", "records", b"records"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

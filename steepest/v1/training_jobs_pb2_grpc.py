@@ -80,6 +80,11 @@ class TrainingJobServiceStub:
                 request_serializer=steepest_dot_v1_dot_training__jobs__pb2.ScaleTrainingJobRequest.SerializeToString,
                 response_deserializer=steepest_dot_v1_dot_training__jobs__pb2.TrainingJob.FromString,
                 _registered_method=True)
+        self.StreamLogs = channel.unary_stream(
+                '/steepest.v1.TrainingJobService/StreamLogs',
+                request_serializer=steepest_dot_v1_dot_training__jobs__pb2.StreamLogsRequest.SerializeToString,
+                response_deserializer=steepest_dot_v1_dot_training__jobs__pb2.StreamLogsResponse.FromString,
+                _registered_method=True)
         self.QueryHistory = channel.unary_unary(
                 '/steepest.v1.TrainingJobService/QueryHistory',
                 request_serializer=steepest_dot_v1_dot_training__jobs__pb2.QueryHistoryRequest.SerializeToString,
@@ -159,6 +164,13 @@ class TrainingJobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamLogs(self, request, context):
+        """Streams what user code printed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def QueryHistory(self, request, context):
         """Returns the records of a range of steps.
         """
@@ -220,6 +232,11 @@ def add_TrainingJobServiceServicer_to_server(servicer, server):
                     servicer.ScaleTrainingJob,
                     request_deserializer=steepest_dot_v1_dot_training__jobs__pb2.ScaleTrainingJobRequest.FromString,
                     response_serializer=steepest_dot_v1_dot_training__jobs__pb2.TrainingJob.SerializeToString,
+            ),
+            'StreamLogs': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamLogs,
+                    request_deserializer=steepest_dot_v1_dot_training__jobs__pb2.StreamLogsRequest.FromString,
+                    response_serializer=steepest_dot_v1_dot_training__jobs__pb2.StreamLogsResponse.SerializeToString,
             ),
             'QueryHistory': grpc.unary_unary_rpc_method_handler(
                     servicer.QueryHistory,
@@ -476,6 +493,33 @@ class TrainingJobService:
             '/steepest.v1.TrainingJobService/ScaleTrainingJob',
             steepest_dot_v1_dot_training__jobs__pb2.ScaleTrainingJobRequest.SerializeToString,
             steepest_dot_v1_dot_training__jobs__pb2.TrainingJob.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamLogs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/steepest.v1.TrainingJobService/StreamLogs',
+            steepest_dot_v1_dot_training__jobs__pb2.StreamLogsRequest.SerializeToString,
+            steepest_dot_v1_dot_training__jobs__pb2.StreamLogsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -216,3 +216,18 @@ def least_squares() -> steepest.AnalyticTask:
         gradient=gradient,
         train_data=steepest.ArrayData(inputs, targets),
     )
+
+
+def talkative() -> steepest.Task:
+    """Prints when it is set up and in every pass, and returns numbers beside its loss."""
+    print("set up")
+    inputs, targets = arrays()
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        print(f"a pass over {len(batch[0])}")
+        rows, wanted = batch
+        outputs = model(rows)
+        squares = (outputs - wanted).square()
+        return squares.mean(), {"largest": squares.max(), "rows": len(rows)}
+
+    return steepest.Task(model=perceptron(), batch_loss=loss, train_data=steepest.ArrayData(inputs, targets))

@@ -19,6 +19,7 @@ class AnalyticEngine:
     """An `AnalyticTask`; its parameters are NumPy views of the bound flat tensor."""
 
     only_torch = False
+    logged: tuple[str, ...] | None = ()
 
     def __init__(self, task: AnalyticTask, layout: Layout) -> None:
         self._task = task

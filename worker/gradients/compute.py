@@ -32,6 +32,7 @@ class _Leaves:
     def __init__(self, engine: Engine, batches: Batches) -> None:
         self._engine = engine
         self._batches = batches
+        self.data_seconds = 0.0  # spent waiting for samples
         self._step = -1
         self.results: dict[int, LeafResult] = {}
         self.buffers: bytes | None = None  # as micro-batch 0 left them
@@ -41,12 +42,13 @@ class _Leaves:
         self._step = step
         self.results = {}
         self.buffers = None
+        self.data_seconds = 0.0
 
     def has_samples(self, index: int) -> bool:
         """See Leaf."""
         if self._batches.has_samples(self._step, index):
             return True
-        self.results[index] = LeafResult(index, 0.0, 0.0, 0)
+        self.results[index] = LeafResult(index, 0.0, 0.0, 0, (0.0,) * len(self._engine.logged or ()))
         return False
 
     def again(self, indices: Sequence[int]) -> None:
@@ -57,7 +59,9 @@ class _Leaves:
     def gradient(self, index: int, into: list[torch.Tensor], *, add: bool) -> None:
         """See Leaf. Raises MicroBatchError too."""
         try:
+            began = time.perf_counter()
             batch, num_samples = self._batches.training(self._step, index)
+            self.data_seconds += time.perf_counter() - began
             measured = self._engine.gradient(batch, num_samples, into, add=add)
             if index == 0:
                 self.buffers = self._engine.buffers()
@@ -65,7 +69,7 @@ class _Leaves:
             raise
         except BaseException as error:
             raise MicroBatchError(index) from error
-        self.results[index] = LeafResult(index, measured.loss, measured.weight, num_samples)
+        self.results[index] = LeafResult(index, measured.loss, measured.weight, num_samples, measured.values)
 
     def evaluate(self, index: int) -> None:
         """Loss and metrics of a part of the evaluation data. Raises MicroBatchError."""
@@ -156,6 +160,7 @@ class Computer:
             time.perf_counter() - began,
             assign.host_ranges,
             constants,
+            leaves.data_seconds,
         )
 
     def prefetch(self, assign: Assign) -> None:

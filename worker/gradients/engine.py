@@ -12,11 +12,23 @@ from worker.data.sources import Source
 
 
 class Measured(NamedTuple):
-    """A loss sum and its weight; in an evaluation, also the metrics' sums over the samples."""
+    """A loss sum and its weight, and sums of values: of the metrics, or of what the loss function returned besides."""
 
     loss: float
     weight: float
     values: tuple[float, ...] = ()
+
+
+class Rehearsed(NamedTuple):
+    """What was found out of a task when it was rehearsed, besides its model.
+
+    evaluates_with_gradients: whether evaluations run with autograd on. caches: names of attributes that passes change.
+    logged: names of what the loss function returns besides; None: not known yet.
+    """
+
+    evaluates_with_gradients: bool = False
+    caches: tuple[str, ...] = ()
+    logged: tuple[str, ...] | None = None
 
 
 class LossError(Exception):
@@ -40,6 +52,7 @@ class Engine(Protocol):
     only_torch: bool  # whether no code but torch's own runs in `gradient`
     train_source: Source
     eval_source: Source | None
+    logged: tuple[str, ...] | None  # names of what the loss function returns besides, once they are known
 
     def write_initial(self, flat: torch.Tensor) -> None:
         """Write the task's own initial parameters into `flat`, shape (layout.numel,)."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -23,7 +25,7 @@ from worker.gradients.engine import LossError
 class LossValue(NamedTuple):
     """value * factor is the loss sum: a tensor of one element times a number. outputs: of the model, for metrics.
 
-    targets: what metrics compare the outputs with.
+    targets: what metrics compare the outputs with. logged: values that the loss function returned besides, by name.
     """
 
     value: torch.Tensor
@@ -31,6 +33,7 @@ class LossValue(NamedTuple):
     weight: float
     outputs: Any
     targets: Any
+    logged: Mapping[str, Any] = {}
 
 
 LossOf = Callable[[Any, int], LossValue]  # of a batch, and the samples in it
@@ -74,21 +77,67 @@ def _pair_loss(model: nn.Module, loss: Any, weigh: Weigher, batch: Any, num_samp
         value, weight = loss(outputs, targets, num_samples)
         if weight is not None:
             return LossValue(value, 1.0, weight, outputs, targets)
-    else:
-        value = loss(outputs, targets)
-    return _mean(value, "loss", weigh, batch, num_samples, outputs, targets)
+        return _mean(value, "loss", weigh, batch, num_samples, outputs, targets)
+    value, *more = _parts(loss(outputs, targets))
+    found = _mean(value, "loss", weigh, batch, num_samples, outputs, targets)
+    if not more:
+        return found
+    if len(more) != 1 or not _is_logged(more[0]):
+        raise LossError(
+            f"loss returned a tuple of {1 + len(more)}; allowed: a scalar, or (loss, {{name: number}}) to have numbers "
+            "logged"
+        )
+    return found._replace(logged=more[0])
 
 
 def _batch_loss(
     model: nn.Module, loss: Callable[[Any, Any], Any], weigh: Weigher, batch: Any, num_samples: int
 ) -> LossValue:
-    value = loss(model, batch)
-    if not isinstance(value, tuple):
+    value, *more = _parts(loss(model, batch))
+    if not more:
         return _mean(value, "batch_loss", weigh, batch, num_samples, None, None)
-    if len(value) != 2:
-        raise LossError(f"batch_loss returned a tuple of {len(value)}; allowed: a scalar, or (loss_sum, weight)")
-    total, weight = value
-    return LossValue(_scalar(total, "batch_loss"), 1.0, _checked_weight(weight, "batch_loss"), None, None)
+    *first, last = more
+    logged = last if _is_logged(last) else {}
+    if (not first and _is_weight(last)) or (first and _is_weight(first[0]) and logged):
+        weight = _checked_weight(first[0] if first else last, "batch_loss")
+        return LossValue(_scalar(value, "batch_loss"), 1.0, weight, None, None, logged)
+    if first or last is None or isinstance(last, str | bytes):
+        raise LossError(
+            f"batch_loss returned ({', '.join(type(part).__name__ for part in (value, *more))}); allowed: a scalar, "
+            "(loss_sum, weight), (loss, outputs), (loss, {name: number}) or (loss_sum, weight, {name: number})"
+        )
+    outputs = None if logged else last
+    found = _mean(value, "batch_loss", weigh, batch, num_samples, outputs, _targets(batch))
+    return found._replace(logged=logged)
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _is_weight(value: Any) -> bool:
+    """Raises LossError for a tensor that may be a weight or the output for one sample."""
+    if not isinstance(value, torch.Tensor):
+        return isinstance(value, numbers.Number | np.generic)
+    if value.dim() == 1 and value.numel() == 1:
+        raise LossError(
+            "batch_loss returned a tensor of shape (1,) beside the loss, which may be a weight or the output for one "
+            "sample: make a weight a number (.item()), and an output two-dimensional"
+        )
+    return value.dim() == 0
+
+
+def _is_logged(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str)
+        and (isinstance(v, numbers.Number | np.generic) or (isinstance(v, torch.Tensor) and v.numel() == 1))
+        for name, v in value.items()
+    )
+
+
+def _targets(batch: Any) -> Any:
+    """What metrics compare outputs with: the last entry of a pair, or the batch."""
+    return batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else batch
 
 
 def _own_loss(model: nn.Module, weigh: Weigher, batch: Any, num_samples: int) -> LossValue:

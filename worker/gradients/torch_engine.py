@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from worker.data.sources import Source, source_of
 from worker.gradients.backend import Backend
 from worker.gradients.buffers import Buffers
 from worker.gradients.caches import Caches
-from worker.gradients.engine import LossError, Measured, StateError, measure_metrics
+from worker.gradients.engine import LossError, Measured, Rehearsed, StateError, measure_metrics
 from worker.gradients.linear import write_directly
 from worker.gradients.losses import LossValue, loss_of
 from worker.gradients.modes import Modes
@@ -25,6 +25,7 @@ from worker.gradients.sink import GradientSink
 from worker.task.state import TaskState, roots
 
 MAX_FACTORS = 64
+_NOT_REHEARSED = Rehearsed()
 _AS_IT_IS = contextlib.nullcontext()
 
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
@@ -35,8 +36,7 @@ _address_of = torch.Tensor.data_ptr
 class TorchEngine:
     """A `Task` on one device. The model's parameters become views of the bound flat tensor.
 
-    precision: of the spec. evaluates_with_gradients: whether evaluations run with autograd on. caches: names of
-    attributes that passes change.
+    precision: of the spec. logged: names of what the loss function returns besides, once they are known.
     """
 
     def __init__(
@@ -46,14 +46,13 @@ class TorchEngine:
         layout: Layout,
         backend: Backend,
         precision: str = "full",
-        *,
-        evaluates_with_gradients: bool = False,
-        caches: Iterable[str] = (),
+        known: Rehearsed = _NOT_REHEARSED,
     ) -> None:
         device = backend.device
         self._backend = backend
         self._autocasts = precision == "bf16"
-        self.evaluates_with_gradients = evaluates_with_gradients
+        self.evaluates_with_gradients = known.evaluates_with_gradients
+        self.logged = known.logged
         self.train_source: Source = source_of(task.train_data, task.collate)
         self.eval_source: Source | None = None if task.eval_data is None else source_of(task.eval_data, task.collate)
         modules = [root for _, root in roots(task)]
@@ -75,7 +74,7 @@ class TorchEngine:
         self._buffers = Buffers({b.name: state.place(task, b.name) for b in model.buffers})
         self._modes = Modes(modules)
         self._is_frozen = False
-        self._caches = Caches(roots(task), caches)
+        self._caches = Caches(roots(task), known.caches)
         self._flat = torch.empty(0)
         self._on_device = torch.empty(0)
         self._sink = GradientSink(self._parameters, self._aliases)
@@ -122,7 +121,7 @@ class TorchEngine:
         value, factor = found.value, found.factor
         if found.weight == 0 and (factor == 0 or not bool(torch.isfinite(value))):  # the mean of nothing
             self._sink.finish()
-            return Measured(0.0, 0.0)
+            return Measured(0.0, 0.0, (0.0,) * len(self.logged or ()))
         if not value.requires_grad:
             raise LossError("the loss does not depend on any trainable parameter")
         # Backward of factor * loss, as value.backward(factor) comes to after 20 us of checks.
@@ -134,7 +133,17 @@ class TorchEngine:
         for name, parameter in self._unreached:
             if parameter.grad is not None:
                 raise StateError(first_gradient(name))
-        return Measured(value.item() * factor, found.weight)
+        return Measured(value.item() * factor, found.weight, self._logged(found))
+
+    def _logged(self, found: LossValue) -> tuple[float, ...]:
+        """The sums of what the loss function returned besides."""
+        if self.logged is None:
+            self.logged = tuple(found.logged)
+        if found.logged.keys() != set(self.logged):
+            own, known = (", ".join(map(repr, names)) or "none" for names in (found.logged, self.logged))
+            raise LossError(f"the loss came with the values {own}; it did with {known} when the job was submitted")
+        values = [found.logged[name] for name in self.logged]
+        return tuple([(v.item() if isinstance(v, torch.Tensor) else float(v)) * found.weight for v in values])
 
     @property
     def missed(self) -> list[str]:
@@ -155,7 +164,7 @@ class TorchEngine:
             values: tuple[float, ...] = ()
             if self._task.metrics:
                 outputs, targets = found.outputs, found.targets
-                if self._task.batch_loss is not None:
+                if outputs is None:
                     inputs, targets = _pair(batch)
                     with self._precision():
                         outputs = self._task.model(inputs)

@@ -15,6 +15,7 @@ from ps.memory.gpu import DeviceError
 from ps.wire.address import ServerAddress
 from worker.gradients.backend import backend_of
 from worker.process.loop import WorkerLoop
+from worker.process.output import Output
 from worker.task.load import TaskError, said, unpack_code, user_traceback
 
 
@@ -39,7 +40,8 @@ class WorkerActor:
         """Work until dismissed. Returns (message, traceback) when the worker cannot be set up, nor could another."""
         try:
             directory = unpack_code(code, code_directory()) if code else None
-            loop = WorkerLoop(config, worker, generation, directory, backend_of(config.spec.placement.device))
+            backend = backend_of(config.spec.placement.device)
+            loop = WorkerLoop(config, worker, generation, directory, backend, Output())
         except TaskError as error:
             return error.message, error.traceback
         except DeviceError as error:

@@ -17,7 +17,7 @@ from ps.memory.host import host_identity
 from ps.memory.segment import Segment
 from ps.parameters.layout import Shard, shards
 from ps.server.residuals import NAME
-from ps.step.messages import PROTOCOL, Assign, Failure, Push, Ready, Round
+from ps.step.messages import PROTOCOL, Assign, Failure, Printed, Push, Ready, Round
 from ps.wire import convert
 from ps.wire.address import ServerAddress
 from ps.wire.chunks import chunks, place
@@ -325,6 +325,10 @@ class Exchange:
             payload = self._compressor.payload_for(node.slot, link.shard)
             for chunk, data in chunks(payload, step=push.step, slot=node.slot, compressed=True):
                 link.connection.send(pb.WorkerMessage(chunk=chunk), data)
+
+    def show(self, lines: Iterable[Printed]) -> None:
+        """Tell the leader what user code printed, from any thread."""
+        self._leader.connection.send(pb.WorkerMessage(printed=convert.printed_to_proto(lines)))
 
     def fail(self, failure: Failure) -> None:
         """Tell the leader that user code failed."""

@@ -22,11 +22,12 @@ from worker.gradients.backend import Backend
 from worker.gradients.batches import Batches
 from worker.gradients.compressor import Compressor
 from worker.gradients.compute import Computer, MicroBatchError
-from worker.gradients.engine import Engine, LossError, StateError
+from worker.gradients.engine import Engine, LossError, Rehearsed, StateError
 from worker.gradients.readers import Readers, Reading
 from worker.gradients.slots import Slots, num_slots
 from worker.gradients.torch_engine import TorchEngine
 from worker.process.exchange import Exchange
+from worker.process.output import Output
 from worker.rehearsal.fingerprint import difference, fingerprint
 from worker.task.load import TaskError, initialize, load_task, user_traceback
 from worker.task.model import conduct_of, describe_model
@@ -67,9 +68,21 @@ def _check_same(task: Task | AnalyticTask, config: JobConfig) -> None:
 
 
 class WorkerLoop:
-    """One worker of a job. code: where the job's code bundle is unpacked. backend: of the job's device."""
+    """One worker of a job. code: where the job's code bundle is unpacked. backend: of the job's device.
 
-    def __init__(self, config: JobConfig, worker: str, generation: int, code: Path | None, backend: Backend) -> None:
+    output: what user code prints, if it is to be kept.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        worker: str,
+        generation: int,
+        code: Path | None,
+        backend: Backend,
+        output: Output | None = None,
+    ) -> None:
+        self._output = output
         threads = config.spec.placement.threads_per_worker
         torch.set_num_threads(threads)
         threadpool_limits(threads)
@@ -90,8 +103,7 @@ class WorkerLoop:
                 self._layout,
                 backend,
                 config.spec.precision,
-                evaluates_with_gradients=config.evaluates_with_gradients,
-                caches=config.caches,
+                Rehearsed(config.evaluates_with_gradients, config.caches, config.logged_names),
             )
         self._initial_buffers = self._engine.initial_buffers()
         slots = num_slots(config.spec.data.num_micro_batches)
@@ -119,6 +131,8 @@ class WorkerLoop:
         exchange = Exchange(
             self._config, self._worker, self._generation, addresses, self._segment, self._compressor, self._backend.gpu
         )
+        if self._output is not None:
+            self._output.attach(exchange.show)
         self._backend.share(exchange.on_gpu, self._layout.numel)
         if self._compressor is None:
             self._overlap(exchange)
@@ -135,6 +149,7 @@ class WorkerLoop:
                     version = assign.step
                 self._answer(exchange, assign)
         finally:
+            self._show_output(unfinished=True)
             time.sleep(DISMISSED_GRACE_SECONDS)  # lets a last message out
             exchange.close()
 
@@ -149,11 +164,17 @@ class WorkerLoop:
         try:
             push = self._computer.answer(assign, self._initial_buffers)
         except MicroBatchError as error:
+            self._show_output(unfinished=True)
             exchange.fail(self._failure(assign, error))
             return
+        self._show_output()  # before the step can end, and the job with it
         exchange.push(push, self._slots)
         os.sched_yield()  # the servers come first: what they do, everybody waits for
         self._computer.prefetch(assign)
+
+    def _show_output(self, *, unfinished: bool = False) -> None:
+        if self._output is not None:
+            self._output.flush(unfinished=unfinished)
 
     def _failure(self, assign: Assign, error: MicroBatchError) -> Failure:
         cause = error.__cause__

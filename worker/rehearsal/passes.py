@@ -136,6 +136,11 @@ class Passes:
             self.seed(purpose=EVALUATE)
             self.engine.evaluate(batch, size)
 
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """What the loss function returns besides."""
+        return (self.engine.logged or ()) if isinstance(self.engine, TorchEngine) else ()
+
     def hidden(self) -> dict[str, str]:
         """See hidden_state."""
         return {} if isinstance(self.task, AnalyticTask) else hidden_state(self.task, self._known, self._code)

@@ -61,6 +61,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         "metric_names": list(task.metrics),
         "evaluates_with_gradients": found.evaluates_with_gradients,
         "caches": found.caches,
+        "logged_names": found.logged,
         "fingerprint": seen,
         "warnings": found.warnings,
         "batch": found.batch,

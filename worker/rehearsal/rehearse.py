@@ -44,6 +44,7 @@ class Rehearsal:
 
     evaluates_with_gradients: bool = False
     caches: list[str] = field(default_factory=list)
+    logged: tuple[str, ...] = ()
     warnings: list[tuple[str, str]] = field(default_factory=list)
     batch: str = ""
     weight: str = ""
@@ -86,6 +87,7 @@ def rehearse(
     compared = compare_parts(passes)
     found.price = compared.price
     found.warnings += compared.warnings
+    found.logged = passes.logged
     found.evaluates_with_gradients = _check_evaluation(passes, num_evaluation_samples)
     found.warnings += _advice(passes, found.price)
     # What passes left behind is a cache, or `_check_repeats` had refused it.

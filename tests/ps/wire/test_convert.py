@@ -6,7 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ps.memory.segment import SegmentReference
-from ps.step.messages import Assign, Decision, Failure, LeafResult, Push, PushedNode, Round, StepRecord
+from ps.step.messages import (
+    RECORD_BYTES,
+    Assign,
+    Decision,
+    Failure,
+    LeafResult,
+    Printed,
+    Push,
+    PushedNode,
+    Round,
+    StepRecord,
+)
 from ps.wire import convert
 from steepest.v1 import exchange_pb2 as pb
 
@@ -65,7 +76,7 @@ def test_decision(it: Decision) -> None:
 
 NORMS = st.lists(REAL, max_size=3).map(lambda values: np.array(values, dtype="<f8").tobytes())
 RECORDS = st.builds(
-    StepRecord, *[STEP, *[REAL] * 4, COUNT, *[REAL] * 3, *[st.booleans()] * 2, COUNT, *[REAL] * 4, NORMS]
+    StepRecord, *[STEP, *[REAL] * 4, COUNT, *[REAL] * 3, *[st.booleans()] * 2, COUNT, *[REAL] * 4, NORMS, REAL, NORMS]
 )
 
 
@@ -76,9 +87,19 @@ def test_records(records: list[StepRecord]) -> None:
 
 @given(RECORDS)
 def test_a_client_gets_the_same_record(it: StepRecord) -> None:
-    message = convert.record_to_proto(it)
-    assert tuple(getattr(message, name) for name in StepRecord._fields[:-1]) == it[:-1]
+    names = ["one", "two", "three"]
+    message = convert.record_to_proto(it, names)
+    for name in StepRecord._fields:
+        if name not in RECORD_BYTES:
+            assert getattr(message, name) == getattr(it, name)
     assert np.array(message.parameter_norms, dtype="<f8").tobytes() == it.parameter_norms
+    logged = [message.logged[name] for name in names if name in message.logged]
+    assert np.array(logged, dtype="<f8").tobytes() == it.logged
+
+
+@given(st.lists(st.builds(Printed, REAL, st.sampled_from(["stdout", "stderr"]), st.text(), st.text()), max_size=3))
+def test_printed(lines: list[Printed]) -> None:
+    assert convert.printed_from_proto(convert.printed_to_proto(lines).lines) == lines
 
 
 @given(st.builds(SegmentReference, st.integers(1, 2**22), COUNT, STEP, st.binary(min_size=16, max_size=16)))

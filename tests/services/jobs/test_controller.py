@@ -96,7 +96,7 @@ class StandInLeader:
             StepRecord(s, 0.0, 1.5, 0.1, 4.0, 4, 2.0, 1.0, 0.5, True, False, 1, 0.1, 0.1, 0.0, 0.0) for s in steps
         ]
         reports = [PhaseReport(phase, f"said {phase}", 0, None) for phase in phases]
-        self._on_report(Report(records, records[-1] if records else None, [], [], list(members), reports))
+        self._on_report(Report(records, records[-1] if records else None, [], [], list(members), reports, []))
 
 
 class Play:

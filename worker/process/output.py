@@ -1,0 +1,101 @@
+"""What user code prints in a worker: kept line by line, and sent to the leader a few times a second."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TextIO
+
+from ps.step.messages import Printed
+
+FLUSH_SECONDS = 0.25
+MAX_HELD = 2000  # lines; beyond that the oldest are dropped, and their number is said
+MAX_LINE = 4096  # characters
+
+
+class Output:
+    """The standard streams of this process from now on: everything goes where it went, and is kept.
+
+    What was printed before `attach` waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._lines: deque[Printed] = deque()
+        self._dropped = 0
+        self._lock = threading.Lock()
+        self._send: Callable[[list[Printed]], None] | None = None
+        sys.stdout = _Tee(sys.stdout, lambda text: self._take("stdout", text))
+        sys.stderr = _Tee(sys.stderr, lambda text: self._take("stderr", text))
+
+    def attach(self, send: Callable[[list[Printed]], None]) -> None:
+        """Give lines to `send` from now on, from a thread of this object's own."""
+        self._send = send
+        threading.Thread(target=self._flush_often, daemon=True).start()
+
+    def flush(self, *, unfinished: bool = True) -> None:
+        """Send what has been printed so far. unfinished: also a line that has no end yet."""
+        for stream in (sys.stdout, sys.stderr):
+            if unfinished and isinstance(stream, _Tee):
+                stream.finish_line()
+        if self._lines:
+            self._flush()
+
+    def _take(self, stream: str, text: str) -> None:
+        with self._lock:
+            self._lines.append(Printed(time.time(), stream, text[:MAX_LINE]))
+            if len(self._lines) > MAX_HELD:
+                self._lines.popleft()
+                self._dropped += 1
+
+    def _flush_often(self) -> None:
+        while True:
+            time.sleep(FLUSH_SECONDS)
+            self.flush(unfinished=False)
+
+    def _flush(self) -> None:
+        if self._send is None:
+            return
+        with self._lock:
+            lines, dropped = list(self._lines), self._dropped
+            self._lines.clear()
+            self._dropped = 0
+        if dropped:
+            note = f"({dropped} lines were printed too fast and are left out)"
+            lines.insert(0, Printed(lines[0].time, "stderr", note))
+        if lines:
+            self._send(lines)
+
+
+def _as_shown(line: str) -> str:
+    """What a terminal shows of a line that a progress bar wrote again and again."""
+    return line.rstrip("\r").rpartition("\r")[2]
+
+
+class _Tee:
+    """A text stream that also gives whole lines to `take`."""
+
+    def __init__(self, stream: TextIO, take: Callable[[str], None]) -> None:
+        self._stream = stream
+        self._take = take
+        self._rest = ""
+
+    def write(self, text: str) -> int:
+        """Write, and keep."""
+        self._stream.write(text)
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._take(_as_shown(line))
+        self._rest = self._rest[-MAX_LINE:] if "\r" in self._rest else self._rest[:MAX_LINE]
+        return len(text)
+
+    def finish_line(self) -> None:
+        """Give what has no end of line yet."""
+        rest, self._rest = self._rest, ""
+        if rest:
+            self._take(_as_shown(rest))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
