@@ -1,4 +1,4 @@
-"""Packs a user's task file, and what it imports from beside itself, into a reproducible zip archive."""
+"""Packs a user's task file, and what it imports and names from beside itself, into a reproducible zip archive."""
 
 from __future__ import annotations
 
@@ -13,22 +13,30 @@ from pathlib import Path
 from steepest.errors import SpecError, Violation
 
 RESERVED_NAMES = frozenset({"services", "worker", "ps", "steepest"})
+MAX_DATA_BYTES = 64 << 20  # of files that are not code
+MAX_PATH = 256  # characters
+_SUFFIX = ".py"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A task's code. data: a zip archive, empty when the module is installed on the cluster."""
+    """A task's code. data: a zip archive, empty when the module is installed on the cluster.
+
+    left_out: files and folders that the code names and that are too large to go along.
+    """
 
     module: str
     function: str
     data: bytes
+    left_out: tuple[str, ...] = ()
 
 
 def bundle_task(task: str) -> Bundle:
     """Find TASK (`path/to/file.py:function` or `package.module:function`) and pack its code.
 
-    Files that are imported by name from the task's directory go along; data files do not. Raises SpecError.
+    Modules that are imported by name from the task's directory go along, and so do other files and folders there whose
+    relative path is a string in the code ("vocabulary.json", "data"), up to MAX_DATA_BYTES in all. Raises SpecError.
     """
     where, colon, function = task.rpartition(":")
     if not colon or not where or not function.isidentifier():
@@ -46,11 +54,49 @@ def bundle_task(task: str) -> Bundle:
         if not _is_local(root, module.split(".")[0]):
             return Bundle(module, function, b"")
     files = dict(_collect(root, module.split(".")[0], set()))
+    left_out = _add_named_data(root, files)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(files):
             archive.writestr(zipfile.ZipInfo(name, _EPOCH), files[name])
-    return Bundle(module, function, buffer.getvalue())
+    return Bundle(module, function, buffer.getvalue(), tuple(left_out))
+
+
+def _add_named_data(root: Path, files: dict[str, bytes]) -> list[str]:
+    """Add what the strings in the code name below `root`, but for hidden files and code. Returns what is too large."""
+    trees = [ast.parse(source) for name, source in files.items() if name.endswith(_SUFFIX)]
+    nodes = (node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    named = {value.removeprefix("./").rstrip("/") for value in nodes if isinstance(value, str)}
+    left_out = []
+    room = MAX_DATA_BYTES
+    for name in sorted(name for name in named if _is_below(root, name)):
+        paths: list[Path] = []
+        needed = 0
+        for path in _data_files(root, root / name):
+            paths.append(path)
+            needed += path.stat().st_size
+            if needed > room:
+                left_out.append(name)
+                break
+        else:
+            room -= needed
+            for path in paths:
+                files[path.relative_to(root).as_posix()] = path.read_bytes()
+    return left_out
+
+
+def _is_below(root: Path, name: str) -> bool:
+    if not 0 < len(name) < MAX_PATH or not name.isprintable() or name.startswith(("/", "~", ".")):
+        return False
+    return ".." not in Path(name).parts and (root / name).exists()
+
+
+def _data_files(root: Path, path: Path) -> Iterator[Path]:
+    """The file, or those of the folder, that are neither code nor hidden."""
+    for found in [path] if path.is_file() else path.rglob("*"):
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in found.relative_to(root).parts)
+        if found.is_file() and found.suffix != _SUFFIX and not hidden:
+            yield found
 
 
 def _refused(problem: str) -> SpecError:

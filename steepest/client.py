@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +14,7 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from steepest.bundle import Bundle, bundle_task
+from steepest.bundle import MAX_DATA_BYTES, Bundle, bundle_task
 from steepest.convert import spec_to_proto
 from steepest.errors import (
     ConflictError,
@@ -57,6 +58,15 @@ def check_submission(
     if checked.init_from and Path(checked.init_from).is_file():
         checked = checked.model_copy(update={"init_from": str(Path(checked.init_from).resolve())})
     return bundle, checked
+
+
+def left_out(bundle: Bundle) -> list[str]:
+    """A sentence for each file or folder that the task's code names and that does not go along."""
+    return [
+        f"{name} is named in the task and not sent along, for files beside a task go with it up to "
+        f"{MAX_DATA_BYTES >> 20} MiB in all: put it where every host finds it, and give the task its full path"
+        for name in bundle.left_out
+    ]
 
 
 class Client:
@@ -105,6 +115,8 @@ class Client:
         Raises SpecError when the job or its task is refused, ConflictError when the name is taken.
         """
         bundle, checked = check_submission(task, arguments or {}, spec)
+        for problem in left_out(bundle):
+            warnings.warn(problem, stacklevel=2)
         message = spec_to_proto(checked)
         if bundle.data:
             message.task.code_bundle = self._upload(bundle.data)
@@ -274,16 +286,20 @@ class Job:
                 yield {**values, "parameter_norms": norms, "logged": dict(record.logged)}
             first_step = page.records[-1].step + 1
 
-    def download(self, directory: str | Path) -> Path:
-        """Fetch the newest checkpoint's files and its manifest.json. Raises ConflictError when there is none."""
+    def download(self, directory: str | Path, *, step: int | None = None, best: bool = False) -> Path:
+        """Fetch a checkpoint's files and its manifest.json: the newest, that of `step`, or that of the best evaluation.
+
+        Raises ConflictError when there is none.
+        """
         target = Path(directory)
         try:
             target.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SpecError([Violation("--output", f"cannot write to {target}: {error.strerror}")]) from None
+        request = pb.DownloadCheckpointRequest(name=self.name, step=step, best=best)
         current, file = "", None
         try:
-            for piece in self._stub.DownloadCheckpoint(pb.DownloadCheckpointRequest(name=self.name)):
+            for piece in self._stub.DownloadCheckpoint(request):
                 if piece.file != current:
                     if file is not None:
                         file.close()

@@ -50,6 +50,7 @@ class JobInfo:
     error: str | None
     created: float
     spec: TrainingJobSpec
+    best_step: int | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -78,6 +79,7 @@ class JobInfo:
             "workers": [member(m) for m in self.workers],
             "servers": [member(m) for m in self.servers],
             "error": self.error,
+            "best_step": self.best_step,
         }
 
 
@@ -110,6 +112,7 @@ def job_from_proto(message: pb.TrainingJob) -> JobInfo:
         error=status.error or None,
         created=message.create_time.ToNanoseconds() / 1e9,
         spec=spec_from_proto(message.spec),
+        best_step=status.best_step if status.HasField("best_step") else None,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, JsonValue, PrivateAttr, ValidationError, field_validator, model_validator
 
 from steepest.errors import SpecError, Violation
-from steepest.spec_base import NonNegativeInt, PositiveFloat, PositiveInt, SpecModel
+from steepest.spec_base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SpecModel
 from steepest.step_spec import (
     HYPER_PARAMETERS,
     OPTIMIZER_NAMES,
@@ -174,6 +174,38 @@ class CompressionSpec(SpecModel):
         return 1 << (math.ceil(num_micro_batches / (self.parts or DEFAULT_PARTS)) - 1).bit_length()
 
 
+class BestSpec(SpecModel):
+    """The best evaluation: its checkpoint is kept, and a job may end when there has long been no better one."""
+
+    metric: str | None = Field(
+        default=None, description="Keep the checkpoint of the best evaluation by this metric, or by loss."
+    )
+    mode: Literal["min", "max"] | None = Field(
+        default=None,
+        description="Whether less or more of the metric is better.",
+        json_schema_extra={"default_text": "min for loss, max for metrics"},
+    )
+    patience: PositiveInt | None = Field(
+        default=None, description="End the job after so many evaluations in a row that are no better."
+    )
+    min_delta: NonNegativeFloat = Field(default=0.0, description="By how much a better evaluation must differ.")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the best evaluation matters."""
+        return self.metric is not None or self.patience is not None
+
+    @property
+    def metric_name(self) -> str:
+        """What is compared."""
+        return self.metric or "loss"
+
+    @property
+    def is_max(self) -> bool:
+        """Whether more is better."""
+        return self.mode == "max" if self.mode is not None else self.metric_name != "loss"
+
+
 class SyncSpec(SpecModel):
     """When the servers apply a push."""
 
@@ -275,6 +307,7 @@ class TrainingJobSpec(SpecModel):
     )
     checkpoint_every: NonNegativeInt = Field(default=0, description="Save every so many steps; 0: only at the end.")
     eval_every: NonNegativeInt = Field(default=0, description="Evaluate every so many steps; 0: only at the end.")
+    best: BestSpec = Field(default=BestSpec(), description="The best evaluation, and stopping without a better one.")
     on_nonfinite: Literal["fail", "skip"] = Field(
         default="fail", description="A loss or gradient that is not finite fails the job, or skips the step."
     )
@@ -297,6 +330,13 @@ class TrainingJobSpec(SpecModel):
     def _cut(self) -> Self:
         workers = self.placement.max_workers or DEFAULT_MAX_WORKERS
         self.__dict__["data"] = self.data.cut_for(workers)  # the model is frozen, and this is no other value
+        return self
+
+    @model_validator(mode="after")
+    def _best_needs_evaluations(self) -> Self:
+        if self.best.is_on and not self.eval_every:
+            given = f"metric = {self.best.metric!r}" if self.best.metric else f"patience = {self.best.patience}"
+            raise ValueError(f"best.{given} needs evaluations on the way, and eval_every = 0; allowed: 1 or more")
         return self
 
     @model_validator(mode="after")

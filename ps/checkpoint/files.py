@@ -9,8 +9,10 @@ under a temporary name, synced and renamed, so a directory with a manifest is wh
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ps.memory.raw import raw_bytes
+from ps.step.best import Best
 from ps.step.messages import RECORD_BYTES, StepRecord
 
 MANIFEST = "manifest.json"
@@ -32,6 +35,7 @@ COMPRESSION = "compression.safetensors"
 RECORDS = "records.json"
 FORMAT = 1
 KEPT = 3
+_NONE = Best()
 
 
 class CheckpointError(Exception):
@@ -44,7 +48,7 @@ class State:
 
     model: `state_dict` name -> tensor. optimizer: "{parameter}.{state}" -> tensor. extra: non-persistent buffers.
     updates: optimizer updates applied, which is less than `step` after skipped steps. compression: what a job that
-    compresses has besides, see ps.checkpoint.named_state.
+    compresses has besides, see ps.checkpoint.named_state. best: the best evaluation so far, if the job asks for it.
     """
 
     step: int
@@ -53,6 +57,7 @@ class State:
     optimizer: dict[str, torch.Tensor]
     extra: dict[str, torch.Tensor]
     compression: dict[str, torch.Tensor] = field(default_factory=dict)
+    best: Best = _NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,7 @@ def write_checkpoint(
     incarnation: int = 0,
     keep: int = KEPT,
 ) -> Written:
-    """Write `directory`/step-N, then remove all but the newest `keep` checkpoints.
+    """Write `directory`/step-N, then remove all but the newest `keep` checkpoints and the best one.
 
     records: of steps before this one that may not have reached the history; incarnation: the life that made them. They
     lie beside the state, so that a job that goes on from here has no gap in its history.
@@ -112,8 +117,8 @@ def write_checkpoint(
     Raises OSError (a full disk, say); what was on disk before is untouched then.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    final = directory / f"step-{state.step:012d}"
-    temporary = directory / f".step-{state.step:012d}.{os.getpid()}"
+    final = directory / _name(state.step)
+    temporary = directory / f".{final.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
@@ -136,6 +141,7 @@ def write_checkpoint(
             "updates": state.updates,
             "parameters_sha256": parameters,
             "state_sha256": whole,
+            "best": _best_to_json(state.best),
             "files": {name: {"sha256": _file_sha256(temporary / name)} for name in files},
         }
         kept = {"incarnation": incarnation, "records": [_plain(r) for r in records]}
@@ -152,8 +158,26 @@ def write_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in checkpoints(directory)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old.name != _name(state.best.step):
+            shutil.rmtree(old, ignore_errors=True)
     return Written(state.step, final, parameters, whole)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:012d}"
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def _best_to_json(best: Best) -> dict[str, Any] | None:
+    return {**best._asdict(), "value": best.value if best.step >= 0 else None} if best.last >= 0 else None
+
+
+def _best_from_json(raw: dict[str, Any] | None) -> Best:
+    return Best(**{**raw, "value": math.nan if raw["value"] is None else raw["value"]}) if raw else Best()
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -202,6 +226,7 @@ def _read(path: Path) -> tuple[Written, State]:
         tensors[OPTIMIZER],
         tensors[EXTRA],
         tensors[COMPRESSION],
+        _best_from_json(manifest.get("best")),
     )
     parameters, whole = state_hashes(state)
     if (parameters, whole) != (manifest["parameters_sha256"], manifest["state_sha256"]):
@@ -214,12 +239,29 @@ def newest_verified(directory: Path) -> Written | None:
 
     It is the one that `newest_valid` reads.
     """
+    found = (_verified(path) for path in checkpoints(directory))
+    return next((written for written in found if written is not None), None)
+
+
+def _verified(path: Path) -> Written | None:
+    try:
+        manifest = _verified_manifest(path)
+    except CheckpointError:
+        return None
+    return Written(int(manifest["step"]), path, manifest["parameters_sha256"], manifest["state_sha256"])
+
+
+def verified_at(directory: Path, step: int) -> Written | None:
+    """The checkpoint of a step, or None when there is none, or it does not verify."""
+    return _verified(directory / _name(step))
+
+
+def best_verified(directory: Path) -> Written | None:
+    """The checkpoint of the best evaluation, as the newest one knows it, or None."""
     for path in checkpoints(directory):
-        try:
-            manifest = _verified_manifest(path)
-        except CheckpointError:
-            continue
-        return Written(int(manifest["step"]), path, manifest["parameters_sha256"], manifest["state_sha256"])
+        with contextlib.suppress(CheckpointError):
+            best = _best_from_json(_verified_manifest(path).get("best"))
+            return verified_at(directory, best.step) if best.step >= 0 else None
     return None
 
 

@@ -12,6 +12,9 @@ from ps.memory.raw import raw_bytes
 from ps.numerics.optimizer import StatePart
 from ps.parameters.description import ModelDescription, TensorDescription
 from ps.parameters.layout import Layout
+from ps.step.best import Best
+
+_NONE = Best()
 
 
 def pack_buffers(tensors: Iterable[torch.Tensor]) -> bytes:
@@ -51,12 +54,13 @@ def assemble(
     step: int,
     updates: int,
     compression: Mapping[str, torch.Tensor] | None = None,
+    best: Best = _NONE,
 ) -> State:
     """The state of all shards as named tensors. flat: the whole layout, shape (layout.numel,).
 
     extra gets what `state_dict` does not show: buffers that are not persistent, and parameters that it hides.
 
-    compression: from `compression_state`.
+    compression: from `compression_state`. best: see State.
     """
     named = _named(layout, flat)
     named.update(unpack_buffers(model, buffers))
@@ -83,6 +87,7 @@ def assemble(
         optimizer=states,
         extra={name: tensor for name, tensor in named.items() if name not in elsewhere},
         compression=dict(compression or {}),
+        best=best,
     )
 
 

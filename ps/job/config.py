@@ -9,8 +9,9 @@ from ps.compression.choose import pull_codec, push_codec
 from ps.compression.codec import Codec
 from ps.parameters.description import ModelDescription
 from ps.parameters.layout import Layout, build_layout
+from ps.step.best import Aim
 from ps.step.plan import Plan
-from steepest.spec import TrainingJobSpec
+from steepest.spec import BestSpec, TrainingJobSpec
 
 
 @dataclass(frozen=True)
@@ -70,4 +71,11 @@ class JobConfig:
             skip_nonfinite=spec.on_nonfinite == "skip",
             worker_timeout_seconds=spec.placement.worker_timeout_seconds,
             factors=self.factors,
+            aim=_aim(spec.best),
         )
+
+
+def _aim(best: BestSpec) -> Aim | None:
+    if not best.is_on:
+        return None
+    return Aim(best.metric_name, is_max=best.is_max, min_delta=best.min_delta, patience=best.patience)

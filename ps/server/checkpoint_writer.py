@@ -15,7 +15,10 @@ from ps.job.config import JobConfig
 from ps.numerics.optimizer import StatePart
 from ps.parameters.layout import Layout
 from ps.server.collection import MASTER
+from ps.step.best import Best
 from ps.step.messages import StepRecord
+
+_NONE = Best()
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ class Snapshot:
     constants: bytes
     parts: Sequence[StatePart]
     residuals: Mapping[int, torch.Tensor]
+    best: Best = _NONE
 
 
 class CheckpointWriter:
@@ -91,4 +95,5 @@ class CheckpointWriter:
             step=snapshot.step,
             updates=snapshot.updates,
             compression=compression_state(self._layout, wholes.get(MASTER), snapshot.residuals),
+            best=snapshot.best,
         )

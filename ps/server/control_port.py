@@ -122,9 +122,10 @@ class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
         with self._news:
             return [*self._unstored, *records_of(self._completed, self._layout)]
 
-    def tell_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+    def tell_evaluation(self, step: int, metrics: dict[str, float], *, is_best: bool) -> None:
         """An evaluation is done."""
-        self._tell(lambda report: report.evaluations.append(pb.Evaluation(step=step, metrics=metrics)))
+        message = pb.Evaluation(step=step, metrics=metrics, is_best=is_best)
+        self._tell(lambda report: report.evaluations.append(message))
 
     def tell_checkpoint(self, saved: Saved) -> None:
         """A checkpoint is on disk, or could not be written."""

@@ -168,8 +168,8 @@ class LeaderRunner:
                 self._shards.decide(decision)
             case Stepped(completed):
                 self._control.tell_step(completed)
-            case Evaluated(step, metrics):
-                self._control.tell_evaluation(step, metrics)
+            case Evaluated(step, metrics, is_best):
+                self._control.tell_evaluation(step, metrics, is_best=is_best)
             case Save(step, owners):
                 self._saving = Collection(step, self._shards.servers, self._residuals.dtype)
                 self._ask_residuals(step, owners)
@@ -211,7 +211,13 @@ class LeaderRunner:
         leader = self.leader
         residuals = {**self._residuals.held, **self._residuals.take()}
         snapshot = Snapshot(
-            collection.step, leader.updates, leader.buffers or b"", leader.constants, collection.parts, residuals
+            collection.step,
+            leader.updates,
+            leader.buffers or b"",
+            leader.constants,
+            collection.parts,
+            residuals,
+            leader.best,
         )
         self._writer.write(snapshot, self._control.unstored(), self._on_saved)
 

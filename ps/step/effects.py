@@ -61,6 +61,7 @@ class Evaluated:
 
     step: int
     metrics: dict[str, float]
+    is_best: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ A round moves so:  assign -> collect (pushes from workers, reports from shards) 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ps.numerics.ranges import bits_of, leaves_of, ranges
 from ps.numerics.tree import parts_of_step
 from ps.step.assignment import Dealer
+from ps.step.best import Best, judge, reason_to_stop
 from ps.step.blame import blame_gradient, blame_loss
 from ps.step.effects import (
     ENDED,
@@ -39,11 +40,13 @@ from ps.step.parts import Parts
 from ps.step.plan import Plan
 from ps.step.round import RoundState
 
+_NONE = Best()
+
 
 class Leader:
     """The state of one job's training: step, membership, decisions.
 
-    kept: parts whose residuals lie with the servers, as after a restart.
+    kept: parts whose residuals lie with the servers, as after a restart. best: the best evaluation so far.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Leader:
         constants: bytes = b"",
         initialized: bool = False,
         kept: Iterable[int] = (),
+        best: Best = _NONE,
     ) -> None:
         self.plan = plan
         self.step = step
@@ -71,6 +75,9 @@ class Leader:
         self._saved = step if initialized else -1
         self._pause = False
         self._cancel = False
+        self.best = best
+        self._saves_best = False
+        self._stopped = ""  # why the job ends before its last step
         parts = parts_of_step(plan.num_leaves, plan.part_leaves) if plan.part_leaves else []
         self._parts = Parts([node.leaves for node in parts], kept)
 
@@ -223,7 +230,7 @@ class Leader:
 
     @property
     def _is_over(self) -> bool:
-        return self.step >= self.plan.total_steps
+        return self.step >= self.plan.total_steps or bool(self._stopped)
 
     def _next_round(self, now: float) -> list[Effect]:
         """At a step boundary: what comes next."""
@@ -239,16 +246,17 @@ class Leader:
         over = self._is_over or self._cancel
         # Before an evaluation, whose user code may fail.
         if self._saved < self.step and (
-            over or (plan.checkpoint_every and self.step and self.step % plan.checkpoint_every == 0)
+            over or self._saves_best or (plan.checkpoint_every and self.step and self.step % plan.checkpoint_every == 0)
         ):
             self.phase = Phase.SAVING
+            self._saves_best = False
             return [Save(self.step, self._parts.owners)]
         if not self._cancel and plan.evaluation_leaves and self._evaluated < self.step and self._wants_evaluation():
             return self._begin(Round.EVALUATE, plan.evaluation_leaves, now)
         if self._cancel and not self._is_over:
             return self._end(Phase.CANCELLED, f"cancelled at step {self.step}")
         if self._is_over:
-            return self._end(Phase.FINISHED, f"all {self.step} steps are done")
+            return self._end(Phase.FINISHED, self._stopped or f"all {self.step} steps are done")
         if self._pause:
             return [self._enter(Phase.PAUSED, f"paused at step {self.step}")]
         return self._settle() or self._begin(Round.TRAIN, plan.num_leaves, now)
@@ -365,7 +373,22 @@ class Leader:
     def _finish_evaluation(self, current: RoundState, now: float) -> list[Effect]:
         self._evaluated = self.step
         self._round = None
-        return [Evaluated(self.step, current.mean_metrics(self.plan.metric_names)), *self._next_round(now)]
+        metrics = current.mean_metrics(self.plan.metric_names)
+        is_best = self._judge(metrics)
+        return [Evaluated(self.step, metrics, is_best), *self._next_round(now)]
+
+    def _judge(self, metrics: Mapping[str, float]) -> bool:
+        """Whether an evaluation is the best so far; it is saved then, with what is known of it."""
+        aim, before = self.plan.aim, self.best
+        if aim is None:
+            return False
+        self.best = judge(aim, before, self.step, metrics)
+        self._stopped = reason_to_stop(aim, self.best)
+        is_best = self.best.step == self.step
+        if is_best and self.best != before:
+            self._saved = min(self._saved, self.step - 1)
+            self._saves_best = True
+        return is_best
 
     # -- failures -----------------------------------------------------------------------------------------------------
 

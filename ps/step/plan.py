@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ps.numerics.schedule import learning_rate
+from ps.step.best import Aim
 from steepest.spec import ScheduleSpec
 
 
@@ -13,6 +14,7 @@ class Plan:
     """What a job does, as far as the leader needs to know it. evaluation_leaves: 0 without evaluation data.
 
     factors: of the learning rate at each update, if the task has a schedule of its own.
+    aim: what the best evaluation is, if that matters.
     part_leaves: micro-batches that are compressed together, with a residual that stays at the worker; 0: nothing is.
     """
 
@@ -31,6 +33,7 @@ class Plan:
     skip_nonfinite: bool = False
     worker_timeout_seconds: float = 300.0
     factors: tuple[float, ...] = ()
+    aim: Aim | None = None
 
     def learning_rate(self, update: int) -> float:
         """Of the update of that number, from 0."""

@@ -47,6 +47,7 @@ def job_to_proto(row: JobRow, settings: Settings, samples_per_second: float | No
         error=result.error,
         checkpoint_directory=str(settings.checkpoints_of(row.id)),
         incarnation=row.incarnation,
+        best_step=result.best_step,
     )
     for role, id_, pid, host, state in result.members:
         members = status.workers if role == "worker" else status.servers

@@ -13,7 +13,15 @@ from typing import IO
 
 import grpc
 
-from ps.checkpoint.files import files_of, newest_verified
+from ps.checkpoint.files import (
+    Written,
+    best_verified,
+    checkpoints,
+    files_of,
+    newest_verified,
+    step_of,
+    verified_at,
+)
 from ps.wire import convert as ps_convert
 from services.api.convert import event_to_proto, job_to_proto, line_to_proto
 from services.jobs.job_log import JobLog
@@ -192,17 +200,29 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         """See the .proto file."""
         row = self._row(request.name)
         with contextlib.ExitStack() as stack:
-            for path, file in self._open_newest(row, stack):
+            for path, file in self._open(row, request, stack):
                 while piece := file.read(CHUNK_BYTES):
                     yield pb.DownloadCheckpointResponse(file=path.name, data=piece)
 
-    def _open_newest(self, row: JobRow, stack: contextlib.ExitStack) -> list[tuple[Path, IO[bytes]]]:
-        """The files of the newest checkpoint, all open, so that none is lost when the job prunes it meanwhile."""
+    def _open(
+        self, row: JobRow, request: pb.DownloadCheckpointRequest, stack: contextlib.ExitStack
+    ) -> list[tuple[Path, IO[bytes]]]:
+        """The files of a checkpoint, all open, so that none is lost when the job prunes it meanwhile."""
         directory = self._settings.checkpoints_of(row.id)
-        while (newest := newest_verified(directory)) is not None:
+        while (found := _find_checkpoint(directory, request)) is not None:
             with contextlib.suppress(FileNotFoundError):  # pruned since: there is a newer one
-                return [(path, stack.enter_context(path.open("rb"))) for path in files_of(newest.path)]
+                return [(path, stack.enter_context(path.open("rb"))) for path in files_of(found.path)]
+        if request.HasField("step") or request.best:
+            wanted = "of a best evaluation" if request.best else f"of step {request.step}"
+            steps = ", ".join(str(step_of(path)) for path in reversed(checkpoints(directory))) or "none"
+            raise ConflictError(f"{row.name} has no checkpoint {wanted}; there are those of the steps: {steps}")
         raise ConflictError(f"{row.name} has no checkpoint yet; it is at step {row.result.step}")
+
+
+def _find_checkpoint(directory: Path, request: pb.DownloadCheckpointRequest) -> Written | None:
+    if request.best:
+        return best_verified(directory)
+    return verified_at(directory, request.step) if request.HasField("step") else newest_verified(directory)
 
 
 def _page_size(asked: int, default: int, maximum: int) -> int:

@@ -322,8 +322,8 @@ class Controller(threading.Thread):
             life.leader.acknowledge(report.records[-1].step)
         if report.newest is not None:
             self.totals.count(report.records or [report.newest])
-        for _, metrics in report.evaluations:
-            self.ledger.note_result(metrics=metrics)
+        for step, metrics, is_best in report.evaluations:
+            self.ledger.note_result(metrics=metrics, **({"best_step": step} if is_best else {}))
         if report.printed:
             self._keep_printed(report.printed)
         for checkpoint in report.checkpoints:

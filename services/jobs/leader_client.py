@@ -39,14 +39,14 @@ class CheckpointReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What happened since the last report. members: (worker, change).
+    """What happened since the last report. members: (worker, change). evaluations: (step, metrics, whether the best).
 
     records: those that go to the history. newest: of the last step, whether it is one of them or not.
     """
 
     records: list[StepRecord]
     newest: StepRecord | None
-    evaluations: list[tuple[int, dict[str, float]]]
+    evaluations: list[tuple[int, dict[str, float], bool]]
     checkpoints: list[CheckpointReport]
     members: list[tuple[str, str]]
     phases: list[PhaseReport]
@@ -60,7 +60,7 @@ def report_from_proto(message: pb.SupervisionMessage) -> Report:
     return Report(
         records=records,
         newest=newest[-1] if newest else None,
-        evaluations=[(e.step, dict(e.metrics)) for e in message.evaluations],
+        evaluations=[(e.step, dict(e.metrics), e.is_best) for e in message.evaluations],
         checkpoints=[
             CheckpointReport(c.step, c.parameters_sha256, c.state_sha256, c.problem) for c in message.checkpoints
         ],

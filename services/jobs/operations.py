@@ -82,6 +82,7 @@ class Operations:
         )
         spec = description.completed(spec)
         _check_messages(description)
+        _check_best(spec, description)
         self._check_device(spec)
         problem = compression_problem(spec.compression, description.layout(spec))
         if problem:
@@ -186,6 +187,16 @@ class Operations:
                 controller.ask("scale", workers)
         self._wake.set()
         return self._store.get(job)
+
+
+def _check_best(spec: TrainingJobSpec, description: TaskDescription) -> None:
+    """Raises SpecError when there is no such metric."""
+    if not spec.best.is_on:
+        return
+    metrics = ["loss", *description.metric_names] if description.num_evaluation_samples else []
+    if spec.best.metric_name not in metrics:
+        problem = f"{spec.best.metric_name!r} is not evaluated by the task; there are: {', '.join(metrics) or 'none'}"
+        raise SpecError([Violation("best.metric", problem)])
 
 
 def _check_messages(description: TaskDescription) -> None:

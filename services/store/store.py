@@ -34,6 +34,7 @@ class Result:
     parameters_sha256: str = ""
     state_sha256: str = ""
     error: str = ""
+    best_step: int | None = None
     members: tuple[tuple[str, str, int, str, str], ...] = ()  # (role, id, pid, host, state)
 
 

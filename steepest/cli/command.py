@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -44,6 +45,7 @@ def main() -> None:
     """Entry point: turns errors into one clear message and an exit code."""
     from steepest.errors import SpecError, SteepestError
 
+    warnings.showwarning = _warn  # type: ignore[assignment]
     # A plain kill ends a command as Ctrl-C does: jobs are cancelled, processes stopped.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -55,6 +57,10 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    sys.stderr.write(f"warning: {message}\n")
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -323,9 +329,13 @@ def scale(
 def download(
     job: JobName,
     output: Annotated[Path, Option(help="Directory to write to.")],
+    step: Annotated[int | None, Option(min=0, help="Of this step (default: the newest).")] = None,
+    best: Annotated[bool, Option("--best", help="Of the best evaluation; see best.metric in the spec.")] = False,
     server: Server = DEFAULT_SERVER,
 ) -> None:
-    """Fetch a job's newest checkpoint: model.safetensors, optimizer.safetensors, manifest.json."""
+    """Fetch one of a job's checkpoints: model.safetensors, optimizer.safetensors, manifest.json."""
+    if step is not None and best:
+        _fail("--step and --best are both given; allowed: one of the two")
     with _client(server) as client:
-        client.job(job).download(output)
+        client.job(job).download(output, step=step, best=best)
     sys.stdout.write(f"{output}\n")

@@ -35,6 +35,7 @@ _OPTIONS: dict[str, tuple[str, str, str | None]] = {
     "accumulate": ("data.accumulate", _TRAIN, _INT),
     "init_from": ("init_from", _TRAIN, "FILE|JOB"),
     "eval_every": ("eval_every", _TRAIN, _INT),
+    "patience": ("best.patience", _TRAIN, _INT),
     "checkpoint_every": ("checkpoint_every", _TRAIN, _INT),
     "precision": ("precision", _TRAIN, None),
     "optimizer": ("optimizer.name", _STEP, None),

@@ -412,6 +412,55 @@ class ClipSpec(_message.Message):
 Global___ClipSpec: _TypeAlias = ClipSpec  # noqa: Y015
 
 @_typing.final
+class BestSpec(_message.Message):
+    """The best evaluation: its checkpoint is kept, and a job may end when there has long been no better one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METRIC_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    PATIENCE_FIELD_NUMBER: _builtins.int
+    MIN_DELTA_FIELD_NUMBER: _builtins.int
+    metric: _builtins.str
+    """Keep the checkpoint of the best evaluation by this metric, or by loss."""
+    mode: _builtins.str
+    """Whether less or more of the metric is better."""
+    patience: _builtins.int
+    """End the job after so many evaluations in a row that are no better."""
+    min_delta: _builtins.float
+    """By how much a better evaluation must differ."""
+    def __init__(
+        self,
+        *,
+        metric: _builtins.str | None = ...,
+        mode: _builtins.str | None = ...,
+        patience: _builtins.int | None = ...,
+        min_delta: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_metric", b"_metric", "_min_delta", b"_min_delta", "_mode", b"_mode", "_patience", b"_patience", "metric", b"metric", "min_delta", b"min_delta", "mode", b"mode", "patience", b"patience"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_metric", b"_metric", "_min_delta", b"_min_delta", "_mode", b"_mode", "_patience", b"_patience", "metric", b"metric", "min_delta", b"min_delta", "mode", b"mode", "patience", b"patience"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__metric: _TypeAlias = _typing.Literal["metric"]  # noqa: Y015
+    _WhichOneofArgType__metric: _TypeAlias = _typing.Literal["_metric", b"_metric"]  # noqa: Y015
+    _WhichOneofReturnType__min_delta: _TypeAlias = _typing.Literal["min_delta"]  # noqa: Y015
+    _WhichOneofArgType__min_delta: _TypeAlias = _typing.Literal["_min_delta", b"_min_delta"]  # noqa: Y015
+    _WhichOneofReturnType__mode: _TypeAlias = _typing.Literal["mode"]  # noqa: Y015
+    _WhichOneofArgType__mode: _TypeAlias = _typing.Literal["_mode", b"_mode"]  # noqa: Y015
+    _WhichOneofReturnType__patience: _TypeAlias = _typing.Literal["patience"]  # noqa: Y015
+    _WhichOneofArgType__patience: _TypeAlias = _typing.Literal["_patience", b"_patience"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__metric) -> _WhichOneofReturnType__metric | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_delta) -> _WhichOneofReturnType__min_delta | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mode) -> _WhichOneofReturnType__mode | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__patience) -> _WhichOneofReturnType__patience | None: ...
+
+Global___BestSpec: _TypeAlias = BestSpec  # noqa: Y015
+
+@_typing.final
 class SyncSpec(_message.Message):
     """When the servers apply a push."""
 
@@ -647,6 +696,7 @@ class TrainingJobSpec(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     INIT_FROM_FIELD_NUMBER: _builtins.int
     INIT_STRICT_FIELD_NUMBER: _builtins.int
+    BEST_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Seed of everything random: initial parameters, order of the data, dropout, augmentation."""
     steps: _builtins.int
@@ -701,6 +751,10 @@ class TrainingJobSpec(_message.Message):
     def compression(self) -> Global___CompressionSpec:
         """Lossy compression on the network."""
 
+    @_builtins.property
+    def best(self) -> Global___BestSpec:
+        """The best evaluation, and stopping without a better one."""
+
     def __init__(
         self,
         *,
@@ -722,10 +776,11 @@ class TrainingJobSpec(_message.Message):
         precision: _builtins.str | None = ...,
         init_from: _builtins.str | None = ...,
         init_strict: _builtins.bool | None = ...,
+        best: Global___BestSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "init_from", b"init_from", "init_strict", b"init_strict", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "best", b"best", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "init_from", b"init_from", "init_strict", b"init_strict", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "init_from", b"init_from", "init_strict", b"init_strict", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "best", b"best", "checkpoint_every", b"checkpoint_every", "clip", b"clip", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "init_from", b"init_from", "init_strict", b"init_strict", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checkpoint_every: _TypeAlias = _typing.Literal["checkpoint_every"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_every: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every"]  # noqa: Y015
@@ -838,6 +893,7 @@ class TrainingJobStatus(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     CHECKPOINT_DIRECTORY_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    BEST_STEP_FIELD_NUMBER: _builtins.int
     state: Global___TrainingJobState.ValueType
     reason: _builtins.str
     step: _builtins.int
@@ -853,6 +909,8 @@ class TrainingJobStatus(_message.Message):
     checkpoint_directory: _builtins.str
     """Where the service keeps the job's checkpoints."""
     incarnation: _builtins.int
+    best_step: _builtins.int
+    """Steps before the best evaluation so far, of a job that asks for it."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     @_builtins.property
@@ -878,15 +936,20 @@ class TrainingJobStatus(_message.Message):
         error: _builtins.str = ...,
         checkpoint_directory: _builtins.str = ...,
         incarnation: _builtins.int = ...,
+        best_step: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_samples_per_second", b"_samples_per_second", "loss", b"loss", "samples_per_second", b"samples_per_second"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_step", b"_best_step", "_loss", b"_loss", "_samples_per_second", b"_samples_per_second", "best_step", b"best_step", "loss", b"loss", "samples_per_second", b"samples_per_second"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_samples_per_second", b"_samples_per_second", "checkpoint_directory", b"checkpoint_directory", "error", b"error", "incarnation", b"incarnation", "loss", b"loss", "metrics", b"metrics", "parameters_sha256", b"parameters_sha256", "reason", b"reason", "samples", b"samples", "samples_per_second", b"samples_per_second", "servers", b"servers", "state", b"state", "state_sha256", b"state_sha256", "step", b"step", "total_steps", b"total_steps", "wall_seconds", b"wall_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_step", b"_best_step", "_loss", b"_loss", "_samples_per_second", b"_samples_per_second", "best_step", b"best_step", "checkpoint_directory", b"checkpoint_directory", "error", b"error", "incarnation", b"incarnation", "loss", b"loss", "metrics", b"metrics", "parameters_sha256", b"parameters_sha256", "reason", b"reason", "samples", b"samples", "samples_per_second", b"samples_per_second", "servers", b"servers", "state", b"state", "state_sha256", b"state_sha256", "step", b"step", "total_steps", b"total_steps", "wall_seconds", b"wall_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__best_step: _TypeAlias = _typing.Literal["best_step"]  # noqa: Y015
+    _WhichOneofArgType__best_step: _TypeAlias = _typing.Literal["_best_step", b"_best_step"]  # noqa: Y015
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
     _WhichOneofReturnType__samples_per_second: _TypeAlias = _typing.Literal["samples_per_second"]  # noqa: Y015
     _WhichOneofArgType__samples_per_second: _TypeAlias = _typing.Literal["_samples_per_second", b"_samples_per_second"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__best_step) -> _WhichOneofReturnType__best_step | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
     @_typing.overload
@@ -1406,22 +1469,30 @@ Global___QueryHistoryResponse: _TypeAlias = QueryHistoryResponse  # noqa: Y015
 
 @_typing.final
 class DownloadCheckpointRequest(_message.Message):
-    """Names a job whose newest checkpoint is wanted."""
+    """Names a job and which checkpoint is wanted: the newest one, unless one of the others is set."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    BEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    step: _builtins.int
+    best: _builtins.bool
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        step: _builtins.int | None = ...,
+        best: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "best", b"best", "name", b"name", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__step: _TypeAlias = _typing.Literal["step"]  # noqa: Y015
+    _WhichOneofArgType__step: _TypeAlias = _typing.Literal["_step", b"_step"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step) -> _WhichOneofReturnType__step | None: ...
 
 Global___DownloadCheckpointRequest: _TypeAlias = DownloadCheckpointRequest  # noqa: Y015
 

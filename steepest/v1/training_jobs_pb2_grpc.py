@@ -179,7 +179,7 @@ class TrainingJobServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DownloadCheckpoint(self, request, context):
-        """Streams the files of a job's newest checkpoint.
+        """Streams the files of one of a job's checkpoints.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

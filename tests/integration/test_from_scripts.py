@@ -36,6 +36,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "lstm": {"data": {"global_batch": 16, "shuffle": False}},
     "recommender": {"optimizer": {"name": "sgd", "lr": 0.1}},
     "lora": {},
+    "lightning_module": {},
 }
 QUICK = ("gpt2", "recommender")
 

@@ -39,6 +39,25 @@ def test_the_same_code_gives_the_same_bytes(project: Path) -> None:
     assert bundle_task(f"{project / 'train.py'}:f").data == first
 
 
+def test_files_and_folders_that_the_code_names_go_along(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / "vocabulary.json").write_text("[1]")
+    (project / "unnamed.csv").write_text("1")
+    for name in ("data/a.npy", "data/deep/b.npy", "data/.hidden", "data/code.py", "data/__pycache__/c.pyc"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text(name)
+    (project / "train.py").write_text(
+        TRAIN + "FILES = 'vocabulary.json', './data/', '../other', '/etc/passwd', '', '.'\n"
+    )
+    named = ["data/a.npy", "data/deep/b.npy", "vocabulary.json"]
+    bundle = bundle_task(f"{project / 'train.py'}:f")
+    assert [name for name in _names(bundle.data) if not name.endswith(".py")] == named
+    assert bundle.left_out == ()
+    monkeypatch.setattr("steepest.bundle.MAX_DATA_BYTES", 20)
+    bundle = bundle_task(f"{project / 'train.py'}:f")
+    assert [name for name in _names(bundle.data) if not name.endswith(".py")] == ["vocabulary.json"]
+    assert bundle.left_out == ("data",)
+
+
 def test_installed_modules_are_not_packed() -> None:
     assert bundle_task("json.decoder:JSONDecoder").data == b""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import threading
@@ -74,6 +75,11 @@ def slow(delay: float = 0.01) -> steepest.Task:
     """Each micro-batch takes a while, so that a test can do something in mid-step."""
     model = nn.Sequential(nn.Linear(NUM_INPUTS, 64), nn.BatchNorm1d(64), nn.Dropout(0.1), nn.Linear(64, NUM_OUTPUTS))
     return steepest.Task(model=model, loss=nn.MSELoss(), train_data=Rows(delay))
+
+
+def evaluated(delay: float = 0.0) -> steepest.Task:
+    """As `slow`, with data to evaluate on."""
+    return dataclasses.replace(slow(delay), eval_data=steepest.ArrayData(*arrays()))
 
 
 def deep(delay: float = 0.0, width: int = 600) -> steepest.Task:

@@ -17,6 +17,7 @@ from worker.data.loader import LoaderData
 from worker.data.streams import StreamSource, is_stream
 
 MAPPED_BYTES = 64 << 20
+FAULT_BYTES = 16 * mmap.PAGESIZE  # of a file, that Linux maps when one of its pages is touched
 
 
 class Source(Protocol):
@@ -76,7 +77,7 @@ class ArraySource(_AnyOrder):
 
     def _let_go(self, num_rows: int) -> None:
         """Give back the pages of mapped files now and then; the kernel keeps them as long as it has room."""
-        self._touched += num_rows * sum(max(a.strides[0], mmap.PAGESIZE) for a in self._mapped)
+        self._touched += num_rows * sum(max(a.strides[0], FAULT_BYTES) for a in self._mapped)
         if self._touched > MAPPED_BYTES:
             self._touched = 0
             for array in self._mapped:

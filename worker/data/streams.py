@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from worker.data.loader import DataError
 from worker.data.randomness import OwnRandomness, epoch_seed
 
 KEPT_STEPS = 3
+READ_AT_ONCE = 32
 
 
 def is_stream(data: Any) -> bool:
@@ -115,12 +117,18 @@ class StreamSource:
 
         def plain() -> Iterator[Any]:
             while True:
-                with randomness.used():
+                piece: list[Any] = []
+                error = None
+                with randomness.used():  # for several samples, because it takes longer than many a sample
                     try:
-                        sample = next(samples)
-                    except StopIteration:
-                        return
-                yield sample
+                        piece.extend(islice(samples, READ_AT_ONCE))
+                    except Exception as raised:
+                        error = raised
+                yield from piece
+                if error is not None:
+                    raise error
+                if len(piece) < READ_AT_ONCE:
+                    return
 
         if self._buffer == 1:
             return plain()

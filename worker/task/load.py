@@ -88,9 +88,8 @@ def load_task(reference: TaskReference, code: Path | None, seed: int) -> Task | 
         missing = f"importing {reference.module} needs the module {error.name!r}, which is not there"
         raise TaskError("task.module", missing, user_traceback(error)) from error
     except BaseException as error:
-        raise TaskError(
-            "task.module", f"importing {reference.module} raised {said(error)}", user_traceback(error)
-        ) from error
+        raised = f"importing {reference.module} raised {said(error)}{_cure(error)}"
+        raise TaskError("task.module", raised, user_traceback(error)) from error
     function = getattr(module, reference.function, None)
     if not callable(function):
         there = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
@@ -104,7 +103,8 @@ def load_task(reference: TaskReference, code: Path | None, seed: int) -> Task | 
     try:
         task = function(**reference.arguments)
     except BaseException as error:
-        raise TaskError("task.function", f"{name} raised {said(error)}", user_traceback(error)) from error
+        raised = f"{name} raised {said(error)}{_cure(error)}"
+        raise TaskError("task.function", raised, user_traceback(error)) from error
     if not isinstance(task, Task | AnalyticTask):
         raise TaskError(
             "task.function", f"{name} returned {type(task).__name__}; it must return a steepest.Task (or AnalyticTask)"
@@ -170,6 +170,16 @@ def said(error: BaseException) -> str:
     """An exception in one line: type and message."""
     text = str(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _cure(error: BaseException) -> str:
+    """What to do about an error, where that is known."""
+    if isinstance(error, FileNotFoundError) and not Path(str(error.filename or "/")).is_absolute():
+        return (
+            ". A relative path counts from where the process runs: a file that goes along with the task is at "
+            f"Path(__file__).parent / {str(error.filename)!r}"
+        )
+    return ""
 
 
 def _check_arguments(function: Any, reference: TaskReference) -> None:

@@ -1,0 +1,54 @@
+"""Which evaluation was the best so far, and whether it is time to stop for want of a better one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What counts as better.
+
+    metric: of the evaluations. is_max: whether more is better. min_delta: by how much a better value must differ.
+    patience: evaluations in a row that are no better, after which the job ends; None: it never does.
+    """
+
+    metric: str
+    is_max: bool = False
+    min_delta: float = 0.0
+    patience: int | None = None
+
+
+class Best(NamedTuple):
+    """The best evaluation, its step and value; how many have come since, and the step of the last one."""
+
+    step: int = -1
+    value: float = math.nan
+    since: int = 0
+    last: int = -1
+
+
+def judge(aim: Aim, best: Best, step: int, metrics: Mapping[str, float]) -> Best:
+    """Take an evaluation into account, once. A value that is not a number is never better."""
+    if step <= best.last:
+        return best
+    value = metrics[aim.metric]
+    ahead = value - best.value if aim.is_max else best.value - value
+    if math.isfinite(value) and (best.step < 0 or ahead > aim.min_delta):
+        return Best(step, value, 0, step)
+    return best._replace(since=best.since + 1, last=step)
+
+
+def reason_to_stop(aim: Aim, best: Best) -> str:
+    """Why the job is to end now, or nothing."""
+    if aim.patience is None or best.since < aim.patience:
+        return ""
+    if best.step < 0:
+        return f"stopped early: {aim.metric} was no number in {best.since} evaluations"
+    return (
+        f"stopped early at step {best.last}: {best.since} evaluations in a row were no better than {aim.metric} "
+        f"{best.value:.6g} at step {best.step}"
+    )
