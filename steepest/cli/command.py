@@ -45,7 +45,7 @@ def main() -> None:
     """Entry point: turns errors into one clear message and an exit code."""
     from steepest.errors import SpecError, SteepestError
 
-    warnings.showwarning = _warn  # type: ignore[assignment]
+    warnings.showwarning = _warn
     # A plain kill ends a command as Ctrl-C does: jobs are cancelled, processes stopped.
     signal.signal(signal.SIGTERM, _interrupt)
     try:

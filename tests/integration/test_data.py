@@ -48,6 +48,18 @@ def test_what_a_reader_raises_comes_with_its_traceback_and_its_end_is_noticed() 
         readers.take(1, 0)
 
 
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_data_sets_of_hugging_face_are_read_as_they_are(kind: str, tmp_path: Path) -> None:
+    raw = {"task": f"{BROUGHT}:hugging_face", "arguments": {"kind": kind}, **SPEC, "epochs": 2}
+    config = submitted(tmp_path / "here", **raw)
+    assert config.num_samples == brought.NUM_SAMPLES
+    expected = hashes(run_here(config))
+    assert hashes(run_processes(submitted(tmp_path / "there", **raw), 2)) == expected
+    if kind == "map":  # the same rows as arrays
+        plain = {"task": f"{BROUGHT}:arrays_of_pairs", **SPEC, "epochs": 2}
+        assert hashes(run_here(submitted(tmp_path / "arrays", **plain))) == expected
+
+
 @pytest.mark.parametrize("kind", [full("plain"), full("loader")])
 def test_a_stream_gives_the_same_bits_with_workers_killed_on_the_way(kind: str, tmp_path: Path) -> None:
     raw = {"task": f"{BROUGHT}:stream", "arguments": {"kind": kind}, **SPEC, "epochs": 40}

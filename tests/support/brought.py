@@ -681,3 +681,26 @@ def own_schedule(kind: str = "steps") -> steepest.Task:
         "raising": lambda step: {0: 1.0}[step],
     }
     return _task(nn.Linear(WIDTH, 1), schedule=schedules[kind])
+
+
+# -- data sets of Hugging Face ----------------------------------------------------------------------------------------
+
+
+def hugging_face(kind: str = "map") -> steepest.Task:
+    """A data set whose batches are dicts: `map` is indexed, `stream` is read in order."""
+    from datasets import Dataset as Table
+
+    rows = {"x": inputs().tolist(), "y": sums().tolist()}
+    table: Any = Table.from_dict(rows).with_format("torch")
+    if kind == "stream":
+        table = table.to_iterable_dataset(num_shards=4)
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return functional.mse_loss(model(batch["x"]), batch["y"])
+
+    return steepest.Task(model=nn.Linear(WIDTH, 1), batch_loss=loss, train_data=table)
+
+
+def arrays_of_pairs() -> steepest.Task:
+    """The rows of `hugging_face`."""
+    return _task(nn.Linear(WIDTH, 1))

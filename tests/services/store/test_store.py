@@ -31,7 +31,8 @@ def record(step: int, time: float = 0.0, loss: float = 1.0) -> StepRecord:
 
 
 def test_a_job_comes_back_as_it_was(store: Store) -> None:
-    row = replace(job(), result=Result(3, 12, 0.5, {"accuracy": 0.9}, "p", "s", "", 2, (("worker", "w", 1, "h", "ok"),)))
+    members = (("worker", "w", 1, "h", "ok"),)
+    row = replace(job(), result=Result(3, 12, 0.5, {"accuracy": 0.9}, "p", "s", "", 2, members))
     store.create(row)
     assert store.get("a") == row
     with pytest.raises(NotFoundError, match="trainingJobs/b"):
