@@ -32,6 +32,10 @@ class Settings:
         """SQLite, beside the rest."""
         return f"sqlite:///{self.data_directory / 'steepest.db'}"
 
+    def history_of(self, job: str) -> Path:
+        """Where the records of a job's steps are kept."""
+        return self.data_directory / "jobs" / job / "history"
+
     def log_of(self, job: str) -> Path:
         """Where what a job's user code prints is kept."""
         return self.data_directory / "jobs" / job / "log.jsonl"

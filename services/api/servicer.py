@@ -28,6 +28,7 @@ from services.jobs.job_log import JobLog
 from services.jobs.operations import Operations
 from services.jobs.task_probe import TaskDescription
 from services.settings import Settings
+from services.store.history import JobHistory
 from services.store.lifecycle import ENDED
 from services.store.store import JobRow, Store
 from steepest.convert import spec_from_proto
@@ -66,8 +67,11 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         return self._messages([row])[0]
 
     def _messages(self, rows: Sequence[JobRow]) -> list[pb.TrainingJob]:
-        rates, now = self._store.samples_per_second([row.id for row in rows]), time.time()
-        return [job_to_proto(row, self._settings, rates.get(row.id), now) for row in rows]
+        now = time.time()
+        return [job_to_proto(row, self._settings, self._history(row.id).samples_per_second(), now) for row in rows]
+
+    def _history(self, job: str) -> JobHistory:
+        return JobHistory(self._settings.history_of(job))
 
     def UploadCode(  # noqa: N802
         self, request_iterator: Iterator[pb.UploadCodeRequest], context: grpc.ServicerContext
@@ -109,11 +113,11 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         job, logged = row.id, TaskDescription.from_json(row.description).logged_names
         sequence, step = request.after_sequence, -1
         offset = request.log_offset
-        printed = self._log(job)
+        printed, history = self._log(job), self._history(job)
         while context.is_active():
             # The order matters: a job read as ended here has all its events and records in the store already.
             row = store.get(job)
-            record = store.last_record(job)
+            record = history.last()
             if record is not None and record.step != step:
                 step = record.step
                 yield pb.WatchTrainingJobResponse(progress=ps_convert.record_to_proto(record, logged))
@@ -190,7 +194,7 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         names = [p.name for p in layout.parameters]
         most = max(1, min(HISTORY_PAGE_SIZE, HISTORY_PAGE_NUMBERS // len(names)))
         size = _page_size(request.page_size, most, most)
-        records = self._store.history_of(row.id, request.first_step, size)
+        records = self._history(row.id).records(request.first_step, size)
         shown = [ps_convert.record_to_proto(record, description.logged_names) for record in records]
         return pb.QueryHistoryResponse(records=shown, parameter_names=names)
 

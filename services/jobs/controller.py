@@ -30,6 +30,7 @@ from services.jobs.task_probe import TaskDescription
 from services.jobs.team import Team, WorkerState
 from services.jobs.totals import Totals
 from services.settings import Settings
+from services.store.history import JobHistory
 from services.store.lifecycle import JobState
 from services.store.store import JobRow, Store
 from steepest.spec import TrainingJobSpec
@@ -78,7 +79,8 @@ class Controller(threading.Thread):
         self.spec = job.spec
         self.total_steps = job.row.total_steps
         self.totals = Totals()
-        self.ledger = Ledger(store, job.row, job.description.num_samples, job.spec.data.global_batch)
+        history = JobHistory(settings.history_of(job.row.id))
+        self.ledger = Ledger(store, history, job.row, job.description.num_samples, job.spec.data.global_batch)
         self._description = job.description
         self._code = job.code
         self._settings = settings
@@ -317,13 +319,13 @@ class Controller(threading.Thread):
     # -- reports of the leader ----------------------------------------------------------------------------------------
 
     def _on_report(self, life: Life, report: Report) -> None:
-        self.ledger.append(self._incarnation, report.records, report.newest)
-        if report.records:
+        is_kept = self.ledger.append(self._incarnation, report.records, report.newest)
+        if report.records and is_kept:
             life.leader.acknowledge(report.records[-1].step)
         if report.newest is not None:
             self.totals.count(report.records or [report.newest])
         for step, metrics, is_best in report.evaluations:
-            self.ledger.note_result(metrics=metrics, **({"best_step": step} if is_best else {}))
+            self.ledger.note_evaluation(step, metrics, is_best=is_best)
         if report.printed:
             self._keep_printed(report.printed)
         for checkpoint in report.checkpoints:

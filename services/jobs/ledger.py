@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from ps.step.messages import StepRecord
+from services.store.history import JobHistory
 from services.store.lifecycle import ENDED, JobState
 from services.store.store import JobRow, Store
 from steepest.errors import ConflictError
@@ -21,12 +22,14 @@ PERSIST_SECONDS = 1.0
 class Ledger:
     """Keeps one job's result and writes it down. num_samples, global_batch: of the job's data."""
 
-    def __init__(self, store: Store, row: JobRow, num_samples: int, global_batch: int) -> None:
+    def __init__(self, store: Store, history: JobHistory, row: JobRow, num_samples: int, global_batch: int) -> None:
         self.job = row.id
         self.name = row.name
         self.result = row.result
         self.record: StepRecord | None = None
         self._store = store
+        self._history = history
+        self._is_full = False
         self._num_samples = num_samples
         self._global_batch = global_batch
         self._written = 0.0
@@ -55,18 +58,42 @@ class Ledger:
     def begin_life(self, incarnation: int, step: int, records: Iterable[StepRecord], of_incarnation: int) -> None:
         """Begin an incarnation at `step`. records: of the one before, which had no time to report them."""
         self._store.update(self.job, incarnation=incarnation)
-        self._store.fill_history(self.job, of_incarnation, list(records))
+        try:
+            self._history.append(of_incarnation, list(records))
+            self._history.begin(incarnation, step)
+        except OSError as error:
+            self._on_full(error)
         self._store.rewind(self.job, step)
         self.note_step(step)
 
-    def append(self, incarnation: int, records: list[StepRecord], newest: StepRecord | None) -> None:
-        """Steps are done. records: those that go to the history."""
+    def append(self, incarnation: int, records: list[StepRecord], newest: StepRecord | None) -> bool:
+        """Steps are done. records: those that go to the history. Returns whether they are on disk."""
+        is_kept = True
+        try:
+            self._history.append(incarnation, records)
+            self._is_full = False
+        except OSError as error:
+            is_kept = False
+            self._on_full(error)
         if records:
-            self._store.append_history(self.job, incarnation, records)
+            self._store.notify()
         if newest is not None:
             self.record = newest
             self.note_step(newest.step + 1)
             self.note_result(loss=newest.loss)
+        return is_kept
+
+    def _on_full(self, error: OSError) -> None:
+        """A full disk costs records of steps, and not the job. Said once until it is over."""
+        log.warning("the history of %s cannot be written: %s", self.name, error)
+        if not self._is_full:
+            self._is_full = True
+            self.say(f"the records of steps cannot be written, and are left out meanwhile: {error.strerror}")
+
+    def note_evaluation(self, step: int, metrics: dict[str, float], *, is_best: bool) -> None:
+        """An evaluation is done."""
+        self._store.add_evaluation(self.job, step, metrics)
+        self.note_result(metrics=metrics, **({"best_step": step} if is_best else {}))
 
     def publish(self, members: Iterable[tuple[str, str, int, str, str]]) -> None:
         """Write the result down. members: (role, id, pid, host, state)."""

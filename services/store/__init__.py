@@ -1,4 +1,4 @@
-"""Jobs, their events and the history of their steps in SQL; the states of a job and the legal moves between them.
+"""Jobs, their events and evaluations in SQL, the records of their steps in files; the states of a job and their moves.
 
 What a client was told is committed here first.
 """

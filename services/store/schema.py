@@ -33,29 +33,10 @@ events = sa.Table(
     sa.Column("reason", sa.Text, nullable=False),
 )
 
-history = sa.Table(
-    "history",
+evaluations = sa.Table(
+    "evaluations",
     metadata,
     sa.Column("job", sa.String(63), sa.ForeignKey("jobs.id"), primary_key=True),
-    sa.Column("incarnation", sa.Integer, primary_key=True),
     sa.Column("step", sa.BigInteger, primary_key=True),
-    sa.Column("hidden", sa.Boolean, nullable=False),
-    sa.Column("time", sa.Double, nullable=False),
-    sa.Column("loss", sa.Double),
-    sa.Column("lr", sa.Double),
-    sa.Column("weight", sa.Double),
-    sa.Column("samples", sa.BigInteger, nullable=False),
-    sa.Column("gradient_norm", sa.Double),
-    sa.Column("clipped_norm", sa.Double),
-    sa.Column("clip_coefficient", sa.Double),
-    sa.Column("clipped", sa.Boolean, nullable=False),
-    sa.Column("skipped", sa.Boolean, nullable=False),
-    sa.Column("workers", sa.Integer, nullable=False),
-    sa.Column("step_seconds", sa.Double),
-    sa.Column("compute_seconds", sa.Double),
-    sa.Column("reduce_seconds", sa.Double),
-    sa.Column("apply_seconds", sa.Double),
-    sa.Column("parameter_norms", sa.LargeBinary),
-    sa.Column("data_seconds", sa.Double),
-    sa.Column("logged", sa.LargeBinary),
+    sa.Column("metrics", sa.Text, nullable=False),
 )

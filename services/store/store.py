@@ -1,26 +1,21 @@
-"""What was acknowledged is on disk: jobs, their events and the history of their steps, in SQL."""
+"""What was acknowledged is on disk: jobs, their events and evaluations, in SQL."""
 
 from __future__ import annotations
 
 import json
-import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
-from typing import Any, get_type_hints
+from typing import Any
 
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
-from ps.step.messages import RECORD_BYTES, StepRecord
 from services.store.lifecycle import ENDED, JobState, check_move
-from services.store.schema import events, history, jobs
+from services.store.schema import evaluations, events, jobs
 from steepest.errors import ConflictError, NotFoundError
-
-_FLOAT_FIELDS = frozenset(name for name, type_ in get_type_hints(StepRecord).items() if type_ is float)
-_HISTORY_COLUMNS = ("job", "incarnation", "hidden", *StepRecord._fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +89,8 @@ class Store:
         """Close all connections."""
         self._engine.dispose()
 
-    def _notify(self) -> None:
+    def notify(self) -> None:
+        """Wake those who wait for `changed`."""
         with self.changed:
             self.changed.notify_all()
 
@@ -114,7 +110,7 @@ class Store:
             connection.execute(sa.insert(jobs).values(**_job_values(row)))
             for reason in (row.reason, *notes):
                 self._add_event(connection, row.id, row.created, row.state, reason)
-        self._notify()
+        self.notify()
         return row
 
     def of_request(self, request_id: str) -> JobRow | None:
@@ -166,7 +162,7 @@ class Store:
             new = replace(row, state=state, reason=reason, ended=now if state in ENDED else None)
             connection.execute(sa.update(jobs).where(jobs.c.id == job).values(**_job_values(new)))
             self._add_event(connection, job, now, state, reason)
-        self._notify()
+        self.notify()
         return new
 
     def update(self, job: str, **values: Any) -> None:
@@ -175,7 +171,7 @@ class Store:
             values["result"] = _result_json(values["result"])
         with self._write, self._engine.begin() as connection:
             connection.execute(sa.update(jobs).where(jobs.c.id == job).values(**values))
-        self._notify()
+        self.notify()
 
     # -- events -----------------------------------------------------------------------------------------------------
 
@@ -189,7 +185,7 @@ class Store:
         with self._write, self._engine.begin() as connection:
             state = connection.execute(sa.select(jobs.c.state).where(jobs.c.id == job)).scalar_one()
             self._add_event(connection, job, now, JobState(state), reason)
-        self._notify()
+        self.notify()
 
     def events_after(self, job: str, sequence: int) -> list[EventRow]:
         """The events of a job after a sequence number, in order."""
@@ -198,91 +194,25 @@ class Store:
             rows = connection.execute(query)
             return [EventRow(r.job, r.sequence, r.time, JobState(r.state), r.reason) for r in rows]
 
-    # -- history ----------------------------------------------------------------------------------------------------
+    # -- evaluations ------------------------------------------------------------------------------------------------
 
-    def append_history(self, job: str, incarnation: int, records: Sequence[StepRecord]) -> None:
-        """Add the records of steps."""
-        if not records:
-            return
-        rows = [dict(zip(_HISTORY_COLUMNS, (job, incarnation, False, *map(_null, r)), strict=True)) for r in records]
+    def add_evaluation(self, job: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Keep the metrics of an evaluation, in the place of an earlier one of the same step."""
         with self._write, self._engine.begin() as connection:
-            connection.execute(sa.insert(history), rows)
-        self._notify()
-
-    def fill_history(self, job: str, incarnation: int, records: Sequence[StepRecord]) -> None:
-        """Add the records of steps that have none yet."""
-        if not records:
-            return
-        steps = [r.step for r in records]
-        query = sa.select(history.c.step).where(
-            history.c.job == job, history.c.step.between(min(steps), max(steps)), ~history.c.hidden
-        )
-        with self._engine.connect() as connection:
-            there = set(connection.execute(query).scalars())
-        self.append_history(job, incarnation, [r for r in records if r.step not in there])
+            connection.execute(sa.delete(evaluations).where(evaluations.c.job == job, evaluations.c.step == step))
+            values = {"job": job, "step": step, "metrics": json.dumps(dict(metrics))}
+            connection.execute(sa.insert(evaluations).values(**values))
 
     def rewind(self, job: str, step: int) -> None:
-        """Hide the records of `step` and later: they will be computed again."""
+        """Forget the evaluations after `step`: they will be computed again."""
         with self._write, self._engine.begin() as connection:
-            connection.execute(
-                sa.update(history).where(history.c.job == job, history.c.step >= step).values(hidden=True)
-            )
+            connection.execute(sa.delete(evaluations).where(evaluations.c.job == job, evaluations.c.step > step))
 
-    def history_of(self, job: str, first_step: int = 0, limit: int | None = None) -> list[StepRecord]:
-        """The visible records of `first_step` and later, in the order of their steps."""
-        query = (
-            sa.select(history)
-            .where(history.c.job == job, history.c.step >= first_step, ~history.c.hidden)
-            .order_by(history.c.step)
-            .limit(limit)
-        )
+    def evaluations_of(self, job: str) -> list[tuple[int, dict[str, float]]]:
+        """(step, metrics) of every evaluation, in order."""
+        query = sa.select(evaluations).where(evaluations.c.job == job).order_by(evaluations.c.step)
         with self._engine.connect() as connection:
-            return [_record(row) for row in connection.execute(query)]
-
-    def last_record(self, job: str) -> StepRecord | None:
-        """The newest visible record."""
-        query = (
-            sa.select(history).where(history.c.job == job, ~history.c.hidden).order_by(history.c.step.desc()).limit(1)
-        )
-        with self._engine.connect() as connection:
-            row = connection.execute(query).first()
-        return None if row is None else _record(row)
-
-    def samples_per_second(self, ids: Sequence[str]) -> dict[str, float]:
-        """Of each job, over the last half of its steps; without those that have fewer than two steps in it."""
-        if not ids:
-            return {}
-        own = (history.c.job.in_(ids), ~history.c.hidden)
-        last = (
-            sa.select(history.c.job, sa.func.max(history.c.step).label("step"))
-            .where(*own)
-            .group_by(history.c.job)
-            .subquery()
-        )
-        half = (
-            sa.select(
-                history.c.job,
-                sa.func.min(history.c.step).label("first"),
-                sa.func.max(history.c.step).label("last"),
-                sa.func.sum(history.c.samples).label("samples"),
-            )
-            .join(last, last.c.job == history.c.job)
-            .where(*own, 2 * history.c.step + 1 >= last.c.step)
-            .group_by(history.c.job)
-            .subquery()
-        )
-        ends = sa.select(history.c.job, history.c.step, history.c.time, history.c.samples, half.c.samples).join(
-            half, sa.and_(half.c.job == history.c.job, history.c.step.in_((half.c.first, half.c.last)))
-        )
-        rows: dict[str, list[Any]] = {}
-        with self._engine.connect() as connection:
-            for row in connection.execute(ends.where(*own).order_by(history.c.job, history.c.step)):
-                rows.setdefault(row[0], []).append(row)
-        rates = {}
-        for job, (first, *rest) in rows.items():
-            if rest and rest[-1][2] > first[2]:
-                rates[job] = (first[4] - first[3]) / (rest[-1][2] - first[2])
-        return rates
+            return [(row.step, json.loads(row.metrics)) for row in connection.execute(query)]
 
 
 def _of_request(connection: sa.Connection, request_id: str) -> JobRow | None:
@@ -298,18 +228,6 @@ def _configure_sqlite(connection: Any, _: Any) -> None:
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.execute("PRAGMA busy_timeout=10000")
     cursor.close()
-
-
-def _null(value: Any) -> Any:
-    """SQL has no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _record(row: Any) -> StepRecord:
-    values: dict[str, Any] = {n: getattr(row, n) for n in StepRecord._fields}
-    values.update({n: math.nan for n in _FLOAT_FIELDS if values[n] is None})
-    values.update({n: values[n] or b"" for n in RECORD_BYTES})
-    return StepRecord(**values)
 
 
 def _result_json(result: Result) -> str:

@@ -20,6 +20,7 @@ from services.jobs.controller import Assignment, Controller
 from services.jobs.leader_client import PhaseReport, Report
 from services.jobs.task_probe import TaskDescription
 from services.settings import Settings
+from services.store.history import JobHistory
 from services.store.lifecycle import JobState
 from services.store.store import JobRow, Result, Store
 from steepest.spec import spec_from_dict
@@ -105,6 +106,7 @@ class Play:
     def __init__(self, directory: Path, *, workers: int = 2, restarts: int = 3, grace: float = 20.0) -> None:
         self.store = Store(f"sqlite:///{directory / 'jobs.db'}")
         self.settings = Settings(data_directory=directory, cancel_grace_seconds=grace)
+        self.history = JobHistory(self.settings.history_of("j"))
         spec = spec_from_dict(
             {
                 "task": {"module": "m", "function": "f"},
@@ -188,7 +190,7 @@ def test_a_job_runs_to_its_end(play: Callable[..., Play]) -> None:
     row = it.store.get("j")
     assert (row.state, row.result.step, row.result.loss) == (JobState.SUCCEEDED, 3, 1.5)
     assert ("stored", "2") in it.leader.commands
-    assert [r.step for r in it.store.history_of("j")] == [0, 1, 2]
+    assert [r.step for r in it.history.records()] == [0, 1, 2]
 
 
 def test_a_dead_worker_is_replaced_within_the_life(play: Callable[..., Play]) -> None:
@@ -215,7 +217,7 @@ def test_a_dead_server_begins_a_life_from_the_checkpoint(play: Callable[..., Pla
     said = "server-0 (pid 101 on node-a) was killed by signal 9 (SIGKILL); returning to the checkpoint of step 2"
     assert said in it.reasons
     until(lambda: it.controller.ledger.result.step == 2)
-    assert [r.step for r in it.store.history_of("j")] == [0, 1]
+    assert [r.step for r in it.history.records()] == [0, 1]
     old.report(steps=[9])  # of a life that is over
     it.room.servers[0](DIED)
     it.run()

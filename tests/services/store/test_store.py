@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from ps.step.messages import StepRecord
 from services.store.lifecycle import JobState
 from services.store.store import JobRow, Result, Store
 from steepest.errors import ConflictError, NotFoundError
@@ -24,10 +23,6 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 def job(name: str = "a", request: str = "", created: float = 1.0) -> JobRow:
     return JobRow(name, request, "{}", "{}", JobState.QUEUED, "created", 1, 0, 10, created, None, Result())
-
-
-def record(step: int, time: float = 0.0, loss: float = 1.0) -> StepRecord:
-    return StepRecord(step, time, loss, 0.1, 4.0, 4, 2.0, 1.0, 0.5, True, False, 1, 0.1, 0.1, 0.0, 0.0)
 
 
 def test_a_job_comes_back_as_it_was(store: Store) -> None:
@@ -75,51 +70,23 @@ def test_pages_run_from_new_to_old_without_gap(store: Store) -> None:
     assert seen == ["j4", "j3", "j2", "j1", "j0"]
 
 
-def test_history_keeps_what_is_not_finite_and_hides_what_was_rewound(store: Store) -> None:
+def test_evaluations_are_kept_until_they_are_computed_again(store: Store) -> None:
     store.create(job())
-    store.append_history("a", 1, [record(0), record(1, loss=math.nan), record(2)])
-    assert math.isnan(store.history_of("a")[1].loss)
-    store.rewind("a", 1)
-    assert [r.step for r in store.history_of("a")] == [0]
-    store.append_history("a", 2, [record(1, loss=5.0)])
-    assert [r.loss for r in store.history_of("a")] == [1.0, 5.0]
-    last = store.last_record("a")
-    assert last is not None
-    assert last.step == 1
-
-
-def test_what_is_missing_is_filled_in_once(store: Store) -> None:
-    store.create(job())
-    store.append_history("a", 1, [record(0), record(1)])
-    store.rewind("a", 1)
-    store.fill_history("a", 2, [record(0, loss=7.0), record(1, loss=8.0), record(2)])
-    store.fill_history("a", 2, [record(2, loss=9.0)])
-    assert [(r.step, r.loss) for r in store.history_of("a")] == [(0, 1.0), (1, 8.0), (2, 1.0)]
-
-
-def test_the_norms_of_parameters_keep_every_bit(store: Store) -> None:
-    store.create(job())
-    store.append_history("a", 1, [record(0)._replace(parameter_norms=b"norms"), record(1)])
-    assert [r.parameter_norms for r in store.history_of("a")] == [b"norms", b""]
-
-
-def test_throughput_is_over_the_last_half(store: Store) -> None:
-    store.create(job())
-    assert store.samples_per_second(["a"]) == {}
-    times = [0.0, 10.0, 20.0, 30.0, 31.0, 32.0, 33.0]
-    store.append_history("a", 1, [record(i, t) for i, t in enumerate(times)])
-    assert store.samples_per_second(["a"])["a"] == 12 / 3
+    for step, loss in ((2, 1.0), (4, 0.5), (6, math.nan), (4, 0.25)):
+        store.add_evaluation("a", step, {"loss": loss})
+    assert [step for step, _ in store.evaluations_of("a")] == [2, 4, 6]
+    assert store.evaluations_of("a")[1] == (4, {"loss": 0.25})
+    store.rewind("a", 4)
+    assert [step for step, _ in store.evaluations_of("a")] == [2, 4]
 
 
 def test_what_was_acknowledged_is_there_after_a_restart(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'jobs.db'}"
     first = Store(url)
     first.create(job("a", "r1"))
-    first.append_history("a", 1, [record(0)])
     first.close()
     second = Store(url)
     assert second.get("a").id == "a"
-    assert len(second.history_of("a")) == 1
     second.close()
     mode = sqlite3.connect(tmp_path / "jobs.db").execute("PRAGMA journal_mode").fetchone()
     assert mode == ("wal",)

@@ -1,0 +1,255 @@
+"""The records of a job's steps: files of fixed-size rows beside its checkpoints, appended to and mapped to be read.
+
+Each incarnation of the job has a folder of its own. `layout.json` says which numbers a row has, and from which step on
+this incarnation counts: what earlier ones recorded of that step and later was computed again, so it is hidden. `rows`
+has the numbers of a step, `norms` those of its parameters. A row that is not whole, as after a full disk, is not there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ps.step.messages import RECORD_BYTES, StepRecord
+
+LAYOUT, ROWS, NORMS = "layout.json", "rows", "norms"
+_TYPES = {int: "<i8", float: "<f8", bool: "?"}
+_KINDS = get_type_hints(StepRecord)
+SCALARS = tuple(name for name in StepRecord._fields if name not in RECORD_BYTES)
+_TOTAL = "total_samples"  # of this incarnation so far, so that throughput takes two rows
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Of one incarnation's rows. begins: the first step that it counts for; 0 parameters: norms are not kept."""
+
+    begins: int
+    scalars: tuple[str, ...] = ()
+    num_parameters: int = 0
+    num_logged: int = 0
+
+    @property
+    def row(self) -> np.dtype[Any]:
+        """A row of `rows`."""
+        numbers = [(name, _TYPES[_KINDS[name]]) for name in self.scalars]
+        return np.dtype([*numbers, (_TOTAL, "<i8"), ("logged", "<f8", (self.num_logged,))])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The rows of an incarnation that are not hidden. norms: shape (rows, parameters)."""
+
+    rows: NDArray[Any]
+    norms: NDArray[np.float64]
+
+    def between(self, first: int, last: int | None) -> _Part:
+        """Those of the steps from `first` to `last`."""
+        low, high = _slice(self.rows["step"], first, last)
+        return _Part(self.rows[low:high], self.norms[low:high])
+
+
+class JobHistory:
+    """The history of one job. Safe to use from many threads; one process writes."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._lock = threading.Lock()
+        self._layouts: dict[int, _Layout] = {}  # by incarnation, those that cannot change any more
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def begin(self, incarnation: int, step: int) -> None:
+        """An incarnation computes `step` and later; what there is of them is hidden from now on. Raises OSError."""
+        with self._lock:
+            self._write_layout(incarnation, _Layout(step))
+
+    def append(self, incarnation: int, records: Sequence[StepRecord]) -> None:
+        """Add the records of steps, in order; those that are there already are left out. Raises OSError."""
+        with self._lock:
+            layout = self._layout(incarnation) or _Layout(0)
+            before = self._read(incarnation, layout)
+            last = before.rows["step"][-1] if len(before.rows) else layout.begins - 1
+            records = [record for record in records if record.step > last]
+            if not records:
+                return
+            if not layout.scalars:
+                widths = {name: max(len(getattr(r, name)) for r in records) // 8 for name in RECORD_BYTES}
+                layout = _Layout(layout.begins, SCALARS, widths["parameter_norms"], widths["logged"])
+                self._write_layout(incarnation, layout)
+            rows = np.zeros(len(records), layout.row)
+            for name in layout.scalars:
+                rows[name] = [getattr(record, name) for record in records]
+            total = int(before.rows[_TOTAL][-1]) if len(before.rows) else 0
+            rows[_TOTAL] = total + np.cumsum(rows["samples"])
+            rows["logged"] = [_numbers(record.logged, layout.num_logged) for record in records]
+            folder = self._folder(incarnation)
+            if layout.num_parameters:
+                norms = np.array([_numbers(r.parameter_norms, layout.num_parameters) for r in records])
+                _append(folder / NORMS, norms, len(before.rows))
+            _append(folder / ROWS, rows, len(before.rows))
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def records(self, first: int = 0, limit: int | None = None) -> list[StepRecord]:
+        """The records of `first` and later steps, in order."""
+        found: list[StepRecord] = []
+        for part in self._parts():
+            there = part.between(first, None)
+            stop = None if limit is None else limit - len(found)
+            found += _to_records(_Part(there.rows[:stop], there.norms[:stop]))
+        return found
+
+    def last(self) -> StepRecord | None:
+        """The newest record."""
+        for part in reversed(list(self._parts())):
+            if len(part.rows):
+                return _to_records(_Part(part.rows[-1:], part.norms[-1:]))[0]
+        return None
+
+    def columns(self, names: Sequence[str], first: int = 0, last: int | None = None) -> dict[str, NDArray[Any]]:
+        """Numbers of the steps from `first` to `last`, each of shape (steps,); "step" is always there.
+
+        names: fields of StepRecord that are numbers, or "logged.N" for the N-th number beside the loss.
+        """
+        parts = [part.between(first, last) for part in self._parts()]
+        return {name: _joined([_column(part.rows, name) for part in parts]) for name in dict.fromkeys(["step", *names])}
+
+    def norms(self, first: int = 0, last: int | None = None) -> tuple[NDArray[Any], NDArray[np.float64]]:
+        """(steps, norm of each parameter's gradient, shape (steps, parameters)); empty when norms are not kept."""
+        parts = [part.between(first, last) for part in self._parts()]
+        kept = [part for part in parts if part.norms.shape[1]]
+        if not kept:
+            return np.empty(0, np.int64), np.empty((0, 0))
+        return _joined([part.rows["step"] for part in kept]), np.concatenate([part.norms for part in kept])
+
+    def samples_per_second(self) -> float | None:
+        """Over the last half of the steps; None when there are fewer than two in it."""
+        parts = [part.rows for part in self._parts() if len(part.rows)]
+        if not parts:
+            return None
+        half = int(parts[-1]["step"][-1]) // 2
+        samples, ends = 0, []
+        for rows in parts:
+            low, high = _slice(rows["step"], half, None)
+            if high > low:
+                ends += [rows[low], rows[high - 1]]
+                samples += int(rows[high - 1][_TOTAL] - rows[low][_TOTAL] + rows[low]["samples"])
+        if not ends or ends[-1]["time"] <= ends[0]["time"]:
+            return None
+        return float((samples - ends[0]["samples"]) / (ends[-1]["time"] - ends[0]["time"]))
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def _folder(self, incarnation: int) -> Path:
+        return self._directory / f"{incarnation:06d}"
+
+    def _incarnations(self) -> list[int]:
+        try:
+            return sorted(int(entry.name) for entry in os.scandir(self._directory) if entry.name.isdecimal())
+        except FileNotFoundError:
+            return []
+
+    def _layout(self, incarnation: int) -> _Layout | None:
+        if incarnation not in self._layouts:
+            try:
+                raw: Mapping[str, Any] = json.loads((self._folder(incarnation) / LAYOUT).read_text())
+                layout = _Layout(raw["begins"], tuple(raw["scalars"]), raw["num_parameters"], raw["num_logged"])
+            except (OSError, ValueError, KeyError):
+                return None
+            if not layout.scalars:
+                return layout
+            self._layouts[incarnation] = layout
+        return self._layouts[incarnation]
+
+    def _write_layout(self, incarnation: int, layout: _Layout) -> None:
+        folder = self._folder(incarnation)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{LAYOUT}"
+        temporary.write_text(json.dumps(layout.__dict__))
+        temporary.rename(folder / LAYOUT)
+
+    def _read(self, incarnation: int, layout: _Layout) -> _Part:
+        """All whole rows, hidden ones too."""
+        folder, width = self._folder(incarnation), layout.num_parameters
+        row = layout.row
+        count = _size(folder / ROWS) // row.itemsize if layout.scalars else 0
+        if width:
+            count = min(count, _size(folder / NORMS) // (8 * width))
+        if not count:
+            return _Part(np.empty(0, row), np.empty((0, width)))
+        rows = np.memmap(folder / ROWS, row, "r", shape=(count,))
+        norms = np.memmap(folder / NORMS, "<f8", "r", shape=(count, width)) if width else np.empty((count, 0))
+        return _Part(rows, norms)
+
+    def _parts(self) -> Iterator[_Part]:
+        """What is not hidden, in the order of steps."""
+        layouts = {i: layout for i in self._incarnations() if (layout := self._layout(i)) is not None}
+        for incarnation, layout in layouts.items():
+            if not layout.scalars:
+                continue
+            hidden = min((later.begins for i, later in layouts.items() if i > incarnation), default=None)
+            part = self._read(incarnation, layout)
+            yield part if hidden is None else part.between(0, hidden - 1)
+
+
+def _numbers(data: bytes, count: int) -> NDArray[np.float64]:
+    """Little-endian float64 of a known count; not-a-numbers when there are none."""
+    values = np.frombuffer(data, "<f8")
+    return values if len(values) == count else np.full(count, np.nan)
+
+
+def _slice(steps: NDArray[Any], first: int, last: int | None) -> tuple[int, int]:
+    low = int(np.searchsorted(steps, first))
+    return low, len(steps) if last is None else max(low, int(np.searchsorted(steps, last, "right")))
+
+
+def _column(rows: NDArray[Any], name: str) -> NDArray[Any]:
+    field, _, index = name.partition(".")
+    if index:
+        logged = rows["logged"]
+        return logged[:, int(index)] if int(index) < logged.shape[1] else np.full(len(rows), np.nan)
+    names = rows.dtype.names or ()
+    return rows[field] if field in names else np.full(len(rows), np.nan)
+
+
+def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0)
+
+
+def _to_records(part: _Part) -> list[StepRecord]:
+    names = part.rows.dtype.names or ()
+    scalars = [name for name in SCALARS if name in names]
+    columns = [part.rows[name].tolist() for name in scalars]
+    logged = [b"" if np.isnan(values).all() else values.tobytes() for values in part.rows["logged"]]
+    norms = [values.tobytes() for values in part.norms]
+    missing: dict[str, Any] = {name: math.nan for name in SCALARS if name not in names}  # in those of an older version
+    return [
+        StepRecord(**missing, **dict(zip(scalars, row, strict=True)), parameter_norms=own, logged=beside)
+        for row, own, beside in zip(zip(*columns, strict=True), norms, logged, strict=True)
+    ]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _append(path: Path, rows: NDArray[Any], count: int) -> None:
+    """Write rows after the first `count`, and have them on disk."""
+    with path.open("r+b" if path.exists() else "wb") as file:
+        file.seek(count * rows.dtype.itemsize * (rows.shape[1] if rows.ndim == 2 else 1))
+        file.write(rows.tobytes())
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())

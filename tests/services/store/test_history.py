@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ps.step.messages import StepRecord
+from services.store.history import NORMS, ROWS, JobHistory
+
+
+def record(step: int, time: float = 0.0, loss: float = 1.0, norms: bytes = b"", logged: bytes = b"") -> StepRecord:
+    numbers = (0.1, 4.0, 4, 2.0, 1.0, 0.5, True, False, 1, 0.1, 0.1, 0.0, 0.0)
+    return StepRecord(step, time, loss, *numbers, norms, 0.05, logged)
+
+
+def packed(*values: float) -> bytes:
+    return np.array(values, "<f8").tobytes()
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> JobHistory:
+    return JobHistory(tmp_path / "history")
+
+
+def test_a_job_without_a_step_has_an_empty_history(history: JobHistory) -> None:
+    assert history.records() == []
+    assert history.last() is None
+    assert history.samples_per_second() is None
+    assert len(history.columns(["loss"])["loss"]) == 0
+    assert history.norms()[1].shape == (0, 0)
+    history.begin(1, 0)
+    assert history.records() == []
+    assert len(history.columns(["loss"])["step"]) == 0
+
+
+def test_every_bit_of_a_record_comes_back(history: JobHistory, tmp_path: Path) -> None:
+    records = [
+        record(0, 1.5, math.pi, packed(0.1, math.inf), packed(math.nan, 7.0)),
+        record(1, 2.5, math.nan, packed(-0.0, 5e-324), packed(1.0, 2.0)),
+    ]
+    history.append(1, records)
+    for reader in (history, JobHistory(tmp_path / "history")):
+        assert repr(reader.records()) == repr(records)
+        assert repr(reader.last()) == repr(records[-1])
+        assert reader.norms()[1].tobytes() == b"".join(r.parameter_norms for r in records)
+        assert reader.columns(["logged.1", "loss"])["logged.1"].tolist() == [7.0, 2.0]
+        assert np.isnan(reader.columns(["logged.9"])["logged.9"]).all()
+    # A step that was skipped has nothing beside its loss.
+    history.append(1, [record(2, norms=packed(1.0, 1.0))])
+    assert history.records(2)[0].logged == b""
+
+
+Lives = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 12)), max_size=6)
+
+
+@settings(deadline=None)
+@given(Lives, st.integers(0, 40), st.integers(0, 40))
+def test_what_was_rewound_is_hidden(
+    tmp_path_factory: pytest.TempPathFactory, lives: Lives, first: int, limit: int
+) -> None:
+    history = JobHistory(tmp_path_factory.mktemp("history"))
+    expected: dict[int, float] = {}
+    done = 0
+    for incarnation, (back, steps) in enumerate(lives, start=1):
+        begins = max(0, done - back)
+        history.begin(incarnation, begins)
+        expected = {step: loss for step, loss in expected.items() if step < begins}
+        made = [record(begins + i, loss=float(incarnation)) for i in range(steps)]
+        expected |= {r.step: r.loss for r in made}
+        history.append(incarnation, made[: steps // 2])
+        history.append(incarnation, made)  # what is there already is left out
+        done = begins + steps
+    kept = [(step, expected[step]) for step in sorted(expected)]
+    assert [(r.step, r.loss) for r in history.records()] == kept
+    assert [(r.step, r.loss) for r in history.records(first, limit)] == [r for r in kept if r[0] >= first][:limit]
+    columns = history.columns(["loss"], first, first + limit)
+    assert list(zip(columns["step"].tolist(), columns["loss"].tolist(), strict=True)) == [
+        r for r in kept if first <= r[0] <= first + limit
+    ]
+    last = history.last()
+    assert (last and (last.step, last.loss)) == (kept[-1] if kept else None)
+
+
+@pytest.mark.parametrize("file", [ROWS, NORMS])
+@pytest.mark.parametrize("torn", [1, 100])
+def test_a_torn_row_is_not_there_and_is_written_again(
+    history: JobHistory, tmp_path: Path, file: str, torn: int
+) -> None:
+    records = [record(step, norms=packed(*range(40))) for step in range(5)]
+    history.append(1, records)
+    path = tmp_path / "history" / "000001" / file
+    path.write_bytes(path.read_bytes()[:-torn])
+    assert history.records() == records[:4]
+    history.append(1, records)
+    assert history.records() == records
+    assert JobHistory(tmp_path / "history").records() == records
+
+
+def test_another_version_may_have_other_numbers(history: JobHistory, tmp_path: Path) -> None:
+    history.append(1, [record(0)])
+    layout = tmp_path / "history" / "000001" / "layout.json"
+    rows = layout.parent / ROWS
+    older = np.dtype([("step", "<i8"), ("loss", "<f8"), ("total_samples", "<i8"), ("logged", "<f8", (0,))])
+    layout.write_text('{"begins": 0, "scalars": ["step", "loss"], "num_parameters": 0, "num_logged": 0}')
+    rows.write_bytes(np.array([(0, 2.0, 4, []), (1, 1.0, 8, [])], older).tobytes())
+    again = JobHistory(tmp_path / "history")
+    again.begin(2, 1)
+    again.append(2, [record(1)])
+    assert again.columns(["loss", "lr"])["loss"].tolist() == [2.0, 1.0]
+    assert np.isnan(again.columns(["lr"])["lr"]).tolist() == [True, False]
+    assert [(r.step, r.loss) for r in again.records()] == [(0, 2.0), (1, 1.0)]
+
+
+def test_throughput_is_over_the_last_half(history: JobHistory) -> None:
+    times = [0.0, 10.0, 20.0, 30.0, 31.0, 32.0, 33.0]
+    history.append(1, [record(i, t) for i, t in enumerate(times[:5])])
+    history.begin(2, 4)
+    history.append(2, [record(i + 4, t) for i, t in enumerate(times[4:])])
+    assert history.samples_per_second() == 12 / 3
