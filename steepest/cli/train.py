@@ -119,11 +119,15 @@ def _follow(job: Job) -> JobInfo:
 
 
 def write_history(job: Job, path: Path) -> None:
-    """All step records as a Parquet file, one row a step."""
+    """All step records as a Parquet file, one row a step; what the loss came with has columns of its own."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    rows: list[dict[str, Any]] = list(job.history())
+    rows: list[dict[str, Any]] = []
+    for record in job.history():
+        logged, norms = record.pop("logged"), record.pop("parameter_norms")
+        beside = {f"logged.{name}": value for name, value in logged.items()}
+        rows.append({**record, **beside, **({"parameter_norms": norms} if norms else {})})
     parquet.write_table(pa.Table.from_pylist(rows), path)
 
 
