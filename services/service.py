@@ -12,6 +12,7 @@ from prometheus_client.registry import CollectorRegistry
 from services.api.server import GrpcServer
 from services.api.servicer import TrainingJobServicer
 from services.cluster.cluster import Cluster
+from services.dashboard.app import Page
 from services.jobs.admission import Admission
 from services.jobs.code_bundles import CodeStore
 from services.jobs.operations import Operations
@@ -19,7 +20,7 @@ from services.jobs.running import Running
 from services.jobs.task_probe import TaskProbe
 from services.settings import Settings
 from services.store.store import Store
-from services.telemetry.http import HttpServer
+from services.telemetry.http import HttpServer, metrics_routes
 from services.telemetry.metrics import JobCollector
 
 
@@ -33,13 +34,7 @@ class Service:
         self._closing = threading.Event()
         wake = threading.Event()
         registry = CollectorRegistry()
-        self._http = HttpServer(
-            settings.http_host,
-            settings.http_port,
-            registry,
-            lambda: not self._closing.is_set(),
-            may_differ=settings.http_port_may_differ,
-        )
+        self._http = HttpServer(settings.http_host, settings.http_port)
         try:
             self._grpc = GrpcServer(settings.grpc_host, settings.grpc_port)
         except BaseException:
@@ -58,6 +53,8 @@ class Service:
         registry.register(JobCollector(self.running.all, self.store.count_states))
         self._admission.start()
         self._grpc.start(TrainingJobServicer(operations, self.store, settings, self._closing))
+        page = Page(operations, self.store, settings, self._closing.is_set)
+        self._http.start([*metrics_routes(registry, lambda: not self._closing.is_set()), *page.routes()])
 
     @property
     def grpc_port(self) -> int:

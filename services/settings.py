@@ -10,7 +10,7 @@ from pathlib import Path
 class Settings:
     """How a service runs.
 
-    http_port_may_differ: take any free port when http_port is in use. ray_address: an existing Ray cluster; None starts
+    http_port, grpc_port: 0 takes any free one. ray_address: an existing Ray cluster; None starts
     Ray in this process tree. num_cpus: of embedded Ray.
     """
 
@@ -19,7 +19,6 @@ class Settings:
     grpc_port: int = 50051
     http_host: str = "127.0.0.1"
     http_port: int = 8080
-    http_port_may_differ: bool = False
     ray_address: str | None = None
     num_cpus: int | None = None
     probe_timeout_seconds: float = 300.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from steepest.convert import spec_from_proto
@@ -30,6 +30,37 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is wrong with a job's training, or soon will be.
+
+    rule: vanishing, exploding, dead_units, stalled, diverging, nonfinite, overfitting or input_bound. severity: warning
+    or critical. message: the evidence, and what to try. The rest is None where it does not apply.
+    """
+
+    rule: str
+    severity: str
+    step: int
+    message: str
+    layer: str | None = None
+    worker: str | None = None
+    micro_batch: int | None = None
+    samples: tuple[int, ...] | None = None
+
+
+def _finding_from_proto(message: pb.Finding) -> Finding:
+    return Finding(
+        message.rule,
+        message.severity,
+        message.step,
+        message.message,
+        message.layer if message.HasField("layer") else None,
+        message.worker if message.HasField("worker") else None,
+        message.micro_batch if message.HasField("micro_batch") else None,
+        tuple(message.samples) or None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class JobInfo:
     """A job at one moment. loss: of the last step; metrics: of the last evaluation; error: None unless FAILED."""
 
@@ -51,6 +82,7 @@ class JobInfo:
     created: float
     spec: TrainingJobSpec
     best_step: int | None = None
+    findings: tuple[Finding, ...] = ()
 
     @property
     def has_ended(self) -> bool:
@@ -80,6 +112,7 @@ class JobInfo:
             "servers": [member(m) for m in self.servers],
             "error": self.error,
             "best_step": self.best_step,
+            "findings": [asdict(finding) for finding in self.findings],
         }
 
 
@@ -113,6 +146,7 @@ def job_from_proto(message: pb.TrainingJob) -> JobInfo:
         created=message.create_time.ToNanoseconds() / 1e9,
         spec=spec_from_proto(message.spec),
         best_step=status.best_step if status.HasField("best_step") else None,
+        findings=tuple(map(_finding_from_proto, status.findings)),
     )
 
 

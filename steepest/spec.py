@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, JsonValue, PrivateAttr, ValidationError, field_validator, model_validator
 
 from steepest.errors import SpecError, Violation
-from steepest.spec_base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SpecModel
+from steepest.spec_base import NonNegativeInt, PositiveFloat, PositiveInt, SpecModel
 from steepest.step_spec import (
     HYPER_PARAMETERS,
     OPTIMIZER_NAMES,
@@ -20,12 +20,21 @@ from steepest.step_spec import (
     SCHEDULE_NAMES,
     AdamwSpec,
     AnyOptimizer,
+    BestSpec,
     ClipSpec,
     OptimizerSpec,
     ScheduleSpec,
 )
 
-__all__ = ["HYPER_PARAMETERS", "OPTIMIZER_NAMES", "SCHEDULE_NAMES", "ClipSpec", "OptimizerSpec", "ScheduleSpec"]
+__all__ = [
+    "HYPER_PARAMETERS",
+    "OPTIMIZER_NAMES",
+    "SCHEDULE_NAMES",
+    "BestSpec",
+    "ClipSpec",
+    "OptimizerSpec",
+    "ScheduleSpec",
+]
 
 DEFAULT_MAX_WORKERS = 2
 DEFAULT_RATIO, DEFAULT_RANK, DEFAULT_PARTS = 0.01, 16, 8
@@ -172,38 +181,6 @@ class CompressionSpec(SpecModel):
     def part_leaves(self, num_micro_batches: int) -> int:
         """How many micro-batches are compressed together: a power of two, so that a part is a node of the tree."""
         return 1 << (math.ceil(num_micro_batches / (self.parts or DEFAULT_PARTS)) - 1).bit_length()
-
-
-class BestSpec(SpecModel):
-    """The best evaluation: its checkpoint is kept, and a job may end when there has long been no better one."""
-
-    metric: str | None = Field(
-        default=None, description="Keep the checkpoint of the best evaluation by this metric, or by loss."
-    )
-    mode: Literal["min", "max"] | None = Field(
-        default=None,
-        description="Whether less or more of the metric is better.",
-        json_schema_extra={"default_text": "min for loss, max for metrics"},
-    )
-    patience: PositiveInt | None = Field(
-        default=None, description="End the job after so many evaluations in a row that are no better."
-    )
-    min_delta: NonNegativeFloat = Field(default=0.0, description="By how much a better evaluation must differ.")
-
-    @property
-    def is_on(self) -> bool:
-        """Whether the best evaluation matters."""
-        return self.metric is not None or self.patience is not None
-
-    @property
-    def metric_name(self) -> str:
-        """What is compared."""
-        return self.metric or "loss"
-
-    @property
-    def is_max(self) -> bool:
-        """Whether more is better."""
-        return self.mode == "max" if self.mode is not None else self.metric_name != "loss"
 
 
 class SyncSpec(SpecModel):

@@ -1,4 +1,4 @@
-"""The part of the job spec that says what a step does with a gradient: optimizer, schedule, clip."""
+"""The part of the job spec about steps: optimizer, schedule, clip, and which evaluation was the best."""
 
 from __future__ import annotations
 
@@ -220,3 +220,35 @@ class ClipSpec(SpecModel):
         if self.norm is not None and self.value is not None:
             raise ValueError(f"norm = {self.norm} and value = {self.value} are both given; allowed: at most one")
         return self
+
+
+class BestSpec(SpecModel):
+    """The best evaluation: its checkpoint is kept, and a job may end when there has long been no better one."""
+
+    metric: str | None = Field(
+        default=None, description="Keep the checkpoint of the best evaluation by this metric, or by loss."
+    )
+    mode: Literal["min", "max"] | None = Field(
+        default=None,
+        description="Whether less or more of the metric is better.",
+        json_schema_extra={"default_text": "min for loss, max for metrics"},
+    )
+    patience: PositiveInt | None = Field(
+        default=None, description="End the job after so many evaluations in a row that are no better."
+    )
+    min_delta: NonNegativeFloat = Field(default=0.0, description="By how much a better evaluation must differ.")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the best evaluation matters."""
+        return self.metric is not None or self.patience is not None
+
+    @property
+    def metric_name(self) -> str:
+        """What is compared."""
+        return self.metric or "loss"
+
+    @property
+    def is_max(self) -> bool:
+        """Whether more is better."""
+        return self.mode == "max" if self.mode is not None else self.metric_name != "loss"

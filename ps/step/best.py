@@ -31,6 +31,24 @@ class Best(NamedTuple):
     last: int = -1
 
 
+class Pursuit:
+    """The best evaluation so far of a job, if it asks for one. stop_reason: why it is to end now, or nothing."""
+
+    def __init__(self, aim: Aim | None, best: Best) -> None:
+        self._aim = aim
+        self.best = best
+        self.stop_reason = ""
+
+    def take(self, step: int, metrics: Mapping[str, float]) -> tuple[bool, bool]:
+        """Take an evaluation into account: whether it is the best so far, and whether that is news."""
+        if self._aim is None:
+            return False, False
+        before, self.best = self.best, judge(self._aim, self.best, step, metrics)
+        self.stop_reason = reason_to_stop(self._aim, self.best)
+        is_best = self.best.step == step
+        return is_best, is_best and self.best != before
+
+
 def judge(aim: Aim, best: Best, step: int, metrics: Mapping[str, float]) -> Best:
     """Take an evaluation into account, once. A value that is not a number is never better."""
     if step <= best.last:

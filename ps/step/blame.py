@@ -30,4 +30,4 @@ def blame_gradient(diagnosis: RoundState) -> tuple[Failure, str]:
         f"the gradient of {result.nonfinite} is not finite at step {diagnosis.step}, worker {worker}, "
         f"micro-batch {result.leaf}"
     )
-    return Failure(diagnosis.step, result.leaf, "nonfinite_gradient", message), worker
+    return Failure(diagnosis.step, result.leaf, "nonfinite_gradient", message, layer=result.nonfinite), worker

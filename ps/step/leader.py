@@ -9,15 +9,16 @@ A round moves so:  assign -> collect (pushes from workers, reports from shards) 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ps.numerics.ranges import bits_of, leaves_of, ranges
 from ps.numerics.tree import parts_of_step
+from ps.step.agenda import Agenda
 from ps.step.assignment import Dealer
-from ps.step.best import Best, judge, reason_to_stop
+from ps.step.best import Best
 from ps.step.blame import blame_gradient, blame_loss
 from ps.step.effects import (
     ENDED,
@@ -40,8 +41,6 @@ from ps.step.parts import Parts
 from ps.step.plan import Plan
 from ps.step.round import RoundState
 
-_NONE = Best()
-
 
 class Leader:
     """The state of one job's training: step, membership, decisions.
@@ -59,7 +58,7 @@ class Leader:
         constants: bytes = b"",
         initialized: bool = False,
         kept: Iterable[int] = (),
-        best: Best = _NONE,
+        best: Best | None = None,
     ) -> None:
         self.plan = plan
         self.step = step
@@ -71,15 +70,17 @@ class Leader:
         self._deal_out = Dealer()
         self._initialized = initialized
         self._round: RoundState | None = None
-        self._evaluated = -1
-        self._saved = step if initialized else -1
+        self._agenda = Agenda(plan, step if initialized else -1, best or Best())
         self._pause = False
         self._cancel = False
-        self.best = best
-        self._saves_best = False
-        self._stopped = ""  # why the job ends before its last step
+        self._served_seconds = 0.0  # that the servers took for the last step
         parts = parts_of_step(plan.num_leaves, plan.part_leaves) if plan.part_leaves else []
         self._parts = Parts([node.leaves for node in parts], kept)
+
+    @property
+    def best(self) -> Best:
+        """The best evaluation so far."""
+        return self._agenda.best
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
@@ -170,7 +171,7 @@ class Leader:
         """The checkpoint is on disk, or could not be written."""
         if self.phase != Phase.SAVING:
             return []
-        self._saved = self.step
+        self._agenda.saved(self.step)
         if problem and (self._is_over or self._cancel):
             return self._fail(Failure(self.step, -1, "checkpoint_failed", problem), "")
         self.phase = Phase.WORKING
@@ -230,7 +231,7 @@ class Leader:
 
     @property
     def _is_over(self) -> bool:
-        return self.step >= self.plan.total_steps or bool(self._stopped)
+        return bool(self._agenda.end_reason(self.step))
 
     def _next_round(self, now: float) -> list[Effect]:
         """At a step boundary: what comes next."""
@@ -243,30 +244,22 @@ class Leader:
             if self._cancel:
                 return self._end(Phase.CANCELLED, "cancelled before the first step")
             return self._begin(Round.INITIALIZE, 1, now)
-        over = self._is_over or self._cancel
-        # Before an evaluation, whose user code may fail.
-        if self._saved < self.step and (
-            over or self._saves_best or (plan.checkpoint_every and self.step and self.step % plan.checkpoint_every == 0)
-        ):
+        # A checkpoint comes before an evaluation, whose user code may fail.
+        if self._agenda.wants_checkpoint(self.step, ends=self._is_over or self._cancel):
             self.phase = Phase.SAVING
-            self._saves_best = False
             return [Save(self.step, self._parts.owners)]
-        if not self._cancel and plan.evaluation_leaves and self._evaluated < self.step and self._wants_evaluation():
+        if not self._cancel and self._agenda.wants_evaluation(self.step, ends=self._is_over):
             return self._begin(Round.EVALUATE, plan.evaluation_leaves, now)
         if self._cancel and not self._is_over:
             return self._end(Phase.CANCELLED, f"cancelled at step {self.step}")
         if self._is_over:
-            return self._end(Phase.FINISHED, self._stopped or f"all {self.step} steps are done")
+            return self._end(Phase.FINISHED, self._agenda.end_reason(self.step))
         if self._pause:
             return [self._enter(Phase.PAUSED, f"paused at step {self.step}")]
         return self._settle() or self._begin(Round.TRAIN, plan.num_leaves, now)
 
-    def _wants_evaluation(self) -> bool:
-        every = self.plan.eval_every
-        return self._is_over or bool(every and self.step and self.step % every == 0)
-
     def _begin(self, kind: Round, num_leaves: int, now: float) -> list[Effect]:
-        self._round = RoundState(self.step, kind, num_leaves, now)
+        self._round = RoundState(self.step, kind, num_leaves, now, self._served_seconds)
         self.members.begin_round()
         if not self.members:
             return [] if self.phase == Phase.WAITING else [self._enter(Phase.WAITING, "there is no worker")]
@@ -304,12 +297,9 @@ class Leader:
 
     # -- parts whose residuals stay with a worker -------------------------------------------------------------------
 
-    def _stayers(self) -> list[str]:
-        return [name for name, member in self.members.items() if not member.retiring]
-
     def _settle(self) -> list[Effect]:
         """Before a step: have parts change hands if the workers are others now."""
-        moving = self._parts.begin_step(self._stayers()) if self._parts.any else {}
+        moving = self._parts.begin_step(self.members.staying()) if self._parts.any else {}
         if not moving:
             return []
         self.phase = Phase.SETTLING
@@ -317,7 +307,7 @@ class Leader:
 
     def _deal_parts(self, current: RoundState, now: float) -> list[Effect]:
         """Give each worker the parts that are its own."""
-        self._parts.deal(self._stayers())
+        self._parts.deal(self.members.staying())
         effects: list[Effect] = []
         for worker, member in self.members.items():
             if member.in_flight:
@@ -362,6 +352,7 @@ class Leader:
             self._initialized = True
             return self._next_round(now)
         completed = current.completed(len(self.members), now, clips_by_value=self.plan.max_value is not None)
+        self._served_seconds = completed.committed - completed.collected
         self.members.favour_idle()
         self.step += 1
         self.updates += completed.decision.apply
@@ -371,24 +362,10 @@ class Leader:
         return [*following, stepped] if following and isinstance(following[0], Send) else [stepped, *following]
 
     def _finish_evaluation(self, current: RoundState, now: float) -> list[Effect]:
-        self._evaluated = self.step
         self._round = None
         metrics = current.mean_metrics(self.plan.metric_names)
-        is_best = self._judge(metrics)
+        is_best = self._agenda.evaluated(self.step, metrics)
         return [Evaluated(self.step, metrics, is_best), *self._next_round(now)]
-
-    def _judge(self, metrics: Mapping[str, float]) -> bool:
-        """Whether an evaluation is the best so far; it is saved then, with what is known of it."""
-        aim, before = self.plan.aim, self.best
-        if aim is None:
-            return False
-        self.best = judge(aim, before, self.step, metrics)
-        self._stopped = reason_to_stop(aim, self.best)
-        is_best = self.best.step == self.step
-        if is_best and self.best != before:
-            self._saved = min(self._saved, self.step - 1)
-            self._saves_best = True
-        return is_best
 
     # -- failures -----------------------------------------------------------------------------------------------------
 
@@ -419,8 +396,4 @@ class Leader:
 
     def _dismiss_idle_retired(self, now: float) -> list[Effect]:
         gone = [n for n, m in self.members.items() if m.retiring and m.in_flight <= 0 and not self._parts.is_owner(n)]
-        effects: list[Effect] = []
-        for name in gone:
-            effects.append(Dismiss(name, "scaled down"))
-            effects += self.leave(name, now)
-        return effects
+        return [effect for name in gone for effect in (Dismiss(name, "scaled down"), *self.leave(name, now))]

@@ -111,6 +111,10 @@ class Members(dict[str, Member]):
         """Those that can be given work."""
         return [name for name, member in self.items() if member.is_idle]
 
+    def staying(self) -> list[str]:
+        """Those that are not to leave."""
+        return [name for name, member in self.items() if not member.retiring]
+
     def speeds(self, names: list[str]) -> dict[str, float]:
         """How fast these are; whoever is not known yet is taken for as fast as the fastest."""
         fastest = max((m.speed for m in self.values() if not m.guessed), default=1.0)

@@ -67,7 +67,7 @@ class Push(NamedTuple):
     """A worker's answer to one Assign. buffers: as micro-batch 0 left them, if it is among the leaves.
 
     host_ranges: as in the Assign. constants: the frozen parameters, once, when parameters are initialized.
-    data_seconds: of `seconds`, those spent waiting for samples.
+    data_seconds: spent reading samples since the last push, while the servers worked or after that.
     """
 
     step: int
@@ -107,7 +107,10 @@ class Printed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """User code or data failed in a way that ends the job. `reason` is a stable word, `message` a sentence."""
+    """User code or data failed in a way that ends the job. `reason` is a stable word, `message` a sentence.
+
+    layer: the parameter whose gradient is not finite, if that is what is wrong.
+    """
 
     step: int
     micro_batch: int
@@ -115,6 +118,7 @@ class Failure:
     message: str
     traceback: str = ""
     kind: Round = Round.TRAIN
+    layer: str = ""
 
 
 class Decision(NamedTuple):
@@ -131,9 +135,9 @@ class Decision(NamedTuple):
 class StepRecord(NamedTuple):
     """What the leader saw in one step. Norms are of the mean gradient; times are in seconds.
 
-    data_seconds: of the worker that waited longest for samples. parameter_norms: of each parameter's gradient before
-    the clip, in the layout's order; logged: means of what the loss function returned besides, in the order of
-    JobConfig.logged_names. Both are float64, little-endian.
+    data_seconds: of the worker that waited longest for samples; reading beside the servers' work is no waiting.
+    parameter_norms: of each parameter's gradient before the clip, in the layout's order; logged: means of what the loss
+    function returned besides, in the order of JobConfig.logged_names. Both are float64, little-endian.
     """
 
     step: int

@@ -17,9 +17,12 @@ _NOTHING = LeafResult(-1, 0.0, 0.0, 0)
 
 
 class RoundState:
-    """Sets of micro-batches are the bits of an integer. now: when the round begins, in seconds."""
+    """Sets of micro-batches are the bits of an integer. now: when the round begins, in seconds.
 
-    def __init__(self, step: int, kind: Round, num_leaves: int, now: float) -> None:
+    served_seconds: that the servers took for the round before, while workers read ahead.
+    """
+
+    def __init__(self, step: int, kind: Round, num_leaves: int, now: float, served_seconds: float = 0.0) -> None:
         self.step = step
         self.kind = kind
         self.began = now
@@ -35,6 +38,7 @@ class RoundState:
         self._missing = self._everything
         self._by = [""] * num_leaves
         self._data_seconds: dict[str, float] = {}  # by worker
+        self._served_seconds = served_seconds
         self._reports: dict[int, NDArray[np.float64]] = {}
         self._sums: NDArray[np.float64] | None = None
         self._applied: dict[int, float] = {}
@@ -165,7 +169,7 @@ class RoundState:
             reported=self.reported,
             committed=now,
             logged=self.mean_logged(),
-            data_seconds=max(self._data_seconds.values(), default=0.0),
+            data_seconds=self._waiting_seconds(),
         )
 
     # -- totals -------------------------------------------------------------------------------------------------------
@@ -180,6 +184,11 @@ class RoundState:
     def total_samples(self) -> int:
         """How many samples there were."""
         return sum([r.samples for r in self.results])
+
+    def _waiting_seconds(self) -> float:
+        """That workers waited for samples: what they read while the servers finished the step before is no waiting."""
+        read = max(self._data_seconds.values(), default=0.0)
+        return max(0.0, min(read, self.collected - self.began) - self._served_seconds)
 
     def mean_logged(self) -> tuple[float, ...]:
         """Of a training step: the mean of each value that the loss function returned besides, by weight."""

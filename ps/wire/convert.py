@@ -169,6 +169,7 @@ def failure_to_proto(failure: Failure) -> pb.Failure:
         message=failure.message,
         traceback=failure.traceback,
         kind=failure.kind,
+        layer=failure.layer,
     )
 
 
@@ -181,6 +182,7 @@ def failure_from_proto(message: pb.Failure) -> Failure:
         message=message.message,
         traceback=message.traceback,
         kind=_ROUNDS[message.kind],
+        layer=message.layer,
     )
 
 

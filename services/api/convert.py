@@ -49,6 +49,8 @@ def job_to_proto(row: JobRow, settings: Settings, samples_per_second: float | No
         incarnation=row.incarnation,
         best_step=result.best_step,
     )
+    for finding in result.findings:
+        status.findings.append(pb.Finding(**{k: v for k, v in finding._asdict().items() if v is not None}))
     for role, id_, pid, host, state in result.members:
         members = status.workers if role == "worker" else status.servers
         members.append(pb.Member(id=id_, pid=pid, host=host, state=state))

@@ -21,6 +21,7 @@ from ps.step.messages import Printed
 from ps.wire.address import ServerAddress
 from services.cluster.processes import Exit, ExitKind, Started, named
 from services.jobs import policy
+from services.jobs.health import Health, nonfinite
 from services.jobs.inbox import Asked, Detach, Event, Reported, ServerEnded, WorkerEnded, WorkerStarted
 from services.jobs.job_log import JobLog
 from services.jobs.leader_client import CheckpointReport, LeaderClient, Report
@@ -80,7 +81,10 @@ class Controller(threading.Thread):
         self.total_steps = job.row.total_steps
         self.totals = Totals()
         history = JobHistory(settings.history_of(job.row.id))
-        self.ledger = Ledger(store, history, job.row, job.description.num_samples, job.spec.data.global_batch)
+        parameters = job.description.layout(job.spec).parameters
+        health = Health([p.name for p in parameters], [p.shape for p in parameters])
+        samples, batch = job.description.num_samples, job.spec.data.global_batch
+        self.ledger = Ledger(store, history, health, job.row, samples, batch)
         self._description = job.description
         self._code = job.code
         self._settings = settings
@@ -333,7 +337,10 @@ class Controller(threading.Thread):
         for worker, change in report.members:
             self._on_member(worker, change)
         for phase in report.phases:
-            traceback = phase.failure.traceback if phase.failure is not None else ""
+            failure = phase.failure
+            traceback = "" if failure is None else failure.traceback
+            if failure is not None and failure.reason.startswith("nonfinite"):
+                self.ledger.note_finding(nonfinite(failure, phase.worker))
             state = self.ledger.state
             for decision in policy.on_phase(
                 phase.phase, phase.reason, traceback, state, pause_wanted=self._pause_wanted

@@ -25,6 +25,7 @@ class PhaseReport:
     reason: str
     step: int
     failure: Failure | None
+    worker: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,11 @@ def report_from_proto(message: pb.SupervisionMessage) -> Report:
         members=[(m.worker, m.change) for m in message.members],
         phases=[
             PhaseReport(
-                p.phase, p.reason, p.step, convert.failure_from_proto(p.failure) if p.HasField("failure") else None
+                p.phase,
+                p.reason,
+                p.step,
+                convert.failure_from_proto(p.failure) if p.HasField("failure") else None,
+                p.worker,
             )
             for p in message.phases
         ],

@@ -9,6 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from ps.step.messages import StepRecord
+from services.jobs.health import Health
+from services.store.findings import Finding
 from services.store.history import JobHistory
 from services.store.lifecycle import ENDED, JobState
 from services.store.store import JobRow, Store
@@ -17,18 +19,28 @@ from steepest.errors import ConflictError
 log = logging.getLogger(__name__)
 
 PERSIST_SECONDS = 1.0
+MAX_FINDINGS = 50  # of a job; the oldest go first
 
 
 class Ledger:
     """Keeps one job's result and writes it down. num_samples, global_batch: of the job's data."""
 
-    def __init__(self, store: Store, history: JobHistory, row: JobRow, num_samples: int, global_batch: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        history: JobHistory,
+        health: Health,
+        row: JobRow,
+        num_samples: int,
+        global_batch: int,
+    ) -> None:
         self.job = row.id
         self.name = row.name
         self.result = row.result
         self.record: StepRecord | None = None
         self._store = store
         self._history = history
+        self._health = health
         self._is_full = False
         self._num_samples = num_samples
         self._global_batch = global_batch
@@ -75,6 +87,8 @@ class Ledger:
         except OSError as error:
             is_kept = False
             self._on_full(error)
+        for finding in self._health.observe(records):
+            self.note_finding(finding)
         if records:
             self._store.notify()
         if newest is not None:
@@ -90,9 +104,16 @@ class Ledger:
             self._is_full = True
             self.say(f"the records of steps cannot be written, and are left out meanwhile: {error.strerror}")
 
+    def note_finding(self, finding: Finding) -> None:
+        """Something is wrong: it becomes an event, and part of the result."""
+        self.note_result(findings=(*self.result.findings, finding)[-MAX_FINDINGS:])
+        self.say(f"{finding.severity}: {finding.rule}: {finding.message}")
+
     def note_evaluation(self, step: int, metrics: dict[str, float], *, is_best: bool) -> None:
         """An evaluation is done."""
         self._store.add_evaluation(self.job, step, metrics)
+        for finding in self._health.observe_evaluation(step, metrics["loss"]):
+            self.note_finding(finding)
         self.note_result(metrics=metrics, **({"best_step": step} if is_best else {}))
 
     def publish(self, members: Iterable[tuple[str, str, int, str, str]]) -> None:

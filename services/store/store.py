@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
+from services.store.findings import Finding
 from services.store.lifecycle import ENDED, JobState, check_move
 from services.store.schema import evaluations, events, jobs
 from steepest.errors import ConflictError, NotFoundError
@@ -30,6 +31,7 @@ class Result:
     state_sha256: str = ""
     error: str = ""
     best_step: int | None = None
+    findings: tuple[Finding, ...] = ()
     members: tuple[tuple[str, str, int, str, str], ...] = ()  # (role, id, pid, host, state)
 
 
@@ -234,6 +236,11 @@ def _result_json(result: Result) -> str:
     return json.dumps({f.name: getattr(result, f.name) for f in fields(Result)})
 
 
+def _finding(values: list[Any]) -> Finding:
+    found = Finding._make(values)
+    return found._replace(samples=None if found.samples is None else tuple(found.samples))
+
+
 def _job_values(row: JobRow) -> dict[str, Any]:
     values = {f.name: getattr(row, f.name) for f in fields(JobRow)}
     values["state"] = row.state.value
@@ -248,5 +255,6 @@ def _job(row: Any) -> JobRow:
     values["request_id"] = row.request_id or ""
     raw = json.loads(row.result)
     raw["members"] = tuple((r, i, p, h, s) for r, i, p, h, s in raw["members"])
+    raw["findings"] = tuple(_finding(values) for values in raw.get("findings", ()))
     values["result"] = Result(**raw)
     return JobRow(**values)

@@ -1,77 +1,72 @@
-"""The HTTP port: /metrics for Prometheus and /healthz for whoever restarts the service."""
+"""The HTTP port: /metrics for Prometheus, /healthz for whoever restarts the service, and the page."""
 
 from __future__ import annotations
 
-import errno
+import socket
 import threading
-from collections.abc import Callable, Iterable
-from socketserver import ThreadingMixIn
-from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from collections.abc import Callable, Sequence
 
-from prometheus_client import make_wsgi_app
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
+
+STOP_SECONDS = 1
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-    allow_reuse_address = True
+def metrics_routes(registry: CollectorRegistry, is_healthy: Callable[[], bool]) -> list[BaseRoute]:
+    """/metrics and /healthz. is_healthy: whether the service can do its work."""
 
+    def metrics(request: Request) -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-class _Quiet(WSGIRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the base class's name
-        """Say nothing of each request."""
+    def health(request: Request) -> Response:
+        healthy = is_healthy()
+        return PlainTextResponse("ok\n" if healthy else "not ready\n", 200 if healthy else 503)
 
-
-def _bind(host: str, port: int, app: Any) -> WSGIServer:
-    return make_server(host, port, app, server_class=_Server, handler_class=_Quiet)
+    return [Route("/metrics", metrics), Route("/healthz", health)]
 
 
 class HttpServer:
-    """Serves until stopped.
+    """Holds the port from construction on, and serves from `start` to `stop`. Raises OSError when the port is taken."""
 
-    is_healthy: whether the service can do its work. may_differ: take any free port when `port` is in use; otherwise
-    raises OSError.
-    """
-
-    def __init__(
-        self,
-        host: str,
-        port: int,
-        registry: CollectorRegistry,
-        is_healthy: Callable[[], bool],
-        *,
-        may_differ: bool = False,
-    ) -> None:
-        metrics = make_wsgi_app(registry)
-
-        def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-            match environ["PATH_INFO"]:
-                case "/metrics":
-                    shown: Iterable[bytes] = metrics(environ, start_response)
-                    return shown
-                case "/healthz":
-                    healthy = is_healthy()
-                    start_response("200 OK" if healthy else "503 Service Unavailable", [("Content-Type", "text/plain")])
-                    return [b"ok\n" if healthy else b"not ready\n"]
-                case "/":
-                    start_response("200 OK", [("Content-Type", "text/plain")])
-                    return [b"steepest: /metrics /healthz\n"]
-            start_response("404 Not Found", [("Content-Type", "text/plain")])
-            return [b"not found; there are /metrics and /healthz\n"]
-
+    def __init__(self, host: str, port: int) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._host = host
+        self._socket = socket.socket(family)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            self._server = _bind(host, port, app)
+            self._socket.bind((host, port))
         except OSError as error:
-            if error.errno != errno.EADDRINUSE or not may_differ:
-                raise OSError(
-                    f"cannot listen on {host}:{port}: {(error.strerror or '').lower()}; choose another port"
-                ) from error
-            self._server = _bind(host, 0, app)
-        self.port = self._server.server_port
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+            self._socket.close()
+            reason = (error.strerror or "").lower()
+            raise OSError(f"cannot listen on {host}:{port}: {reason}; choose another port") from error
+        self.port: int = self._socket.getsockname()[1]
+        self._server: uvicorn.Server | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, routes: Sequence[BaseRoute]) -> None:
+        """Begin to answer. Requests that name another host are refused, so that no site can lead a browser here."""
+        hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, self._host], www_redirect=False)
+        app = Starlette(routes=routes, middleware=[hosts])
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=STOP_SECONDS
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, name="http", daemon=True
+        )
+        self._thread.start()
 
     def stop(self) -> None:
         """Close the port."""
-        self._server.shutdown()
-        self._server.server_close()
+        if self._server is not None and self._thread is not None:
+            self._server.should_exit = True
+            self._thread.join(2 * STOP_SECONDS + 1)
+        self._socket.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -70,6 +71,13 @@ class JobCollector(Collector):
             for controller in controllers:
                 counter.add_metric([controller.job], getattr(controller.totals, attribute))
             yield counter
+        findings = GaugeMetricFamily(
+            "steepest_job_findings", "What was found of the job's health, by rule.", labels=["job", "rule"]
+        )
+        for controller in controllers:
+            for rule, count in Counter(f.rule for f in controller.ledger.result.findings).items():
+                findings.add_metric([controller.job, rule], count)
+        yield findings
         evaluation = GaugeMetricFamily(
             "steepest_job_evaluation", "Last evaluation, by metric.", labels=["job", "metric"]
         )

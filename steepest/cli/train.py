@@ -30,18 +30,18 @@ def train_embedded(request: Submission, output: Path | None) -> JobInfo:
     with tempfile.TemporaryDirectory(prefix="steepest-", ignore_cleanup_errors=True) as data:
         settings = {
             "grpc_port": 0,
-            "http_port_may_differ": True,
+            "http_port": 0,
             "num_cpus": placement.workers * placement.threads_per_worker,
         }
-        with running_service(Path(data), **settings) as service:
-            sys.stderr.write(f"metrics: http://127.0.0.1:{service.http_port}/metrics\n")
-            with Client(f"127.0.0.1:{service.grpc_port}") as client:
-                job = client.submit(request.task, name=request.name, arguments=request.arguments, **request.spec)
-                service.cluster.wait_ready()
-                info = _follow(job)
-                if output is not None and info.parameters_sha256:
-                    job.download(output)
-                    write_history(job, output / "history.parquet")
+        with running_service(Path(data), **settings) as service, Client(f"127.0.0.1:{service.grpc_port}") as client:
+            job = client.submit(request.task, name=request.name, arguments=request.arguments, **request.spec)
+            page = job.name.replace("trainingJobs", f"http://127.0.0.1:{service.http_port}/jobs")
+            sys.stderr.write(f"watch it at {page}\n")
+            service.cluster.wait_ready()
+            info = _follow(job)
+            if output is not None and info.parameters_sha256:
+                job.download(output)
+                write_history(job, output / "history.parquet")
     return info
 
 

@@ -243,7 +243,7 @@ class Push(_message.Message):
     """The frozen parameters, when parameters are initialized."""
     seconds: _builtins.float
     data_seconds: _builtins.float
-    """Of the seconds, those spent waiting for samples."""
+    """Spent reading samples since the last push."""
     @_builtins.property
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Sums of an evaluation's metrics, or of what the loss function returned besides; as many for each leaf."""
@@ -383,12 +383,15 @@ class Failure(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     TRACEBACK_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     micro_batch: _builtins.int
     reason: _builtins.str
     message: _builtins.str
     traceback: _builtins.str
     kind: _builtins.str
+    layer: _builtins.str
+    """The parameter whose gradient is not finite, if that is what is wrong."""
     def __init__(
         self,
         *,
@@ -398,10 +401,11 @@ class Failure(_message.Message):
         message: _builtins.str = ...,
         traceback: _builtins.str = ...,
         kind: _builtins.str = ...,
+        layer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "message", b"message", "micro_batch", b"micro_batch", "reason", b"reason", "step", b"step", "traceback", b"traceback"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "layer", b"layer", "message", b"message", "micro_batch", b"micro_batch", "reason", b"reason", "step", b"step", "traceback", b"traceback"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -894,6 +894,7 @@ class TrainingJobStatus(_message.Message):
     CHECKPOINT_DIRECTORY_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     BEST_STEP_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
     state: Global___TrainingJobState.ValueType
     reason: _builtins.str
     step: _builtins.int
@@ -917,6 +918,10 @@ class TrainingJobStatus(_message.Message):
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]: ...
     @_builtins.property
     def servers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]: ...
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Finding]:
+        """What was found of the job's health, oldest first."""
+
     def __init__(
         self,
         *,
@@ -937,10 +942,11 @@ class TrainingJobStatus(_message.Message):
         checkpoint_directory: _builtins.str = ...,
         incarnation: _builtins.int = ...,
         best_step: _builtins.int | None = ...,
+        findings: _abc.Iterable[Global___Finding] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_best_step", b"_best_step", "_loss", b"_loss", "_samples_per_second", b"_samples_per_second", "best_step", b"best_step", "loss", b"loss", "samples_per_second", b"samples_per_second"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_step", b"_best_step", "_loss", b"_loss", "_samples_per_second", b"_samples_per_second", "best_step", b"best_step", "checkpoint_directory", b"checkpoint_directory", "error", b"error", "incarnation", b"incarnation", "loss", b"loss", "metrics", b"metrics", "parameters_sha256", b"parameters_sha256", "reason", b"reason", "samples", b"samples", "samples_per_second", b"samples_per_second", "servers", b"servers", "state", b"state", "state_sha256", b"state_sha256", "step", b"step", "total_steps", b"total_steps", "wall_seconds", b"wall_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_step", b"_best_step", "_loss", b"_loss", "_samples_per_second", b"_samples_per_second", "best_step", b"best_step", "checkpoint_directory", b"checkpoint_directory", "error", b"error", "findings", b"findings", "incarnation", b"incarnation", "loss", b"loss", "metrics", b"metrics", "parameters_sha256", b"parameters_sha256", "reason", b"reason", "samples", b"samples", "samples_per_second", b"samples_per_second", "servers", b"servers", "state", b"state", "state_sha256", b"state_sha256", "step", b"step", "total_steps", b"total_steps", "wall_seconds", b"wall_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_step: _TypeAlias = _typing.Literal["best_step"]  # noqa: Y015
     _WhichOneofArgType__best_step: _TypeAlias = _typing.Literal["_best_step", b"_best_step"]  # noqa: Y015
@@ -956,6 +962,64 @@ class TrainingJobStatus(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__samples_per_second) -> _WhichOneofReturnType__samples_per_second | None: ...
 
 Global___TrainingJobStatus: _TypeAlias = TrainingJobStatus  # noqa: Y015
+
+@_typing.final
+class Finding(_message.Message):
+    """Something that is wrong with a job's training, or soon will be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RULE_FIELD_NUMBER: _builtins.int
+    SEVERITY_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
+    MICRO_BATCH_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    rule: _builtins.str
+    """vanishing, exploding, dead_units, stalled, diverging, nonfinite, overfitting or input_bound"""
+    severity: _builtins.str
+    """warning or critical"""
+    step: _builtins.int
+    message: _builtins.str
+    """The evidence, and what to try."""
+    layer: _builtins.str
+    """Where they apply:"""
+    worker: _builtins.str
+    micro_batch: _builtins.int
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        rule: _builtins.str = ...,
+        severity: _builtins.str = ...,
+        step: _builtins.int = ...,
+        message: _builtins.str = ...,
+        layer: _builtins.str | None = ...,
+        worker: _builtins.str | None = ...,
+        micro_batch: _builtins.int | None = ...,
+        samples: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "_micro_batch", b"_micro_batch", "_worker", b"_worker", "layer", b"layer", "micro_batch", b"micro_batch", "worker", b"worker"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "_micro_batch", b"_micro_batch", "_worker", b"_worker", "layer", b"layer", "message", b"message", "micro_batch", b"micro_batch", "rule", b"rule", "samples", b"samples", "severity", b"severity", "step", b"step", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__layer: _TypeAlias = _typing.Literal["layer"]  # noqa: Y015
+    _WhichOneofArgType__layer: _TypeAlias = _typing.Literal["_layer", b"_layer"]  # noqa: Y015
+    _WhichOneofReturnType__micro_batch: _TypeAlias = _typing.Literal["micro_batch"]  # noqa: Y015
+    _WhichOneofArgType__micro_batch: _TypeAlias = _typing.Literal["_micro_batch", b"_micro_batch"]  # noqa: Y015
+    _WhichOneofReturnType__worker: _TypeAlias = _typing.Literal["worker"]  # noqa: Y015
+    _WhichOneofArgType__worker: _TypeAlias = _typing.Literal["_worker", b"_worker"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__layer) -> _WhichOneofReturnType__layer | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__micro_batch) -> _WhichOneofReturnType__micro_batch | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__worker) -> _WhichOneofReturnType__worker | None: ...
+
+Global___Finding: _TypeAlias = Finding  # noqa: Y015
 
 @_typing.final
 class TrainingJob(_message.Message):

@@ -237,3 +237,9 @@ def talkative() -> steepest.Task:
         return squares.mean(), {"largest": squares.max(), "rows": len(rows)}
 
     return steepest.Task(model=perceptron(), batch_loss=loss, train_data=steepest.ArrayData(inputs, targets))
+
+
+def prints_markup() -> steepest.Task:
+    """Prints what a page must not take for its own."""
+    print("<img src=x onerror=alert(1)>")
+    return regression()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,6 +42,7 @@ class Batches:
         self._eval_sampler = Sampler(max(num_evaluation_samples, 1), spec.data, spec.seed)
         self._total_steps = spec.total_steps(num_samples)
         self._ahead: dict[tuple[int, int], tuple[Any, int]] = {}  # by step and micro-batch
+        self.read_seconds = 0.0  # spent reading training samples, ahead or not, since somebody last set it to 0
         self._seeded: tuple[int, int, int] | None = None  # what the generators are seeded for, and unused since
 
     def has_samples(self, step: int, index: int) -> bool:
@@ -51,8 +53,10 @@ class Batches:
         """(batch, samples in it) of a micro-batch that has samples; generators are seeded for its computation."""
         found = self._ahead.pop((step, index), None)
         if found is None:
+            began = time.perf_counter()
             indices = self._sampler.indices(step, index)
             found = self._read(step, index, indices), len(indices)
+            self.read_seconds += time.perf_counter() - began
         self._seed(COMPUTE, step, index)
         self._seeded = None
         return found
@@ -74,6 +78,7 @@ class Batches:
         if self._readers is not None:
             self._read_ahead(self._readers, step, tuple(ranges))
             return
+        began = time.perf_counter()
         try:
             first = -1
             for low, high in ranges:
@@ -87,6 +92,7 @@ class Batches:
                 self._seed(COMPUTE, step, first)
         except BaseException:
             self._ahead.clear()
+        self.read_seconds += time.perf_counter() - began
 
     def forget(self) -> None:
         """Drop what was fetched ahead."""

@@ -32,7 +32,6 @@ class _Leaves:
     def __init__(self, engine: Engine, batches: Batches) -> None:
         self._engine = engine
         self._batches = batches
-        self.data_seconds = 0.0  # spent waiting for samples
         self._step = -1
         self.results: dict[int, LeafResult] = {}
         self.buffers: bytes | None = None  # as micro-batch 0 left them
@@ -42,7 +41,6 @@ class _Leaves:
         self._step = step
         self.results = {}
         self.buffers = None
-        self.data_seconds = 0.0
 
     def has_samples(self, index: int) -> bool:
         """See Leaf."""
@@ -59,9 +57,7 @@ class _Leaves:
     def gradient(self, index: int, into: list[torch.Tensor], *, add: bool) -> None:
         """See Leaf. Raises MicroBatchError too."""
         try:
-            began = time.perf_counter()
             batch, num_samples = self._batches.training(self._step, index)
-            self.data_seconds += time.perf_counter() - began
             measured = self._engine.gradient(batch, num_samples, into, add=add)
             if index == 0:
                 self.buffers = self._engine.buffers()
@@ -160,8 +156,12 @@ class Computer:
             time.perf_counter() - began,
             assign.host_ranges,
             constants,
-            leaves.data_seconds,
+            self._read_seconds(),
         )
+
+    def _read_seconds(self) -> float:
+        seconds, self._batches.read_seconds = self._batches.read_seconds, 0.0
+        return seconds
 
     def prefetch(self, assign: Assign) -> None:
         """While the servers work: fetch what the same assignment would need in the next step."""

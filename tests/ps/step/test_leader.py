@@ -21,7 +21,7 @@ def leader(**changes: Any) -> Leader:
         "worker_timeout_seconds": 100.0,
     } | changes  # fmt: skip
     made = Leader(Plan(**settings), initialized=True)
-    made._saved = 10  # no checkpoint unless a test asks for one
+    made._agenda.saved(10)  # no checkpoint unless a test asks for one
     return made
 
 
@@ -161,7 +161,7 @@ def test_pause_holds_at_the_boundary_and_resume_goes_on() -> None:
 def test_cancel_saves_first() -> None:
     it = leader()
     sends = of_kind(it.join("a", 0.0), Send)
-    it._saved = 0
+    it._agenda.saved(0)
     it.cancel(0.5)
     effects = finish_step(it, sends)
     assert of_kind(effects, Save) == [Save(1)]
@@ -243,7 +243,7 @@ def test_user_code_that_fails_fails_the_job_but_not_from_a_round_that_is_over() 
 
 def test_the_last_checkpoint_must_succeed() -> None:
     it = leader(total_steps=1)
-    it._saved = -1
+    it._agenda.saved(-1)
     sends = of_kind(it.join("a", 0.0), Send)
     assert of_kind(finish_step(it, sends), Save) == [Save(1)]
     (change, *_) = it.saved("the disk is full", 3.0)
@@ -253,7 +253,7 @@ def test_the_last_checkpoint_must_succeed() -> None:
 
 def test_a_checkpoint_in_between_may_fail() -> None:
     it = leader(checkpoint_every=1)
-    it._saved = 0
+    it._agenda.saved(0)
     sends = of_kind(it.join("a", 0.0), Send)
     assert of_kind(finish_step(it, sends), Save) == [Save(1)]
     effects = it.saved("the disk is full", 3.0)

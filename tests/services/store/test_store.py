@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from services.store.findings import Finding
 from services.store.lifecycle import JobState
 from services.store.store import JobRow, Result, Store
 from steepest.errors import ConflictError, NotFoundError
@@ -27,7 +28,8 @@ def job(name: str = "a", request: str = "", created: float = 1.0) -> JobRow:
 
 def test_a_job_comes_back_as_it_was(store: Store) -> None:
     members = (("worker", "w", 1, "h", "ok"),)
-    row = replace(job(), result=Result(3, 12, 0.5, {"accuracy": 0.9}, "p", "s", "", 2, members))
+    findings = (Finding("nonfinite", "critical", 3, "said", "w", None, 0, (1, 2)), Finding("stalled", "warning", 9, ""))
+    row = replace(job(), result=Result(3, 12, 0.5, {"accuracy": 0.9}, "p", "s", "", 2, findings, members))
     store.create(row)
     assert store.get("a") == row
     with pytest.raises(NotFoundError, match="trainingJobs/b"):

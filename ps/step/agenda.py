@@ -1,0 +1,55 @@
+"""What is due at a step boundary besides the next step: a checkpoint, an evaluation, the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ps.step.best import Best, Pursuit
+from ps.step.plan import Plan
+
+
+class Agenda:
+    """Of one job. saved: the step of the last checkpoint, -1 without one. best: the best evaluation so far."""
+
+    def __init__(self, plan: Plan, saved: int, best: Best) -> None:
+        self._plan = plan
+        self._saved = saved
+        self._evaluated = -1
+        self._pursuit = Pursuit(plan.aim, best)
+        self._saves_best = False
+
+    @property
+    def best(self) -> Best:
+        """The best evaluation so far."""
+        return self._pursuit.best
+
+    def end_reason(self, step: int) -> str:
+        """Why the job is over, with `step` steps done, or nothing."""
+        if self._pursuit.stop_reason:
+            return self._pursuit.stop_reason
+        return f"all {step} steps are done" if step >= self._plan.total_steps else ""
+
+    def wants_checkpoint(self, step: int, *, ends: bool) -> bool:
+        """ends: whether the job ends here."""
+        every = self._plan.checkpoint_every
+        return self._saved < step and (ends or self._saves_best or bool(every and step and step % every == 0))
+
+    def wants_evaluation(self, step: int, *, ends: bool) -> bool:
+        """ends: whether all steps are done."""
+        every = self._plan.eval_every
+        is_due = ends or bool(every and step and step % every == 0)
+        return bool(self._plan.evaluation_leaves) and self._evaluated < step and is_due
+
+    def saved(self, step: int) -> None:
+        """The checkpoint of a step is on disk, or cannot be had."""
+        self._saved = step
+        self._saves_best = False
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """An evaluation is done; whether it is the best so far. Then it is saved, with what is known of it now."""
+        self._evaluated = step
+        is_best, is_news = self._pursuit.take(step, metrics)
+        if is_news:
+            self._saved = min(self._saved, step - 1)
+            self._saves_best = True
+        return is_best

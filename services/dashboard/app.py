@@ -1,0 +1,160 @@
+"""The routes of the page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from services.dashboard.actions import ForbiddenError, act, check_origin
+from services.dashboard.live import OPTIONS, Live
+from services.dashboard.views import Cursor, Views
+from services.jobs.operations import Operations
+from services.settings import Settings
+from services.store.store import Store
+from steepest.errors import ConflictError, NotFoundError, ServiceUnavailableError, SpecError, SteepestError, Violation
+
+STATIC = Path(__file__).parent / "static"
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+_STATUS: dict[type[Exception], int] = {
+    SpecError: 400,
+    NotFoundError: 404,
+    ConflictError: 409,
+    ForbiddenError: 403,
+    ServiceUnavailableError: 503,
+}
+_CURSOR = re.compile(r"\d{1,18}:\d{1,18}:\d{1,18}")
+DEFAULT_POINTS = 600
+
+
+class Page:
+    """Answers the page's requests."""
+
+    def __init__(
+        self, operations: Operations, store: Store, settings: Settings, is_closing: Callable[[], bool]
+    ) -> None:
+        self._operations = operations
+        self._views = Views(store, settings)
+        self._live = Live(self._views, is_closing)
+
+    def routes(self) -> list[BaseRoute]:
+        """All of them."""
+        return [
+            Route("/", self._page),
+            Route("/jobs/{job}", self._page),
+            Route("/api/jobs", lambda request: self._answer(self._views.jobs)),
+            Route("/api/live", self._live_jobs),
+            Route("/api/jobs/{job}", lambda request: self._answer(lambda: self._views.job(_job(request)))),
+            Route("/api/jobs/{job}/series", self._series),
+            Route("/api/jobs/{job}/layers", self._layers),
+            Route("/api/jobs/{job}/live", self._live_job),
+            Route("/api/jobs/{job}/{verb}", self._act, methods=["POST"]),
+            Mount("/static", _Static(directory=STATIC)),
+        ]
+
+    def _page(self, request: Request) -> Response:
+        return FileResponse(STATIC / "index.html", headers=HEADERS)
+
+    def _answer(self, make: Callable[[], Any]) -> Response:
+        try:
+            return _json(make())
+        except (SteepestError, ForbiddenError) as error:
+            return _json({"error": str(error)}, _STATUS.get(type(error), 500))
+
+    def _series(self, request: Request) -> Response:
+        def make() -> Any:
+            first, last, points = _range(request)
+            names = [name for name in request.query_params.get("names", "").split(",") if name]
+            return self._views.series(_job(request), names, first, last, points)
+
+        return self._answer(make)
+
+    def _layers(self, request: Request) -> Response:
+        def make() -> Any:
+            first, last, points = _range(request)
+            name = request.query_params.get("name")
+            if name is not None:
+                return self._views.layer(_job(request), name, first, last, points)
+            return self._views.layers(_job(request), first, last, points)
+
+        return self._answer(make)
+
+    async def _live_jobs(self, request: Request) -> Response:
+        return _stream(self._live.jobs(request.is_disconnected))
+
+    async def _live_job(self, request: Request) -> Response:
+        job = _job(request)
+        try:
+            self._views.has_ended(job)
+            seen = request.headers.get("last-event-id") or request.query_params.get("cursor") or "0:0:0"
+            if not _CURSOR.fullmatch(seen):
+                raise SpecError([Violation("cursor", f"{seen!r} does not come from this service")])
+        except SteepestError as error:
+            return _json({"error": str(error)}, _STATUS.get(type(error), 500))
+        cursor = Cursor(*map(int, seen.split(":")))
+        return _stream(self._live.job(job, cursor, request.is_disconnected))
+
+    async def _act(self, request: Request) -> Response:
+        from starlette.concurrency import run_in_threadpool
+
+        raw = await request.body()
+        headers = dict(request.headers)
+
+        def make() -> Any:
+            check_origin(headers)
+            try:
+                body = orjson.loads(raw) if raw else {}
+            except orjson.JSONDecodeError as error:
+                raise SpecError([Violation("body", f"is no JSON: {error}")]) from None
+            row = act(self._operations, _job(request), request.path_params["verb"], body)
+            return {"state": row.state, "reason": row.reason}
+
+        return await run_in_threadpool(self._answer, make)
+
+
+class _Static(StaticFiles):
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        """With the page's headers."""
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(HEADERS)
+        return response
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(value, option=OPTIONS), status, HEADERS, "application/json")
+
+
+def _stream(events: Any) -> Response:
+    return StreamingResponse(events, headers=HEADERS, media_type="text/event-stream")
+
+
+def _job(request: Request) -> str:
+    return str(request.path_params["job"])
+
+
+def _range(request: Request) -> tuple[int, int | None, int]:
+    """(first step, last step, points) of a query. Raises SpecError."""
+    found: dict[str, int | None] = {"first": 0, "last": None, "points": DEFAULT_POINTS}
+    for name in found:
+        raw = request.query_params.get(name)
+        if raw is None:
+            continue
+        if not raw.isascii() or not raw.isdigit() or len(raw) > 18 or (name == "points" and int(raw) < 1):
+            raise SpecError([Violation(name, f"{raw!r} is no number that makes sense here")])
+        found[name] = int(raw)
+    return found["first"] or 0, found["last"], found["points"] or DEFAULT_POINTS

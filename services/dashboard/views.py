@@ -1,0 +1,243 @@
+"""What is stored, as the page wants it: plain values that become JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ps.checkpoint.files import checkpoints, step_of
+from ps.step.messages import StepRecord
+from services.jobs.job_log import JobLog
+from services.jobs.task_probe import TaskDescription
+from services.settings import Settings
+from services.store.history import SCALARS, JobHistory
+from services.store.lifecycle import ENDED, JobState
+from services.store.series import bucket_starts, downsample, largest
+from services.store.store import JobRow, Store
+from steepest.errors import SpecError, Violation
+from steepest.spec import spec_from_dict
+
+SPARK_POINTS, MAX_POINTS, MAX_LAYERS = 40, 5000, 400
+RECENT_STEPS = 200  # over which speed and shares of a step's time are measured
+LIVE_RECORDS, LIVE_LINES = 1000, 500
+INPUT_BOUND, SERVER_BOUND = 0.3, 0.4  # shares of a step's time from which on it is called so
+
+
+class Cursor(NamedTuple):
+    """What a page has seen: the next step, the last event, the log's offset."""
+
+    step: int = 0
+    event: int = 0
+    offset: int = 0
+
+
+class Views:
+    """Reads the store and the files of jobs."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store = store
+        self._settings = settings
+        self._of_ended: dict[str, dict[str, Any]] = {}  # summaries that do not change any more
+
+    def jobs(self) -> dict[str, Any]:
+        """All jobs, newest first."""
+        return {"jobs": [self._summary(row) for row in self._store.page(1000)], "now": time.time()}
+
+    def job(self, job: str) -> dict[str, Any]:
+        """One job with all that does not grow with its steps. Raises NotFoundError."""
+        row = self._store.get(job)
+        spec = spec_from_dict(json.loads(row.spec))
+        description = TaskDescription.from_json(row.description)
+        layout = description.layout(spec)
+        directory = self._settings.checkpoints_of(job)
+        return {
+            "job": self._summary(row),
+            "spec": spec.model_dump(mode="json", exclude_none=True),
+            "given": spec.model_dump(mode="json", exclude_none=True, exclude_unset=True),
+            "model": description.model_class,
+            "parameters": [{"name": p.name, "shape": p.shape} for p in layout.parameters],
+            "logged": description.logged_names,
+            "evaluations": self._evaluations(job),
+            "checkpoints": [_checkpoint(path) for path in checkpoints(directory)],
+            "result": {
+                "metrics": row.result.metrics,
+                "best_step": row.result.best_step,
+                "parameters_sha256": row.result.parameters_sha256,
+                "state_sha256": row.result.state_sha256,
+                "error": row.result.error,
+            },
+        }
+
+    def series(self, job: str, names: Sequence[str], first: int, last: int | None, points: int) -> dict[str, Any]:
+        """Some series of a job in at most `points` buckets. Raises NotFoundError, SpecError."""
+        logged = TaskDescription.from_json(self._store.get(job).description).logged_names
+        allowed = {*SCALARS, *(f"logged.{name}" for name in logged)}
+        unknown = [name for name in names if name not in allowed]
+        if unknown or not names:
+            problem = f"{unknown[0]!r} is no series" if unknown else "no series is named"
+            raise SpecError([Violation("names", f"{problem}; there are: {', '.join(sorted(allowed))}")])
+        columns = {f"logged.{name}": f"logged.{index}" for index, name in enumerate(logged)}
+        raw = self._history(job).columns([columns.get(name, name) for name in names], first, last)
+        found = downsample(raw, min(points, MAX_POINTS))
+        return {
+            "steps": found.steps,
+            "count": len(raw["step"]),
+            "series": {
+                name: dict(zip(("min", "max", "mean"), found.series[columns.get(name, name)], strict=True))
+                for name in names
+                if name != "step"
+            },
+        }
+
+    def layers(self, job: str, first: int, last: int | None, points: int) -> dict[str, Any]:
+        """The largest gradient norm of each parameter in each bucket, as powers of ten. Raises NotFoundError."""
+        row = self._store.get(job)
+        layout = TaskDescription.from_json(row.description).layout(spec_from_dict(json.loads(row.spec)))
+        names = [p.name for p in layout.parameters]
+        steps, norms = self._history(job).norms(first, last)
+        starts = bucket_starts(len(steps), min(points, MAX_POINTS))
+        values = largest(norms, starts)
+        with np.errstate(divide="ignore"):
+            powers = np.log10(values)
+        return {"names": names, "steps": steps[starts], "values": np.ascontiguousarray(np.round(powers.T, 3))}
+
+    def layer(self, job: str, name: str, first: int, last: int | None, points: int) -> dict[str, Any]:
+        """The gradient norm of one parameter. Raises NotFoundError, SpecError."""
+        row = self._store.get(job)
+        layout = TaskDescription.from_json(row.description).layout(spec_from_dict(json.loads(row.spec)))
+        names = [p.name for p in layout.parameters]
+        if name not in names:
+            raise SpecError([Violation("name", f"{name!r} is no parameter of {row.name}")])
+        steps, norms = self._history(job).norms(first, last)
+        column: NDArray[Any] = norms[:, names.index(name)] if norms.shape[1] else np.empty(0)
+        found = downsample({"step": steps, "norm": column}, min(points, MAX_POINTS))
+        return {"steps": found.steps, **dict(zip(("min", "max", "mean"), found.series["norm"], strict=True))}
+
+    def news(self, job: str, cursor: Cursor) -> tuple[dict[str, Any], Cursor]:
+        """What a page has not seen yet, and the cursor after it. Raises NotFoundError."""
+        row = self._store.get(job)
+        events = self._store.events_after(job, cursor.event)
+        lines = self._log(job).read(cursor.offset)[:LIVE_LINES]
+        records = self._history(job).records(cursor.step, LIVE_RECORDS)
+        logged = TaskDescription.from_json(row.description).logged_names if records else ()
+        following = Cursor(
+            records[-1].step + 1 if records else cursor.step,
+            events[-1].sequence if events else cursor.event,
+            lines[-1].offset if lines else cursor.offset,
+        )
+        news = {
+            "job": self._summary(row),
+            "events": [{"time": e.time, "state": e.state, "reason": e.reason} for e in events],
+            "lines": [{"time": s.line.time, "process": s.line.worker, "text": s.line.text} for s in lines],
+            "records": [_record(record, logged) for record in records],
+            "evaluations": self._evaluations(job),
+            "cursor": ":".join(map(str, following)),
+        }
+        return news, following
+
+    def has_ended(self, job: str) -> bool:
+        """Whether nothing more will come. Raises NotFoundError."""
+        return self._store.get(job).state in ENDED
+
+    def _history(self, job: str) -> JobHistory:
+        return JobHistory(self._settings.history_of(job))
+
+    def _log(self, job: str) -> JobLog:
+        return JobLog(self._settings.log_of(job), self._settings.max_log_bytes)
+
+    def _evaluations(self, job: str) -> list[dict[str, Any]]:
+        return [{"step": step, "metrics": metrics} for step, metrics in self._store.evaluations_of(job)]
+
+    def _summary(self, row: JobRow) -> dict[str, Any]:
+        if row.state not in ENDED:
+            return self._summarize(row)
+        if row.id not in self._of_ended:
+            self._of_ended[row.id] = self._summarize(row)
+        return self._of_ended[row.id]
+
+    def _summarize(self, row: JobRow) -> dict[str, Any]:
+        result, history = row.result, self._history(row.id)
+        recent = history.columns(
+            ["time", "step_seconds", "data_seconds", "compute_seconds", "reduce_seconds", "apply_seconds"],
+            max(0, result.step - RECENT_STEPS),
+        )
+        spark = downsample(history.columns(["loss"]), SPARK_POINTS)
+        return {
+            "id": row.id,
+            "state": row.state,
+            "reason": row.reason,
+            "step": result.step,
+            "total_steps": row.total_steps,
+            "loss": result.loss,
+            "metrics": result.metrics,
+            "samples": result.samples,
+            "samples_per_second": history.samples_per_second(),
+            "created": row.created,
+            "ended": row.ended,
+            "eta_seconds": _eta(row, recent),
+            "workers": [_member(m) for m in result.members if m[0] == "worker"],
+            "servers": [_member(m) for m in result.members if m[0] == "server"],
+            "wanted_workers": row.workers,
+            "error": result.error,
+            "findings": [finding._asdict() for finding in result.findings],
+            "spark": spark.series["loss"][2],
+            "shares": _shares(recent),
+        }
+
+
+def _member(member: tuple[str, str, int, str, str]) -> dict[str, Any]:
+    _, name, pid, host, state = member
+    return {"id": name, "pid": pid, "host": host, "state": state}
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    files = [file.stat() for file in path.iterdir()]
+    return {
+        "step": step_of(path),
+        "bytes": sum(file.st_size for file in files),
+        "time": max((file.st_mtime for file in files), default=0.0),
+    }
+
+
+def _record(record: StepRecord, logged: Sequence[str]) -> dict[str, Any]:
+    values = np.frombuffer(record.logged, "<f8").tolist()
+    own = {f"logged.{name}": value for name, value in zip(logged, values, strict=False)}
+    return {**{name: getattr(record, name) for name in SCALARS}, **own}
+
+
+def _eta(row: JobRow, recent: dict[str, NDArray[Any]]) -> float | None:
+    """Seconds to the last step, by the speed of the last ones; None when it cannot be told."""
+    times = recent["time"]
+    if row.state != JobState.RUNNING or len(times) < 2 or times[-1] <= times[0]:
+        return None
+    done = recent["step"][-1] - recent["step"][0]
+    return float((row.total_steps - row.result.step) * (times[-1] - times[0]) / max(done, 1))
+
+
+def _shares(recent: dict[str, NDArray[Any]]) -> dict[str, Any] | None:
+    """Where a step's time goes: medians of the last steps, as shares, and one word for it."""
+    if not len(recent["step"]):
+        return None
+    medians = {name: float(np.median(values)) for name, values in recent.items() if name.endswith("_seconds")}
+    whole = medians["step_seconds"]
+    if not whole > 0:
+        return None
+    data = min(medians["data_seconds"], medians["compute_seconds"])
+    shares = {
+        "data": data / whole,
+        "compute": (medians["compute_seconds"] - data) / whole,
+        "reduce": medians["reduce_seconds"] / whole,
+        "apply": medians["apply_seconds"] / whole,
+    }
+    word, seconds = "compute-bound", 0.0
+    if shares["data"] > INPUT_BOUND:
+        word, seconds = "input-bound", data
+    elif shares["reduce"] + shares["apply"] > SERVER_BOUND:
+        word, seconds = "server-bound", medians["reduce_seconds"] + medians["apply_seconds"]
+    return {**shares, "step_seconds": whole, "word": word, "saves_seconds": seconds}

@@ -1,0 +1,226 @@
+"""What the records of a job say of its health: rules over the last steps, each with evidence and what to try.
+
+Pure: records in, findings out, in the order of steps. A rule speaks once, when what it looks for has lasted a few
+steps, and again only after it was gone for a while. Thresholds are those of the literature where it names one; the
+others are set so that healthy jobs are left alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ps.step.messages import Failure, StepRecord
+from services.store.findings import Finding
+
+LASTING_STEPS = 5  # that a condition must hold before it is a finding
+FORGET_STEPS = 200  # without it, after which it may be found again
+WINDOW = 100  # steps that a running median is over
+VANISHING = 1e-7  # mean magnitude of a layer's gradient; SageMaker Debugger's rule VanishingGradient has the same
+VANISHING_SHARE = 1e-4  # of the largest layer's, so that a job that has converged is not called so
+EXPLODING = 100.0  # times the running median of the gradient's norm
+DIVERGING = 3.0  # times the loss that the job began with
+STALLED_STEPS = 300  # without a better loss than 0.99 of the first one
+INPUT_BOUND = 0.5  # share of a step spent waiting for samples
+OVERFITTING = 1.1  # times the best evaluation, while the training loss still falls
+OVERFITTING_EVALUATIONS = 3
+
+
+@dataclass
+class _Lasting:
+    """A condition that must hold for some steps in a row."""
+
+    needed: int
+    held: int = 0
+    found_at: int | None = None  # the last step at which it was a finding
+
+    def holds(self, step: int, *, now: bool) -> bool:
+        """Whether it has become a finding with this step."""
+        self.held = self.held + 1 if now else 0
+        if self.held < self.needed:
+            return False
+        is_new = self.found_at is None or step - self.found_at > FORGET_STEPS
+        self.found_at = step
+        return is_new
+
+
+@dataclass
+class Health:
+    """Watches one job. names, shapes: of its parameters."""
+
+    names: Sequence[str]
+    shapes: Sequence[Sequence[int]]
+    _norms: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    _losses: deque[float] = field(default_factory=lambda: deque(maxlen=LASTING_STEPS))
+    _waiting: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+    _first_losses: list[float] = field(default_factory=list)
+    _best_loss: float = math.inf
+    _best_evaluation: tuple[int, float, float] | None = None  # step, loss, training loss then
+    _conditions: dict[str, _Lasting] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._roots = np.sqrt([max(1, math.prod(shape)) for shape in self.shapes])
+        # Biases may have no gradient for good reasons: before a batch normalization, and those of attention's keys.
+        self._watched = np.array([len(shape) > 1 for shape in self.shapes], bool)
+
+    def observe(self, records: Iterable[StepRecord]) -> list[Finding]:
+        """Look at the records of steps, in order."""
+        found: list[Finding] = []
+        for record in records:
+            for rule in (self._layers, self._norm, self._loss, self._input):
+                found += rule(record)
+        return found
+
+    def observe_evaluation(self, step: int, loss: float) -> list[Finding]:
+        """Look at an evaluation."""
+        training = self._smooth_loss()
+        best = self._best_evaluation
+        if not math.isfinite(loss):
+            return []
+        if best is None or loss < best[1]:
+            self._best_evaluation = step, loss, training
+            self._condition("overfitting", OVERFITTING_EVALUATIONS).held = 0
+            return []
+        rising = loss > OVERFITTING * best[1] and training < best[2]
+        if not self._condition("overfitting", OVERFITTING_EVALUATIONS).holds(step, now=rising):
+            return []
+        return [
+            Finding(
+                "overfitting", "warning", step,
+                f"the evaluation's loss rose from {best[1]:.4g} at step {best[0]} to {loss:.4g}, while the training "
+                f"loss fell from {best[2]:.4g} to {training:.4g}: stop at the best evaluation (--patience), or use "
+                "more data, augmentation, dropout or weight decay",
+            )
+        ]  # fmt: skip
+
+    def _condition(self, name: str, needed: int = LASTING_STEPS) -> _Lasting:
+        return self._conditions.setdefault(name, _Lasting(needed))
+
+    def _smooth_loss(self) -> float:
+        return median(self._losses) if self._losses else math.nan
+
+    def _layers(self, record: StepRecord) -> list[Finding]:
+        """Vanishing and dead layers, by the root mean square of each parameter's gradient."""
+        norms: NDArray[np.float64] = np.frombuffer(record.parameter_norms, "<f8")
+        if len(norms) != len(self.names) or not np.isfinite(norms).all() or not norms.any():
+            return []
+        magnitudes = norms / self._roots
+        largest = float(magnitudes.max())
+        found = []
+        dead = np.flatnonzero(self._watched & (magnitudes == 0.0))
+        if self._condition("dead_units").holds(record.step, now=bool(len(dead))):
+            found.append(
+                Finding(
+                    "dead_units", "critical", record.step,
+                    f"no gradient at all reaches {self._some(dead)}, for {LASTING_STEPS} steps: units that are off for "
+                    "every sample (ReLU after a step too large, or a bad initialization). Try a smaller learning rate, "
+                    "LeakyReLU or GELU, He initialization",
+                    self.names[int(dead[0])],
+                )
+            )  # fmt: skip
+        below = (magnitudes > 0) & (magnitudes < min(VANISHING, VANISHING_SHARE * largest))
+        small = np.flatnonzero(self._watched & below)
+        if self._condition("vanishing").holds(record.step, now=bool(len(small))):
+            worst = int(small[np.argmin(magnitudes[small])])
+            found.append(
+                Finding(
+                    "vanishing", "critical", record.step,
+                    f"the gradient of {self.names[worst]} has a mean magnitude of {magnitudes[worst]:.2g}, "
+                    f"{largest / magnitudes[worst]:.1g} times less than the largest layer's, for {LASTING_STEPS} steps "
+                    f"({len(small)} of {len(self.names)} parameters are below {VANISHING:g}). Try ReLU or GELU in the "
+                    "place of sigmoid or tanh, residual connections, normalization, Xavier or He initialization",
+                    self.names[worst],
+                )
+            )  # fmt: skip
+        return found
+
+    def _norm(self, record: StepRecord) -> list[Finding]:
+        norm = record.gradient_norm
+        if record.skipped:
+            if not self._condition("nonfinite", 1).holds(record.step, now=True):
+                return []
+            message = f"the gradient of step {record.step} was not finite, and the step was skipped"
+            return [Finding("nonfinite", "critical", record.step, message)]
+        usual = median(self._norms) if len(self._norms) >= 2 * LASTING_STEPS else math.nan
+        exploding = norm > EXPLODING * usual
+        if not exploding:
+            self._norms.append(norm)
+        if not self._condition("exploding", 1).holds(record.step, now=exploding):
+            return []
+        return [
+            Finding(
+                "exploding", "critical", record.step,
+                f"the gradient's norm is {norm:.4g}, {norm / usual:.0f} times the median {usual:.4g} of the steps "
+                f"before. Try clipping (--clip-norm {usual * 2:.1g}), a smaller learning rate, or a warm-up",
+                self._largest(record),
+            )
+        ]  # fmt: skip
+
+    def _loss(self, record: StepRecord) -> list[Finding]:
+        loss = record.loss
+        if not math.isfinite(loss):
+            return []
+        self._losses.append(loss)
+        if len(self._first_losses) < LASTING_STEPS:
+            self._first_losses.append(loss)
+            return []
+        first, now = min(self._first_losses), self._smooth_loss()
+        self._best_loss = min(self._best_loss, now)
+        found = []
+        diverging = now > first + (DIVERGING - 1) * abs(first) and now >= self._best_loss
+        if self._condition("diverging", 1).holds(record.step, now=diverging):
+            found.append(
+                Finding(
+                    "diverging", "critical", record.step,
+                    f"the loss is {now:.4g}, and the job began with {first:.4g}: the learning rate {record.lr:.3g} is "
+                    "probably too large. Try a tenth of it, a warm-up, or clipping by norm",
+                )
+            )  # fmt: skip
+        stalled = record.step >= STALLED_STEPS and self._best_loss > first - 0.01 * abs(first) and not diverging
+        if self._condition("stalled", 1).holds(record.step, now=stalled):
+            found.append(
+                Finding(
+                    "stalled", "warning", record.step,
+                    f"after {record.step} steps the loss is {now:.4g}, and it began with {first:.4g}: nothing is "
+                    f"learned. Try a larger learning rate (it is {record.lr:.3g}), another initialization, or look at "
+                    "the data",
+                )
+            )  # fmt: skip
+        return found
+
+    def _input(self, record: StepRecord) -> list[Finding]:
+        if not record.step_seconds > 0:
+            return []
+        self._waiting.append(record.data_seconds / record.step_seconds)
+        share = median(self._waiting)
+        waiting = len(self._waiting) == self._waiting.maxlen and share > INPUT_BOUND
+        if not self._condition("input_bound", 1).holds(record.step, now=waiting):
+            return []
+        return [
+            Finding(
+                "input_bound", "warning", record.step,
+                f"workers wait for samples during {share:.0%} of a step: read ahead in processes of their own "
+                "(data.readers), keep the data nearer, or do less to each sample",
+            )
+        ]  # fmt: skip
+
+    def _largest(self, record: StepRecord) -> str | None:
+        norms = np.frombuffer(record.parameter_norms, "<f8")
+        return self.names[int(np.argmax(norms))] if len(norms) == len(self.names) and len(norms) else None
+
+    def _some(self, indices: NDArray[np.intp]) -> str:
+        shown = ", ".join(self.names[int(index)] for index in indices[:3])
+        return shown + (f" and {len(indices) - 3} more" if len(indices) > 3 else "")
+
+
+def nonfinite(failure: Failure, worker: str) -> Finding:
+    """What a failure for a loss or gradient that is not finite comes to."""
+    micro_batch = None if failure.micro_batch < 0 else failure.micro_batch
+    layer = failure.layer or None
+    return Finding("nonfinite", "critical", failure.step, failure.message, layer, worker or None, micro_batch)

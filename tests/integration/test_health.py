@@ -1,0 +1,58 @@
+"""What is wrong with a real job is named soon, and nothing is said of a healthy one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from steepest.client import Client, Job
+from steepest.errors import JobFailedError
+from steepest.jobs import Finding
+
+pytestmark = pytest.mark.cluster
+
+SICK = "tests/support/sick.py"
+BASE: dict[str, Any] = {"steps": 60, "optimizer": {"name": "sgd", "lr": 0.05}, "data": {"global_batch": 32}}
+
+
+def findings(client: Client, function: str, **spec: Any) -> tuple[Job, tuple[Finding, ...]]:
+    job = client.submit(f"{SICK}:{function}", **{**BASE, **spec})
+    for _ in job.watch():
+        pass  # until it has ended, well or not
+    return job, job.get().findings
+
+
+@pytest.mark.parametrize(
+    ("function", "spec", "rule", "layer", "by"),
+    [
+        ("sigmoids", {}, "vanishing", "0.weight", 15),
+        ("dead", {}, "dead_units", "0.weight", 15),
+        ("healthy", {"optimizer": {"name": "momentum", "lr": 5.0}}, "diverging", None, 15),
+        ("slow_input", {}, "input_bound", None, 30),
+    ],
+)
+def test_a_fault_is_named_within_some_steps(
+    client: Client, function: str, spec: dict[str, Any], rule: str, layer: str | None, by: int
+) -> None:
+    job, found = findings(client, function, **spec)
+    [finding] = [each for each in found if each.rule == rule]
+    assert finding.layer == layer
+    assert finding.step <= by
+    as_dict = job.get().to_dict()["findings"]
+    assert [each["rule"] for each in as_dict] == [each.rule for each in found]
+
+
+def test_a_sample_that_is_not_a_number_is_blamed_on_its_micro_batch(client: Client) -> None:
+    job = client.submit(f"{SICK}:one_bad_sample", **BASE)
+    with pytest.raises(JobFailedError, match="not finite"):
+        job.wait()
+    [finding] = job.get().findings
+    assert (finding.rule, finding.severity, finding.worker) == ("nonfinite", "critical", "worker-0")
+    assert finding.micro_batch in (0, 1)
+
+
+def test_nothing_is_said_of_a_healthy_job(client: Client) -> None:
+    job, found = findings(client, "healthy", steps=1500, eval_every=100)
+    assert found == ()
+    assert job.get().to_dict()["findings"] == []
