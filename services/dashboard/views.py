@@ -21,7 +21,7 @@ from services.store.lifecycle import ENDED, JobState
 from services.store.series import bucket_starts, downsample, largest
 from services.store.store import JobRow, Store
 from steepest.errors import SpecError, Violation
-from steepest.spec import spec_from_dict
+from steepest.spec import TrainingJobSpec, spec_from_dict
 
 SPARK_POINTS, MAX_POINTS, MAX_LAYERS = 40, 5000, 400
 RECENT_STEPS = 200  # over which speed and shares of a step's time are measured
@@ -59,7 +59,7 @@ class Views:
         return {
             "job": self._summary(row),
             "spec": spec.model_dump(mode="json", exclude_none=True),
-            "given": spec.model_dump(mode="json", exclude_none=True, exclude_unset=True),
+            "defaults": _defaults(spec).model_dump(mode="json", exclude_none=True),
             "model": description.model_class,
             "parameters": [{"name": p.name, "shape": p.shape} for p in layout.parameters],
             "logged": description.logged_names,
@@ -189,6 +189,14 @@ class Views:
             "spark": spark.series["loss"][2],
             "shares": _shares(recent),
         }
+
+
+def _defaults(spec: TrainingJobSpec) -> TrainingJobSpec:
+    """A job that has the same task, length and optimizer, and leaves the rest as it is."""
+    length = {"steps": spec.steps} if spec.steps is not None else {"epochs": spec.epochs}
+    return spec_from_dict(
+        {"task": spec.task.model_dump(), "optimizer": {"name": spec.optimizer.name}, "seed": spec.seed, **length}
+    )
 
 
 def _member(member: tuple[str, str, int, str, str]) -> dict[str, Any]:

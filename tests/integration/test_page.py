@@ -81,7 +81,7 @@ def test_charts_move_and_every_button_acts(visit: Callable[..., Page], submit: C
     assert job.get().state == "PAUSED"
     page.get_by_role("button", name="Resume").click()
     expect(page.locator(".headline .pill")).to_have_text("running")
-    page.get_by_role("button", name="Scale").click()
+    page.get_by_role("button", name="Scale", exact=True).click()
     page.get_by_label("Number of workers").fill("2")
     page.get_by_role("dialog").get_by_role("button", name="Scale").click()
     expect(page.locator("td.name", has_text="worker-1")).to_be_visible()

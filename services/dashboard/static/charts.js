@@ -143,7 +143,7 @@ export class Chart {
         }],
         ready: [(plot) => {
           plot.root.querySelectorAll(".u-series").forEach((entry) => {
-            if (/\((least|largest)\)$/.test(entry.querySelector(".u-label").textContent)) entry.hidden = true;
+            if (/\((least|largest)\)$/.test(entry.querySelector(".u-label").textContent)) entry.style.display = "none";
           });
         }],
       },

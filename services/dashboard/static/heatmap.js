@@ -1,6 +1,7 @@
 // One view of the whole network: a row for each parameter, a column for some steps, the color its gradient's norm.
 import { color, get, h, number } from "./util.js";
 
+const MOST_DECADES = 6;
 const COLUMNS = 300, LEAST_ROW = 7, MOST_HEIGHT = 620;
 // Dark blue to yellow, even in lightness (after viridis: van der Walt and Smith, 2015).
 const STOPS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
@@ -51,7 +52,8 @@ export class HeatMap {
     this.canvas.style.width = `${width}px`;
     this.canvas.style.imageRendering = "pixelated";
     const numbers = found.values.flat().filter((value) => value !== null);
-    const low = Math.min(...reduce(numbers, Math.min)), high = Math.max(...reduce(numbers, Math.max));
+    const high = Math.max(...reduce(numbers, Math.max));
+    const low = Math.max(Math.min(...reduce(numbers, Math.min)), high - MOST_DECADES); // what is smaller is as dark
     const pen = this.canvas.getContext("2d");
     const image = pen.createImageData(columns, rows);
     const nothing = toRgb(color("--line"));
@@ -63,7 +65,7 @@ export class HeatMap {
       }
     }
     pen.putImageData(image, 0, 0);
-    this.low.textContent = number(10 ** low, 2); this.high.textContent = number(10 ** high, 2);
+    this.low.textContent = `≤ ${number(10 ** low, 2)}`; this.high.textContent = number(10 ** high, 2);
     const brush = this.scale.getContext("2d");
     for (let x = 0; x < 160; x += 1) { brush.fillStyle = `rgb(${shade(x / 159).join()})`; brush.fillRect(x, 0, 1, 10); }
     this.note.textContent = `${rows} parameters, from the input (top) to the output. Choose a row to see its curve; grey is zero or not finite.`;

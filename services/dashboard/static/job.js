@@ -195,7 +195,7 @@ export function showJob(main, id) {
       h("section", { class: "card span-6" }, h("header", {}, h("h2", {}, "Log")), words),
       h("section", { class: "card span-6" }, h("header", {}, h("h2", {}, "Evaluations")), table(["Step", "Metrics"], evaluations)),
       h("section", { class: "card span-6" }, h("header", {}, h("h2", {}, "Checkpoints")), table(["Step", "Size", "Written"], saved)),
-      h("section", { class: "card span-12" }, h("header", {}, h("h2", {}, "Spec")), table(["Field", "This job", "The other"], spec, "spec")));
+      h("section", { class: "card span-12" }, h("header", {}, h("h2", {}, "Spec")), h("p", { class: "muted" }, "Bold: not the default."), table(["Field", "This job"], spec, "spec")));
 
     function drawRest() {
       const found = job.shares;
@@ -207,7 +207,8 @@ export function showJob(main, id) {
         shares.replaceChildren(bar, h("ul", { class: "legend" }, parts.map(([key, text]) => h("li", {}, h("b", { class: `c-${key}` }), `${text} ${(100 * found[key]).toFixed(0)} %`))),
           h("p", { class: "muted" }, `The last steps took ${duration(found.step_seconds)} each; the job is ${found.word}.${saves}`));
       } else shares.replaceChildren(h("p", { class: "empty" }, "No step yet."));
-      processes.replaceChildren(...[...job.workers, ...job.servers].map((member) => h("tr", {}, h("td", { class: "name" }, member.id), h("td", {}, member.state), h("td", {}, member.host), h("td", { class: "number" }, member.pid || "–"))));
+      if (ENDED.includes(job.state)) processes.replaceChildren(h("tr", {}, h("td", { colspan: 4, class: "muted" }, "The job has ended, and its processes with it.")));
+      else processes.replaceChildren(...[...job.workers, ...job.servers].map((member) => h("tr", {}, h("td", { class: "name" }, member.id), h("td", {}, member.state), h("td", {}, member.host), h("td", { class: "number" }, member.pid || "–"))));
     }
 
     function drawEvaluations(found) {
@@ -223,16 +224,18 @@ export function showJob(main, id) {
     }
 
     async function drawSpec() {
-      const given = new Set(flat(about.given).map(([name]) => name));
+      const defaults = new Map(flat(about.defaults));
       let other = null;
+      specHeads.replaceChildren(...["Field", "This job", ...(compare.value ? [compare.value] : [])].map((head) => h("th", { scope: "col" }, head)));
       if (compare.value) other = new Map(flat((await get(`/api/jobs/${encodeURIComponent(compare.value)}`)).spec));
       spec.replaceChildren(...flat(about.spec).map(([name, value]) => {
         const theirs = other ? other.get(name) ?? "" : "";
-        const kinds = [given.has(name) ? "given" : "", other && theirs !== value ? "differs" : ""].join(" ").trim();
-        return h("tr", { class: kinds || null }, h("td", {}, name), h("td", {}, value), h("td", {}, theirs));
+        const kinds = [defaults.get(name) !== value ? "given" : "", other && theirs !== value ? "differs" : ""].join(" ").trim();
+        return h("tr", { class: kinds || null }, h("td", {}, name), h("td", {}, value), other ? h("td", {}, theirs) : null);
       }));
     }
 
+    const specHeads = spec.parentElement.querySelector("thead tr");
     main.replaceChildren(headline, h("div", { class: "tools", role: "toolbar", "aria-label": "Charts" }, back, log, h("label", { class: "muted" }, "Smoothing ", smoothing), compare), grid);
     headline.after(findings);
     drawHeadline(); drawFindings(); drawRest(); drawEvaluations(about.evaluations); drawSaved(about.checkpoints); drawSpec();
