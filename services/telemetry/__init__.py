@@ -1,1 +1,1 @@
-"""Metrics for Prometheus, and the HTTP port that serves them."""
+"""Metrics for Prometheus, and the HTTP port."""

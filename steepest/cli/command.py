@@ -158,12 +158,12 @@ def check(task: Task, options: JobOptions, as_json: Json = False) -> None:
 def serve(
     host: Annotated[str, Option(help="Address of both ports.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="gRPC port; 0: any free one.")] = 50051,
-    http_port: Annotated[int, Option(min=0, max=65535, help="HTTP port: /metrics, /healthz.")] = 8080,
+    http_port: Annotated[int, Option(min=0, max=65535, help="HTTP port: the page, /metrics, /healthz.")] = 8080,
     data_dir: Annotated[Path, Option(help="Where jobs and checkpoints are kept.")] = Path("steepest-data"),
     ray_address: Annotated[str | None, Option(help="An existing Ray cluster; else Ray starts embedded.")] = None,
     cpus: Annotated[int | None, Option(min=1, help="CPUs embedded Ray may hand out (default: at least 8).")] = None,
 ) -> None:
-    """Run the service: gRPC for jobs, HTTP for Prometheus."""
+    """Run the service: gRPC for jobs, HTTP for the page and Prometheus."""
     _prepare_for_embedded_ray()
     import threading
 
@@ -220,7 +220,11 @@ def list_jobs(server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("job", "state", "step", "loss", "workers", "reason", box=None)
+    table = Table(box=None)
+    longest = max((len(job.job) for job in jobs), default=0)
+    table.add_column("job", no_wrap=True, min_width=longest)  # a name that is cut is no use
+    for name in ("state", "step", "loss", "workers", "reason"):
+        table.add_column(name)
     for job in jobs:
         loss = "" if job.loss is None else f"{job.loss:.4g}"
         steps = f"{job.step}/{job.total_steps}"
