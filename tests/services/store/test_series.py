@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 from hypothesis import given
@@ -22,7 +23,7 @@ def test_no_number_is_lost_at_any_zoom(values: list[float], points: int) -> None
         assert np.nanmin(least) == min(real)
         assert np.nanmax(largest) == max(real)
     starts = bucket_starts(len(values), points)
-    for index, (low, high) in enumerate(zip(starts, [*starts[1:], len(values)], strict=True)):
+    for index, (low, high) in enumerate(pairwise([*starts, len(values)])):
         finite = [value for value in values[low:high] if math.isfinite(value)]
         assert found.steps[index] == steps[low]
         if finite:
