@@ -9,6 +9,7 @@ import pytest
 from steepest.client import Client, Job
 from steepest.errors import JobFailedError
 from steepest.jobs import Finding
+from tests.support.choices import full
 
 pytestmark = pytest.mark.cluster
 
@@ -26,10 +27,10 @@ def findings(client: Client, function: str, **spec: Any) -> tuple[Job, tuple[Fin
 @pytest.mark.parametrize(
     ("function", "spec", "rule", "layer", "by"),
     [
-        ("sigmoids", {}, "vanishing", "0.weight", 15),
+        full("sigmoids", {}, "vanishing", "0.weight", 15),
         ("dead", {}, "dead_units", "0.weight", 15),
-        ("healthy", {"optimizer": {"name": "momentum", "lr": 5.0}}, "diverging", None, 15),
-        ("slow_input", {}, "input_bound", None, 30),
+        full("healthy", {"optimizer": {"name": "momentum", "lr": 5.0}}, "diverging", None, 15),
+        full("slow_input", {}, "input_bound", None, 30),
     ],
 )
 def test_a_fault_is_named_within_some_steps(
@@ -52,6 +53,7 @@ def test_a_sample_that_is_not_a_number_is_blamed_on_its_micro_batch(client: Clie
     assert finding.micro_batch in (0, 1)
 
 
+@pytest.mark.full
 def test_nothing_is_said_of_a_healthy_job(client: Client) -> None:
     job, found = findings(client, "healthy", steps=1500, eval_every=100)
     assert found == ()

@@ -16,13 +16,14 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from services.service import Service
 from steepest.client import Job
+from tests.support.choices import full
 from tests.support.service import until
 
 pytestmark = pytest.mark.cluster
 
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/google-chrome") if Path(path).exists()), "")
 SCREENSHOTS = os.environ.get("STEEPEST_SCREENSHOTS", "")  # a directory to leave them in
-LOOKS = [(1440, "light"), (1440, "dark"), (390, "light"), (390, "dark")]
+LOOKS = [(1440, "light"), full(1440, "dark"), full(390, "light"), full(390, "dark")]
 
 
 @pytest.fixture(scope="module")
