@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -18,14 +19,18 @@ from ps.checkpoint.files import (
     RECORDS,
     CheckpointError,
     State,
+    best_verified,
     checkpoints,
     files_of,
     newest_valid,
     read_checkpoint,
     read_records,
     state_hashes,
+    step_of,
+    verified_at,
     write_checkpoint,
 )
+from ps.step.best import Best
 from ps.step.messages import StepRecord
 
 
@@ -163,3 +168,30 @@ def test_tied_tensors_appear_under_each_name(tmp_path: Path) -> None:
     back = load_file(write_checkpoint(tmp_path, it).path / "model.safetensors")
     assert torch.equal(back["a"], back["b"])
     shutil.rmtree(tmp_path)
+
+
+def test_the_best_checkpoint_stays_and_is_found(tmp_path: Path) -> None:
+    assert best_verified(tmp_path) is None
+    for step in range(1, 8):
+        best = Best(2, 0.5, step - 2, step) if step >= 2 else Best(-1, math.nan, 1, step)
+        written = write_checkpoint(tmp_path, dataclasses.replace(state(step), best=best))
+        assert repr(read_checkpoint(written.path).best) == repr(best)
+        found = best_verified(tmp_path)
+        assert (found and found.step) == (2 if step >= 2 else None)
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [7, 6, 5, 2]
+    assert verified_at(tmp_path, 4) is None
+    there = verified_at(tmp_path, 5)
+    assert there is not None
+    assert there.state_sha256 == state_hashes(state(5))[1]
+    (tmp_path / "step-000000000002" / "model.safetensors").write_bytes(b"torn")
+    assert best_verified(tmp_path) is None
+
+
+def test_records_of_an_older_version_have_fewer_numbers(tmp_path: Path) -> None:
+    record = StepRecord(6, 1.5, 0.5, *[0.5] * 2, 8, *[1.0] * 3, True, False, 2, *[0.1] * 4, b"norms", 0.25, b"beside")
+    written = write_checkpoint(tmp_path, state(), records=[record], incarnation=3)
+    assert read_records(written.path) == (3, [record])
+    kept = json.loads((written.path / RECORDS).read_text())
+    kept["records"] = [kept["records"][0][:-2]]
+    (written.path / RECORDS).write_text(json.dumps(kept))
+    assert read_records(written.path) == (3, [record._replace(data_seconds=0.0, logged=b"")])
