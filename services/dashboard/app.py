@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
@@ -74,7 +75,7 @@ class Page:
         try:
             return _json(make())
         except (SteepestError, ForbiddenError) as error:
-            return _json({"error": str(error)}, _STATUS.get(type(error), 500))
+            return _refused(error)
 
     def _series(self, request: Request) -> Response:
         def make() -> Any:
@@ -105,13 +106,11 @@ class Page:
             if not _CURSOR.fullmatch(seen):
                 raise SpecError([Violation("cursor", f"{seen!r} does not come from this service")])
         except SteepestError as error:
-            return _json({"error": str(error)}, _STATUS.get(type(error), 500))
+            return _refused(error)
         cursor = Cursor(*map(int, seen.split(":")))
         return _stream(self._live.job(job, cursor, request.is_disconnected))
 
     async def _act(self, request: Request) -> Response:
-        from starlette.concurrency import run_in_threadpool
-
         raw = await request.body()
         headers = dict(request.headers)
 
@@ -137,6 +136,10 @@ class _Static(StaticFiles):
 
 def _json(value: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(value, option=OPTIONS), status, HEADERS, "application/json")
+
+
+def _refused(error: Exception) -> Response:
+    return _json({"error": str(error)}, _STATUS.get(type(error), 500))
 
 
 def _stream(events: Any) -> Response:

@@ -23,7 +23,7 @@ from services.store.store import JobRow, Store
 from steepest.errors import SpecError, Violation
 from steepest.spec import TrainingJobSpec, spec_from_dict
 
-SPARK_POINTS, MAX_POINTS, MAX_LAYERS = 40, 5000, 400
+SPARK_POINTS, MAX_POINTS = 40, 5000
 RECENT_STEPS = 200  # over which speed and shares of a step's time are measured
 LIVE_RECORDS, LIVE_LINES = 1000, 500
 INPUT_BOUND, SERVER_BOUND = 0.3, 0.4  # shares of a step's time from which on it is called so
@@ -97,9 +97,7 @@ class Views:
 
     def layers(self, job: str, first: int, last: int | None, points: int) -> dict[str, Any]:
         """The largest gradient norm of each parameter in each bucket, as powers of ten. Raises NotFoundError."""
-        row = self._store.get(job)
-        layout = TaskDescription.from_json(row.description).layout(spec_from_dict(json.loads(row.spec)))
-        names = [p.name for p in layout.parameters]
+        names = self._parameter_names(job)
         steps, norms = self._history(job).norms(first, last)
         starts = bucket_starts(len(steps), min(points, MAX_POINTS))
         values = largest(norms, starts)
@@ -109,11 +107,9 @@ class Views:
 
     def layer(self, job: str, name: str, first: int, last: int | None, points: int) -> dict[str, Any]:
         """The gradient norm of one parameter. Raises NotFoundError, SpecError."""
-        row = self._store.get(job)
-        layout = TaskDescription.from_json(row.description).layout(spec_from_dict(json.loads(row.spec)))
-        names = [p.name for p in layout.parameters]
+        names = self._parameter_names(job)
         if name not in names:
-            raise SpecError([Violation("name", f"{name!r} is no parameter of {row.name}")])
+            raise SpecError([Violation("name", f"{name!r} is no parameter of trainingJobs/{job}")])
         steps, norms = self._history(job).norms(first, last)
         column: NDArray[Any] = norms[:, names.index(name)] if norms.shape[1] else np.empty(0)
         found = downsample({"step": steps, "norm": column}, min(points, MAX_POINTS))
@@ -144,6 +140,11 @@ class Views:
     def has_ended(self, job: str) -> bool:
         """Whether nothing more will come. Raises NotFoundError."""
         return self._store.get(job).state in ENDED
+
+    def _parameter_names(self, job: str) -> list[str]:
+        row = self._store.get(job)
+        layout = TaskDescription.from_json(row.description).layout(spec_from_dict(json.loads(row.spec)))
+        return [p.name for p in layout.parameters]
 
     def _history(self, job: str) -> JobHistory:
         return JobHistory(self._settings.history_of(job))
