@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from steepest.convert import spec_from_proto
 from steepest.spec import TrainingJobSpec
@@ -29,8 +29,7 @@ class Member:
     state: str
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """Something that is wrong with a job's training, or soon will be.
 
     rule: vanishing, exploding, dead_units, stalled, diverging, nonfinite, overfitting or input_bound. severity: warning
@@ -112,7 +111,7 @@ class JobInfo:
             "servers": [member(m) for m in self.servers],
             "error": self.error,
             "best_step": self.best_step,
-            "findings": [asdict(finding) for finding in self.findings],
+            "findings": [finding._asdict() for finding in self.findings],
         }
 
 

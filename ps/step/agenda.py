@@ -31,13 +31,11 @@ class Agenda:
 
     def wants_checkpoint(self, step: int, *, ends: bool) -> bool:
         """ends: whether the job ends here."""
-        every = self._plan.checkpoint_every
-        return self._saved < step and (ends or self._saves_best or bool(every and step and step % every == 0))
+        return self._saved < step and (ends or self._saves_best or _is_due(self._plan.checkpoint_every, step))
 
     def wants_evaluation(self, step: int, *, ends: bool) -> bool:
         """ends: whether all steps are done."""
-        every = self._plan.eval_every
-        is_due = ends or bool(every and step and step % every == 0)
+        is_due = ends or _is_due(self._plan.eval_every, step)
         return bool(self._plan.evaluation_leaves) and self._evaluated < step and is_due
 
     def saved(self, step: int) -> None:
@@ -53,3 +51,8 @@ class Agenda:
             self._saved = min(self._saved, step - 1)
             self._saves_best = True
         return is_best
+
+
+def _is_due(every: int, step: int) -> bool:
+    """every: 0 for never."""
+    return bool(every and step and step % every == 0)

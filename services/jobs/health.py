@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ps.step.messages import Failure, StepRecord
-from services.store.findings import Finding
+from steepest.jobs import Finding
 
 LASTING_STEPS = 5  # that a condition must hold before it is a finding
 FORGET_STEPS = 200  # without it, after which it may be found again

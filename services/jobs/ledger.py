@@ -10,11 +10,11 @@ from typing import Any
 
 from ps.step.messages import StepRecord
 from services.jobs.health import Health
-from services.store.findings import Finding
 from services.store.history import JobHistory
 from services.store.lifecycle import ENDED, JobState
 from services.store.store import JobRow, Store
 from steepest.errors import ConflictError
+from steepest.jobs import Finding
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
-from services.store.findings import Finding
 from services.store.lifecycle import ENDED, JobState, check_move
 from services.store.schema import evaluations, events, jobs
 from steepest.errors import ConflictError, NotFoundError
+from steepest.jobs import Finding
 
 
 @dataclass(frozen=True, slots=True)

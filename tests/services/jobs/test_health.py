@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ps.step.messages import StepRecord
 from services.jobs.health import FORGET_STEPS, LASTING_STEPS, STALLED_STEPS, Health
-from services.store.findings import Finding
+from steepest.jobs import Finding
 
 NAMES = ("first.weight", "first.bias", "last.weight")
 SHAPES = ((10, 10), (10,), (10, 100))

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from services.store.findings import Finding
 from services.store.lifecycle import JobState
 from services.store.store import JobRow, Result, Store
 from steepest.errors import ConflictError, NotFoundError
+from steepest.jobs import Finding
 
 
 @pytest.fixture
