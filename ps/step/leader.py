@@ -19,7 +19,7 @@ from ps.numerics.tree import parts_of_step
 from ps.step.agenda import Agenda
 from ps.step.assignment import Dealer
 from ps.step.best import Best
-from ps.step.blame import blame_gradient, blame_loss
+from ps.step.blame import blame
 from ps.step.effects import (
     ENDED,
     Decide,
@@ -325,7 +325,7 @@ class Leader:
         if current.kind == Round.EVALUATE:
             return self._finish_evaluation(current, now)
         if current.kind == Round.DIAGNOSE:
-            return self._fail(*blame_gradient(current))
+            return self._fail(*blame(current))
         if not current.has_all_reports(self.plan.num_servers):
             return []
         current.reported = now
@@ -338,7 +338,8 @@ class Leader:
         """One decision for all shards: clip and apply, or skip."""
         decision = current.decide(self.plan.learning_rate(self.updates), self.plan.max_norm)
         if not current.is_finite and not self.plan.skip_nonfinite:
-            return self._blame(current, now)
+            # Name the micro-batch: have the step computed again, and looked at.
+            return self._begin(Round.DIAGNOSE, self.plan.num_leaves, now)
         current.decision = decision
         return [Decide(decision)]
 
@@ -368,11 +369,6 @@ class Leader:
         return [Evaluated(self.step, metrics, is_best), *self._next_round(now)]
 
     # -- failures -----------------------------------------------------------------------------------------------------
-
-    def _blame(self, current: RoundState, now: float) -> list[Effect]:
-        """A sum is not finite: name the micro-batch, by its loss or by computing the step again."""
-        found = blame_loss(current)
-        return self._begin(Round.DIAGNOSE, self.plan.num_leaves, now) if found is None else self._fail(*found)
 
     def _fail(self, failure: Failure, worker: str) -> list[Effect]:
         self._round = None

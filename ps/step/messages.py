@@ -39,7 +39,8 @@ class LeafResult(NamedTuple):
     """What a worker measured in one micro-batch: the loss sum, its weight, and sums of values.
 
     values: in an evaluation, of the metrics; in training, of what the loss function returned besides, by weight.
-    nonfinite: the first parameter with a non-finite gradient; only a diagnosis looks for one.
+    nonfinite: the first parameter with a non-finite gradient; bad_samples: those that make it so, or the loss, by their
+    numbers in the data. Only a diagnosis looks for them.
     """
 
     leaf: int
@@ -48,6 +49,7 @@ class LeafResult(NamedTuple):
     samples: int
     values: tuple[float, ...] = ()
     nonfinite: str = ""
+    bad_samples: tuple[int, ...] = ()
 
 
 class Assign(NamedTuple):
@@ -109,7 +111,8 @@ class Printed(NamedTuple):
 class Failure:
     """User code or data failed in a way that ends the job. `reason` is a stable word, `message` a sentence.
 
-    layer: the parameter whose gradient is not finite, if that is what is wrong.
+    layer: the parameter whose gradient is not finite, if that is what is wrong. samples: those to blame, by their
+    numbers in the data, where they are known.
     """
 
     step: int
@@ -119,6 +122,7 @@ class Failure:
     traceback: str = ""
     kind: Round = Round.TRAIN
     layer: str = ""
+    samples: tuple[int, ...] = ()
 
 
 class Decision(NamedTuple):

@@ -102,6 +102,8 @@ def push_to_proto(push: Push) -> pb.Push:
             message.values.extend(result.values)
         if result.nonfinite:
             message.nonfinite[result.leaf] = result.nonfinite
+        if result.bad_samples:
+            message.bad_samples[result.leaf].indices.extend(result.bad_samples)
     return message
 
 
@@ -115,11 +117,17 @@ def push_from_proto(message: pb.Push) -> Push:
         leaves = [LeafResult(*row) for row in _LEAF.iter_unpack(message.leaves)]
     except struct.error as error:
         raise ValueError(f"a push is torn: {error}") from error
-    if message.values or message.nonfinite:
+    if message.values or message.nonfinite or message.bad_samples:
         values = np.reshape(message.values, (len(leaves), -1)).tolist()
-        nonfinite = message.nonfinite
+        nonfinite, bad = message.nonfinite, message.bad_samples
         leaves = [
-            LeafResult(*r[:4], tuple(own), nonfinite.get(r.leaf, "")) for r, own in zip(leaves, values, strict=True)
+            LeafResult(
+                *r[:4],
+                tuple(own),
+                nonfinite.get(r.leaf, ""),
+                tuple(bad[r.leaf].indices) if r.leaf in bad else (),
+            )
+            for r, own in zip(leaves, values, strict=True)
         ]
     return Push(
         step=message.step,
@@ -170,6 +178,7 @@ def failure_to_proto(failure: Failure) -> pb.Failure:
         traceback=failure.traceback,
         kind=failure.kind,
         layer=failure.layer,
+        samples=failure.samples,
     )
 
 
@@ -183,6 +192,7 @@ def failure_from_proto(message: pb.Failure) -> Failure:
         traceback=message.traceback,
         kind=_ROUNDS[message.kind],
         layer=message.layer,
+        samples=tuple(message.samples),
     )
 
 

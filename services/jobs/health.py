@@ -223,4 +223,5 @@ def nonfinite(failure: Failure, worker: str) -> Finding:
     """What a failure for a loss or gradient that is not finite comes to."""
     micro_batch = None if failure.micro_batch < 0 else failure.micro_batch
     layer = failure.layer or None
-    return Finding("nonfinite", "critical", failure.step, failure.message, layer, worker or None, micro_batch)
+    samples = failure.samples or None
+    return Finding("nonfinite", "critical", failure.step, failure.message, layer, worker or None, micro_batch, samples)

@@ -219,12 +219,34 @@ class Push(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class BadSamplesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        @_builtins.property
+        def value(self) -> Global___Samples: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: Global___Samples | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     STEP_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
     LEAVES_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     NONFINITE_FIELD_NUMBER: _builtins.int
+    BAD_SAMPLES_FIELD_NUMBER: _builtins.int
     BUFFERS_FIELD_NUMBER: _builtins.int
     CONSTANTS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
@@ -253,6 +275,10 @@ class Push(_message.Message):
         """By leaf: the first parameter with a non-finite gradient, in a diagnosis."""
 
     @_builtins.property
+    def bad_samples(self) -> _containers.MessageMap[_builtins.int, Global___Samples]:
+        """By leaf: the samples that make its loss or gradient non-finite, in a diagnosis that could tell."""
+
+    @_builtins.property
     def host_bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """As in the assignment."""
 
@@ -265,6 +291,7 @@ class Push(_message.Message):
         leaves: _builtins.bytes = ...,
         values: _abc.Iterable[_builtins.float] | None = ...,
         nonfinite: _abc.Mapping[_builtins.int, _builtins.str] | None = ...,
+        bad_samples: _abc.Mapping[_builtins.int, Global___Samples] | None = ...,
         buffers: _builtins.bytes | None = ...,
         constants: _builtins.bytes | None = ...,
         seconds: _builtins.float = ...,
@@ -273,7 +300,7 @@ class Push(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "_constants", b"_constants", "buffers", b"buffers", "constants", b"constants"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "_constants", b"_constants", "buffers", b"buffers", "constants", b"constants", "data_seconds", b"data_seconds", "host_bounds", b"host_bounds", "kind", b"kind", "leaves", b"leaves", "nodes", b"nodes", "nonfinite", b"nonfinite", "seconds", b"seconds", "step", b"step", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "_constants", b"_constants", "bad_samples", b"bad_samples", "buffers", b"buffers", "constants", b"constants", "data_seconds", b"data_seconds", "host_bounds", b"host_bounds", "kind", b"kind", "leaves", b"leaves", "nodes", b"nodes", "nonfinite", b"nonfinite", "seconds", b"seconds", "step", b"step", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__buffers: _TypeAlias = _typing.Literal["buffers"]  # noqa: Y015
     _WhichOneofArgType__buffers: _TypeAlias = _typing.Literal["_buffers", b"_buffers"]  # noqa: Y015
@@ -285,6 +312,28 @@ class Push(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__constants) -> _WhichOneofReturnType__constants | None: ...
 
 Global___Push: _TypeAlias = Push  # noqa: Y015
+
+@_typing.final
+class Samples(_message.Message):
+    """Numbers of samples in the training data."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDICES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        indices: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["indices", b"indices"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Samples: _TypeAlias = Samples  # noqa: Y015
 
 @_typing.final
 class Chunk(_message.Message):
@@ -384,6 +433,7 @@ class Failure(_message.Message):
     TRACEBACK_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     LAYER_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     micro_batch: _builtins.int
     reason: _builtins.str
@@ -392,6 +442,10 @@ class Failure(_message.Message):
     kind: _builtins.str
     layer: _builtins.str
     """The parameter whose gradient is not finite, if that is what is wrong."""
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The samples that are to blame, by their numbers in the training data; none: not known."""
+
     def __init__(
         self,
         *,
@@ -402,10 +456,11 @@ class Failure(_message.Message):
         traceback: _builtins.str = ...,
         kind: _builtins.str = ...,
         layer: _builtins.str = ...,
+        samples: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "layer", b"layer", "message", b"message", "micro_batch", b"micro_batch", "reason", b"reason", "step", b"step", "traceback", b"traceback"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "layer", b"layer", "message", b"message", "micro_batch", b"micro_batch", "reason", b"reason", "samples", b"samples", "step", b"step", "traceback", b"traceback"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

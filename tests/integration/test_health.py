@@ -44,13 +44,14 @@ def test_a_fault_is_named_within_some_steps(
     assert [each["rule"] for each in as_dict] == [each.rule for each in found]
 
 
-def test_a_sample_that_is_not_a_number_is_blamed_on_its_micro_batch(client: Client) -> None:
+def test_a_sample_that_is_not_a_number_is_blamed_by_its_number(client: Client) -> None:
     job = client.submit(f"{SICK}:one_bad_sample", **BASE)
     with pytest.raises(JobFailedError, match="not finite"):
         job.wait()
     [finding] = job.get().findings
     assert (finding.rule, finding.severity, finding.worker) == ("nonfinite", "critical", "worker-0")
     assert finding.micro_batch in (0, 1)
+    assert finding.samples == (77,)
 
 
 @pytest.mark.full

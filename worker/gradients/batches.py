@@ -61,6 +61,17 @@ class Batches:
         self._seeded = None
         return found
 
+    def indices(self, step: int, index: int) -> NDArray[np.int64]:
+        """The numbers of a micro-batch's samples."""
+        return self._sampler.indices(step, index)
+
+    def some(self, step: int, index: int, indices: NDArray[np.int64]) -> Any:
+        """The batch of some samples of a micro-batch, with the micro-batch's seeds."""
+        batch = self._fetch(self._engine.train_source, indices, step, index)
+        self._seed(COMPUTE, step, index)
+        self._seeded = None
+        return batch
+
     def evaluation(self, step: int, index: int) -> tuple[Any, int]:
         """(batch, samples in it) of a part of the evaluation data."""
         source = self._engine.eval_source

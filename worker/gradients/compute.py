@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ps.numerics.tree import Node, maximal_nodes
 from ps.parameters.layout import Layout
@@ -14,6 +17,7 @@ from worker.gradients.batches import Batches
 from worker.gradients.buckets import Overlap
 from worker.gradients.compressor import Compressor
 from worker.gradients.engine import Engine, InPartsError, finite_parameters
+from worker.gradients.guilty import guilty
 from worker.gradients.slots import Slots
 from worker.gradients.tree_sum import TreeSum
 
@@ -198,11 +202,23 @@ class Computer:
         return pushed
 
     def _diagnose(self, index: int) -> None:
-        """Compute one micro-batch again, and name the first parameter whose gradient is not finite."""
-        leaves = self._leaves
+        """Compute one micro-batch again; name the first parameter whose gradient is not finite, and the samples."""
+        leaves, step = self._leaves, self._assign.step
         slot = self._tree.whole(Node(index, index + 1))
-        if slot is not None:
-            nonfinite = finite_parameters(self._slots.views(slot), self._layout)
-            self._slots.release(slot)
-            leaves.results[index] = leaves.results[index]._replace(nonfinite=nonfinite)
         leaves.buffers = None
+        if slot is None:
+            return
+        views = self._slots.views(slot)
+        result = leaves.results[index]
+        nonfinite = finite_parameters(views, self._layout)
+        bad: tuple[int, ...] = ()
+        if nonfinite or not math.isfinite(result.loss):
+
+            def is_finite(samples: NDArray[np.int64]) -> bool:
+                batch = self._batches.some(step, index, samples)
+                measured = self._engine.gradient(batch, len(samples), views, add=False)
+                return math.isfinite(measured.loss) and not finite_parameters(views, self._layout)
+
+            bad = guilty(self._batches.indices(step, index), is_finite)
+        self._slots.release(slot)
+        leaves.results[index] = result._replace(nonfinite=nonfinite, bad_samples=bad)

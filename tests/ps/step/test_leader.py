@@ -189,6 +189,8 @@ def test_a_loss_that_is_not_finite_fails_the_job_by_name(loss: float) -> None:
     leaves = (*bad.leaves[:2], LeafResult(2, loss, 2.0, 2), bad.leaves[3])
     it.push("a", Push(bad.step, bad.kind, bad.nodes, leaves), 1.0)
     effects = it.report(0, 0, Round.TRAIN, np.array([1.0]), 1.0)[1]
+    (again,) = of_kind(effects, Send)
+    effects = it.push("a", Push(0, again.assign.kind, (), leaves), 2.0)[1]
     (change,) = of_kind(effects, PhaseChanged)
     assert change.phase == Phase.FAILED
     assert change.failure.micro_batch == 2
@@ -205,13 +207,13 @@ def test_a_gradient_that_is_not_finite_is_traced_to_its_micro_batch() -> None:
     assert again.assign.kind == Round.DIAGNOSE
     found = push(again.assign)
     leaves = tuple(
-        LeafResult(r.leaf, r.loss, r.weight, r.samples, nonfinite="layer.weight" if r.leaf == 3 else "")
-        for r in found.leaves
+        r._replace(nonfinite="layer.weight", bad_samples=(17, 40)) if r.leaf == 3 else r for r in found.leaves
     )
     effects = it.push("a", Push(0, Round.DIAGNOSE, (), leaves), 2.0)[1]
     (change,) = of_kind(effects, PhaseChanged)
-    assert change.failure.reason == "nonfinite_gradient"
+    assert (change.failure.reason, change.failure.samples) == ("nonfinite_gradient", (17, 40))
     assert "layer.weight" in change.reason
+    assert "samples 17, 40 of the training data" in change.reason
     assert "micro-batch 3" in change.reason
 
 

@@ -35,7 +35,8 @@ def leaves(draw: st.DrawFn) -> tuple[LeafResult, ...]:
     """Each once, with as many metric sums each."""
     num_values = draw(st.integers(0, 3))
     values = st.tuples(*[REAL] * num_values)
-    result = st.builds(LeafResult, COUNT, REAL, REAL, COUNT, values, st.text(max_size=5))
+    samples = st.lists(COUNT, max_size=3).map(tuple)
+    result = st.builds(LeafResult, COUNT, REAL, REAL, COUNT, values, st.text(max_size=5), samples)
     return tuple(draw(st.lists(result, max_size=4, unique_by=lambda r: r.leaf)))
 
 
@@ -50,7 +51,7 @@ def test_assign(it: Assign) -> None:
     assert convert.assign_from_proto(convert.assign_to_proto(it)) == it
 
 
-@given(st.builds(Push, STEP, KIND, st.lists(NODES, max_size=4).map(tuple), leaves(), BYTES, REAL, RANGES))
+@given(st.builds(Push, STEP, KIND, st.lists(NODES, max_size=4).map(tuple), leaves(), BYTES, REAL, RANGES, BYTES, REAL))
 def test_push(it: Push) -> None:
     assert convert.push_from_proto(convert.push_to_proto(it)) == it
 
@@ -64,7 +65,10 @@ def test_a_torn_push_is_refused() -> None:
         convert.push_from_proto(pb.Push(kind="senseless"))
 
 
-@given(st.builds(Failure, STEP, st.integers(-1, 100), st.text(), st.text(), st.text(), KIND))
+SAMPLES = st.lists(COUNT, max_size=3).map(tuple)
+
+
+@given(st.builds(Failure, STEP, st.integers(-1, 100), st.text(), st.text(), st.text(), KIND, st.text(), SAMPLES))
 def test_failure(it: Failure) -> None:
     assert convert.failure_from_proto(convert.failure_to_proto(it)) == it
 
