@@ -31,7 +31,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "examples/from_scripts/resnet.py:task": {},
     "examples/from_scripts/gcn.py:task": {"data": {"global_batch": 200}},
     "examples/from_scripts/vae.py:task": {},
-    "examples/from_scripts/lstm.py:task": {"data": {"global_batch": 16, "shuffle": False}},
+    "examples/from_scripts/lstm.py:task": {"data": {"global_batch": 16, "micro_batch": 16, "shuffle": False}},
     "examples/from_scripts/recommender.py:task": {"optimizer": {"name": "sgd", "lr": 0.1}},
     "examples/from_scripts/lora.py:task": {},
     "examples/from_scripts/lightning_module.py:task": {},

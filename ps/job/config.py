@@ -44,6 +44,12 @@ class JobConfig:
         """The layout of the parameters."""
         return build_layout(self.model, decay_biases_and_norms=self.spec.optimizer.decay_biases_and_norms)
 
+    @property
+    def signals_every(self) -> int:
+        """Signals are kept with the norms of parameters, and measured with them."""
+        telemetry = self.spec.telemetry
+        return telemetry.signals_every if telemetry.parameter_norms else 0
+
     def push_codec(self) -> Codec | None:
         """What gradients are sent in, None for as they are."""
         return push_codec(self.spec.compression, self.layout(), self.spec.seed)

@@ -1,4 +1,4 @@
-"""The server's inner loop, compiled: gradients are added along the canonical tree and measured in one pass.
+"""The server's inner loops, compiled: gradients are added along the canonical tree and measured in one pass.
 
 A tile of all the gradients is in cache while it is added and squared. Sums of squares go to LANES float64 lanes by
 position in the segment, and the lanes are added pairwise: the order of additions is fixed, so neither the threads, nor
@@ -53,6 +53,17 @@ def _add_and_measure(target, source, lanes):
             lanes[i] += value * value
 
 
+@njit(nogil=True, cache=True)
+def _folded(lanes):
+    """The sum of all lanes, pairwise; they are used up."""
+    half = LANES // 2
+    while half:
+        for i in range(half):
+            lanes[i] += lanes[i + half]
+        half //= 2
+    return lanes[0]
+
+
 # With signatures it is compiled, or found in the cache, on import: no step waits for it.
 @njit(
     [
@@ -95,9 +106,61 @@ def reduce_and_measure(
                 _add_and_measure(result, source[start:stop], lanes)
             else:
                 _measure(result, lanes)
-        half = LANES // 2
-        while half:
-            for i in range(half):
-                lanes[i] += lanes[i + half]
-            half //= 2
-        sums[s] = lanes[0]
+        sums[s] = _folded(lanes)
+
+
+@njit(
+    [f"void({real}[::1], int64[:,::1], float64[::1])" for real in ("float32", "float64")],
+    nogil=True,
+    cache=True,
+)
+def sums_of_squares(values: NDArray[np.floating], segments: NDArray[np.int64], sums: NDArray[np.float64]) -> None:
+    """Write the sum of squares of each segment to `sums`. segments, sums: as for `reduce_and_measure`."""
+    lanes = np.empty(LANES)
+    for s in range(len(segments)):
+        lanes[:] = 0.0
+        _measure(values[segments[s, 0] : segments[s, 1]], lanes)
+        sums[s] = _folded(lanes)
+
+
+@njit(
+    [f"void({real}[::1], int64[:,::1], float64[:,::1])" for real in ("float32", "float64")],
+    nogil=True,
+    cache=True,
+)
+def measure_magnitudes(values: NDArray[np.floating], segments: NDArray[np.int64], out: NDArray[np.float64]) -> None:
+    """Of each segment, write the sum of magnitudes, the largest one, and the number of zeros. out: shape (s, 3)."""
+    sums, most, zeros = np.empty(LANES), np.empty(LANES), np.empty(LANES)
+    for s in range(len(segments)):
+        sums[:], most[:], zeros[:] = 0.0, 0.0, 0.0
+        for start in range(segments[s, 0], segments[s, 1], LANES):
+            part = values[start : min(start + LANES, segments[s, 1])]
+            for i in range(part.size):
+                magnitude = np.float64(abs(part[i]))
+                sums[i] += magnitude
+                most[i] = max(most[i], magnitude)
+                zeros[i] += 1.0 if magnitude == 0.0 else 0.0
+        out[s, 0], out[s, 1], out[s, 2] = _folded(sums), most.max(), _folded(zeros)
+
+
+@njit(
+    [f"void({real}[::1], {real}[::1], int64[:,::1], float64[:,::1])" for real in ("float32", "float64")],
+    nogil=True,
+    cache=True,
+)
+def measure_update(
+    before: NDArray[np.floating], after: NDArray[np.floating], segments: NDArray[np.int64], out: NDArray[np.float64]
+) -> None:
+    """Of each segment, write the sum of squares of `after - before` and that of `before`. out: shape (s, 2)."""
+    updates, squares = np.empty(LANES), np.empty(LANES)
+    for s in range(len(segments)):
+        updates[:], squares[:] = 0.0, 0.0
+        for start in range(segments[s, 0], segments[s, 1], LANES):
+            stop = min(start + LANES, segments[s, 1])
+            old, new = before[start:stop], after[start:stop]
+            for i in range(old.size):
+                value = np.float64(old[i])
+                update = np.float64(new[i]) - value
+                updates[i] += update * update
+                squares[i] += value * value
+        out[s, 0], out[s, 1] = _folded(updates), _folded(squares)

@@ -19,18 +19,26 @@ from ps.parameters.layout import BLOCK_NUMEL, Shard
 CHUNK_NUMEL = 128 * BLOCK_NUMEL  # is measured at a time: what the squares, in float64, take memory for
 
 
+def segment_chunks(
+    segments: Sequence[tuple[int, int]], numel: int, device: torch.device
+) -> list[tuple[int, int, torch.Tensor]]:
+    """The segments by chunks of CHUNK_NUMEL elements, as (start, stop, edges of the segments from there on)."""
+    chunks = []
+    for start in range(0, numel, CHUNK_NUMEL):
+        stop = min(start + CHUNK_NUMEL, numel)
+        inside = [segment for segment in segments if start <= segment[0] < stop]
+        edges = torch.tensor([edge - start for edge in chain(*inside)], dtype=torch.int64, device=device)
+        if inside:  # else it is all padding
+            chunks.append((start, stop, edges))
+    return chunks
+
+
 class DeviceReducer:
     """Carries out addition plans on one shard. device: where its gradients are."""
 
     def __init__(self, shard: Shard, device: torch.device) -> None:
         self._num_segments = len(shard.segments)
-        self._chunks: list[tuple[int, int, torch.Tensor]] = []  # start, stop, offsets of the segments in it
-        for start in range(0, shard.numel, CHUNK_NUMEL):
-            stop = min(start + CHUNK_NUMEL, shard.numel)
-            inside = [segment for segment in shard.segments if start <= segment[0] < stop]
-            edges = torch.tensor([edge - start for edge in chain(*inside)], dtype=torch.int64, device=device)
-            if inside:  # else it is all padding
-                self._chunks.append((start, stop, edges))
+        self._chunks = segment_chunks(shard.segments, shard.numel, device)
 
     def __call__(
         self, plan: Sequence[tuple[Node, Node]], root: Node | None, gradients: Mapping[Node, torch.Tensor]

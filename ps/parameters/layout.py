@@ -164,10 +164,17 @@ class Shard:
 
         A segment is one parameter's part of one block; it runs over zero padding to the end of its 64-byte line.
         """
-        line = PARAMETER_ALIGNMENT_BYTES // self.layout.itemsize
+        return self._segments(PARAMETER_ALIGNMENT_BYTES // self.layout.itemsize)
+
+    @cached_property
+    def bare_segments(self) -> tuple[tuple[int, int], ...]:
+        """As `segments`, without padding."""
+        return self._segments(1)
+
+    def _segments(self, alignment: int) -> tuple[tuple[int, int], ...]:
         segments = []
         for p in self.layout.parameters:
-            stop = align(p.offset + p.numel, line)
+            stop = align(p.offset + p.numel, alignment)
             for block in p.blocks:
                 start = block * BLOCK_NUMEL
                 if self.start <= start < self.stop:

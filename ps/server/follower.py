@@ -37,14 +37,17 @@ class RemoteLeader:
             reason = "it is gone" if first is None else first.refusal.reason
             raise RuntimeError(f"the leader refused server {index}: {reason}")
 
-    def report(self, step: int, kind: Round, sums: NDArray[np.float64]) -> None:
+    def report(self, step: int, kind: Round, sums: NDArray[np.float64], signals: NDArray[np.float64] | None) -> None:
         """See LeaderLink."""
-        report = pb.ShardReport(step=step, kind=kind, segment_sums=convert.sums_to_bytes(sums))
+        report = pb.ShardReport(
+            step=step, kind=kind, segment_sums=convert.sums_to_bytes(sums), signals=convert.signals_to_bytes(signals)
+        )
         self._connection.send(pb.FollowerMessage(report=report))
 
-    def applied(self, step: int, clipped_sum: float) -> None:
+    def applied(self, step: int, clipped_sum: float, signals: NDArray[np.float64] | None) -> None:
         """See LeaderLink."""
-        self._connection.send(pb.FollowerMessage(applied=pb.Applied(step=step, clipped_sum=clipped_sum)))
+        applied = pb.Applied(step=step, clipped_sum=clipped_sum, signals=convert.signals_to_bytes(signals))
+        self._connection.send(pb.FollowerMessage(applied=applied))
 
     def state(self, step: int, parts: Iterator[StatePart]) -> None:
         """See LeaderLink."""

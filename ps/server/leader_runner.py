@@ -116,13 +116,15 @@ class LeaderRunner:
 
     # -- shards -------------------------------------------------------------------------------------------------------
 
-    def report(self, server: int, step: int, kind: Round, sums: NDArray[np.float64]) -> None:
-        """A shard is reduced."""
-        self._run(self.leader.report(server, step, kind, sums, time.time())[1])
+    def report(
+        self, server: int, step: int, kind: Round, sums: NDArray[np.float64], signals: NDArray[np.float64] | None
+    ) -> None:
+        """A shard is reduced. signals: of its gradient."""
+        self._run(self.leader.report(server, step, kind, sums, time.time(), signals)[1])
 
-    def applied(self, server: int, step: int, clipped_sum: float) -> None:
-        """A shard has carried out a decision."""
-        self._run(self.leader.applied(server, step, clipped_sum, time.time())[1])
+    def applied(self, server: int, step: int, clipped_sum: float, signals: NDArray[np.float64] | None) -> None:
+        """A shard has carried out a decision. signals: of its update."""
+        self._run(self.leader.applied(server, step, clipped_sum, time.time(), signals)[1])
 
     def state_sink(self, server: int, chunk: pb.Chunk, num_bytes: int) -> memoryview:
         """Where a piece of a follower's state belongs. Raises StreamError for one that is not expected."""
@@ -249,13 +251,13 @@ class LocalLeader:
     def __init__(self, runner: LeaderRunner) -> None:
         self._runner = runner
 
-    def report(self, step: int, kind: Round, sums: NDArray[np.float64]) -> None:
+    def report(self, step: int, kind: Round, sums: NDArray[np.float64], signals: NDArray[np.float64] | None) -> None:
         """See LeaderLink."""
-        self._runner.report(0, step, kind, sums)
+        self._runner.report(0, step, kind, sums, signals)
 
-    def applied(self, step: int, clipped_sum: float) -> None:
+    def applied(self, step: int, clipped_sum: float, signals: NDArray[np.float64] | None) -> None:
         """See LeaderLink."""
-        self._runner.applied(0, step, clipped_sum)
+        self._runner.applied(0, step, clipped_sum, signals)
 
     def state(self, step: int, parts: Iterator[StatePart]) -> None:
         """See LeaderLink."""

@@ -27,11 +27,11 @@ class ShardLink(Protocol):
 class LeaderLink(Protocol):
     """The leader, as a shard reaches it."""
 
-    def report(self, step: int, kind: Round, sums: NDArray[np.float64]) -> None:
-        """The round is reduced and measured: sums of squares of the shard's segments."""
+    def report(self, step: int, kind: Round, sums: NDArray[np.float64], signals: NDArray[np.float64] | None) -> None:
+        """The round is reduced and measured: sums of squares of the shard's segments. signals: of the gradient."""
 
-    def applied(self, step: int, clipped_sum: float) -> None:
-        """A decision is carried out."""
+    def applied(self, step: int, clipped_sum: float, signals: NDArray[np.float64] | None) -> None:
+        """A decision is carried out. signals: of the update."""
 
     def state(self, step: int, parts: Iterator[StatePart]) -> None:
         """All state of the shard."""

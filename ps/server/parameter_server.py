@@ -146,6 +146,7 @@ class ParameterServer:
             push=config.push_codec(),
             pull=config.pull_codec(),
             device=self._device,
+            signals_every=config.signals_every,
         )
         if restored is not None:
             shard.optimizer.import_state(restored.state.optimizer)

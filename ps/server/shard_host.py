@@ -75,7 +75,7 @@ class ShardHost:
         step, kind = state.step, push.kind
         sums = state.reduce()
         assert self._leader is not None  # noqa: S101  # workers come after the leader is known
-        self._leader.report(step, kind, sums)
+        self._leader.report(step, kind, sums, state.gradient_signals)
 
     # -- the leader's requests (ShardLink) ----------------------------------------------------------------------------
 
@@ -87,7 +87,7 @@ class ShardHost:
         else:
             self._send(self._connected(), self.state.update, compressed=True)
         assert self._leader is not None  # noqa: S101  # a decision follows a report
-        self._leader.applied(decision.step, clipped_sum)
+        self._leader.applied(decision.step, clipped_sum, self.state.update_signals)
 
     def collect(self, step: int) -> None:
         """See ShardLink."""

@@ -138,21 +138,29 @@ class Leader:
         return outcome, self._advance(now) or self._after_answer(now)
 
     def report(
-        self, server: int, step: int, kind: Round, sums: NDArray[np.float64], now: float
+        self,
+        server: int,
+        step: int,
+        kind: Round,
+        sums: NDArray[np.float64],
+        now: float,
+        signals: NDArray[np.float64] | None = None,
     ) -> tuple[Outcome, list[Effect]]:
-        """A shard has reduced its part of the round and measured it."""
+        """A shard has reduced its part of the round and measured it. signals: see RoundState.take_report."""
         current = self._round
         if current is None or not current.is_answered_by(step, kind):
             return Outcome.LATE, []
-        outcome = current.take_report(server, sums)
+        outcome = current.take_report(server, sums, signals)
         return outcome, self._advance(now) if outcome == Outcome.ACCEPTED else []
 
-    def applied(self, server: int, step: int, clipped_sum: float, now: float) -> tuple[Outcome, list[Effect]]:
-        """A shard has carried out the decision."""
+    def applied(
+        self, server: int, step: int, clipped_sum: float, now: float, signals: NDArray[np.float64] | None = None
+    ) -> tuple[Outcome, list[Effect]]:
+        """A shard has carried out the decision. signals: see RoundState.take_applied."""
         current = self._round
         if current is None or step != self.step or not current.is_decided:
             return Outcome.LATE, []
-        outcome = current.take_applied(server, clipped_sum)
+        outcome = current.take_applied(server, clipped_sum, signals)
         if outcome == Outcome.DUPLICATE or not current.is_applied(self.plan.num_servers):
             return outcome, []
         return outcome, self._commit(current, now)

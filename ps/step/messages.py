@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-PROTOCOL = 6
+PROTOCOL = 7
 
 
 class Round(StrEnum):
@@ -40,7 +40,7 @@ class LeafResult(NamedTuple):
 
     values: in an evaluation, of the metrics; in training, of what the loss function returned besides, by weight.
     nonfinite: the first parameter with a non-finite gradient; bad_samples: those that make it so, or the loss, by their
-    numbers in the data. Only a diagnosis looks for them.
+    numbers in the data. Only a diagnosis looks for them. squares: see StepSignals.leaves.
     """
 
     leaf: int
@@ -50,6 +50,7 @@ class LeafResult(NamedTuple):
     values: tuple[float, ...] = ()
     nonfinite: str = ""
     bad_samples: tuple[int, ...] = ()
+    squares: bytes = b""
 
 
 class Assign(NamedTuple):
@@ -140,8 +141,11 @@ class StepRecord(NamedTuple):
     """What the leader saw in one step. Norms are of the mean gradient; times are in seconds.
 
     data_seconds: of the worker that waited longest for samples; reading beside the servers' work is no waiting.
+    slowest_worker: the number of the one that took longest for a micro-batch, and slowest_ratio: its time to the median
+    of the others'; -1 and 1 where there are no others.
     parameter_norms: of each parameter's gradient before the clip, in the layout's order; logged: means of what the loss
-    function returned besides, in the order of JobConfig.logged_names. Both are float64, little-endian.
+    function returned besides, in the order of JobConfig.logged_names; signals: see ps.step.signals, row by row, where
+    they are measured. All three are float64, little-endian.
     """
 
     step: int
@@ -163,6 +167,9 @@ class StepRecord(NamedTuple):
     parameter_norms: bytes = b""
     data_seconds: float = 0.0
     logged: bytes = b""
+    slowest_worker: int = -1
+    slowest_ratio: float = 1.0
+    signals: bytes = b""
 
 
-RECORD_BYTES = ("parameter_norms", "logged")  # those fields of a StepRecord
+RECORD_BYTES = ("parameter_norms", "logged", "signals")  # those fields of a StepRecord

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ps.parameters.layout import Layout
 from ps.step.messages import Decision, StepRecord
+from ps.step.signals import StepSignals, parameter_signals
 
 
 class CompletedStep(NamedTuple):
@@ -18,7 +19,8 @@ class CompletedStep(NamedTuple):
 
     segment_sums: of squares of the summed gradient, for each segment of the layout.
     clipped_sum: of squares of the gradient after a clip by value; None without one.
-    logged: means of what the loss function returned besides. data_seconds: see StepRecord.
+    logged: means of what the loss function returned besides. data_seconds, slowest_worker, slowest_ratio: see
+    StepRecord. signals: None in a step that they are not measured in.
     began, collected, reported, committed: when the round began, all pushes were there, all shards had reduced, applied.
     """
 
@@ -36,8 +38,11 @@ class CompletedStep(NamedTuple):
     committed: float
     logged: tuple[float, ...] = ()
     data_seconds: float = 0.0
+    slowest_worker: int = -1
+    slowest_ratio: float = 1.0
+    signals: StepSignals | None = None
 
-    def record(self, parameter_norms: bytes = b"") -> StepRecord:
+    def record(self, parameter_norms: bytes = b"", signals: bytes = b"") -> StepRecord:
         """The record of the step."""
         decision, norm = self.decision, self.norm
         clipped_norm = norm * decision.coefficient
@@ -63,17 +68,25 @@ class CompletedStep(NamedTuple):
             parameter_norms=parameter_norms,
             data_seconds=self.data_seconds,
             logged=np.array(self.logged, dtype="<f8").tobytes() if self.logged else b"",
+            slowest_worker=self.slowest_worker,
+            slowest_ratio=self.slowest_ratio,
+            signals=signals,
         )
 
 
 def records_of(steps: Sequence[CompletedStep], layout: Layout | None) -> list[StepRecord]:
-    """The records of some steps. layout: without it they have no parameter_norms."""
+    """The records of some steps. layout: without it they have no parameter_norms, and no signals."""
     if layout is None:
         return [step.record() for step in steps]
     owners, num_parameters = layout.segment_owners, len(layout.parameters)
     records = []
     for step in steps:
         # bincount adds in order, so a parameter's norm has the same bits for any number of shards.
-        norms = np.sqrt(np.bincount(owners, step.segment_sums, num_parameters)) / step.weight
-        records.append(step.record(norms.astype("<f8", copy=False).tobytes()))
+        sums = np.bincount(owners, step.segment_sums, num_parameters)
+        norms = np.sqrt(sums) / step.weight
+        signals = b""
+        if step.signals is not None:
+            measured = parameter_signals(step.signals, norms**2, step.weight, layout)
+            signals = measured.astype("<f8", copy=False).tobytes()
+        records.append(step.record(norms.astype("<f8", copy=False).tobytes(), signals))
     return records

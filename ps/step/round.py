@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from ps.numerics.clip import clip_coefficient
 from ps.numerics.ranges import leaves_of
 from ps.step.messages import Decision, LeafResult, Outcome, Push, Round
 from ps.step.record import CompletedStep
+from ps.step.signals import StepSignals
 
 _NOTHING = LeafResult(-1, 0.0, 0.0, 0)
 
@@ -39,9 +41,12 @@ class RoundState:
         self._by = [""] * num_leaves
         self._data_seconds: dict[str, float] = {}  # by worker
         self._served_seconds = served_seconds
+        self._seconds: dict[str, tuple[float, int]] = {}  # by worker: computing, and of how many micro-batches
         self._reports: dict[int, NDArray[np.float64]] = {}
         self._sums: NDArray[np.float64] | None = None
         self._applied: dict[int, float] = {}
+        self._gradient_signals: dict[int, NDArray[np.float64]] = {}
+        self._update_signals: dict[int, NDArray[np.float64]] = {}
 
     # -- what is where ------------------------------------------------------------------------------------------------
 
@@ -105,6 +110,9 @@ class RoundState:
         outcome = Outcome.ACCEPTED if delivered & self._missing else Outcome.DUPLICATE
         if push.data_seconds:
             self._data_seconds[worker] = self._data_seconds.get(worker, 0.0) + push.data_seconds
+        if push.leaves:
+            seconds, leaves = self._seconds.get(worker, (0.0, 0))
+            self._seconds[worker] = seconds + push.seconds, leaves + len(push.leaves)
         self._missing &= ~delivered
         self._undealt &= ~delivered
         if push.buffers is not None and self.buffers is None:
@@ -115,18 +123,24 @@ class RoundState:
             self.collected = now
         return outcome, delivered
 
-    def take_report(self, server: int, sums: NDArray[np.float64]) -> Outcome:
-        """A shard's sums of squares of its segments."""
+    def take_report(
+        self, server: int, sums: NDArray[np.float64], signals: NDArray[np.float64] | None = None
+    ) -> Outcome:
+        """A shard's sums of squares of its segments. signals: of its gradient, if they are measured in this step."""
         if server in self._reports:
             return Outcome.DUPLICATE
         self._reports[server] = sums
+        if signals is not None:
+            self._gradient_signals[server] = signals
         return Outcome.ACCEPTED
 
-    def take_applied(self, server: int, clipped_sum: float) -> Outcome:
-        """A shard has carried out the decision."""
+    def take_applied(self, server: int, clipped_sum: float, signals: NDArray[np.float64] | None = None) -> Outcome:
+        """A shard has carried out the decision. signals: of its update, if they are measured in this step."""
         if server in self._applied:
             return Outcome.DUPLICATE
         self._applied[server] = clipped_sum
+        if signals is not None:
+            self._update_signals[server] = signals
         return Outcome.ACCEPTED
 
     # -- the decision ------------------------------------------------------------------------------------------------
@@ -155,6 +169,7 @@ class RoundState:
     def completed(self, workers: int, now: float, *, clips_by_value: bool) -> CompletedStep:
         """What is told of the step, when all shards have applied the decision."""
         assert self.decision is not None  # noqa: S101  # a step is complete when it is decided and applied
+        slowest, ratio = self._slowest()
         return CompletedStep(
             decision=self.decision,
             loss=self.loss,
@@ -170,6 +185,9 @@ class RoundState:
             committed=now,
             logged=self.mean_logged(),
             data_seconds=self._waiting_seconds(),
+            slowest_worker=slowest,
+            slowest_ratio=ratio,
+            signals=self._signals(),
         )
 
     # -- totals -------------------------------------------------------------------------------------------------------
@@ -184,6 +202,26 @@ class RoundState:
     def total_samples(self) -> int:
         """How many samples there were."""
         return sum([r.samples for r in self.results])
+
+    def _signals(self) -> StepSignals | None:
+        """Those of all shards, in the layout's order; None when they are not measured in this step."""
+        gradient, update = self._gradient_signals, self._update_signals
+        if not update or len(gradient) < len(self._reports):
+            return None
+        leaves = [(r.weight, r.squares) for r in self.results if r.squares]
+        whole, changed = (np.concatenate([own[i] for i in range(len(own))]) for own in (gradient, update))
+        return StepSignals(whole, changed, leaves)
+
+    def _slowest(self) -> tuple[int, float]:
+        """The number of the worker that took longest for a micro-batch, and its time to the median of the others'."""
+        pace = {worker: seconds / leaves for worker, (seconds, leaves) in self._seconds.items()}
+        if len(pace) < 2:
+            return -1, 1.0
+        worker = max(pace, key=lambda name: pace[name])
+        slowest = pace.pop(worker)
+        usual = median(pace.values())
+        number = worker.rpartition("-")[2]
+        return int(number) if number.isdecimal() else -1, slowest / usual if usual > 0 else 1.0
 
     def _waiting_seconds(self) -> float:
         """That workers waited for samples: what they read while the servers finished the step before is no waiting."""

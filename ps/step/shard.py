@@ -17,10 +17,12 @@ from ps.memory.gpu import Device
 from ps.numerics.optimizer import ShardOptimizer
 from ps.numerics.reduce_cpu import Reducer
 from ps.numerics.reduce_gpu import DeviceReducer
+from ps.numerics.signals import CpuSignals, DeviceSignals, Signals
 from ps.numerics.threads import Threads, split
 from ps.numerics.tree import Node, addition_plan
 from ps.parameters.layout import Shard
 from ps.step.messages import Decision, Outcome, Round
+from ps.step.signals import is_measured
 from steepest.spec import OptimizerSpec
 
 
@@ -31,7 +33,7 @@ class ShardState:
     num_leaves: micro-batches of a training step. push: what gradients come in, added up in the order of micro-batches.
     pull: what updates are sent in; the optimizer then has parameters of its own (`master`), and what an update could
     not say stays between the two. device: the GPU to compute on; the optimizer's parameters are there, and `expose`
-    brings them to `parameters`. Not together with push or pull.
+    brings them to `parameters`. Not together with push or pull. signals_every: of the spec's telemetry.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class ShardState:
         push: Codec | None = None,
         pull: Codec | None = None,
         device: Device | None = None,
+        signals_every: int = 0,
     ) -> None:
         self.shard = shard
         self.parameters = parameters
@@ -67,6 +70,9 @@ class ShardState:
         self.push_codec, self._pull = push, pull
         self._scratch = torch.empty(0)
         self._max_value = max_value
+        self._signals_every = signals_every
+        self.gradient_signals: NDArray[np.float64] | None = None  # of the round, once it is reduced
+        self.update_signals: NDArray[np.float64] | None = None  # of the last decision
         self._held: dict[Node, torch.Tensor | None] = {}
         self._covered = 0  # a bit for each micro-batch in `_held`
         self._sum: torch.Tensor | None = None
@@ -80,10 +86,12 @@ class ShardState:
         """How many cores there are for this shard, before its first round."""
         if self._device is not None:
             self._reducer: Reducer | DeviceReducer = DeviceReducer(self.shard, self._device.torch_device)
+            self._signals: Signals = DeviceSignals(self.shard, self._device.torch_device)
             return
         ranges = split(self.shard, num_threads)
         threads = Threads(len(ranges))
         self._reducer = Reducer(self.shard, threads, ranges)
+        self._signals = CpuSignals(self.shard, threads, ranges)
         self.optimizer.use_threads(threads, ranges)
 
     @property
@@ -146,7 +154,14 @@ class ShardState:
         sums = self._reducer(self._plan, root, values)
         self._sum = values[root] if root is not None else None
         self._reduced = True
+        self.gradient_signals = None
+        if self._sum is not None and self._measures:
+            self.gradient_signals = self._signals.of_gradient(self._sum)
         return sums
+
+    @property
+    def _measures(self) -> bool:
+        return self.initialized and is_measured(self.step, self._signals_every)
 
     def _decode(self, codec: Codec) -> None:
         """Put the sum of the payloads in their place."""
@@ -190,7 +205,9 @@ class ShardState:
             self.initialized = True
         else:
             self.update = None if self._pull is None else torch.empty(0, dtype=torch.uint8)
+            self.update_signals = None
             if decision.apply and self._sum is not None:
+                before = self.master.clone() if self._measures else None
                 clamped = self.optimizer.step(
                     self._sum,
                     lr=decision.lr,
@@ -199,6 +216,8 @@ class ShardState:
                     max_value=self._max_value,
                 )
                 self._is_exposed = False
+                if before is not None:
+                    self.update_signals = self._signals.of_update(before, self.master)
                 if self._pull is not None:
                     self._encode_update(self._pull)
             self.step += 1

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ps.memory.gpu import DeviceReference
 from ps.memory.segment import SegmentReference
 from ps.step.messages import Assign, Decision, Failure, LeafResult, Printed, Push, PushedNode, Ready, Round, StepRecord
+from ps.step.signals import NAMES
 from steepest.v1 import exchange_pb2 as pb
 from steepest.v1 import training_jobs_pb2 as jobs_pb
 
@@ -104,6 +105,8 @@ def push_to_proto(push: Push) -> pb.Push:
             message.nonfinite[result.leaf] = result.nonfinite
         if result.bad_samples:
             message.bad_samples[result.leaf].indices.extend(result.bad_samples)
+        if result.squares:
+            message.squares[result.leaf] = result.squares
     return message
 
 
@@ -117,15 +120,16 @@ def push_from_proto(message: pb.Push) -> Push:
         leaves = [LeafResult(*row) for row in _LEAF.iter_unpack(message.leaves)]
     except struct.error as error:
         raise ValueError(f"a push is torn: {error}") from error
-    if message.values or message.nonfinite or message.bad_samples:
+    if message.values or message.nonfinite or message.bad_samples or message.squares:
         values = np.reshape(message.values, (len(leaves), -1)).tolist()
-        nonfinite, bad = message.nonfinite, message.bad_samples
+        nonfinite, bad, squares = message.nonfinite, message.bad_samples, message.squares
         leaves = [
             LeafResult(
                 *r[:4],
                 tuple(own),
                 nonfinite.get(r.leaf, ""),
                 tuple(bad[r.leaf].indices) if r.leaf in bad else (),
+                squares.get(r.leaf, b""),
             )
             for r, own in zip(leaves, values, strict=True)
         ]
@@ -233,8 +237,15 @@ def decision_from_proto(message: pb.Decision) -> Decision:
 def record_to_proto(record: StepRecord, logged_names: Sequence[str]) -> jobs_pb.StepRecord:
     """StepRecord, to clients."""
     norms, logged = sums_from_bytes(record.parameter_norms), sums_from_bytes(record.logged)
-    by_name = dict(zip(logged_names, logged.tolist(), strict=False))  # a step that was skipped has none
-    return jobs_pb.StepRecord(**{**record._asdict(), "parameter_norms": norms, "logged": by_name})
+    values = record._asdict()
+    values["parameter_norms"] = norms
+    values["logged"] = dict(zip(logged_names, logged.tolist(), strict=False))  # a step that was skipped has none
+    signals = sums_from_bytes(values.pop("signals"))
+    message = jobs_pb.StepRecord(**values)
+    if len(signals):
+        for name, row in zip(NAMES, signals.reshape(len(NAMES), -1), strict=True):
+            message.signals[name].values.extend(row)
+    return message
 
 
 def records_to_proto(records: Sequence[StepRecord]) -> pb.StepRecords:
@@ -250,6 +261,16 @@ def records_from_proto(message: pb.StepRecords) -> list[StepRecord]:
 def sums_to_bytes(sums: NDArray[np.float64]) -> bytes:
     """Segment sums as little-endian float64."""
     return sums.astype("<f8", copy=False).tobytes()
+
+
+def signals_to_bytes(signals: NDArray[np.float64] | None) -> bytes | None:
+    """Signals of segments, row by row, as little-endian float64."""
+    return None if signals is None else sums_to_bytes(signals)
+
+
+def signals_from_bytes(data: bytes | None, width: int) -> NDArray[np.float64] | None:
+    """The inverse of `signals_to_bytes`. width: how many there are of each segment."""
+    return None if data is None else sums_from_bytes(data).reshape(-1, width)
 
 
 def sums_from_bytes(data: bytes) -> NDArray[np.float64]:

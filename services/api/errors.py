@@ -17,6 +17,9 @@ from steepest.errors import ConflictError, NotFoundError, ServiceUnavailableErro
 log = logging.getLogger(__name__)
 
 DOMAIN = "steepest"
+# A status travels in headers, and clients take 8 KiB of them: the message, in which every line break and letter beyond
+# ASCII takes three bytes, again inside the details, which are in base 64.
+MAX_SAID_BYTES, MAX_DETAILS_BYTES, MAX_VIOLATIONS = 700, 3000, 50
 
 CATALOGUE: dict[type[SteepestError], tuple[int, str]] = {
     SpecError: (code_pb2.INVALID_ARGUMENT, "INVALID_SPEC"),
@@ -32,12 +35,14 @@ def status_of(error: Exception) -> status_pb2.Status:
         if isinstance(error, kind):
             details = [error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)]
             if isinstance(error, SpecError):
+                most = MAX_DETAILS_BYTES // max(len(error.violations), 1)
                 violations = [
-                    error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.problem)
-                    for v in error.violations
+                    error_details_pb2.BadRequest.FieldViolation(field=v.field, description=shortened(v.problem, most))
+                    for v in error.violations[:MAX_VIOLATIONS]
                 ]
                 details.append(error_details_pb2.BadRequest(field_violations=violations))
-            return status_pb2.Status(code=code, message=str(error), details=[_packed(d) for d in details])
+            message = shortened(str(error), MAX_SAID_BYTES)
+            return status_pb2.Status(code=code, message=message, details=[_packed(d) for d in details])
     reference = secrets.token_hex(4)
     log.error("internal error %s", reference, exc_info=error)
     info = error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN, metadata={"reference": reference})
@@ -46,6 +51,17 @@ def status_of(error: Exception) -> status_pb2.Status:
         message=f"internal error; the service's log has it as {reference}",
         details=[_packed(info)],
     )
+
+
+def shortened(text: str, most: int) -> str:
+    """At most so many bytes in UTF-8: the beginning and, as of a traceback, rather more of the end."""
+    data = text.encode()
+    if len(data) <= most:
+        return text
+    gap = "\n[...]\n"
+    head = most // 3
+    tail = most - head - len(gap)
+    return data[:head].decode(errors="ignore") + gap + data[-tail:].decode(errors="ignore")
 
 
 def _packed(detail: Any) -> any_pb2.Any:

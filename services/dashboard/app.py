@@ -16,7 +16,7 @@ from starlette.staticfiles import StaticFiles
 
 from services.dashboard.actions import ForbiddenError, act, check_origin
 from services.dashboard.live import OPTIONS, Live
-from services.dashboard.views import Cursor, Views
+from services.dashboard.views import GRADIENT_NORM, Cursor, Views
 from services.jobs.operations import Operations
 from services.settings import Settings
 from services.store.store import Store
@@ -63,6 +63,7 @@ class Page:
             Route("/api/jobs/{job}", lambda request: self._answer(lambda: self._views.job(_job(request)))),
             Route("/api/jobs/{job}/series", self._series),
             Route("/api/jobs/{job}/layers", self._layers),
+            Route("/api/jobs/{job}/noise", self._noise),
             Route("/api/jobs/{job}/live", self._live_job),
             Route("/api/jobs/{job}/{verb}", self._act, methods=["POST"]),
             Mount("/static", _Static(directory=STATIC)),
@@ -88,12 +89,15 @@ class Page:
     def _layers(self, request: Request) -> Response:
         def make() -> Any:
             first, last, points = _range(request)
-            name = request.query_params.get("name")
+            name, signal = request.query_params.get("name"), request.query_params.get("signal", GRADIENT_NORM)
             if name is not None:
-                return self._views.layer(_job(request), name, first, last, points)
-            return self._views.layers(_job(request), first, last, points)
+                return self._views.layer(_job(request), name, first, last, points, signal)
+            return self._views.layers(_job(request), first, last, points, signal)
 
         return self._answer(make)
+
+    def _noise(self, request: Request) -> Response:
+        return self._answer(lambda: self._views.noise(_job(request), *_range(request)))
 
     async def _live_jobs(self, request: Request) -> Response:
         return _stream(self._live.jobs(request.is_disconnected))

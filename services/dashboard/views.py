@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ps.checkpoint.files import checkpoints, step_of
 from ps.step.messages import StepRecord
+from ps.step.signals import NAMES, noise_scale
 from services.jobs.job_log import JobLog
 from services.jobs.task_probe import TaskDescription
 from services.settings import Settings
@@ -26,6 +27,8 @@ from steepest.spec import TrainingJobSpec, spec_from_dict
 SPARK_POINTS, MAX_POINTS = 40, 5000
 RECENT_STEPS = 200  # over which speed and shares of a step's time are measured
 LIVE_RECORDS, LIVE_LINES = 1000, 500
+GRADIENT_NORM, UPDATE_RATIO = "gradient_norm", "update_ratio"
+LAYER_SIGNALS = (GRADIENT_NORM, UPDATE_RATIO, *NAMES)
 INPUT_BOUND, SERVER_BOUND = 0.3, 0.4  # shares of a step's time from which on it is called so
 
 
@@ -95,22 +98,53 @@ class Views:
             },
         }
 
-    def layers(self, job: str, first: int, last: int | None, points: int) -> dict[str, Any]:
-        """The largest gradient norm of each parameter in each bucket, as powers of ten. Raises NotFoundError."""
+    def layers(
+        self, job: str, first: int, last: int | None, points: int, signal: str = GRADIENT_NORM
+    ) -> dict[str, Any]:
+        """The largest value of each parameter in each bucket, as powers of ten. Raises NotFoundError, SpecError.
+
+        signal: one of LAYER_SIGNALS.
+        """
         names = self._parameter_names(job)
-        steps, norms = self._history(job).norms(first, last)
+        steps, norms = self._layer_signal(job, signal, first, last)
         starts = bucket_starts(len(steps), min(points, MAX_POINTS))
         values = largest(norms, starts)
         with np.errstate(divide="ignore"):
             powers = np.log10(values)
         return {"names": names, "steps": steps[starts], "values": np.ascontiguousarray(np.round(powers.T, 3))}
 
-    def layer(self, job: str, name: str, first: int, last: int | None, points: int) -> dict[str, Any]:
-        """The gradient norm of one parameter. Raises NotFoundError, SpecError."""
+    def _layer_signal(
+        self, job: str, signal: str, first: int, last: int | None
+    ) -> tuple[NDArray[Any], NDArray[np.float64]]:
+        """(steps, values of shape (steps, parameters)). Raises SpecError."""
+        history = self._history(job)
+        if signal == GRADIENT_NORM:
+            return history.norms(first, last)
+        if signal not in LAYER_SIGNALS:
+            raise SpecError([Violation("signal", f"{signal!r} is none; there are: {', '.join(LAYER_SIGNALS)}")])
+        steps, values = history.signals(first, last)
+        if signal == UPDATE_RATIO:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                return steps, values[:, NAMES.index("update_norm")] / values[:, NAMES.index("parameter_norm")]
+        return steps, values[:, NAMES.index(signal)]
+
+    def noise(self, job: str, first: int, last: int | None, points: int) -> dict[str, Any]:
+        """The gradient noise scale of the whole network, in samples: a running mean. Raises NotFoundError."""
+        self._store.get(job)
+        steps, values = self._history(job).signals(0, last)
+        scales = noise_scale(values)
+        low = int(np.searchsorted(steps, first))
+        found = downsample({"step": steps[low:], "noise": scales[low:]}, min(points, MAX_POINTS))
+        return {"steps": found.steps, **dict(zip(("min", "max", "mean"), found.series["noise"], strict=True))}
+
+    def layer(
+        self, job: str, name: str, first: int, last: int | None, points: int, signal: str = GRADIENT_NORM
+    ) -> dict[str, Any]:
+        """One signal of one parameter. Raises NotFoundError, SpecError."""
         names = self._parameter_names(job)
         if name not in names:
             raise SpecError([Violation("name", f"{name!r} is no parameter of trainingJobs/{job}")])
-        steps, norms = self._history(job).norms(first, last)
+        steps, norms = self._layer_signal(job, signal, first, last)
         column: NDArray[Any] = norms[:, names.index(name)] if norms.shape[1] else np.empty(0)
         found = downsample({"step": steps, "norm": column}, min(points, MAX_POINTS))
         return {"steps": found.steps, **dict(zip(("min", "max", "mean"), found.series["norm"], strict=True))}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ps.step.messages import Failure, StepRecord
+from ps.step.signals import NAMES as SIGNALS
 from steepest.jobs import Finding
 
 LASTING_STEPS = 5  # that a condition must hold before it is a finding
@@ -24,12 +25,23 @@ FORGET_STEPS = 200  # without it, after which it may be found again
 WINDOW = 100  # steps that a running median is over
 VANISHING = 1e-7  # mean magnitude of a layer's gradient; SageMaker Debugger's rule VanishingGradient has the same
 VANISHING_SHARE = 1e-4  # of the largest layer's, so that a job that has converged is not called so
+CONVERGED = 0.1  # of the loss that the job began with
 EXPLODING = 100.0  # times the running median of the gradient's norm
 DIVERGING = 3.0  # times the loss that the job began with
 STALLED_STEPS = 300  # without a better loss than 0.99 of the first one
 INPUT_BOUND = 0.5  # share of a step spent waiting for samples
 OVERFITTING = 1.1  # times the best evaluation, while the training loss still falls
 OVERFITTING_EVALUATIONS = 3
+# Of the update's norm to the parameter's; "somewhere around 1e-3" is usual (CS231n course notes, "Neural networks 3",
+# ratio of weights to updates), and the bounds are far from that.
+LARGE_UPDATE, HUGE_UPDATE = 0.1, 1.0
+SMALL_UPDATE = 1e-5  # of the whole network
+SPIKE = 10.0  # times the running median of the update's norm
+STRAGGLING = 2.0  # times the median of the other workers' time for a micro-batch
+STRAGGLING_STEPS, STRAGGLING_SECONDS = 10, 0.002  # in a row; of steps that take at least so long to compute
+# Of a weight's root mean square times the root of its fan-in: 1 for Xavier, 1.4 for He, 0.6 for torch's own default.
+LARGE_WEIGHTS, SMALL_WEIGHTS = 10.0, 0.01
+MEASURED_STEPS = 10  # in a row with a condition, of those in which signals are measured
 
 
 @dataclass
@@ -52,15 +64,19 @@ class _Lasting:
 
 @dataclass
 class Health:
-    """Watches one job. names, shapes: of its parameters."""
+    """Watches one job. names, shapes: of its parameters. fan_in: of the weights for which that is known, by name."""
 
     names: Sequence[str]
     shapes: Sequence[Sequence[int]]
+    fan_in: Mapping[str, int] = field(default_factory=dict)
+    _updates: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    _last_lr: float = 0.0
     _norms: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     _losses: deque[float] = field(default_factory=lambda: deque(maxlen=LASTING_STEPS))
     _waiting: deque[float] = field(default_factory=lambda: deque(maxlen=20))
     _first_losses: list[float] = field(default_factory=list)
     _best_loss: float = math.inf
+    _slowest: int = -1
     _best_evaluation: tuple[int, float, float] | None = None  # step, loss, training loss then
     _conditions: dict[str, _Lasting] = field(default_factory=dict)
 
@@ -68,12 +84,13 @@ class Health:
         self._roots = np.sqrt([max(1, math.prod(shape)) for shape in self.shapes])
         # Biases may have no gradient for good reasons: before a batch normalization, and those of attention's keys.
         self._watched = np.array([len(shape) > 1 for shape in self.shapes], bool)
+        self._growing = np.zeros(len(self.shapes), bool)
 
     def observe(self, records: Iterable[StepRecord]) -> list[Finding]:
         """Look at the records of steps, in order."""
         found: list[Finding] = []
         for record in records:
-            for rule in (self._layers, self._norm, self._loss, self._input):
+            for rule in (self._layers, self._norm, self._loss, self._input, self._straggler, self._signals):
                 found += rule(record)
         return found
 
@@ -105,6 +122,11 @@ class Health:
     def _smooth_loss(self) -> float:
         return median(self._losses) if self._losses else math.nan
 
+    @property
+    def _has_converged(self) -> bool:
+        """Whether little of the loss is left, so that small gradients are as they should be."""
+        return 0.0 <= self._smooth_loss() < CONVERGED * min(self._first_losses, default=0.0)
+
     def _layers(self, record: StepRecord) -> list[Finding]:
         """Vanishing and dead layers, by the root mean square of each parameter's gradient."""
         norms: NDArray[np.float64] = np.frombuffer(record.parameter_norms, "<f8")
@@ -125,6 +147,7 @@ class Health:
                 )
             )  # fmt: skip
         below = (magnitudes > 0) & (magnitudes < min(VANISHING, VANISHING_SHARE * largest))
+        below &= not self._has_converged
         small = np.flatnonzero(self._watched & below)
         if self._condition("vanishing").holds(record.step, now=bool(len(small))):
             worst = int(small[np.argmin(magnitudes[small])])
@@ -207,6 +230,115 @@ class Health:
                 "input_bound", "warning", record.step,
                 f"workers wait for samples during {share:.0%} of a step: read ahead in processes of their own "
                 "(data.readers), keep the data nearer, or do less to each sample",
+            )
+        ]  # fmt: skip
+
+    def _straggler(self, record: StepRecord) -> list[Finding]:
+        slow = record.slowest_ratio > STRAGGLING and record.compute_seconds >= STRAGGLING_SECONDS
+        slow = slow and record.slowest_worker >= 0
+        condition = self._condition("straggler", STRAGGLING_STEPS)
+        if record.slowest_worker != self._slowest:
+            self._slowest = record.slowest_worker
+            condition.held = 0
+        if not condition.holds(record.step, now=slow):
+            return []
+        worker = f"worker-{record.slowest_worker}"
+        return [
+            Finding(
+                "straggler", "warning", record.step,
+                f"{worker} takes {record.slowest_ratio:.1f} times as long for a micro-batch as the other workers, for "
+                f"{STRAGGLING_STEPS} steps. It is given less to compute, so it costs little; look at what else runs on "
+                "its host",
+                worker=worker,
+            )
+        ]  # fmt: skip
+
+    # -- signals of parameters ------------------------------------------------------------------------------------
+
+    def _signals(self, record: StepRecord) -> list[Finding]:
+        values = np.frombuffer(record.signals, "<f8")
+        if not len(values) or len(values) != len(SIGNALS) * len(self.names):
+            return []
+        signals = dict(zip(SIGNALS, values.reshape(len(SIGNALS), -1), strict=True))
+        found = self._initialization(record, signals) if record.step == 0 else []
+        return found + self._update_ratio(record, signals) + self._update_spike(record, signals)
+
+    def _initialization(self, record: StepRecord, signals: Mapping[str, NDArray[np.float64]]) -> list[Finding]:
+        """How large weights are before the first step, to what keeps the variance of activations."""
+        fan_in = np.array([self.fan_in.get(name, 0) for name in self.names])
+        scales = signals["parameter_norm"] / self._roots * np.sqrt(fan_in)
+        large, small = scales > LARGE_WEIGHTS, (scales > 0) & (scales < SMALL_WEIGHTS)
+        bad = np.flatnonzero(large | small)
+        if not len(bad):
+            return []
+        worst = int(bad[np.argmax(np.abs(np.log(scales[bad])))])
+        size = "large" if scales[worst] > 1 else "small"
+        return [
+            Finding(
+                "initialization", "warning", record.step,
+                f"the weights of {self._some(bad)} are too {size} to begin with: their standard deviation is "
+                f"{scales[worst]:.2g} / sqrt(fan-in), where 1 (Xavier, for tanh) or 1.4 (He, for ReLU) keeps "
+                "activations and gradients from growing or vanishing from layer to layer. Try "
+                "torch.nn.init.xavier_uniform_ or kaiming_normal_",
+                self.names[worst],
+            )
+        ]  # fmt: skip
+
+    def _update_ratio(self, record: StepRecord, signals: Mapping[str, NDArray[np.float64]]) -> list[Finding]:
+        updates, norms = signals["update_norm"], signals["parameter_norm"]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = np.where(self._watched & (norms > 0), updates / norms, 0.0)
+        if record.step == 0:
+            self._growing = norms == 0.0
+        # What begins at zero, as adapters do, is changed by more than its norm until it has grown.
+        self._growing = self._growing & ((ratios > LARGE_UPDATE / 2) | (norms == 0.0))
+        ratios = np.where(self._growing, 0.0, ratios)
+        worst = int(np.argmax(ratios))
+        is_huge = self._condition("huge_update", 3).holds(record.step, now=bool(ratios[worst] > HUGE_UPDATE))
+        is_large = self._condition("large_update", MEASURED_STEPS).holds(
+            record.step, now=bool(ratios[worst] > LARGE_UPDATE)
+        )
+        if is_huge or is_large:
+            return [
+                Finding(
+                    "update_ratio", "critical" if is_huge else "warning", record.step,
+                    f"a step changes {self.names[worst]} by {ratios[worst]:.2g} of its norm, and 0.001 is usual: the "
+                    f"learning rate {record.lr:.3g} is probably too large. Try a tenth of it, or a warm-up",
+                    self.names[worst],
+                )
+            ]  # fmt: skip
+        whole = float(np.sqrt((updates[self._watched] ** 2).sum()))
+        norm = float(np.sqrt((norms[self._watched] ** 2).sum()))
+        warming_up, self._last_lr = record.lr > self._last_lr > 0.0, record.lr
+        learned = self._smooth_loss() < 0.99 * min(self._first_losses, default=math.inf)
+        tiny = 0.0 < whole < SMALL_UPDATE * norm and not warming_up and not learned
+        if not self._condition("small_update", MEASURED_STEPS).holds(record.step, now=tiny):
+            return []
+        return [
+            Finding(
+                "update_ratio", "warning", record.step,
+                f"a step changes the parameters by {whole / norm:.1g} of their norm, where 0.001 is usual, and the "
+                f"loss does not fall: the learning rate {record.lr:.3g} is probably too small",
+            )
+        ]  # fmt: skip
+
+    def _update_spike(self, record: StepRecord, signals: Mapping[str, NDArray[np.float64]]) -> list[Finding]:
+        updates = signals["update_norm"]
+        norm = float(np.sqrt((updates**2).sum()))
+        usual = median(self._updates) if len(self._updates) >= 2 * LASTING_STEPS else math.nan
+        spike = norm > SPIKE * usual > 0.0
+        if not spike:
+            self._updates.append(norm)
+        if not self._condition("update_spike", 1).holds(record.step, now=spike):
+            return []
+        layer = self.names[int(np.argmax(updates))]
+        return [
+            Finding(
+                "update_spike", "warning", record.step,
+                f"the step changed the parameters by {norm:.4g}, {norm / usual:.0f} times the median {usual:.4g} "
+                f"before, most of all {layer}. The loss may follow: try clipping (--clip-norm), a smaller learning "
+                "rate, or a larger beta2 of Adam",
+                layer,
             )
         ]  # fmt: skip
 

@@ -28,7 +28,8 @@ class TaskDescription:
     evaluates_with_gradients, caches, logged_names, fingerprint: see JobConfig. warnings: (code, message). batch,
     weight, model_class, loss: in words. price: of the micro-batches, see Rehearsal. factors: see Plan.
     printed: by the user's code meanwhile; the end of it, and it is not stored.
-    data: fields of the spec that a DataLoader settles.
+    data: fields of the spec that a DataLoader settles. fan_in: of the weights of torch's own layers, how many inputs a
+    unit has.
     """
 
     model: ModelDescription
@@ -47,6 +48,7 @@ class TaskDescription:
     price: float = 0.0
     factors: tuple[float, ...] = ()
     logged_names: tuple[str, ...] = ()
+    fan_in: dict[str, int] = field(default_factory=dict)
     printed: str = ""
 
     def completed(self, spec: TrainingJobSpec) -> TrainingJobSpec:
@@ -83,6 +85,7 @@ class TaskDescription:
             raw.get("price", 0.0),
             tuple(raw.get("factors", ())),
             tuple(raw.get("logged_names", ())),
+            raw.get("fan_in", {}),
         )
 
 

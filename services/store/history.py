@@ -2,7 +2,8 @@
 
 Each incarnation of the job has a folder of its own. `layout.json` says which numbers a row has, and from which step on
 this incarnation counts: what earlier ones recorded of that step and later was computed again, so it is hidden. `rows`
-has the numbers of a step, `norms` those of its parameters. A row that is not whole, as after a full disk, is not there.
+has the numbers of a step, `norms` those of its parameters, and `signals`, for the steps that they are measured in, what
+`ps.step.signals` names. A row that is not whole, as after a full disk, is not there.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ps.step.messages import RECORD_BYTES, StepRecord
+from ps.step.signals import NAMES
 
-LAYOUT, ROWS, NORMS = "layout.json", "rows", "norms"
+LAYOUT, ROWS, NORMS, SIGNALS = "layout.json", "rows", "norms", "signals"
 _TYPES = {int: "<i8", float: "<f8", bool: "?"}
 _KINDS = get_type_hints(StepRecord)
 SCALARS = tuple(name for name in StepRecord._fields if name not in RECORD_BYTES)
@@ -36,12 +38,18 @@ class _Layout:
     scalars: tuple[str, ...] = ()
     num_parameters: int = 0
     num_logged: int = 0
+    signals: tuple[str, ...] = ()
 
     @property
     def row(self) -> np.dtype[Any]:
         """A row of `rows`."""
         numbers = [(name, _TYPES[_KINDS[name]]) for name in self.scalars]
         return np.dtype([*numbers, (_TOTAL, "<i8"), ("logged", "<f8", (self.num_logged,))])
+
+    @property
+    def signal_row(self) -> np.dtype[Any]:
+        """A row of `signals`."""
+        return np.dtype([("step", "<i8"), ("values", "<f8", (len(self.signals), self.num_parameters))])
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class JobHistory:
                 return
             if not layout.scalars:
                 widths = {name: max(len(getattr(r, name)) for r in records) // 8 for name in RECORD_BYTES}
-                layout = _Layout(layout.begins, SCALARS, widths["parameter_norms"], widths["logged"])
+                layout = _Layout(layout.begins, SCALARS, widths["parameter_norms"], widths["logged"], NAMES)
                 self._write_layout(incarnation, layout)
             rows = np.zeros(len(records), layout.row)
             for name in layout.scalars:
@@ -92,10 +100,21 @@ class JobHistory:
             rows[_TOTAL] = total + np.cumsum(rows["samples"])
             rows["logged"] = [_numbers(record.logged, layout.num_logged) for record in records]
             folder = self._folder(incarnation)
+            self._append_signals(folder, layout, records)
             if layout.num_parameters:
                 norms = np.array([_numbers(r.parameter_norms, layout.num_parameters) for r in records])
                 _append(folder / NORMS, norms, len(before.rows))
             _append(folder / ROWS, rows, len(before.rows))
+
+    def _append_signals(self, folder: Path, layout: _Layout, records: Sequence[StepRecord]) -> None:
+        measured = [record for record in records if record.signals]
+        if not measured or len(measured[0].signals) != 8 * len(layout.signals) * layout.num_parameters:
+            return
+        rows = np.zeros(len(measured), layout.signal_row)
+        rows["step"] = [record.step for record in measured]
+        rows["values"] = [np.frombuffer(r.signals, "<f8").reshape(len(NAMES), -1) for r in measured]
+        before = _mapped(folder / SIGNALS, layout.signal_row)
+        _append(folder / SIGNALS, rows, int(np.searchsorted(before["step"], rows["step"][0])))
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -106,7 +125,8 @@ class JobHistory:
             there = part.between(first, None)
             stop = None if limit is None else limit - len(found)
             found += _to_records(_Part(there.rows[:stop], there.norms[:stop]))
-        return found
+        measured = dict(zip(*self.signals(first, found[-1].step), strict=True)) if found else {}
+        return [r._replace(signals=measured[r.step].tobytes()) if r.step in measured else r for r in found]
 
     def last(self) -> StepRecord | None:
         """The newest record."""
@@ -130,6 +150,21 @@ class JobHistory:
         if not kept:
             return np.empty(0, np.int64), np.empty((0, 0))
         return _joined([part.rows["step"] for part in kept]), np.concatenate([part.norms for part in kept])
+
+    def signals(self, first: int = 0, last: int | None = None) -> tuple[NDArray[Any], NDArray[np.float64]]:
+        """(steps that were measured, their signals, shape (steps, signals, parameters)); see ps.step.signals."""
+        found = []
+        for incarnation, layout, hidden in self._visible():
+            if layout.signals != NAMES:  # of another version
+                continue
+            rows = _mapped(self._folder(incarnation) / SIGNALS, layout.signal_row)
+            until = last if hidden is None else min(hidden - 1, hidden - 1 if last is None else last)
+            low, high = _slice(rows["step"], first, until)
+            if high > low:
+                found.append(rows[low:high])
+        if not found:
+            return np.empty(0, np.int64), np.empty((0, len(NAMES), 0))
+        return _joined([rows["step"] for rows in found]), np.concatenate([rows["values"] for rows in found])
 
     def samples_per_second(self) -> float | None:
         """Over the last half of the steps; None when there are fewer than two in it."""
@@ -162,7 +197,13 @@ class JobHistory:
         if incarnation not in self._layouts:
             try:
                 raw: Mapping[str, Any] = json.loads((self._folder(incarnation) / LAYOUT).read_text())
-                layout = _Layout(raw["begins"], tuple(raw["scalars"]), raw["num_parameters"], raw["num_logged"])
+                layout = _Layout(
+                    raw["begins"],
+                    tuple(raw["scalars"]),
+                    raw["num_parameters"],
+                    raw["num_logged"],
+                    tuple(raw.get("signals", ())),
+                )
             except (OSError, ValueError, KeyError):
                 return None
             if not layout.scalars:
@@ -190,13 +231,17 @@ class JobHistory:
         norms = np.memmap(folder / NORMS, "<f8", "r", shape=(count, width)) if width else np.empty((count, 0))
         return _Part(rows, norms)
 
-    def _parts(self) -> Iterator[_Part]:
-        """What is not hidden, in the order of steps."""
+    def _visible(self) -> Iterator[tuple[int, _Layout, int | None]]:
+        """The incarnations that have rows, in order, each with the first of its steps that is hidden."""
         layouts = {i: layout for i in self._incarnations() if (layout := self._layout(i)) is not None}
         for incarnation, layout in layouts.items():
-            if not layout.scalars:
-                continue
-            hidden = min((later.begins for i, later in layouts.items() if i > incarnation), default=None)
+            if layout.scalars:
+                hidden = min((later.begins for i, later in layouts.items() if i > incarnation), default=None)
+                yield incarnation, layout, hidden
+
+    def _parts(self) -> Iterator[_Part]:
+        """What is not hidden, in the order of steps."""
+        for incarnation, layout, hidden in self._visible():
             part = self._read(incarnation, layout)
             yield part if hidden is None else part.between(0, hidden - 1)
 
@@ -236,6 +281,12 @@ def _to_records(part: _Part) -> list[StepRecord]:
         StepRecord(**missing, **dict(zip(scalars, row, strict=True)), parameter_norms=own, logged=beside)
         for row, own, beside in zip(zip(*columns, strict=True), norms, logged, strict=True)
     ]
+
+
+def _mapped(path: Path, row: np.dtype[Any]) -> NDArray[Any]:
+    """All whole rows of a file."""
+    count = _size(path) // row.itemsize if row.itemsize else 0
+    return np.memmap(path, row, "r", shape=(count,)) if count else np.empty(0, row)
 
 
 def _size(path: Path) -> int:

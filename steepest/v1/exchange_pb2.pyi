@@ -240,6 +240,26 @@ class Push(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class SquaresEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     STEP_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
@@ -247,6 +267,7 @@ class Push(_message.Message):
     VALUES_FIELD_NUMBER: _builtins.int
     NONFINITE_FIELD_NUMBER: _builtins.int
     BAD_SAMPLES_FIELD_NUMBER: _builtins.int
+    SQUARES_FIELD_NUMBER: _builtins.int
     BUFFERS_FIELD_NUMBER: _builtins.int
     CONSTANTS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
@@ -279,6 +300,10 @@ class Push(_message.Message):
         """By leaf: the samples that make its loss or gradient non-finite, in a diagnosis that could tell."""
 
     @_builtins.property
+    def squares(self) -> _containers.ScalarMap[_builtins.int, _builtins.bytes]:
+        """By leaf, in some steps: the sum of squares of each parameter's gradient, float64, little-endian."""
+
+    @_builtins.property
     def host_bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """As in the assignment."""
 
@@ -292,6 +317,7 @@ class Push(_message.Message):
         values: _abc.Iterable[_builtins.float] | None = ...,
         nonfinite: _abc.Mapping[_builtins.int, _builtins.str] | None = ...,
         bad_samples: _abc.Mapping[_builtins.int, Global___Samples] | None = ...,
+        squares: _abc.Mapping[_builtins.int, _builtins.bytes] | None = ...,
         buffers: _builtins.bytes | None = ...,
         constants: _builtins.bytes | None = ...,
         seconds: _builtins.float = ...,
@@ -300,7 +326,7 @@ class Push(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "_constants", b"_constants", "buffers", b"buffers", "constants", b"constants"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "_constants", b"_constants", "bad_samples", b"bad_samples", "buffers", b"buffers", "constants", b"constants", "data_seconds", b"data_seconds", "host_bounds", b"host_bounds", "kind", b"kind", "leaves", b"leaves", "nodes", b"nodes", "nonfinite", b"nonfinite", "seconds", b"seconds", "step", b"step", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "_constants", b"_constants", "bad_samples", b"bad_samples", "buffers", b"buffers", "constants", b"constants", "data_seconds", b"data_seconds", "host_bounds", b"host_bounds", "kind", b"kind", "leaves", b"leaves", "nodes", b"nodes", "nonfinite", b"nonfinite", "seconds", b"seconds", "squares", b"squares", "step", b"step", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__buffers: _TypeAlias = _typing.Literal["buffers"]  # noqa: Y015
     _WhichOneofArgType__buffers: _TypeAlias = _typing.Literal["_buffers", b"_buffers"]  # noqa: Y015
@@ -776,22 +802,30 @@ class ShardReport(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     SEGMENT_SUMS_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
+    SIGNALS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     segment_sums: _builtins.bytes
     """float64, little-endian: the sum of squares of each segment of the shard."""
     kind: _builtins.str
+    signals: _builtins.bytes
+    """In some steps. float64, little-endian: of each segment of the gradient, the sum of magnitudes, the largest one, and
+    the number of zeros.
+    """
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         segment_sums: _builtins.bytes = ...,
         kind: _builtins.str = ...,
+        signals: _builtins.bytes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_signals", b"_signals", "signals", b"signals"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "segment_sums", b"segment_sums", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_signals", b"_signals", "kind", b"kind", "segment_sums", b"segment_sums", "signals", b"signals", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__signals: _TypeAlias = _typing.Literal["signals"]  # noqa: Y015
+    _WhichOneofArgType__signals: _TypeAlias = _typing.Literal["_signals", b"_signals"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__signals) -> _WhichOneofReturnType__signals | None: ...
 
 Global___ShardReport: _TypeAlias = ShardReport  # noqa: Y015
 
@@ -803,22 +837,31 @@ class Applied(_message.Message):
 
     STEP_FIELD_NUMBER: _builtins.int
     CLIPPED_SUM_FIELD_NUMBER: _builtins.int
+    SIGNALS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     clipped_sum: _builtins.float
     """Sum of squares of the shard's gradient after clipping by value."""
+    signals: _builtins.bytes
+    """In some steps. float64, little-endian: of each segment, the sums of squares of the update and of the parameters."""
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         clipped_sum: _builtins.float | None = ...,
+        signals: _builtins.bytes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clipped_sum", b"_clipped_sum", "clipped_sum", b"clipped_sum"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clipped_sum", b"_clipped_sum", "_signals", b"_signals", "clipped_sum", b"clipped_sum", "signals", b"signals"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clipped_sum", b"_clipped_sum", "clipped_sum", b"clipped_sum", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clipped_sum", b"_clipped_sum", "_signals", b"_signals", "clipped_sum", b"clipped_sum", "signals", b"signals", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clipped_sum: _TypeAlias = _typing.Literal["clipped_sum"]  # noqa: Y015
     _WhichOneofArgType__clipped_sum: _TypeAlias = _typing.Literal["_clipped_sum", b"_clipped_sum"]  # noqa: Y015
+    _WhichOneofReturnType__signals: _TypeAlias = _typing.Literal["signals"]  # noqa: Y015
+    _WhichOneofArgType__signals: _TypeAlias = _typing.Literal["_signals", b"_signals"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clipped_sum) -> _WhichOneofReturnType__clipped_sum | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__signals) -> _WhichOneofReturnType__signals | None: ...
 
 Global___Applied: _TypeAlias = Applied  # noqa: Y015
 
@@ -1196,6 +1239,9 @@ class StepRecords(_message.Message):
     PARAMETER_NORMS_FIELD_NUMBER: _builtins.int
     DATA_SECONDS_FIELD_NUMBER: _builtins.int
     LOGGED_FIELD_NUMBER: _builtins.int
+    SLOWEST_WORKER_FIELD_NUMBER: _builtins.int
+    SLOWEST_RATIO_FIELD_NUMBER: _builtins.int
+    SIGNALS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def step(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -1238,6 +1284,14 @@ class StepRecords(_message.Message):
     def logged(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """float64, little-endian."""
 
+    @_builtins.property
+    def slowest_worker(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def slowest_ratio(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def signals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """float64, little-endian."""
+
     def __init__(
         self,
         *,
@@ -1260,10 +1314,13 @@ class StepRecords(_message.Message):
         parameter_norms: _abc.Iterable[_builtins.bytes] | None = ...,
         data_seconds: _abc.Iterable[_builtins.float] | None = ...,
         logged: _abc.Iterable[_builtins.bytes] | None = ...,
+        slowest_worker: _abc.Iterable[_builtins.int] | None = ...,
+        slowest_ratio: _abc.Iterable[_builtins.float] | None = ...,
+        signals: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "data_seconds", b"data_seconds", "gradient_norm", b"gradient_norm", "logged", b"logged", "loss", b"loss", "lr", b"lr", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "skipped", b"skipped", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "data_seconds", b"data_seconds", "gradient_norm", b"gradient_norm", "logged", b"logged", "loss", b"loss", "lr", b"lr", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "signals", b"signals", "skipped", b"skipped", "slowest_ratio", b"slowest_ratio", "slowest_worker", b"slowest_worker", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -558,28 +558,38 @@ class TelemetrySpec(_message.Message):
 
     EVERY_FIELD_NUMBER: _builtins.int
     PARAMETER_NORMS_FIELD_NUMBER: _builtins.int
+    SIGNALS_EVERY_FIELD_NUMBER: _builtins.int
     every: _builtins.int
     """Keep the record of every so many steps in the history."""
     parameter_norms: _builtins.bool
     """Keep the gradient norm of each parameter in the records."""
+    signals_every: _builtins.int
+    """Measure magnitudes, zeros, updates and noise of each parameter in the first 20 steps and every so many steps after
+    them; 0: never.
+    """
     def __init__(
         self,
         *,
         every: _builtins.int | None = ...,
         parameter_norms: _builtins.bool | None = ...,
+        signals_every: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_every", b"_every", "_parameter_norms", b"_parameter_norms", "every", b"every", "parameter_norms", b"parameter_norms"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_every", b"_every", "_parameter_norms", b"_parameter_norms", "_signals_every", b"_signals_every", "every", b"every", "parameter_norms", b"parameter_norms", "signals_every", b"signals_every"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_every", b"_every", "_parameter_norms", b"_parameter_norms", "every", b"every", "parameter_norms", b"parameter_norms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_every", b"_every", "_parameter_norms", b"_parameter_norms", "_signals_every", b"_signals_every", "every", b"every", "parameter_norms", b"parameter_norms", "signals_every", b"signals_every"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__every: _TypeAlias = _typing.Literal["every"]  # noqa: Y015
     _WhichOneofArgType__every: _TypeAlias = _typing.Literal["_every", b"_every"]  # noqa: Y015
     _WhichOneofReturnType__parameter_norms: _TypeAlias = _typing.Literal["parameter_norms"]  # noqa: Y015
     _WhichOneofArgType__parameter_norms: _TypeAlias = _typing.Literal["_parameter_norms", b"_parameter_norms"]  # noqa: Y015
+    _WhichOneofReturnType__signals_every: _TypeAlias = _typing.Literal["signals_every"]  # noqa: Y015
+    _WhichOneofArgType__signals_every: _TypeAlias = _typing.Literal["_signals_every", b"_signals_every"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__every) -> _WhichOneofReturnType__every | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__parameter_norms) -> _WhichOneofReturnType__parameter_norms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__signals_every) -> _WhichOneofReturnType__signals_every | None: ...
 
 Global___TelemetrySpec: _TypeAlias = TelemetrySpec  # noqa: Y015
 
@@ -1610,6 +1620,27 @@ class StepRecord(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class SignalsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___ParameterSignals: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___ParameterSignals | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     STEP_FIELD_NUMBER: _builtins.int
     TIME_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
@@ -1629,6 +1660,9 @@ class StepRecord(_message.Message):
     PARAMETER_NORMS_FIELD_NUMBER: _builtins.int
     DATA_SECONDS_FIELD_NUMBER: _builtins.int
     LOGGED_FIELD_NUMBER: _builtins.int
+    SLOWEST_WORKER_FIELD_NUMBER: _builtins.int
+    SLOWEST_RATIO_FIELD_NUMBER: _builtins.int
+    SIGNALS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     time: _builtins.float
     loss: _builtins.float
@@ -1647,6 +1681,11 @@ class StepRecord(_message.Message):
     apply_seconds: _builtins.float
     data_seconds: _builtins.float
     """That the worker which waited longest spent waiting for samples."""
+    slowest_worker: _builtins.int
+    """The number of the worker that took longest for a micro-batch, and its time to the median of the others'; -1 and 1
+    where there are no others.
+    """
+    slowest_ratio: _builtins.float
     @_builtins.property
     def parameter_norms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Before the clip, in the order of QueryHistoryResponse.parameter_names; empty when the job does not keep them."""
@@ -1654,6 +1693,10 @@ class StepRecord(_message.Message):
     @_builtins.property
     def logged(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Means of what the loss function returned besides, by name."""
+
+    @_builtins.property
+    def signals(self) -> _containers.MessageMap[_builtins.str, Global___ParameterSignals]:
+        """By name, those of all parameters, in the order of QueryHistoryResponse.parameter_names; see docs/watching.md."""
 
     def __init__(
         self,
@@ -1677,11 +1720,36 @@ class StepRecord(_message.Message):
         parameter_norms: _abc.Iterable[_builtins.float] | None = ...,
         data_seconds: _builtins.float = ...,
         logged: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        slowest_worker: _builtins.int = ...,
+        slowest_ratio: _builtins.float = ...,
+        signals: _abc.Mapping[_builtins.str, Global___ParameterSignals] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "data_seconds", b"data_seconds", "gradient_norm", b"gradient_norm", "logged", b"logged", "loss", b"loss", "lr", b"lr", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "skipped", b"skipped", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "data_seconds", b"data_seconds", "gradient_norm", b"gradient_norm", "logged", b"logged", "loss", b"loss", "lr", b"lr", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "signals", b"signals", "skipped", b"skipped", "slowest_ratio", b"slowest_ratio", "slowest_worker", b"slowest_worker", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepRecord: _TypeAlias = StepRecord  # noqa: Y015
+
+@_typing.final
+class ParameterSignals(_message.Message):
+    """One signal of all parameters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ParameterSignals: _TypeAlias = ParameterSignals  # noqa: Y015

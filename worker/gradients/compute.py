@@ -18,6 +18,7 @@ from worker.gradients.buckets import Overlap
 from worker.gradients.compressor import Compressor
 from worker.gradients.engine import Engine, InPartsError, finite_parameters
 from worker.gradients.guilty import guilty
+from worker.gradients.leaf_norms import LeafNorms
 from worker.gradients.slots import Slots
 from worker.gradients.tree_sum import TreeSum
 
@@ -33,9 +34,10 @@ class MicroBatchError(Exception):
 class _Leaves:
     """The micro-batches of one assignment, and what was measured of them."""
 
-    def __init__(self, engine: Engine, batches: Batches) -> None:
+    def __init__(self, engine: Engine, batches: Batches, norms: LeafNorms) -> None:
         self._engine = engine
         self._batches = batches
+        self._norms = norms
         self._step = -1
         self.results: dict[int, LeafResult] = {}
         self.buffers: bytes | None = None  # as micro-batch 0 left them
@@ -71,6 +73,11 @@ class _Leaves:
             raise MicroBatchError(index) from error
         self.results[index] = LeafResult(index, measured.loss, measured.weight, num_samples, measured.values)
 
+    def alone(self, index: int, slot: int) -> None:
+        """See Leaf."""
+        if self._norms.wants(self._step, index):
+            self.results[index] = self.results[index]._replace(squares=self._norms.squares(slot))
+
     def evaluate(self, index: int) -> None:
         """Loss and metrics of a part of the evaluation data. Raises MicroBatchError."""
         try:
@@ -86,7 +93,10 @@ class _Leaves:
 
 
 class Computer:
-    """Does what assignments say. Knows nothing of who asks. num_leaves: micro-batches of a step."""
+    """Does what assignments say. Knows nothing of who asks. num_leaves: micro-batches of a step.
+
+    signals_every: of the spec's telemetry.
+    """
 
     def __init__(
         self,
@@ -96,6 +106,8 @@ class Computer:
         batches: Batches,
         num_leaves: int,
         compressor: Compressor | None = None,
+        *,
+        signals_every: int = 0,
     ) -> None:
         self._engine = engine
         self._layout = layout
@@ -103,7 +115,7 @@ class Computer:
         self._batches = batches
         self._num_leaves = num_leaves
         self._compressor = compressor
-        self._leaves = _Leaves(engine, batches)
+        self._leaves = _Leaves(engine, batches, LeafNorms(layout, slots, signals_every))
         self._tree = TreeSum(slots, self._leaves)
         self._assign = Assign(-1, Round.TRAIN, ())
 

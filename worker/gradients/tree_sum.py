@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,8 @@ from worker.gradients.slots import Slots
 
 log = logging.getLogger(__name__)
 
+NOTHING = nullcontext()
+
 
 class Leaf(Protocol):
     """Computes micro-batches."""
@@ -24,6 +27,9 @@ class Leaf(Protocol):
 
     def gradient(self, index: int, into: list[torch.Tensor], *, add: bool) -> None:
         """Write (or add) one micro-batch's gradient into one tensor per parameter. Raises InPartsError."""
+
+    def alone(self, index: int, slot: int) -> None:
+        """A micro-batch's gradient, and nothing else, is in a slot."""
 
     def again(self, indices: Sequence[int]) -> None:
         """What was computed of these micro-batches counts no more: they come again."""
@@ -102,9 +108,9 @@ class TreeSum:
             return None
         slot = self._slots.take() if add_to is None else add_to
         views, add = self._slots.views(slot), add_to is not None
-        if rest is None:
+        last_pass = NOTHING if rest is None else rest.overlap.last_pass(rest.node, (slot, *rest.chain))
+        with last_pass:
             self._leaf.gradient(index, views, add=add)
-            return slot
-        with rest.overlap.last_pass(rest.node, (slot, *rest.chain)):
-            self._leaf.gradient(index, views, add=add)
+        if not add:
+            self._leaf.alone(index, slot)
         return slot

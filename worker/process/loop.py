@@ -122,7 +122,15 @@ class WorkerLoop:
         batches = Batches(
             config.spec, self._engine, backend, config.num_samples, config.num_evaluation_samples, readers
         )
-        self._computer = Computer(self._engine, self._layout, self._slots, batches, num_leaves, self._compressor)
+        self._computer = Computer(
+            self._engine,
+            self._layout,
+            self._slots,
+            batches,
+            num_leaves,
+            self._compressor,
+            signals_every=config.signals_every,
+        )
 
     def run(self, addresses: Sequence[ServerAddress]) -> None:
         """Work until dismissed. addresses: of the servers, the leader first.

@@ -21,7 +21,7 @@ from worker.rehearsal.conduct import OtherConductError
 from worker.rehearsal.fingerprint import fingerprint
 from worker.rehearsal.rehearse import rehearse
 from worker.task.load import TaskError, initialize, load_task
-from worker.task.model import check_fits, describe_model, num_samples
+from worker.task.model import check_fits, describe_model, fan_in, num_samples
 from worker.task.schedule import factors_of
 
 
@@ -45,6 +45,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         evaluation = 0 if task.eval_data is None else num_samples(task.eval_data, "eval_data")
         factors = factors_of(task, spec, samples)
         seen = fingerprint(task)
+        fans = fan_in(task)
         try:
             found = rehearse(task, spec, model, samples, evaluation, code)
         except OtherConductError as other:
@@ -62,6 +63,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         "evaluates_with_gradients": found.evaluates_with_gradients,
         "caches": found.caches,
         "logged_names": found.logged,
+        "fan_in": fans,
         "fingerprint": seen,
         "warnings": found.warnings,
         "batch": found.batch,

@@ -42,7 +42,24 @@ def user_traceback(error: BaseException) -> str:
     own = (Path(__file__).parent.parent, Path(importlib.__file__).parent)
     while frames is not None and any(Path(frames.tb_frame.f_code.co_filename).is_relative_to(p) for p in own):
         frames = frames.tb_next
-    return "".join(traceback.format_exception(type(error), error, frames or error.__traceback__)).rstrip()
+    shown = traceback.TracebackException(type(error), error, frames or error.__traceback__)
+    _leave_out_ours(error, shown)
+    return "".join(shown.format()).rstrip()
+
+
+def _leave_out_ours(error: BaseException, shown: traceback.TracebackException) -> None:
+    """Cut the chain of exceptions where it comes to one of this package, which says nothing to a user."""
+    while True:
+        before = error.__cause__ or error.__context__
+        if before is None:
+            return
+        if type(before).__module__.startswith(f"{__package__.partition('.')[0]}."):
+            shown.__cause__ = shown.__context__ = None
+            return
+        following = shown.__cause__ or shown.__context__
+        if following is None:
+            return
+        error, shown = before, following
 
 
 def unpack_code(bundle: bytes, directory: Path) -> Path:

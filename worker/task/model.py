@@ -164,3 +164,27 @@ def num_samples(data: Any, field: str, most: int | None = None) -> int:
     if length == 0:
         raise TaskError(f"task.{field}", f"{field} is empty; it needs at least one sample")
     return length
+
+
+def fan_in(task: Task | AnalyticTask) -> dict[str, int]:
+    """How many inputs a unit of each layer has, by the name of the layer's weight; torch's own layers only."""
+    if isinstance(task, AnalyticTask):
+        return {}
+    found = {}
+    for prefix, root in roots(task):
+        for name, module in root.named_modules(prefix=prefix[:-1]):
+            dot = f"{name}." if name else ""
+            for own, weight in module.named_parameters(recurse=False):
+                if isinstance(module, _WITH_FAN_IN) and weight.dim() > 1 and "weight" in own:
+                    transposed = isinstance(module, torch.nn.modules.conv._ConvTransposeNd)
+                    found[dot + own] = weight.numel() // weight.shape[1 if transposed else 0]
+    return found
+
+
+_WITH_FAN_IN = (
+    torch.nn.Linear,
+    torch.nn.modules.conv._ConvNd,
+    torch.nn.RNNBase,
+    torch.nn.RNNCellBase,
+    torch.nn.MultiheadAttention,
+)

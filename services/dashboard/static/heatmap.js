@@ -1,4 +1,4 @@
-// One view of the whole network: a row for each parameter, a column for some steps, the color its gradient's norm.
+// One view of the whole network: a row for each parameter, a column for some steps, the color one of its signals.
 import { color, get, h, number } from "./util.js";
 
 const MOST_DECADES = 6;
@@ -12,19 +12,25 @@ function shade(share) {
   return STOPS[index].map((from, i) => Math.round(from + (STOPS[index + 1][i] - from) * (place - index)));
 }
 
+export const SIGNALS = {
+  gradient_norm: "‖g‖", update_ratio: "‖Δw‖ / ‖w‖", mean_abs: "mean |g|", max_abs: "max |g|", zeros: "share of g = 0",
+  update_norm: "‖Δw‖", parameter_norm: "‖w‖",
+};
+
 export class HeatMap {
   // onLayer: called with the name of a parameter that was chosen.
   constructor(holder, job, onLayer) {
     this.holder = holder;
     this.job = job;
     this.onLayer = onLayer;
-    this.canvas = h("canvas", { tabindex: 0, role: "img", "aria-label": "Gradient norm of each parameter over the steps; arrow keys choose one, Enter opens it" });
+    this.canvas = h("canvas", { tabindex: 0, role: "img", "aria-label": "A signal of each parameter over the steps; arrow keys choose one, Enter opens it" });
     this.tip = h("div", { class: "tip", hidden: true });
     this.scale = h("canvas", { width: 160, height: 10, "aria-hidden": "true" });
     this.low = h("span"); this.high = h("span");
     this.note = h("p", { class: "muted" });
     holder.replaceChildren(h("div", { class: "heat" }, this.canvas, this.tip), h("div", { class: "scale" }, this.low, this.scale, this.high), this.note);
     this.found = null;
+    this.signal = "gradient_norm";
     this.chosen = 0;
     this.canvas.addEventListener("mousemove", (event) => this.point(event));
     this.canvas.addEventListener("mouseleave", () => { this.tip.hidden = true; });
@@ -36,7 +42,7 @@ export class HeatMap {
 
   async read(first = 0, last = null) {
     const range = last === null ? `first=${first}` : `first=${first}&last=${last}`;
-    this.found = await get(`/api/jobs/${encodeURIComponent(this.job)}/layers?points=${COLUMNS}&${range}`);
+    this.found = await get(`/api/jobs/${encodeURIComponent(this.job)}/layers?signal=${this.signal}&points=${COLUMNS}&${range}`);
     this.draw();
   }
 
@@ -44,7 +50,7 @@ export class HeatMap {
     const found = this.found;
     if (!found) return;
     const rows = found.names.length, columns = found.steps.length;
-    if (!columns) { this.note.textContent = "No gradient norms of parameters are kept, or none yet (telemetry.parameter_norms)."; this.canvas.hidden = true; return; }
+    if (!columns) { this.note.textContent = "Nothing of this is kept of parameters, or nothing yet (telemetry.parameter_norms, telemetry.signals_every)."; this.canvas.hidden = true; return; }
     this.canvas.hidden = false;
     const width = this.holder.clientWidth, height = Math.min(MOST_HEIGHT, Math.max(rows * LEAST_ROW, Math.min(rows * 16, 300), 40));
     this.canvas.width = columns; this.canvas.height = rows;
@@ -89,7 +95,7 @@ export class HeatMap {
   show(row, column, x, y) {
     const value = this.found.values[row][column];
     this.tip.hidden = false;
-    this.tip.textContent = `${this.found.names[row]} · step ${this.found.steps[column]} · ‖g‖ ${value === null ? "0 or not finite" : number(10 ** value, 3)}`;
+    this.tip.textContent = `${this.found.names[row]} · step ${this.found.steps[column]} · ${SIGNALS[this.signal]} ${value === null ? "0 or not finite" : number(10 ** value, 3)}`;
     this.tip.style.left = `${Math.min(x + 12, Math.max(0, this.holder.clientWidth - this.tip.offsetWidth - 4))}px`;
     this.tip.style.top = `${y + 14}px`;
   }

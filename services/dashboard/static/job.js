@@ -1,6 +1,6 @@
 // One job: is it healthy, how long yet, what is it waiting for; its curves, its layers, its steps, its words.
 import { Chart, Series } from "./charts.js";
-import { HeatMap } from "./heatmap.js";
+import { HeatMap, SIGNALS } from "./heatmap.js";
 import { bytes, clock, connection, count, duration, get, h, number, pill, post, progress, recall, remember, toast, when } from "./util.js";
 
 const CHARTS = [
@@ -134,7 +134,7 @@ export function showJob(main, id) {
       for (const other of others) { other.first = first; other.last = last; }
       back.hidden = last === null;
       await Promise.all([series, ...others].map((each) => each.read()));
-      await heat.read(first, last);
+      await Promise.all([heat.read(first, last), readNoise()]);
       drawCharts();
     }
 
@@ -168,16 +168,40 @@ export function showJob(main, id) {
     async function openLayer(name) {
       layerName = name;
       const range = series.last === null ? `first=${series.first}` : `first=${series.first}&last=${series.last}`;
-      const found = await get(`${path}/layers?name=${encodeURIComponent(name)}&${range}`);
+      const found = await get(`${path}/layers?name=${encodeURIComponent(name)}&signal=${heat.signal}&${range}`);
       layerHolder.hidden = false;
-      layerTitle.textContent = `Gradient norm of ${name}`;
-      layerChart ??= new Chart(layerHolder, [["norm", "‖g‖", 1]], { settings, height: 220 }, zoom);
+      layerTitle.textContent = `${SIGNALS[heat.signal]} of ${name}`;
+      layerChart ??= new Chart(layerHolder, [["norm", "", 1]], { settings, height: 220 }, zoom);
+      layerChart.lines = [["norm", SIGNALS[heat.signal], 1]];
       layerChart.draw({ steps: found.steps, values: { norm: found } });
       layerTitle.scrollIntoView({ block: "nearest" });
     }
 
+    const signal = h("select", { "aria-label": "Signal of the layers" }, Object.entries(SIGNALS).map(([name, text]) => h("option", { value: name }, text)));
+    signal.addEventListener("change", async () => {
+      heat.signal = signal.value;
+      try {
+        await heat.read(series.first, series.last);
+        if (layerName) await openLayer(layerName);
+      } catch (error) { toast(error.message, true); }
+    });
+    const noiseHolder = h("div", { class: "chart", "data-chart": "noise" });
+    const noiseChart = new Chart(noiseHolder, [["noise", "tr(Σ) / ‖G‖², in samples", 2]], { settings, height: 220 }, zoom);
+    closers.push(() => noiseChart.destroy());
+    const noiseCard = h("section", { class: "card span-12", hidden: true, "aria-label": "Gradient noise scale" },
+      h("header", {}, h("h2", {}, "Gradient noise scale")),
+      h("p", { class: "muted" }, "Batches much smaller than this average noise away almost for nothing; much larger ones bring little more."), noiseHolder);
+
+    async function readNoise() {
+      const range = series.last === null ? `first=${series.first}` : `first=${series.first}&last=${series.last}`;
+      const found = await get(`${path}/noise?${range}`);
+      noiseCard.hidden = !found.mean.some((value) => value !== null);
+      if (!noiseCard.hidden) noiseChart.draw({ steps: found.steps, values: { noise: found } });
+    }
+
     grid.append(
-      h("section", { class: "card span-12", "aria-label": "Gradients of all layers" }, h("header", {}, h("h2", {}, "Gradients of all layers")), heatHolder, layerTitle, layerHolder));
+      h("section", { class: "card span-12", "aria-label": "Gradients of all layers" }, h("header", {}, h("h2", {}, "Gradients of all layers"), h("span", { class: "grow" }), signal), heatHolder, layerTitle, layerHolder),
+      noiseCard);
 
     // -- where the time goes, processes, events, log ---------------------------------------------------------------
     const shares = h("div");
@@ -239,7 +263,7 @@ export function showJob(main, id) {
     main.replaceChildren(headline, h("div", { class: "tools", role: "toolbar", "aria-label": "Charts" }, back, log, h("label", { class: "muted" }, "Smoothing ", smoothing), compare), grid);
     headline.after(findings);
     drawHeadline(); drawFindings(); drawRest(); drawEvaluations(about.evaluations); drawSaved(about.checkpoints); drawSpec();
-    await Promise.all([series.read(), heat.read()]);
+    await Promise.all([series.read(), heat.read(), readNoise()]);
     if (closed) return;
     drawCharts();
     const redraw = () => { drawCharts(); heat.draw(); if (layerName) openLayer(layerName); };
@@ -274,7 +298,7 @@ export function showJob(main, id) {
     };
     async function refresh() {
       heatRead = Date.now();
-      const [now] = await Promise.all([get(path), heat.read(series.first, series.last)]);
+      const [now] = await Promise.all([get(path), heat.read(series.first, series.last), readNoise()]);
       Object.assign(about, now);
       drawSaved(now.checkpoints);
       if (layerName) openLayer(layerName);

@@ -18,6 +18,7 @@ from ps.step.messages import (
     Round,
     StepRecord,
 )
+from ps.step.signals import NAMES
 from ps.wire import convert
 from steepest.v1 import exchange_pb2 as pb
 
@@ -79,8 +80,13 @@ def test_decision(it: Decision) -> None:
 
 
 NORMS = st.lists(REAL, max_size=3).map(lambda values: np.array(values, dtype="<f8").tobytes())
+SIGNALS = st.lists(REAL, max_size=2).map(lambda values: np.array(values * len(NAMES), dtype="<f8").tobytes())
 RECORDS = st.builds(
-    StepRecord, *[STEP, *[REAL] * 4, COUNT, *[REAL] * 3, *[st.booleans()] * 2, COUNT, *[REAL] * 4, NORMS, REAL, NORMS]
+    StepRecord,
+    *[STEP, *[REAL] * 4, COUNT, *[REAL] * 3, *[st.booleans()] * 2, COUNT, *[REAL] * 4, NORMS, REAL, NORMS],
+    st.integers(-1, 100),
+    REAL,
+    SIGNALS,
 )
 
 
@@ -99,6 +105,8 @@ def test_a_client_gets_the_same_record(it: StepRecord) -> None:
     assert np.array(message.parameter_norms, dtype="<f8").tobytes() == it.parameter_norms
     logged = [message.logged[name] for name in names if name in message.logged]
     assert np.array(logged, dtype="<f8").tobytes() == it.logged
+    signals = [message.signals[name].values for name in NAMES if name in message.signals]
+    assert np.array(signals, dtype="<f8").tobytes() == it.signals
 
 
 @given(st.lists(st.builds(Printed, REAL, st.sampled_from(["stdout", "stderr"]), st.text(), st.text()), max_size=3))

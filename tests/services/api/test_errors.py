@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import base64
 import inspect
 import logging
 from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import pytest
 from google.rpc import code_pb2, error_details_pb2
 
-from services.api.errors import CATALOGUE, ErrorInterceptor, status_of
+from services.api.errors import CATALOGUE, ErrorInterceptor, shortened, status_of
 from steepest import errors
 from steepest.errors import ConflictError, NotFoundError, SpecError, SteepestError, Violation
 from steepest.v1 import training_jobs_pb2 as pb
@@ -37,6 +39,19 @@ def test_a_refused_spec_carries_every_field() -> None:
         ("optimizer.lr", "too small"),
         ("steps", "missing"),
     ]
+
+
+def test_a_long_traceback_fits_the_headers_that_clients_take() -> None:
+    text = "the first line\n" + "é\n" * 20_000 + "RuntimeError: the last line"
+    status = status_of(SpecError([Violation("task", text), Violation("steps", text)]))
+    sent = len(quote(status.message)) + len(base64.b64encode(status.SerializeToString()))
+    assert sent < 8000
+    bad = error_details_pb2.BadRequest()
+    assert status.details[1].Unpack(bad)
+    for violation in bad.field_violations:
+        assert violation.description.startswith("the first line\n")
+        assert violation.description.endswith("RuntimeError: the last line")
+    assert shortened("short", 100) == "short"
 
 
 def test_an_unexpected_error_keeps_its_traceback_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pytest
@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ps.step.messages import StepRecord
-from services.jobs.health import FORGET_STEPS, LASTING_STEPS, STALLED_STEPS, Health
+from ps.step.signals import NAMES as SIGNALS
+from services.jobs.health import (
+    FORGET_STEPS,
+    LASTING_STEPS,
+    MEASURED_STEPS,
+    STALLED_STEPS,
+    STRAGGLING_STEPS,
+    Health,
+)
 from steepest.jobs import Finding
 
 NAMES = ("first.weight", "first.bias", "last.weight")
@@ -23,12 +31,24 @@ def record(
     *,
     data: float = 0.0,
     skipped: bool = False,
+    lr: float = 0.1,
+    slowest: tuple[int, float] = (-1, 1.0),
+    signals: Mapping[str, Iterable[float]] | None = None,
 ) -> StepRecord:
     falling = 1.0 / (1 + step)
     return StepRecord(
-        step, float(step), falling if loss is None else loss, 0.1, 4.0, 4, norm, norm, 1.0, False, skipped, 1, 0.1, 0.1,
-        0.0, 0.0, np.array(list(norms), "<f8").tobytes(), data,
+        step, float(step), falling if loss is None else loss, lr, 4.0, 4, norm, norm, 1.0, False, skipped, 1, 0.1, 0.1,
+        0.0, 0.0, np.array(list(norms), "<f8").tobytes(), data, b"", *slowest, measured(signals),
     )  # fmt: skip
+
+
+def measured(signals: Mapping[str, Iterable[float]] | None) -> bytes:
+    """Those of three parameters; those that are not named are those of a healthy job."""
+    if signals is None:
+        return b""
+    usual = {"update_norm": (1e-3, 1e-3, 1e-3), "parameter_norm": (1.0, 0.1, 2.0)}
+    rows = [list({**usual, **signals}.get(name, (0.5, 0.5, 0.5))) for name in SIGNALS]
+    return np.array(rows, "<f8").tobytes()
 
 
 def found(records: Iterable[StepRecord], health: Health | None = None) -> list[Finding]:
@@ -62,10 +82,10 @@ def test_a_vanishing_layer_is_named_once_it_lasts() -> None:
 def test_a_finding_comes_again_only_after_it_was_gone_for_long() -> None:
     health = Health(NAMES, SHAPES)
     sick = (1e-9, 1.0, 1.0)
-    assert len(found([record(i, norms=sick) for i in range(1000)], health)) == 1
+    assert len(found([record(i, 1.0 - 1e-4 * i, norms=sick) for i in range(1000)], health)) == 1
     assert found([record(1000 + i, norms=sick if i % 50 == 49 else (1.0, 1.0, 1.0)) for i in range(200)], health) == []
     assert found([record(1200 + i, norms=(1.0, 1.0, 1.0)) for i in range(FORGET_STEPS)], health) == []
-    assert len(found([record(1400 + i, norms=sick) for i in range(10)], health)) == 1
+    assert len(found([record(1400 + i, 0.5, norms=sick) for i in range(10)], health)) == 1
 
 
 def test_a_layer_without_any_gradient_is_dead() -> None:
@@ -129,3 +149,72 @@ def test_how_records_come_in_does_not_matter(cut: int) -> None:
     health = Health(NAMES, SHAPES)
     pieces = [found(records[i : i + cut], health) for i in range(0, len(records), cut)]
     assert [finding for piece in pieces for finding in piece] == found(records)
+
+
+def test_signals_of_a_healthy_job_say_nothing() -> None:
+    assert found([record(i, signals={}) for i in range(100)]) == []
+
+
+def test_weights_that_begin_too_large_or_too_small_are_named() -> None:
+    health = Health(NAMES, SHAPES, {"first.weight": 10, "last.weight": 100})
+    # A standard deviation of 1 / sqrt(fan-in) is a norm of 3.2 for both.
+    assert found([record(0, signals={"parameter_norm": (3.1, 0.0, 3.1)})], health) == []
+    [finding] = found([record(0, signals={"parameter_norm": (3.1, 0.0, 100.0)})], health)
+    assert (finding.rule, finding.layer, finding.step) == ("initialization", "last.weight", 0)
+    assert "too large" in finding.message
+    [finding] = found([record(0, signals={"parameter_norm": (1e-4, 0.0, 3.1)})], health)
+    assert (finding.rule, finding.layer) == ("initialization", "first.weight")
+    # Zeros are how residual branches and adapters begin, and of what is no layer of torch's nothing is known.
+    assert found([record(0, signals={"parameter_norm": (0.0, 0.0, 3.1)})], health) == []
+    assert found([record(0, signals={"parameter_norm": (99.0, 9.0, 99.0)})]) == []
+
+
+def test_updates_out_of_proportion_are_named() -> None:
+    huge = [record(i, signals={"update_norm": (3.0, 9.0, 0.1)}) for i in range(3)]
+    [finding] = found(huge)
+    assert (finding.rule, finding.severity, finding.layer) == ("update_ratio", "critical", "first.weight")
+    large = [record(i, signals={"update_norm": (1e-3, 9.0, 0.5)}) for i in range(MEASURED_STEPS)]
+    assert found(large[:-1]) == []
+    [finding] = found(large)
+    assert (finding.rule, finding.severity, finding.layer) == ("update_ratio", "warning", "last.weight")
+
+
+def test_updates_too_small_to_learn_are_named() -> None:
+    tiny = {"update_norm": (1e-6, 1e-6, 1e-6)}
+    [finding] = found([record(i, 1.0, signals=tiny) for i in range(MEASURED_STEPS)])
+    assert (finding.rule, finding.layer) == ("update_ratio", None)
+    assert "too small" in finding.message
+    # Not while the rate warms up, nor of a job that learns.
+    assert found([record(i, 1.0, lr=1e-6 * (i + 1), signals=tiny) for i in range(MEASURED_STEPS)]) == []
+    assert found([record(i, 0.9**i, signals=tiny) for i in range(50)]) == []
+
+
+def test_an_update_that_stands_out_is_named_at_its_step() -> None:
+    steps = [record(i, signals={}) for i in range(30)]
+    spike = record(30, signals={"update_norm": (1e-3, 1e-3, 0.05)})
+    [finding] = found([*steps, spike])
+    assert (finding.rule, finding.layer, finding.step) == ("update_spike", "last.weight", 30)
+
+
+def test_a_worker_that_lags_is_named_once_it_lasts() -> None:
+    slow = [record(i, slowest=(2, 3.0)) for i in range(STRAGGLING_STEPS)]
+    assert found(slow[:-1]) == []
+    [finding] = found(slow)
+    assert (finding.rule, finding.worker) == ("straggler", "worker-2")
+    taking_turns = [record(i, slowest=(i // 5 % 2, 3.0)) for i in range(100)]
+    assert found(taking_turns) == []
+
+
+def test_what_begins_at_zero_may_grow() -> None:
+    norms = [0.0, *(0.01 * i for i in range(1, 40))]
+    steps = [
+        record(i, signals={"update_norm": (0.01, 0.0, 1e-3), "parameter_norm": (norm, 0.0, 2.0)})
+        for i, norm in enumerate(norms)
+    ]
+    assert found(steps) == []
+
+
+def test_small_gradients_of_a_job_that_has_converged_are_no_fault() -> None:
+    steps = [record(i, 1.0 if i < 10 else 0.01, norms=(1.0, 0.0, 1.0)) for i in range(20)]
+    assert found([*steps, *(record(i, 0.01, norms=(1e-8, 0.0, 1.0)) for i in range(20, 60))]) == []
+    assert found([*steps, *(record(i, 0.5, norms=(1e-8, 0.0, 1.0)) for i in range(20, 60))]) != []

@@ -9,12 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ps.step.messages import StepRecord
-from services.store.history import NORMS, ROWS, JobHistory
+from ps.step.signals import NAMES
+from services.store.history import NORMS, ROWS, SIGNALS, JobHistory
 
 
-def record(step: int, time: float = 0.0, loss: float = 1.0, norms: bytes = b"", logged: bytes = b"") -> StepRecord:
+def record(
+    step: int, time: float = 0.0, loss: float = 1.0, norms: bytes = b"", logged: bytes = b"", signals: bytes = b""
+) -> StepRecord:
     numbers = (0.1, 4.0, 4, 2.0, 1.0, 0.5, True, False, 1, 0.1, 0.1, 0.0, 0.0)
-    return StepRecord(step, time, loss, *numbers, norms, 0.05, logged)
+    return StepRecord(step, time, loss, *numbers, norms, 0.05, logged, 1, 1.5, signals)
 
 
 def packed(*values: float) -> bytes:
@@ -52,6 +55,36 @@ def test_every_bit_of_a_record_comes_back(history: JobHistory, tmp_path: Path) -
     # A step that was skipped has nothing beside its loss.
     history.append(1, [record(2, norms=packed(1.0, 1.0))])
     assert history.records(2)[0].logged == b""
+
+
+def test_signals_are_kept_of_the_steps_that_have_them(history: JobHistory) -> None:
+    def made(step: int) -> StepRecord:
+        own = [100.0 * step + i for i in range(2 * len(NAMES))]
+        return record(step, norms=packed(1.0, 2.0), signals=packed(*own) if step % 3 == 0 else b"")
+
+    history.begin(1, 0)
+    history.append(1, [made(step) for step in range(8)])
+    history.append(1, [made(step) for step in range(8, 10)])
+    steps, values = history.signals()
+    assert steps.tolist() == [0, 3, 6, 9]
+    assert values.shape == (4, len(NAMES), 2)
+    assert values[1].ravel().tolist() == [300.0 + i for i in range(2 * len(NAMES))]
+    assert history.records() == [made(step) for step in range(10)]
+    history.begin(2, 6)  # back to step 6: what came after is hidden until it is made again
+    assert history.signals()[0].tolist() == [0, 3]
+    history.append(2, [made(6)])
+    assert history.signals(1)[0].tolist() == [3, 6]
+    assert history.signals(1, 5)[0].tolist() == [3]
+
+
+def test_a_torn_row_of_signals_is_not_there(history: JobHistory, tmp_path: Path) -> None:
+    signals = packed(*range(2 * len(NAMES)))
+    history.append(1, [record(step, norms=packed(1.0, 2.0), signals=signals) for step in range(3)])
+    path = tmp_path / "history" / "000001" / SIGNALS
+    path.write_bytes(path.read_bytes()[:-5])
+    assert history.signals()[0].tolist() == [0, 1]
+    history.append(1, [record(3, norms=packed(1.0, 2.0), signals=signals)])
+    assert history.signals()[0].tolist() == [0, 1, 3]
 
 
 Lives = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 12)), max_size=6)
