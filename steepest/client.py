@@ -273,24 +273,25 @@ class Job:
         request = pb.ScaleTrainingJobRequest(name=self.name, workers=workers)
         return job_from_proto(self._call(self._stub.ScaleTrainingJob, request))
 
-    def history(self, first_step: int = 0) -> Iterator[dict[str, Any]]:
+    def history(self, first_step: int = 0, *, signals: bool = False) -> Iterator[dict[str, Any]]:
         """The records of all steps, as the .proto file names their fields.
 
-        parameter_norms by parameter; signals by name and parameter, in the steps that they are measured in.
+        parameter_norms by parameter; with `signals`, those by name and parameter, in the steps that they are measured
+        in.
         """
         while True:
-            request = pb.QueryHistoryRequest(name=self.name, first_step=first_step)
+            request = pb.QueryHistoryRequest(name=self.name, first_step=first_step, signals=signals)
             page = self._call(self._stub.QueryHistory, request)
             if not page.records:
                 return
             for record in page.records:
                 values = {f.name: getattr(record, f.name) for f in record.DESCRIPTOR.fields}
                 norms = dict(zip(page.parameter_names, record.parameter_norms))  # noqa: B905
-                signals = {
-                    name: dict(zip(page.parameter_names, own.values, strict=True))
-                    for name, own in record.signals.items()
+                measured = {
+                    signal: dict(zip(page.parameter_names, own.values, strict=True))
+                    for signal, own in record.signals.items()
                 }
-                yield {**values, "parameter_norms": norms, "logged": dict(record.logged), "signals": signals}
+                yield {**values, "parameter_norms": norms, "logged": dict(record.logged), "signals": measured}
             first_step = page.records[-1].step + 1
 
     def download(self, directory: str | Path, *, step: int | None = None, best: bool = False) -> Path:

@@ -254,7 +254,7 @@ class TelemetrySpec(SpecModel):
     every: PositiveInt = Field(default=1, description="Keep the record of every so many steps in the history.")
     parameter_norms: bool = Field(default=True, description="Keep the gradient norm of each parameter in the records.")
     signals_every: NonNegativeInt = Field(
-        default=10,
+        default=20,
         description="Measure magnitudes, zeros, updates and noise of each parameter in the first 20 steps and every so "
         "many steps after them; 0: never.",
     )

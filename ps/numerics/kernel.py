@@ -130,17 +130,23 @@ def sums_of_squares(values: NDArray[np.floating], segments: NDArray[np.int64], s
 )
 def measure_magnitudes(values: NDArray[np.floating], segments: NDArray[np.int64], out: NDArray[np.float64]) -> None:
     """Of each segment, write the sum of magnitudes, the largest one, and the number of zeros. out: shape (s, 3)."""
-    sums, most, zeros = np.empty(LANES), np.empty(LANES), np.empty(LANES)
+    sums, most, zeros = np.empty(LANES), np.empty(LANES, values.dtype), np.empty(LANES, np.int32)
     for s in range(len(segments)):
-        sums[:], most[:], zeros[:] = 0.0, 0.0, 0.0
+        sums[:], most[:], zeros[:] = 0.0, 0.0, 0
         for start in range(segments[s, 0], segments[s, 1], LANES):
             part = values[start : min(start + LANES, segments[s, 1])]
+            # Loops of their own, and fmax, for only so are they compiled to vectors.
             for i in range(part.size):
-                magnitude = np.float64(abs(part[i]))
-                sums[i] += magnitude
-                most[i] = max(most[i], magnitude)
-                zeros[i] += 1.0 if magnitude == 0.0 else 0.0
-        out[s, 0], out[s, 1], out[s, 2] = _folded(sums), most.max(), _folded(zeros)
+                sums[i] += np.float64(abs(part[i]))
+            for i in range(part.size):
+                most[i] = np.fmax(most[i], abs(part[i]))
+            for i in range(part.size):
+                zeros[i] += part[i] == 0
+        largest, count = most[0], zeros[0]
+        for i in range(1, LANES):
+            largest = np.fmax(largest, most[i])
+            count += zeros[i]
+        out[s, 0], out[s, 1], out[s, 2] = _folded(sums), largest, count
 
 
 @njit(

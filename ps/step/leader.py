@@ -11,9 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ps.numerics.ranges import bits_of, leaves_of, ranges
 from ps.numerics.tree import parts_of_step
 from ps.step.agenda import Agenda
@@ -40,6 +37,7 @@ from ps.step.messages import Assign, Decision, Failure, Outcome, Push, Round
 from ps.step.parts import Parts
 from ps.step.plan import Plan
 from ps.step.round import RoundState
+from ps.step.signals import Sums
 
 
 class Leader:
@@ -138,13 +136,7 @@ class Leader:
         return outcome, self._advance(now) or self._after_answer(now)
 
     def report(
-        self,
-        server: int,
-        step: int,
-        kind: Round,
-        sums: NDArray[np.float64],
-        now: float,
-        signals: NDArray[np.float64] | None = None,
+        self, server: int, step: int, kind: Round, sums: Sums, now: float, signals: Sums | None = None
     ) -> tuple[Outcome, list[Effect]]:
         """A shard has reduced its part of the round and measured it. signals: see RoundState.take_report."""
         current = self._round
@@ -154,7 +146,7 @@ class Leader:
         return outcome, self._advance(now) if outcome == Outcome.ACCEPTED else []
 
     def applied(
-        self, server: int, step: int, clipped_sum: float, now: float, signals: NDArray[np.float64] | None = None
+        self, server: int, step: int, clipped_sum: float, now: float, signals: Sums | None = None
     ) -> tuple[Outcome, list[Effect]]:
         """A shard has carried out the decision. signals: see RoundState.take_applied."""
         current = self._round
@@ -360,7 +352,8 @@ class Leader:
             self.constants = current.constants or b""
             self._initialized = True
             return self._next_round(now)
-        completed = current.completed(len(self.members), now, clips_by_value=self.plan.max_value is not None)
+        by_value = self.plan.max_value is not None
+        completed = current.completed(len(self.members), now, clips_by_value=by_value, slowest=self.members.slowest())
         self._served_seconds = completed.committed - completed.collected
         self.members.favour_idle()
         self.step += 1

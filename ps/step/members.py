@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from ps.numerics.ranges import bits_of, leaves_of, ranges
 from ps.step.messages import Push, Round
 
 SPEED_MEMORY = 0.8  # weight of the past in a worker's measured speed
 WARM_UP_PUSHES = 3  # a worker's first answers are slow, and say nothing of its speed
+KNOWN_PUSHES = 10  # after which a worker's speed is known well enough to be told
 PATIENCE_STEPS = 8  # a worker that got no work is tried again after so many steps, then after twice as many, ...
 MAX_PATIENCE_STEPS = 512
 STRAGGLER_FACTOR = 4.0  # a range this many times over its expected time is given to an idle worker too
@@ -119,6 +121,19 @@ class Members(dict[str, Member]):
         """How fast these are; whoever is not known yet is taken for as fast as the fastest."""
         fastest = max((m.speed for m in self.values() if not m.guessed), default=1.0)
         return {name: fastest if self[name].guessed else self[name].speed for name in names}
+
+    def slowest(self) -> tuple[int, float]:
+        """The number of the slowest worker, and its time for a micro-batch to the median of the others'.
+
+        (-1, 1.0) where there are no others.
+        """
+        speeds = {name: member.speed for name, member in self.items() if member.pushes > KNOWN_PUSHES}
+        if len(speeds) < 2:
+            return -1, 1.0
+        name = min(speeds, key=lambda name: speeds[name])
+        slow = speeds.pop(name)
+        number = name.rpartition("-")[2]
+        return int(number) if number.isdecimal() else -1, median(speeds.values()) / slow
 
     def favour_idle(self) -> None:
         """A worker without work is not measured: try it again now and then."""

@@ -71,6 +71,7 @@ class Push(NamedTuple):
 
     host_ranges: as in the Assign. constants: the frozen parameters, once, when parameters are initialized.
     data_seconds: spent reading samples since the last push, while the servers worked or after that.
+    activations: of micro-batch 0, in some steps; see StepRecord.
     """
 
     step: int
@@ -82,6 +83,7 @@ class Push(NamedTuple):
     host_ranges: tuple[tuple[int, int], ...] = ()
     constants: bytes | None = None
     data_seconds: float = 0.0
+    activations: bytes | None = None
 
 
 class Ready(NamedTuple):
@@ -145,7 +147,9 @@ class StepRecord(NamedTuple):
     of the others'; -1 and 1 where there are no others.
     parameter_norms: of each parameter's gradient before the clip, in the layout's order; logged: means of what the loss
     function returned besides, in the order of JobConfig.logged_names; signals: see ps.step.signals, row by row, where
-    they are measured. All three are float64, little-endian.
+    they are measured; activations: of each of the model's activation functions, in the order of its description, the
+    share of saturated outputs, or of units that were off for all samples of micro-batch 0. All are float64,
+    little-endian.
     """
 
     step: int
@@ -170,6 +174,7 @@ class StepRecord(NamedTuple):
     slowest_worker: int = -1
     slowest_ratio: float = 1.0
     signals: bytes = b""
+    activations: bytes = b""
 
 
-RECORD_BYTES = ("parameter_norms", "logged", "signals")  # those fields of a StepRecord
+RECORD_BYTES = ("parameter_norms", "logged", "signals", "activations")  # those fields of a StepRecord

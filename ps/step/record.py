@@ -20,7 +20,7 @@ class CompletedStep(NamedTuple):
     segment_sums: of squares of the summed gradient, for each segment of the layout.
     clipped_sum: of squares of the gradient after a clip by value; None without one.
     logged: means of what the loss function returned besides. data_seconds, slowest_worker, slowest_ratio: see
-    StepRecord. signals: None in a step that they are not measured in.
+    StepRecord. signals: None in a step that they are not measured in. activations: see StepRecord.
     began, collected, reported, committed: when the round began, all pushes were there, all shards had reduced, applied.
     """
 
@@ -41,6 +41,7 @@ class CompletedStep(NamedTuple):
     slowest_worker: int = -1
     slowest_ratio: float = 1.0
     signals: StepSignals | None = None
+    activations: bytes = b""
 
     def record(self, parameter_norms: bytes = b"", signals: bytes = b"") -> StepRecord:
         """The record of the step."""
@@ -71,6 +72,7 @@ class CompletedStep(NamedTuple):
             slowest_worker=self.slowest_worker,
             slowest_ratio=self.slowest_ratio,
             signals=signals,
+            activations=self.activations,
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,13 +34,13 @@ class RoundState:
         self.loss = self.norm = self.weight = 0.0  # of the mean; set with the decision
         self.buffers: bytes | None = None
         self.constants: bytes | None = None
+        self.activations: bytes | None = None
         self._everything = (1 << num_leaves) - 1
         self._undealt = self._everything
         self._missing = self._everything
         self._by = [""] * num_leaves
         self._data_seconds: dict[str, float] = {}  # by worker
         self._served_seconds = served_seconds
-        self._seconds: dict[str, tuple[float, int]] = {}  # by worker: computing, and of how many micro-batches
         self._reports: dict[int, NDArray[np.float64]] = {}
         self._sums: NDArray[np.float64] | None = None
         self._applied: dict[int, float] = {}
@@ -110,13 +109,12 @@ class RoundState:
         outcome = Outcome.ACCEPTED if delivered & self._missing else Outcome.DUPLICATE
         if push.data_seconds:
             self._data_seconds[worker] = self._data_seconds.get(worker, 0.0) + push.data_seconds
-        if push.leaves:
-            seconds, leaves = self._seconds.get(worker, (0.0, 0))
-            self._seconds[worker] = seconds + push.seconds, leaves + len(push.leaves)
         self._missing &= ~delivered
         self._undealt &= ~delivered
         if push.buffers is not None and self.buffers is None:
             self.buffers = push.buffers
+        if push.activations is not None and self.activations is None:
+            self.activations = push.activations
         if push.constants is not None and self.constants is None:
             self.constants = push.constants
         if self.has_all_pushes and not self.collected:
@@ -166,10 +164,11 @@ class RoundState:
         self.norm = math.sqrt(total) / weight
         return Decision(self.step, self.kind, True, weight, clip_coefficient(self.norm, max_norm), lr)
 
-    def completed(self, workers: int, now: float, *, clips_by_value: bool) -> CompletedStep:
-        """What is told of the step, when all shards have applied the decision."""
+    def completed(
+        self, workers: int, now: float, *, clips_by_value: bool, slowest: tuple[int, float] = (-1, 1.0)
+    ) -> CompletedStep:
+        """What is told of the step, when all shards have applied the decision. slowest: see Members."""
         assert self.decision is not None  # noqa: S101  # a step is complete when it is decided and applied
-        slowest, ratio = self._slowest()
         return CompletedStep(
             decision=self.decision,
             loss=self.loss,
@@ -185,9 +184,10 @@ class RoundState:
             committed=now,
             logged=self.mean_logged(),
             data_seconds=self._waiting_seconds(),
-            slowest_worker=slowest,
-            slowest_ratio=ratio,
+            slowest_worker=slowest[0],
+            slowest_ratio=slowest[1],
             signals=self._signals(),
+            activations=self.activations or b"",
         )
 
     # -- totals -------------------------------------------------------------------------------------------------------
@@ -211,17 +211,6 @@ class RoundState:
         leaves = [(r.weight, r.squares) for r in self.results if r.squares]
         whole, changed = (np.concatenate([own[i] for i in range(len(own))]) for own in (gradient, update))
         return StepSignals(whole, changed, leaves)
-
-    def _slowest(self) -> tuple[int, float]:
-        """The number of the worker that took longest for a micro-batch, and its time to the median of the others'."""
-        pace = {worker: seconds / leaves for worker, (seconds, leaves) in self._seconds.items()}
-        if len(pace) < 2:
-            return -1, 1.0
-        worker = max(pace, key=lambda name: pace[name])
-        slowest = pace.pop(worker)
-        usual = median(pace.values())
-        number = worker.rpartition("-")[2]
-        return int(number) if number.isdecimal() else -1, slowest / usual if usual > 0 else 1.0
 
     def _waiting_seconds(self) -> float:
         """That workers waited for samples: what they read while the servers finished the step before is no waiting."""

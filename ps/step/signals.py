@@ -23,6 +23,9 @@ FIRST_STEPS = 20  # each is measured: what is wrong from the start shows at the 
 NAMES = ("mean_abs", "max_abs", "zeros", "update_norm", "parameter_norm", "noise_signal", "noise_trace")
 
 
+Sums = NDArray[np.float64]  # of segments, or several of each
+
+
 class StepSignals(NamedTuple):
     """What was measured in one step.
 

@@ -96,6 +96,7 @@ def push_to_proto(push: Push) -> pb.Push:
         constants=push.constants,
         seconds=push.seconds,
         data_seconds=push.data_seconds,
+        activations=push.activations,
         host_bounds=chain(*push.host_ranges),
     )
     for result in push.leaves:
@@ -143,6 +144,7 @@ def push_from_proto(message: pb.Push) -> Push:
         host_ranges=_ranges(message.host_bounds[:]),
         constants=message.constants if message.HasField("constants") else None,
         data_seconds=message.data_seconds,
+        activations=message.activations if message.HasField("activations") else None,
     )
 
 
@@ -241,6 +243,7 @@ def record_to_proto(record: StepRecord, logged_names: Sequence[str]) -> jobs_pb.
     values["parameter_norms"] = norms
     values["logged"] = dict(zip(logged_names, logged.tolist(), strict=False))  # a step that was skipped has none
     signals = sums_from_bytes(values.pop("signals"))
+    del values["activations"]
     message = jobs_pb.StepRecord(**values)
     if len(signals):
         for name, row in zip(NAMES, signals.reshape(len(NAMES), -1), strict=True):

@@ -22,6 +22,7 @@ from ps.checkpoint.files import (
     step_of,
     verified_at,
 )
+from ps.step.signals import NAMES
 from ps.wire import convert as ps_convert
 from services.api.convert import event_to_proto, job_to_proto, line_to_proto
 from services.jobs.job_log import JobLog
@@ -40,7 +41,7 @@ from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
 PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1000
 HISTORY_PAGE_SIZE = 10_000
-HISTORY_PAGE_NUMBERS = 200_000  # parameter norms in a page
+HISTORY_PAGE_NUMBERS = 200_000  # norms and signals of parameters in a page
 CHUNK_BYTES = 1 << 20
 WATCH_SECONDS = 0.1
 PREFIX = "trainingJobs/"
@@ -192,9 +193,12 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         description = TaskDescription.from_json(row.description)
         layout = description.layout(spec_from_dict(json.loads(row.spec)))
         names = [p.name for p in layout.parameters]
-        most = max(1, min(HISTORY_PAGE_SIZE, HISTORY_PAGE_NUMBERS // len(names)))
+        numbers = len(names) * (1 + len(NAMES) * request.signals)
+        most = max(1, min(HISTORY_PAGE_SIZE, HISTORY_PAGE_NUMBERS // numbers))
         size = _page_size(request.page_size, most, most)
         records = self._history(row.id).records(request.first_step, size)
+        if not request.signals:
+            records = [record._replace(signals=b"") for record in records]
         shown = [ps_convert.record_to_proto(record, description.logged_names) for record in records]
         return pb.QueryHistoryResponse(records=shown, parameter_names=names)
 

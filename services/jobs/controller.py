@@ -82,7 +82,8 @@ class Controller(threading.Thread):
         self.totals = Totals()
         history = JobHistory(settings.history_of(job.row.id))
         parameters = job.description.layout(job.spec).parameters
-        health = Health([p.name for p in parameters], [p.shape for p in parameters], job.description.fan_in)
+        names, shapes = [p.name for p in parameters], [p.shape for p in parameters]
+        health = Health(names, shapes, job.description.fan_in, job.description.activations)
         samples, batch = job.description.num_samples, job.spec.data.global_batch
         self.ledger = Ledger(store, history, health, job.row, samples, batch)
         self._description = job.description

@@ -41,6 +41,7 @@ STRAGGLING = 2.0  # times the median of the other workers' time for a micro-batc
 STRAGGLING_STEPS, STRAGGLING_SECONDS = 10, 0.002  # in a row; of steps that take at least so long to compute
 # Of a weight's root mean square times the root of its fan-in: 1 for Xavier, 1.4 for He, 0.6 for torch's own default.
 LARGE_WEIGHTS, SMALL_WEIGHTS = 10.0, 0.01
+SATURATED = 0.8  # of a layer's outputs
 MEASURED_STEPS = 10  # in a row with a condition, of those in which signals are measured
 
 
@@ -64,11 +65,15 @@ class _Lasting:
 
 @dataclass
 class Health:
-    """Watches one job. names, shapes: of its parameters. fan_in: of the weights for which that is known, by name."""
+    """Watches one job. names, shapes: of its parameters. fan_in: of the weights for which that is known, by name.
+
+    activations: names of the model's activation functions, as records have them.
+    """
 
     names: Sequence[str]
     shapes: Sequence[Sequence[int]]
     fan_in: Mapping[str, int] = field(default_factory=dict)
+    activations: Sequence[str] = ()
     _updates: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     _last_lr: float = 0.0
     _norms: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
@@ -90,7 +95,15 @@ class Health:
         """Look at the records of steps, in order."""
         found: list[Finding] = []
         for record in records:
-            for rule in (self._layers, self._norm, self._loss, self._input, self._straggler, self._signals):
+            for rule in (
+                self._layers,
+                self._norm,
+                self._loss,
+                self._input,
+                self._straggler,
+                self._signals,
+                self._units,
+            ):
                 found += rule(record)
         return found
 
@@ -250,6 +263,25 @@ class Health:
                 f"{STRAGGLING_STEPS} steps. It is given less to compute, so it costs little; look at what else runs on "
                 "its host",
                 worker=worker,
+            )
+        ]  # fmt: skip
+
+    def _units(self, record: StepRecord) -> list[Finding]:
+        """Activation functions whose outputs are mostly at their bounds, or 0 for all samples."""
+        shares = np.frombuffer(record.activations, "<f8")
+        if not len(shares) or len(shares) != len(self.activations):
+            return []
+        shares = np.nan_to_num(shares)
+        worst = int(np.argmax(shares))
+        if not self._condition("saturated", LASTING_STEPS).holds(record.step, now=bool(shares[worst] > SATURATED)):
+            return []
+        return [
+            Finding(
+                "saturated", "warning", record.step,
+                f"{shares[worst]:.0%} of the outputs of {self.activations[worst]} are at the end of their range, where "
+                "almost no gradient passes (of a ReLU: of its units are off for all samples of a micro-batch). Try a "
+                "smaller initialization (Xavier, He), normalization, or a smaller learning rate",
+                self.activations[worst],
             )
         ]  # fmt: skip
 

@@ -29,7 +29,7 @@ class TaskDescription:
     weight, model_class, loss: in words. price: of the micro-batches, see Rehearsal. factors: see Plan.
     printed: by the user's code meanwhile; the end of it, and it is not stored.
     data: fields of the spec that a DataLoader settles. fan_in: of the weights of torch's own layers, how many inputs a
-    unit has.
+    unit has. activations: names of the model's activation functions.
     """
 
     model: ModelDescription
@@ -49,6 +49,7 @@ class TaskDescription:
     factors: tuple[float, ...] = ()
     logged_names: tuple[str, ...] = ()
     fan_in: dict[str, int] = field(default_factory=dict)
+    activations: tuple[str, ...] = ()
     printed: str = ""
 
     def completed(self, spec: TrainingJobSpec) -> TrainingJobSpec:
@@ -86,6 +87,7 @@ class TaskDescription:
             tuple(raw.get("factors", ())),
             tuple(raw.get("logged_names", ())),
             raw.get("fan_in", {}),
+            tuple(raw.get("activations", ())),
         )
 
 

@@ -128,7 +128,7 @@ def write_history(job: Job, path: Path) -> None:
 
     rows: list[dict[str, Any]] = []
     measured: list[dict[str, Any]] = []
-    for record in job.history():
+    for record in job.history(signals=True):
         logged, norms, signals = record.pop("logged"), record.pop("parameter_norms"), record.pop("signals")
         measured += [
             {"step": record["step"], "parameter": name, **{signal: own[name] for signal, own in signals.items()}}

@@ -268,6 +268,7 @@ class Push(_message.Message):
     NONFINITE_FIELD_NUMBER: _builtins.int
     BAD_SAMPLES_FIELD_NUMBER: _builtins.int
     SQUARES_FIELD_NUMBER: _builtins.int
+    ACTIVATIONS_FIELD_NUMBER: _builtins.int
     BUFFERS_FIELD_NUMBER: _builtins.int
     CONSTANTS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
@@ -281,6 +282,8 @@ class Push(_message.Message):
     """
     leaves: _builtins.bytes
     """What was measured in each leaf: int64 leaf, double loss, double weight, int64 samples."""
+    activations: _builtins.bytes
+    """Of micro-batch 0, in some steps; float64, little-endian: see StepRecord in ps/step/messages.py."""
     buffers: _builtins.bytes
     constants: _builtins.bytes
     """The frozen parameters, when parameters are initialized."""
@@ -318,20 +321,25 @@ class Push(_message.Message):
         nonfinite: _abc.Mapping[_builtins.int, _builtins.str] | None = ...,
         bad_samples: _abc.Mapping[_builtins.int, Global___Samples] | None = ...,
         squares: _abc.Mapping[_builtins.int, _builtins.bytes] | None = ...,
+        activations: _builtins.bytes | None = ...,
         buffers: _builtins.bytes | None = ...,
         constants: _builtins.bytes | None = ...,
         seconds: _builtins.float = ...,
         host_bounds: _abc.Iterable[_builtins.int] | None = ...,
         data_seconds: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "_constants", b"_constants", "buffers", b"buffers", "constants", b"constants"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_buffers", b"_buffers", "_constants", b"_constants", "activations", b"activations", "buffers", b"buffers", "constants", b"constants"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "_constants", b"_constants", "bad_samples", b"bad_samples", "buffers", b"buffers", "constants", b"constants", "data_seconds", b"data_seconds", "host_bounds", b"host_bounds", "kind", b"kind", "leaves", b"leaves", "nodes", b"nodes", "nonfinite", b"nonfinite", "seconds", b"seconds", "squares", b"squares", "step", b"step", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_buffers", b"_buffers", "_constants", b"_constants", "activations", b"activations", "bad_samples", b"bad_samples", "buffers", b"buffers", "constants", b"constants", "data_seconds", b"data_seconds", "host_bounds", b"host_bounds", "kind", b"kind", "leaves", b"leaves", "nodes", b"nodes", "nonfinite", b"nonfinite", "seconds", b"seconds", "squares", b"squares", "step", b"step", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__activations: _TypeAlias = _typing.Literal["activations"]  # noqa: Y015
+    _WhichOneofArgType__activations: _TypeAlias = _typing.Literal["_activations", b"_activations"]  # noqa: Y015
     _WhichOneofReturnType__buffers: _TypeAlias = _typing.Literal["buffers"]  # noqa: Y015
     _WhichOneofArgType__buffers: _TypeAlias = _typing.Literal["_buffers", b"_buffers"]  # noqa: Y015
     _WhichOneofReturnType__constants: _TypeAlias = _typing.Literal["constants"]  # noqa: Y015
     _WhichOneofArgType__constants: _TypeAlias = _typing.Literal["_constants", b"_constants"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__activations) -> _WhichOneofReturnType__activations | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__buffers) -> _WhichOneofReturnType__buffers | None: ...
     @_typing.overload
@@ -1242,6 +1250,7 @@ class StepRecords(_message.Message):
     SLOWEST_WORKER_FIELD_NUMBER: _builtins.int
     SLOWEST_RATIO_FIELD_NUMBER: _builtins.int
     SIGNALS_FIELD_NUMBER: _builtins.int
+    ACTIVATIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def step(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -1292,6 +1301,10 @@ class StepRecords(_message.Message):
     def signals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """float64, little-endian."""
 
+    @_builtins.property
+    def activations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """float64, little-endian."""
+
     def __init__(
         self,
         *,
@@ -1317,10 +1330,11 @@ class StepRecords(_message.Message):
         slowest_worker: _abc.Iterable[_builtins.int] | None = ...,
         slowest_ratio: _abc.Iterable[_builtins.float] | None = ...,
         signals: _abc.Iterable[_builtins.bytes] | None = ...,
+        activations: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "data_seconds", b"data_seconds", "gradient_norm", b"gradient_norm", "logged", b"logged", "loss", b"loss", "lr", b"lr", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "signals", b"signals", "skipped", b"skipped", "slowest_ratio", b"slowest_ratio", "slowest_worker", b"slowest_worker", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "data_seconds", b"data_seconds", "gradient_norm", b"gradient_norm", "logged", b"logged", "loss", b"loss", "lr", b"lr", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "signals", b"signals", "skipped", b"skipped", "slowest_ratio", b"slowest_ratio", "slowest_worker", b"slowest_worker", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

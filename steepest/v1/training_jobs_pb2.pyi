@@ -1497,19 +1497,23 @@ class QueryHistoryRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     FIRST_STEP_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    SIGNALS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     first_step: _builtins.int
     page_size: _builtins.int
+    signals: _builtins.bool
+    """Whether records come with the signals of parameters; pages are shorter then."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         first_step: _builtins.int = ...,
         page_size: _builtins.int = ...,
+        signals: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_step", b"first_step", "name", b"name", "page_size", b"page_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_step", b"first_step", "name", b"name", "page_size", b"page_size", "signals", b"signals"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

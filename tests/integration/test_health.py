@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,11 @@ def findings(client: Client, function: str, **spec: Any) -> tuple[Job, tuple[Fin
         ("dead", {}, "dead_units", "0.weight", 15),
         full("healthy", {"optimizer": {"name": "momentum", "lr": 5.0}}, "diverging", None, 15),
         full("slow_input", {}, "input_bound", None, 30),
+        ("large_weights", {}, "initialization", "6.weight", 0),
+        full("large_weights", {}, "saturated", "5", 15),
+        full("healthy", {"optimizer": {"name": "momentum", "lr": 50.0}}, "update_ratio", "2.weight", 15),
+        full("healthy", {"optimizer": {"name": "sgd", "lr": 5e-6}}, "update_ratio", None, 15),
+        full("recurrent", {"optimizer": {"name": "sgd", "lr": 1e-12}}, "exploding", "cell.weight_hh_l0", 40),
     ],
 )
 def test_a_fault_is_named_within_some_steps(
@@ -42,6 +48,19 @@ def test_a_fault_is_named_within_some_steps(
     assert finding.step <= by
     as_dict = job.get().to_dict()["findings"]
     assert [each["rule"] for each in as_dict] == [each.rule for each in found]
+
+
+@pytest.mark.full
+def test_a_worker_that_is_slower_than_the_others_is_named(client: Client, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    job = client.submit(
+        f"{SICK}:straggler", arguments={"mark": str(mark)}, **{**BASE, "steps": 100, "placement": {"workers": 2}}
+    )
+    job.wait()
+    info = job.get()
+    [finding] = [each for each in info.findings if each.rule == "straggler"]
+    [lame] = [worker.id for worker in info.workers if str(worker.pid) == mark.read_text()]
+    assert finding.worker == lame
 
 
 def test_a_sample_that_is_not_a_number_is_blamed_by_its_number(client: Client) -> None:

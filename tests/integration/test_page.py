@@ -130,7 +130,7 @@ def test_a_page_is_whole_and_accessible(
         page = visit(path, width, theme)
         if what == "job":
             expect(page.locator("[data-chart=loss] canvas")).to_be_visible()
-            expect(page.get_by_role("img", name="Gradient norm of each parameter")).to_be_visible()
+            expect(page.get_by_role("img", name="A signal of each parameter")).to_be_visible()
             expect(page.locator(".events li").first).to_contain_text("all 120 steps are done")
         else:
             expect(page.get_by_role("link", name=finished)).to_be_visible()
@@ -144,16 +144,16 @@ def test_a_page_is_whole_and_accessible(
 
 def test_a_row_of_the_heat_map_opens_its_layer(visit: Callable[..., Page], finished: str) -> None:
     page = visit(f"/jobs/{finished}")
-    heat = page.get_by_role("img", name="Gradient norm of each parameter")
+    heat = page.get_by_role("img", name="A signal of each parameter")
     box = heat.bounding_box()
     assert box is not None
     heat.click(position={"x": box["width"] / 2, "y": 2})
-    expect(heading(page, "Gradient norm of 0.weight")).to_be_visible()
+    expect(heading(page, "‖g‖ of 0.weight")).to_be_visible()
     heat.focus()
     for _ in range(5):
         page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
-    expect(heading(page, "Gradient norm of 3.bias")).to_be_visible()
+    expect(heading(page, "‖g‖ of 3.bias")).to_be_visible()
 
 
 def test_zoom_scale_smoothing_and_comparison(visit: Callable[..., Page], finished: str) -> None:

@@ -42,7 +42,7 @@ def test_train_leaves_what_the_contract_says(tmp_path: Path) -> None:
     assert {"id", "pid", "host", "state"} == set(result["workers"][0])
     assert len(result["workers"]) == 2
     assert "step 40/40" in run.stderr
-    names = {"model.safetensors", "optimizer.safetensors", "manifest.json", "history.parquet"}
+    names = {"model.safetensors", "optimizer.safetensors", "manifest.json", "history.parquet", "signals.parquet"}
     assert {p.name for p in output.iterdir()} == names
     config = job_config(
         tmp_path / "here", "examples.digits:mlp", arguments={"hidden": 32}, steps=40,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,3 +69,61 @@ def one_bad_sample(row: int = 77) -> steepest.Task:
     rows = data()
     rows.arrays[0][row] = torch.nan
     return steepest.Task(model=network(), loss=nn.MSELoss(), train_data=rows)
+
+
+def large_weights() -> steepest.Task:
+    """Weights begin thirty times too large, which drives every tanh to its end."""
+    model = network(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 8.0)
+    return steepest.Task(model=model, loss=nn.MSELoss(), train_data=data())
+
+
+def recurrent() -> steepest.Task:
+    """A recurrent net whose gradient explodes at a sample that is far out."""
+    cell = nn.RNN(1, 32, nonlinearity="relu", batch_first=True)
+    with torch.no_grad():
+        cell.weight_hh_l0.copy_(1.1 * torch.eye(32))
+    head = nn.Linear(32, 1)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.rand(ROWS, 40, 1, generator=generator)
+    x[100] *= 400.0  # one of them is far out
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = cell, head
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.cell(x)[0][:, -1])
+
+    return steepest.Task(model=Net(), loss=nn.MSELoss(), train_data=steepest.ArrayData(x, x.mean(1)))
+
+
+class _Lame(nn.Module):
+    """Slow in the first process that comes to 40 passes, which a rehearsal does not."""
+
+    def __init__(self, mark: str) -> None:
+        super().__init__()
+        self.inner = network()
+        self._mark = Path(mark)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own = str(os.getpid())
+        calls = self._mark.with_suffix(f".{own}")  # counted in a file, for a module may keep nothing
+        with calls.open("a") as file:
+            file.write(".")
+        lame = False
+        if calls.stat().st_size >= 40:
+            with contextlib.suppress(FileExistsError), self._mark.open("x") as file:
+                file.write(own)
+            lame = self._mark.read_text() == own
+        time.sleep(0.03 if lame else 0.005)
+        return self.inner(x)
+
+
+def straggler(mark: str) -> steepest.Task:
+    """One worker is slower than the others. mark: a file that does not exist yet."""
+    return steepest.Task(model=_Lame(mark), loss=nn.MSELoss(), train_data=data())

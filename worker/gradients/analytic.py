@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ps.parameters.layout import Layout
 from steepest.task import AnalyticTask
 from worker.data.sources import ArraySource, Source
+from worker.gradients.activations import Activations
 from worker.gradients.engine import LossError, Measured, measure_metrics
 
 
@@ -20,6 +21,7 @@ class AnalyticEngine:
 
     only_torch = False
     logged: tuple[str, ...] | None = ()
+    activations: Activations | None = None
 
     def __init__(self, task: AnalyticTask, layout: Layout) -> None:
         self._task = task

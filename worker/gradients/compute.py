@@ -41,12 +41,13 @@ class _Leaves:
         self._step = -1
         self.results: dict[int, LeafResult] = {}
         self.buffers: bytes | None = None  # as micro-batch 0 left them
+        self.activations: bytes | None = None  # of micro-batch 0, in some steps
 
     def begin(self, step: int) -> None:
         """Another assignment."""
         self._step = step
         self.results = {}
-        self.buffers = None
+        self.buffers = self.activations = None
 
     def has_samples(self, index: int) -> bool:
         """See Leaf."""
@@ -64,7 +65,13 @@ class _Leaves:
         """See Leaf. Raises MicroBatchError too."""
         try:
             batch, num_samples = self._batches.training(self._step, index)
-            measured = self._engine.gradient(batch, num_samples, into, add=add)
+            activations = self._engine.activations
+            if index == 0 and activations is not None and self._norms.wants(self._step, index):
+                with activations.observed():
+                    measured = self._engine.gradient(batch, num_samples, into, add=add)
+                self.activations = activations.shares()
+            else:
+                measured = self._engine.gradient(batch, num_samples, into, add=add)
             if index == 0:
                 self.buffers = self._engine.buffers()
         except InPartsError:
@@ -173,6 +180,7 @@ class Computer:
             assign.host_ranges,
             constants,
             self._read_seconds(),
+            leaves.activations,
         )
 
     def _read_seconds(self) -> float:

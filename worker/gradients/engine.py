@@ -9,6 +9,7 @@ import torch
 
 from ps.parameters.layout import Layout
 from worker.data.sources import Source
+from worker.gradients.activations import Activations
 
 
 class Measured(NamedTuple):
@@ -53,6 +54,7 @@ class Engine(Protocol):
     train_source: Source
     eval_source: Source | None
     logged: tuple[str, ...] | None  # names of what the loss function returns besides, once they are known
+    activations: Activations | None  # of the model, where it has any
 
     def write_initial(self, flat: torch.Tensor) -> None:
         """Write the task's own initial parameters into `flat`, shape (layout.numel,)."""

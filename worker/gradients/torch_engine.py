@@ -14,6 +14,7 @@ from ps.parameters.description import ModelDescription
 from ps.parameters.layout import Layout
 from steepest.task import Task
 from worker.data.sources import Source, source_of
+from worker.gradients.activations import Activations
 from worker.gradients.backend import Backend
 from worker.gradients.buffers import Buffers
 from worker.gradients.caches import Caches
@@ -72,6 +73,7 @@ class TorchEngine:
         self._aliases = [(index[alias.description.of], alias) for alias in aliases]
         self._initial = [p.detach().cpu().clone() for p in self._parameters]
         self._buffers = Buffers({b.name: state.place(task, b.name) for b in model.buffers})
+        self.activations: Activations | None = Activations(roots(task))
         self._modes = Modes(modules)
         self._is_frozen = False
         self._caches = Caches(roots(task), known.caches)

@@ -17,12 +17,14 @@ from steepest.errors import SpecError
 from steepest.spec import TrainingJobSpec, spec_from_dict
 from steepest.task import AnalyticTask, Task
 from worker.data.loader import LoaderData
+from worker.gradients.activations import Activations
 from worker.rehearsal.conduct import OtherConductError
 from worker.rehearsal.fingerprint import fingerprint
 from worker.rehearsal.rehearse import rehearse
 from worker.task.load import TaskError, initialize, load_task
 from worker.task.model import check_fits, describe_model, fan_in, num_samples
 from worker.task.schedule import factors_of
+from worker.task.state import roots
 
 
 def probe(request: dict[str, Any]) -> dict[str, Any]:
@@ -46,6 +48,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         factors = factors_of(task, spec, samples)
         seen = fingerprint(task)
         fans = fan_in(task)
+        activations = Activations(roots(task)).names if isinstance(task, Task) else ()
         try:
             found = rehearse(task, spec, model, samples, evaluation, code)
         except OtherConductError as other:
@@ -64,6 +67,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         "caches": found.caches,
         "logged_names": found.logged,
         "fan_in": fans,
+        "activations": activations,
         "fingerprint": seen,
         "warnings": found.warnings,
         "batch": found.batch,

@@ -284,3 +284,13 @@ def test_a_worker_that_comes_after_the_end_is_sent_home() -> None:
     finish_step(it, of_kind(it.join("a", 0.0), Send))
     assert it.phase == Phase.FINISHED
     assert of_kind(it.join("b", 9.0), Dismiss) == [Dismiss("b", "the job has ended")]
+
+
+def test_a_worker_that_is_slower_than_the_others_is_told_of() -> None:
+    it = leader()
+    for name in ("worker-0", "worker-1", "worker-2"):
+        it.join(name, 0.0)
+    assert it.members.slowest() == (-1, 1.0)
+    for number, member in enumerate(it.members.values()):
+        member.pushes, member.speed = 20, (2.0, 0.5, 4.0)[number]
+    assert it.members.slowest() == (1, 6.0)

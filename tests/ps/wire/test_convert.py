@@ -52,7 +52,11 @@ def test_assign(it: Assign) -> None:
     assert convert.assign_from_proto(convert.assign_to_proto(it)) == it
 
 
-@given(st.builds(Push, STEP, KIND, st.lists(NODES, max_size=4).map(tuple), leaves(), BYTES, REAL, RANGES, BYTES, REAL))
+@given(
+    st.builds(
+        Push, STEP, KIND, st.lists(NODES, max_size=4).map(tuple), leaves(), BYTES, REAL, RANGES, BYTES, REAL, BYTES
+    )
+)
 def test_push(it: Push) -> None:
     assert convert.push_from_proto(convert.push_to_proto(it)) == it
 
@@ -87,6 +91,7 @@ RECORDS = st.builds(
     st.integers(-1, 100),
     REAL,
     SIGNALS,
+    NORMS,
 )
 
 

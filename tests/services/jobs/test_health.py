@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -218,3 +219,12 @@ def test_small_gradients_of_a_job_that_has_converged_are_no_fault() -> None:
     steps = [record(i, 1.0 if i < 10 else 0.01, norms=(1.0, 0.0, 1.0)) for i in range(20)]
     assert found([*steps, *(record(i, 0.01, norms=(1e-8, 0.0, 1.0)) for i in range(20, 60))]) == []
     assert found([*steps, *(record(i, 0.5, norms=(1e-8, 0.0, 1.0)) for i in range(20, 60))]) != []
+
+
+def test_a_layer_at_the_end_of_its_range_is_saturated() -> None:
+    health = Health(NAMES, SHAPES, activations=("1", "3"))
+    shares = np.array([0.1, 0.95], "<f8").tobytes()
+    [finding] = found([record(i)._replace(activations=shares) for i in range(LASTING_STEPS)], health)
+    assert (finding.rule, finding.layer, finding.step) == ("saturated", "3", LASTING_STEPS - 1)
+    unknown = np.array([math.nan, 0.5], "<f8").tobytes()
+    assert found([record(i)._replace(activations=unknown) for i in range(100)], health) == []

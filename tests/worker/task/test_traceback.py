@@ -21,11 +21,14 @@ def test_the_users_chain_is_kept() -> None:
 
 
 def test_what_this_package_raised_before_is_left_out() -> None:
-    with pytest.raises(ValueError, match="second") as caught:
+    def after_a_first_attempt() -> None:
         try:
             raise TaskError("task", "a first attempt failed")
         except TaskError:
             _users()
+
+    with pytest.raises(ValueError, match="second") as caught:
+        after_a_first_attempt()
     text = user_traceback(caught.value)
     assert "first attempt" not in text
     assert text.endswith("ValueError: second")

@@ -1,0 +1,46 @@
+"""Shares of units that are off or at their bounds, in one pass."""
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from worker.gradients.activations import Activations
+
+
+def shares(model: nn.Module, *inputs: torch.Tensor) -> dict[str, float]:
+    watched = Activations([("", model)])
+    with watched.observed():
+        for each in inputs:
+            model(each)
+    model(torch.zeros_like(inputs[0]))  # nobody looks any more
+    return dict(zip(watched.names, np.frombuffer(watched.shares(), "<f8").tolist(), strict=True))
+
+
+def test_bounded_functions_are_saturated_at_their_ends() -> None:
+    values = torch.tensor([[-9.0, 0.0, 9.0, 0.5]])
+    assert shares(nn.Sequential(nn.Tanh()), values) == {"0": 0.5}
+    assert shares(nn.Sequential(nn.Sigmoid()), values) == {"0": 0.5}
+
+
+def test_a_unit_is_off_when_it_is_so_for_all_samples() -> None:
+    values = torch.tensor([[-1.0, 2.0, -1.0, 3.0], [-1.0, -2.0, 1.0, 3.0]])
+    assert shares(nn.Sequential(nn.ReLU()), values) == {"0": 0.25}
+    channels = torch.zeros(2, 3, 4, 4)
+    channels[1, 0, 2, 2] = 1.0
+    assert shares(nn.Sequential(nn.ReLU()), channels) == {"0": 2 / 3}
+
+
+def test_a_module_that_is_used_twice_or_not_at_all() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Tanh(), nn.Tanh()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(100 * (self.used(x) + 2))
+
+    found = shares(Odd(), torch.zeros(3, 4))
+    assert found["used"] == 0.5
+    assert math.isnan(found["unused"])

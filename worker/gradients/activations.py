@@ -1,0 +1,80 @@
+"""What comes out of a model's activation functions in one pass: units that are off, units that are at their bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+# Of each kind of module, the bounds of its outputs, or None where being off is what matters.
+_KINDS: dict[type[nn.Module], tuple[float, float] | None] = {
+    nn.Sigmoid: (0.0, 1.0),
+    nn.Hardsigmoid: (0.0, 1.0),
+    nn.Tanh: (-1.0, 1.0),
+    nn.Hardtanh: (-1.0, 1.0),
+    nn.Softsign: (-1.0, 1.0),
+    nn.ReLU: None,
+    nn.ReLU6: None,
+}
+NEAR = 0.015  # of the distance between the bounds: for tanh, beyond 0.97, where a gradient loses 94 % of its size
+
+
+class Activations:
+    """Watches the modules of known kinds, by name."""
+
+    def __init__(self, roots: Sequence[tuple[str, nn.Module]]) -> None:
+        self._modules = {
+            name: module
+            for prefix, root in roots
+            for name, module in root.named_modules(prefix=prefix[:-1])
+            if type(module) in _KINDS
+        }
+        self._sums: dict[str, list[torch.Tensor]] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the modules, in the order of the model."""
+        return tuple(self._modules)
+
+    @contextmanager
+    def observed(self) -> Iterator[None]:
+        """Look at what the modules return meanwhile."""
+        self._sums = {}
+        hooks = [module.register_forward_hook(self._hook(name)) for name, module in self._modules.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hook(self, name: str) -> Any:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor) and output.numel() and output.dim():
+                self._sums.setdefault(name, []).append(_share(module, output.detach()))
+
+        return look
+
+    def shares(self) -> bytes:
+        """Of each module, the share of saturated outputs, or of units that were 0 for all samples: float64.
+
+        Not a number for a module that was not called.
+        """
+        found = [
+            torch.stack(self._sums[name]).mean().item() if name in self._sums else float("nan")
+            for name in self._modules
+        ]
+        return np.array(found, "<f8").tobytes()
+
+
+def _share(module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+    bounds = _KINDS[type(module)]
+    if bounds is None:  # a unit is a channel of a convolution, else an element
+        over = [0] if output.dim() < 4 else [0, *range(2, output.dim())]
+        return (output.abs().amax(dim=over) == 0).double().mean()
+    low, high = bounds
+    margin = NEAR * (high - low)
+    return ((output < low + margin) | (output > high - margin)).double().mean()
