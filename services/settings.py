@@ -31,14 +31,18 @@ class Settings:
         """SQLite, beside the rest."""
         return f"sqlite:///{self.data_directory / 'steepest.db'}"
 
+    def directory_of(self, job: str) -> Path:
+        """Where all that is kept of a job lies, but for the database."""
+        return self.data_directory / "jobs" / job
+
     def history_of(self, job: str) -> Path:
         """Where the records of a job's steps are kept."""
-        return self.data_directory / "jobs" / job / "history"
+        return self.directory_of(job) / "history"
 
     def log_of(self, job: str) -> Path:
         """Where what a job's user code prints is kept."""
-        return self.data_directory / "jobs" / job / "log.jsonl"
+        return self.directory_of(job) / "log.jsonl"
 
     def checkpoints_of(self, job: str) -> Path:
         """Where the checkpoints of a job lie."""
-        return self.data_directory / "jobs" / job / "checkpoints"
+        return self.directory_of(job) / "checkpoints"

@@ -26,10 +26,12 @@ from steepest.errors import (
     Violation,
 )
 from steepest.jobs import (
+    Checkpoint,
     Event,
     JobInfo,
     LogLine,
     Progress,
+    checkpoint_from_proto,
     event_from_proto,
     job_from_proto,
     line_from_proto,
@@ -272,6 +274,20 @@ class Job:
             raise SpecError([Violation("workers", f"{workers!r} must be a number of workers, at least 1")])
         request = pb.ScaleTrainingJobRequest(name=self.name, workers=workers)
         return job_from_proto(self._call(self._stub.ScaleTrainingJob, request))
+
+    def events(self, after: int = 0) -> list[Event]:
+        """The events so far. after: the sequence number of the last one seen."""
+        request = pb.ListEventsRequest(name=self.name, after_sequence=after)
+        return [event_from_proto(event) for event in self._call(self._stub.ListEvents, request).events]
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints that there are, newest first, each verified."""
+        found = self._call(self._stub.ListCheckpoints, pb.ListCheckpointsRequest(name=self.name))
+        return [checkpoint_from_proto(message) for message in found.checkpoints]
+
+    def delete(self) -> None:
+        """Delete the job, which has ended, with its checkpoints, records and log. Raises ConflictError."""
+        self._call(self._stub.DeleteTrainingJob, pb.DeleteTrainingJobRequest(name=self.name))
 
     def history(self, first_step: int = 0, *, signals: bool = False) -> Iterator[dict[str, Any]]:
         """The records of all steps, as the .proto file names their fields.

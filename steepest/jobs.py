@@ -181,6 +181,36 @@ class Progress:
     logged: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that the service keeps.
+
+    best: whether it is that of the best evaluation. problem: what is wrong with its files; empty when each has the hash
+    that its manifest says.
+    """
+
+    step: int
+    size_bytes: int
+    time: float
+    parameters_sha256: str
+    state_sha256: str
+    best: bool
+    problem: str
+
+
+def checkpoint_from_proto(message: pb.Checkpoint) -> Checkpoint:
+    """A checkpoint, from the wire."""
+    return Checkpoint(
+        message.step,
+        message.size_bytes,
+        message.create_time.ToNanoseconds() / 1e9,
+        message.parameters_sha256,
+        message.state_sha256,
+        message.best,
+        message.problem,
+    )
+
+
 SUBMISSION = "submission"  # in the place of a worker's name
 
 

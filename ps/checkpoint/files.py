@@ -251,6 +251,15 @@ def _verified(path: Path) -> Written | None:
     return Written(int(manifest["step"]), path, manifest["parameters_sha256"], manifest["state_sha256"])
 
 
+def problem_of(path: Path) -> str:
+    """What is wrong with a checkpoint's files, or nothing."""
+    try:
+        _verified_manifest(path)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
 def verified_at(directory: Path, step: int) -> Written | None:
     """The checkpoint of a step, or None when there is none, or it does not verify."""
     return _verified(directory / _name(step))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from ps.checkpoint.files import MANIFEST, problem_of, step_of
 from services.jobs.job_log import StoredLine
 from services.settings import Settings
 from services.store.lifecycle import JobState
@@ -67,6 +69,22 @@ def line_to_proto(stored: StoredLine) -> pb.LogLine:
     line = stored.line
     return pb.LogLine(
         time=timestamp(line.time), process=line.worker, stream=line.stream, text=line.text, offset=stored.offset
+    )
+
+
+def checkpoint_to_proto(path: Path, best: Path | None) -> pb.Checkpoint:
+    """A checkpoint on disk, to the wire. best: that of the best evaluation."""
+    problem = problem_of(path)
+    manifest = json.loads((path / MANIFEST).read_text()) if not problem else {}
+    files = [file.stat() for file in path.iterdir()]
+    return pb.Checkpoint(
+        step=step_of(path),
+        size_bytes=sum(file.st_size for file in files),
+        create_time=timestamp(max((file.st_mtime for file in files), default=0.0)),
+        parameters_sha256=manifest.get("parameters_sha256", ""),
+        state_sha256=manifest.get("state_sha256", ""),
+        best=path == best,
+        problem=problem,
     )
 
 

@@ -24,7 +24,7 @@ from ps.checkpoint.files import (
 )
 from ps.step.signals import NAMES
 from ps.wire import convert as ps_convert
-from services.api.convert import event_to_proto, job_to_proto, line_to_proto
+from services.api.convert import checkpoint_to_proto, event_to_proto, job_to_proto, line_to_proto
 from services.jobs.job_log import JobLog
 from services.jobs.operations import Operations
 from services.jobs.task_probe import TaskDescription
@@ -201,6 +201,32 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
             records = [record._replace(signals=b"") for record in records]
         shown = [ps_convert.record_to_proto(record, description.logged_names) for record in records]
         return pb.QueryHistoryResponse(records=shown, parameter_names=names)
+
+    def ListEvents(  # noqa: N802
+        self, request: pb.ListEventsRequest, context: grpc.ServicerContext
+    ) -> pb.ListEventsResponse:
+        """See the .proto file."""
+        found = self._store.events_after(self._row(request.name).id, request.after_sequence)
+        return pb.ListEventsResponse(events=map(event_to_proto, found))
+
+    def ListCheckpoints(  # noqa: N802
+        self, request: pb.ListCheckpointsRequest, context: grpc.ServicerContext
+    ) -> pb.ListCheckpointsResponse:
+        """See the .proto file."""
+        directory = self._settings.checkpoints_of(self._row(request.name).id)
+        best = best_verified(directory)
+        found = []
+        for path in checkpoints(directory):
+            with contextlib.suppress(FileNotFoundError):  # pruned since
+                found.append(checkpoint_to_proto(path, None if best is None else best.path))
+        return pb.ListCheckpointsResponse(checkpoints=found)
+
+    def DeleteTrainingJob(  # noqa: N802
+        self, request: pb.DeleteTrainingJobRequest, context: grpc.ServicerContext
+    ) -> pb.DeleteTrainingJobResponse:
+        """See the .proto file."""
+        self._operations.delete(self._id(request.name))
+        return pb.DeleteTrainingJobResponse()
 
     def DownloadCheckpoint(  # noqa: N802
         self, request: pb.DownloadCheckpointRequest, context: grpc.ServicerContext

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Iterable
@@ -169,6 +170,16 @@ class Operations:
             elif verb == "cancel":
                 row = self._store.move(job, JobState.CANCELLED, "cancelled; it had no process running", time.time())
         return row
+
+    def delete(self, job: str) -> None:
+        """Forget a job that has ended, and all that is kept of it. Raises NotFoundError, ConflictError."""
+        with self._running.lock:
+            row = self._store.get(job)
+            check_verb(row.name, row.state, "delete")
+            if self._running.get(job) is not None:
+                raise ConflictError(f"{row.name} is {row.state}, and its processes are still ending; try again")
+            self._store.delete(job)
+        shutil.rmtree(self._settings.directory_of(job), ignore_errors=True)
 
     def scale(self, job: str, workers: int) -> JobRow:
         """Change the number of workers of a live job. Raises SpecError, ConflictError."""

@@ -47,6 +47,7 @@ VERBS: dict[str, frozenset[JobState]] = {
     "resume": frozenset({_S.PAUSING, _S.PAUSED, _S.RUNNING}),
     "cancel": frozenset(_S) - ENDED,
     "scale": frozenset(_S) - ENDED - {_S.CANCELLING},
+    "delete": ENDED,
 }
 
 

@@ -136,6 +136,13 @@ class Store:
         with self._engine.connect() as connection:
             return [_job(row) for row in connection.execute(query)]
 
+    def delete(self, job: str) -> None:
+        """Forget a job."""
+        with self._write, self._engine.begin() as connection:
+            for table, column in ((evaluations, evaluations.c.job), (events, events.c.job), (jobs, jobs.c.id)):
+                connection.execute(sa.delete(table).where(column == job))
+        self.notify()
+
     def in_states(self, states: Iterable[JobState]) -> list[JobRow]:
         """Jobs in some of the states, oldest first."""
         query = sa.select(jobs).where(jobs.c.state.in_(list(states))).order_by(jobs.c.created, jobs.c.id)

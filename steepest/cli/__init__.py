@@ -1,5 +1,8 @@
 """The `steepest` command."""
 
-from steepest.cli.command import app, main
+from steepest.cli.command import main
+from steepest.cli.common import app
 
-__all__ = ["app", "main"]
+from steepest.cli import doctor, records  # isort: skip  # in the order in which --help shows their commands
+
+__all__ = ["app", "doctor", "main", "records"]

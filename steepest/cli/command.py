@@ -8,37 +8,25 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
-import typer
 from typer import Argument, Option
 
-from steepest.cli.options import JobOptions, explain, submission, takes_job_options
-
-if TYPE_CHECKING:
-    from steepest.client import Client, Job
-    from steepest.jobs import JobInfo
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    help="Distributed training whose result never depends on placement.\n\n"
-    "Start with: [bold]steepest train path/to/train.py:function --steps 100[/bold]",
+from steepest.cli.common import (
+    DEFAULT_SERVER,
+    JobName,
+    Json,
+    Server,
+    Task,
+    app,
+    client_of,
+    exit_for,
+    fail,
+    report,
+    show_until_end,
 )
-
-EXIT_OK, EXIT_JOB, EXIT_USAGE = 0, 1, 2
-
-Task = Annotated[
-    str, Argument(metavar="TASK", help="path/to/file.py:function, package.module:function, or a job file (job.toml).")
-]
-JobName = Annotated[str, Argument(metavar="JOB", help="trainingJobs/ID, or only the ID.")]
-Server = Annotated[str, Option("--server", envvar="STEEPEST_SERVER", help="Address of the service.")]
-Json = Annotated[bool, Option("--json", help="Print one JSON object as the last line of stdout.")]
-DEFAULT_SERVER = "127.0.0.1:50051"
+from steepest.cli.options import JobOptions, explain, submission, takes_job_options
 
 
 def main() -> None:
@@ -51,9 +39,9 @@ def main() -> None:
     try:
         app()
     except SpecError as error:
-        _fail(explain(error))
+        fail(explain(error))
     except SteepestError as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
@@ -72,44 +60,7 @@ def _prepare_for_embedded_ray() -> None:
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 
-def _fail(message: str) -> NoReturn:
-    from steepest.cli.console import complain
-
-    complain(message)
-    sys.exit(EXIT_USAGE)
-
-
-@contextlib.contextmanager
-def _client(server: str) -> Iterator[Client]:
-    from steepest.client import Client
-
-    with Client(server) as client:
-        yield client
-
-
-def _report(info: JobInfo, *, as_json: bool, **more: Any) -> None:
-    from steepest.cli.console import summary
-
-    if as_json:
-        sys.stdout.write(json.dumps({**info.to_dict(), **more}) + "\n")
-    else:
-        sys.stdout.write(summary(info) + "\n")
-    sys.stdout.flush()
-
-
-def _exit_for(info: JobInfo) -> NoReturn:
-    raise typer.Exit(EXIT_JOB if info.state in ("FAILED", "CANCELLED") else EXIT_OK)
-
-
-def _follow(job: Job) -> JobInfo:
-    """Show progress until the job ends."""
-    from steepest.cli.console import show
-
-    end = show(job.name, job.get().total_steps, job.watch(logs=True))
-    return end or job.get()
-
-
-@app.command()
+@app.command(rich_help_panel="Train")
 @takes_job_options
 def train(
     task: Task,
@@ -136,11 +87,11 @@ def train(
     info = train_embedded(request, output)
     if output is not None and not as_json:
         sys.stderr.write(f"artifacts: {output}\n")
-    _report(info, as_json=as_json, output=None if output is None else str(output))
-    _exit_for(info)
+    report(info, as_json=as_json, output=None if output is None else str(output))
+    exit_for(info)
 
 
-@app.command()
+@app.command(rich_help_panel="Train")
 @takes_job_options
 def check(task: Task, options: JobOptions, as_json: Json = False) -> None:
     """Rehearse one step of a task; say what was understood of it, and what would be refused or warned of."""
@@ -154,7 +105,7 @@ def check(task: Task, options: JobOptions, as_json: Json = False) -> None:
         show_check(checked)
 
 
-@app.command()
+@app.command(rich_help_panel="The service")
 def serve(
     host: Annotated[str, Option(help="Address of both ports.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="gRPC port; 0: any free one.")] = 50051,
@@ -171,7 +122,7 @@ def serve(
 
     settings = {"grpc_host": host, "grpc_port": port, "http_host": host, "http_port": http_port}
     if host not in ("127.0.0.1", "localhost", "::1"):
-        _fail(f"--host {host}: the service has no TLS yet, so it listens on loopback only; allowed: 127.0.0.1")
+        fail(f"--host {host}: the service has no TLS yet, so it listens on loopback only; allowed: 127.0.0.1")
     with running_service(data_dir, ray_address=ray_address, num_cpus=cpus, **settings) as service:
         sys.stderr.write(f"gRPC {host}:{service.grpc_port}  HTTP http://{host}:{service.http_port}  data {data_dir}\n")
         sys.stderr.flush()
@@ -183,7 +134,7 @@ def serve(
         sys.stderr.write("stopping; jobs that run go on from their last checkpoint at the next start\n")
 
 
-@app.command()
+@app.command(rich_help_panel="Train")
 @takes_job_options
 def submit(
     task: Task,
@@ -197,22 +148,22 @@ def submit(
 
     request = submission(task, options)
     check_submission(request.task, request.arguments, request.spec)
-    with _client(server) as client:
+    with client_of(server) as client:
         job = client.submit(request.task, name=request.name, arguments=request.arguments, **request.spec)
         if not as_json:
             sys.stdout.write(job.name + "\n")
             sys.stdout.flush()
-        info = _follow(job) if watch else job.get()
+        info = show_until_end(job) if watch else job.get()
         if as_json:
-            _report(info, as_json=True)
+            report(info, as_json=True)
         if watch:
-            _exit_for(info)
+            exit_for(info)
 
 
-@app.command("list")
+@app.command("list", rich_help_panel="Watch")
 def list_jobs(server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
     """List all jobs, newest first."""
-    with _client(server) as client:
+    with client_of(server) as client:
         jobs = list(client.list())
     if as_json:
         sys.stdout.write(json.dumps({"jobs": [job.to_dict() for job in jobs]}) + "\n")
@@ -232,37 +183,37 @@ def list_jobs(server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
     Console().print(table)
 
 
-@app.command()
+@app.command(rich_help_panel="Watch")
 def get(job: JobName, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
     """Show a job as it is now."""
-    with _client(server) as client:
+    with client_of(server) as client:
         info = client.job(job).get()
-    _report(info, as_json=as_json)
-    _exit_for(info)
+    report(info, as_json=as_json)
+    exit_for(info)
 
 
-@app.command()
+@app.command(rich_help_panel="Watch")
 def watch(job: JobName, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
     """Show events and progress of a job until it ends. With --json, one object a line."""
-    with _client(server) as client:
+    with client_of(server) as client:
         if not as_json:
-            info = _follow(client.job(job))
-            _report(info, as_json=False)
-            _exit_for(info)
+            info = show_until_end(client.job(job))
+            report(info, as_json=False)
+            exit_for(info)
         from dataclasses import asdict
 
         from steepest.jobs import Event, JobInfo
 
         for update in client.job(job).watch():
             if isinstance(update, JobInfo):
-                _report(update, as_json=True)
-                _exit_for(update)
+                report(update, as_json=True)
+                exit_for(update)
             kind = "event" if isinstance(update, Event) else "progress"
             sys.stdout.write(json.dumps({kind: asdict(update)}) + "\n")
             sys.stdout.flush()
 
 
-@app.command()
+@app.command(rich_help_panel="Watch")
 def logs(
     job: JobName,
     follow: Annotated[bool, Option("--follow", "-f", help="Go on until the job ends.")] = False,
@@ -274,51 +225,51 @@ def logs(
 
     from steepest.cli.console import log_line
 
-    with _client(server) as client:
+    with client_of(server) as client:
         for line in client.job(job).logs(follow=follow):
             sys.stdout.write((json.dumps(asdict(line)) if as_json else log_line(line)) + "\n")
             sys.stdout.flush()
 
 
-@app.command()
+@app.command(rich_help_panel="Watch")
 def wait(job: JobName, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
     """Wait until a job ends; the exit code says how."""
     from steepest.jobs import JobInfo
 
-    with _client(server) as client:
+    with client_of(server) as client:
         info = next(update for update in client.job(job).watch() if isinstance(update, JobInfo))
-    _report(info, as_json=as_json)
-    _exit_for(info)
+    report(info, as_json=as_json)
+    exit_for(info)
 
 
 def _steer(job: str, server: str, verb: str, *, as_json: bool, **arguments: Any) -> None:
-    with _client(server) as client:
+    with client_of(server) as client:
         info = getattr(client.job(job), verb)(**arguments)
     if as_json:
-        _report(info, as_json=True)
+        report(info, as_json=True)
     else:
         sys.stdout.write(f"{info.job} {info.state}\n")
 
 
-@app.command()
+@app.command(rich_help_panel="Steer")
 def cancel(job: JobName, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
     """Stop a job at its next step boundary, keeping a checkpoint."""
     _steer(job, server, "cancel", as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel="Steer")
 def pause(job: JobName, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
     """Hold a running job at its next step boundary."""
     _steer(job, server, "pause", as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel="Steer")
 def resume(job: JobName, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
     """Let a paused job go on."""
     _steer(job, server, "resume", as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel="Steer")
 def scale(
     job: JobName,
     workers: Annotated[int, Argument(metavar="N", help="New number of workers.")],
@@ -329,7 +280,7 @@ def scale(
     _steer(job, server, "scale", as_json=as_json, workers=workers)
 
 
-@app.command()
+@app.command(rich_help_panel="What is kept")
 def download(
     job: JobName,
     output: Annotated[Path, Option(help="Directory to write to.")],
@@ -339,7 +290,7 @@ def download(
 ) -> None:
     """Fetch one of a job's checkpoints: model.safetensors, optimizer.safetensors, manifest.json."""
     if step is not None and best:
-        _fail("--step and --best are both given; allowed: one of the two")
-    with _client(server) as client:
+        fail("--step and --best are both given; allowed: one of the two")
+    with client_of(server) as client:
         client.job(job).download(output, step=step, best=best)
     sys.stdout.write(f"{output}\n")

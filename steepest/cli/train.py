@@ -15,6 +15,7 @@ from steepest.client import Client, check_submission
 from steepest.embedded import describe_task, plan_job, running_service
 from steepest.errors import SpecError, Violation
 from steepest.jobs import JobInfo
+from steepest.records import records_of, write_parquet
 
 if TYPE_CHECKING:
     from ps.job.footprint import Footprint
@@ -119,26 +120,8 @@ def _follow(job: Job) -> JobInfo:
 
 
 def write_history(job: Job, path: Path) -> None:
-    """All step records as a Parquet file, one row a step; what the loss came with has columns of its own.
-
-    Beside it, in signals.parquet, a row for each parameter in each step that its signals were measured in.
-    """
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    rows: list[dict[str, Any]] = []
-    measured: list[dict[str, Any]] = []
-    for record in job.history(signals=True):
-        logged, norms, signals = record.pop("logged"), record.pop("parameter_norms"), record.pop("signals")
-        measured += [
-            {"step": record["step"], "parameter": name, **{signal: own[name] for signal, own in signals.items()}}
-            for name in next(iter(signals.values()), ())
-        ]
-        beside = {f"logged.{name}": value for name, value in logged.items()}
-        rows.append({**record, **beside, **({"parameter_norms": norms} if norms else {})})
-    parquet.write_table(pa.Table.from_pylist(rows), path)
-    if measured:
-        parquet.write_table(pa.Table.from_pylist(measured), path.with_name("signals.parquet"))
+    """All step records as a Parquet file, and those of the parameters' signals beside it: see steepest.records."""
+    write_parquet(records_of(job.history(signals=True)), path)
 
 
 def _check_output(output: Path) -> None:

@@ -90,6 +90,21 @@ class TrainingJobServiceStub:
                 request_serializer=steepest_dot_v1_dot_training__jobs__pb2.QueryHistoryRequest.SerializeToString,
                 response_deserializer=steepest_dot_v1_dot_training__jobs__pb2.QueryHistoryResponse.FromString,
                 _registered_method=True)
+        self.ListEvents = channel.unary_unary(
+                '/steepest.v1.TrainingJobService/ListEvents',
+                request_serializer=steepest_dot_v1_dot_training__jobs__pb2.ListEventsRequest.SerializeToString,
+                response_deserializer=steepest_dot_v1_dot_training__jobs__pb2.ListEventsResponse.FromString,
+                _registered_method=True)
+        self.ListCheckpoints = channel.unary_unary(
+                '/steepest.v1.TrainingJobService/ListCheckpoints',
+                request_serializer=steepest_dot_v1_dot_training__jobs__pb2.ListCheckpointsRequest.SerializeToString,
+                response_deserializer=steepest_dot_v1_dot_training__jobs__pb2.ListCheckpointsResponse.FromString,
+                _registered_method=True)
+        self.DeleteTrainingJob = channel.unary_unary(
+                '/steepest.v1.TrainingJobService/DeleteTrainingJob',
+                request_serializer=steepest_dot_v1_dot_training__jobs__pb2.DeleteTrainingJobRequest.SerializeToString,
+                response_deserializer=steepest_dot_v1_dot_training__jobs__pb2.DeleteTrainingJobResponse.FromString,
+                _registered_method=True)
         self.DownloadCheckpoint = channel.unary_stream(
                 '/steepest.v1.TrainingJobService/DownloadCheckpoint',
                 request_serializer=steepest_dot_v1_dot_training__jobs__pb2.DownloadCheckpointRequest.SerializeToString,
@@ -178,6 +193,27 @@ class TrainingJobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListEvents(self, request, context):
+        """Returns the events of a job.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCheckpoints(self, request, context):
+        """Returns what checkpoints a job has, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteTrainingJob(self, request, context):
+        """Deletes a job that has ended, with its checkpoints, records and log.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DownloadCheckpoint(self, request, context):
         """Streams the files of one of a job's checkpoints.
         """
@@ -242,6 +278,21 @@ def add_TrainingJobServiceServicer_to_server(servicer, server):
                     servicer.QueryHistory,
                     request_deserializer=steepest_dot_v1_dot_training__jobs__pb2.QueryHistoryRequest.FromString,
                     response_serializer=steepest_dot_v1_dot_training__jobs__pb2.QueryHistoryResponse.SerializeToString,
+            ),
+            'ListEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEvents,
+                    request_deserializer=steepest_dot_v1_dot_training__jobs__pb2.ListEventsRequest.FromString,
+                    response_serializer=steepest_dot_v1_dot_training__jobs__pb2.ListEventsResponse.SerializeToString,
+            ),
+            'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCheckpoints,
+                    request_deserializer=steepest_dot_v1_dot_training__jobs__pb2.ListCheckpointsRequest.FromString,
+                    response_serializer=steepest_dot_v1_dot_training__jobs__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'DeleteTrainingJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteTrainingJob,
+                    request_deserializer=steepest_dot_v1_dot_training__jobs__pb2.DeleteTrainingJobRequest.FromString,
+                    response_serializer=steepest_dot_v1_dot_training__jobs__pb2.DeleteTrainingJobResponse.SerializeToString,
             ),
             'DownloadCheckpoint': grpc.unary_stream_rpc_method_handler(
                     servicer.DownloadCheckpoint,
@@ -547,6 +598,87 @@ class TrainingJobService:
             '/steepest.v1.TrainingJobService/QueryHistory',
             steepest_dot_v1_dot_training__jobs__pb2.QueryHistoryRequest.SerializeToString,
             steepest_dot_v1_dot_training__jobs__pb2.QueryHistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steepest.v1.TrainingJobService/ListEvents',
+            steepest_dot_v1_dot_training__jobs__pb2.ListEventsRequest.SerializeToString,
+            steepest_dot_v1_dot_training__jobs__pb2.ListEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steepest.v1.TrainingJobService/ListCheckpoints',
+            steepest_dot_v1_dot_training__jobs__pb2.ListCheckpointsRequest.SerializeToString,
+            steepest_dot_v1_dot_training__jobs__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteTrainingJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steepest.v1.TrainingJobService/DeleteTrainingJob',
+            steepest_dot_v1_dot_training__jobs__pb2.DeleteTrainingJobRequest.SerializeToString,
+            steepest_dot_v1_dot_training__jobs__pb2.DeleteTrainingJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

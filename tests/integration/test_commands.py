@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,3 +74,68 @@ def test_submit_list_get_watch_and_a_failure(steepest: Callable[..., Ran], clien
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "no trainable parameters" in refused.stderr
     assert steepest("get", "nobody").returncode == 2
+
+
+def test_what_is_kept_of_a_job(steepest: Callable[..., Ran], submit: Callable[..., Job], tmp_path: Path) -> None:
+    job = submit("regression", steps=6, checkpoint_every=2, eval_every=2, best={"metric": "loss"})
+    job.wait()
+    happened = json.loads(steepest("events", job.name, "--json").stdout)["events"]
+    assert [event["sequence"] for event in happened] == list(range(1, len(happened) + 1))
+    assert [happened[0]["state"], happened[-1]["state"]] == ["QUEUED", "SUCCEEDED"]
+    assert happened[-1]["reason"] in steepest("events", job.name).stdout
+    kept = json.loads(steepest("checkpoints", job.name, "--json").stdout)["checkpoints"]
+    assert [checkpoint["step"] for checkpoint in kept] == [6, 4, 2]
+    assert kept[0]["state_sha256"] == job.get().state_sha256
+    assert [checkpoint["problem"] for checkpoint in kept] == ["", "", ""]
+    assert [checkpoint["step"] for checkpoint in kept if checkpoint["best"]] == [job.get().best_step]
+    assert steepest("checkpoints", job.name).stdout.count("step ") == 3
+
+    fetched = tmp_path / "fetched"
+    assert steepest("download", job.name, "--output", str(fetched)).returncode == 0
+    verified = run("verify", str(fetched), "--json")
+    assert (verified.returncode, json.loads(verified.stdout)["step"]) == (0, 6)
+    with (fetched / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    torn = run("verify", str(fetched))
+    assert torn.returncode == 1
+    assert "its SHA-256 is not the one in the manifest" in torn.stderr
+
+    picture, paper, table = tmp_path / "a.png", tmp_path / "a.html", tmp_path / "a.csv"
+    assert steepest("plot", job.name, "--output", str(picture)).returncode == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert steepest("report", job.name, "--output", str(paper)).returncode == 0
+    assert job.name in paper.read_text()
+    assert steepest("export", job.name, "--output", str(table)).returncode == 0
+    assert len(table.read_text().splitlines()) == 7
+    for refused in (
+        steepest("plot", job.name, "--output", str(tmp_path / "a.txt")),
+        steepest("export", job.name, "--output", str(tmp_path / "a"), "--to", "excel"),
+        steepest("report", "nobody", "--output", str(paper)),
+    ):
+        assert refused.returncode == 2
+    assert "allowed: .png, .svg, .pdf" in steepest("plot", job.name, "--output", "x.txt").stderr
+
+    assert json.loads(steepest("delete", job.name, "--json").stdout) == {"deleted": job.name}
+    gone = steepest("get", job.name)
+    assert gone.returncode == 2
+    assert "there is no job" in gone.stderr
+
+
+def test_only_what_has_ended_is_deleted(steepest: Callable[..., Ran], submit: Callable[..., Job]) -> None:
+    job = submit("slow", steps=100_000)
+    refused = steepest("delete", job.name)
+    assert refused.returncode == 2
+    assert "delete is possible in" in refused.stderr
+    job.cancel()
+
+
+def test_the_doctor_says_what_works(steepest: Callable[..., Ran]) -> None:
+    healthy = steepest("doctor", "--json")
+    assert healthy.returncode == 0
+    checks = {check["name"]: check for check in json.loads(healthy.stdout)["checks"]}
+    assert checks["service"]["status"] == checks["packages"]["status"] == checks["shared memory"]["status"] == "ok"
+    lonely = run("doctor", "--server", "127.0.0.1:1", "--ray-address", "127.0.0.1:1")
+    assert lonely.returncode == 1
+    assert "nothing answers at 127.0.0.1:1" in lonely.stdout
+    assert "steepest serve starts one" in lonely.stdout

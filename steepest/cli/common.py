@@ -1,0 +1,76 @@
+"""What the modules of the command share: the application, its options, and how a job is shown."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer import Argument, Option
+
+if TYPE_CHECKING:
+    from steepest.client import Client, Job
+    from steepest.jobs import JobInfo
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Distributed training whose result never depends on placement.\n\n"
+    "Start with: [bold]steepest train path/to/train.py:function --steps 100[/bold]",
+)
+
+EXIT_OK, EXIT_JOB, EXIT_USAGE = 0, 1, 2
+
+Task = Annotated[
+    str, Argument(metavar="TASK", help="path/to/file.py:function, package.module:function, or a job file (job.toml).")
+]
+JobName = Annotated[str, Argument(metavar="JOB", help="trainingJobs/ID, or only the ID.")]
+Server = Annotated[str, Option("--server", envvar="STEEPEST_SERVER", help="Address of the service.")]
+Json = Annotated[bool, Option("--json", help="Print one JSON object as the last line of stdout.")]
+DEFAULT_SERVER = "127.0.0.1:50051"
+
+
+def fail(message: str) -> NoReturn:
+    """End with a message on stderr, and the exit code of a usage error."""
+    from steepest.cli.console import complain
+
+    complain(message)
+    sys.exit(EXIT_USAGE)
+
+
+@contextlib.contextmanager
+def client_of(server: str) -> Iterator[Client]:
+    """A connection to a service."""
+    from steepest.client import Client
+
+    with Client(server) as client:
+        yield client
+
+
+def report(info: JobInfo, *, as_json: bool, **more: Any) -> None:
+    """Print a job. more: further keys of the JSON object."""
+    from steepest.cli.console import summary
+
+    if as_json:
+        sys.stdout.write(json.dumps({**info.to_dict(), **more}) + "\n")
+    else:
+        sys.stdout.write(summary(info) + "\n")
+    sys.stdout.flush()
+
+
+def exit_for(info: JobInfo) -> NoReturn:
+    """End with the exit code that says how a job did."""
+    raise typer.Exit(EXIT_JOB if info.state in ("FAILED", "CANCELLED") else EXIT_OK)
+
+
+def show_until_end(job: Job) -> JobInfo:
+    """Show progress until the job ends."""
+    from steepest.cli.console import show
+
+    end = show(job.name, job.get().total_steps, job.watch(logs=True))
+    return end or job.get()
