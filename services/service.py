@@ -14,6 +14,7 @@ from services.api.servicer import TrainingJobServicer
 from services.cluster.cluster import Cluster
 from services.dashboard.app import Page
 from services.jobs.admission import Admission
+from services.jobs.analysis import Analyses
 from services.jobs.code_bundles import CodeStore
 from services.jobs.operations import Operations
 from services.jobs.running import Running
@@ -52,7 +53,8 @@ class Service:
         self._admission = Admission(self.store, bundles, self.cluster, self.running, settings, wake)
         registry.register(JobCollector(self.running.all, self.store.count_states))
         self._admission.start()
-        self._grpc.start(TrainingJobServicer(operations, self.store, settings, self._closing))
+        analyses = Analyses(bundles, settings)
+        self._grpc.start(TrainingJobServicer(operations, self.store, settings, analyses, self._closing))
         page = Page(operations, self.store, settings, self._closing.is_set)
         self._http.start([*metrics_routes(registry, lambda: not self._closing.is_set()), *page.routes()])
 

@@ -27,11 +27,13 @@ from steepest.errors import (
 )
 from steepest.jobs import (
     Checkpoint,
+    Curvature,
     Event,
     JobInfo,
     LogLine,
     Progress,
     checkpoint_from_proto,
+    curvature_from_proto,
     event_from_proto,
     job_from_proto,
     line_from_proto,
@@ -288,6 +290,32 @@ class Job:
     def delete(self) -> None:
         """Delete the job, which has ended, with its checkpoints, records and log. Raises ConflictError."""
         self._call(self._stub.DeleteTrainingJob, pb.DeleteTrainingJobRequest(name=self.name))
+
+    def curvature(
+        self,
+        *,
+        step: int | None = None,
+        top: int = 0,
+        samples: int = 0,
+        processes: int = 0,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> Curvature:
+        """Measure the Hessian of the loss at a checkpoint, on the service's host: the newest, or that of `step`.
+
+        top: how many of the largest eigenvalues. samples: of the training data, from the first on. processes: that
+        compute. 0: the service's default. say: called with what is being done.
+
+        Raises ConflictError without such a checkpoint, SpecError for a model that cannot be differentiated twice.
+        """
+        request = pb.MeasureCurvatureRequest(name=self.name, step=step, top=top, samples=samples, processes=processes)
+        try:
+            for update in self._stub.MeasureCurvature(request):
+                if update.WhichOneof("update") == "curvature":
+                    return curvature_from_proto(update.curvature)
+                say(update.progress)
+        except grpc.RpcError as error:
+            raise self._client.translate(error) from None
+        raise ServiceUnavailableError("the service ended the measurement without a result")
 
     def history(self, first_step: int = 0, *, signals: bool = False) -> Iterator[dict[str, Any]]:
         """The records of all steps, as the .proto file names their fields.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,35 @@ def describe_task(bundle: Bundle, spec: TrainingJobSpec) -> tuple[TrainingJobSpe
         with contextlib.closing(TaskProbe()) as probe:
             description = probe.describe(spec, code, PROBE_SECONDS)
     return description.completed(spec), description
+
+
+def check_gradients(
+    bundle: Bundle,
+    spec: TrainingJobSpec,
+    *,
+    expected: str,
+    got: str,
+    tolerance: float,
+    processes: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Compare two ways to a task's gradient on its first micro-batch; see worker.analysis.gradient_check.
+
+    Raises SpecError for a task that a service would refuse, or that cannot be computed in float64.
+    """
+    from services.jobs.analysis import question, run_analysis
+    from worker.task.load import unpack_code
+
+    spec, description = describe_task(bundle, spec)
+    with tempfile.TemporaryDirectory(prefix="steepest-check-") as directory:
+        code = unpack_code(bundle.data, Path(directory)) if bundle.data else None
+        samples = min(spec.data.micro_batch_size, description.num_samples)
+        request = question("check_gradients", spec, code, description, samples, processes)
+        for said in run_analysis({**request, "expected": expected, "got": got, "tolerance": tolerance}):
+            if isinstance(said, dict):
+                return said
+            say(said)
+    raise RuntimeError("an analysis ends with its answer")
 
 
 def plan_job(bundle: Bundle, spec: TrainingJobSpec) -> tuple[Footprint, int, str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -86,6 +88,12 @@ def checkpoint_to_proto(path: Path, best: Path | None) -> pb.Checkpoint:
         best=path == best,
         problem=problem,
     )
+
+
+def curvature_to_proto(found: Mapping[str, Any]) -> pb.Curvature:
+    """What worker.analysis found of a Hessian, to the wire."""
+    values = {name: value for name, value in found.items() if name in pb.Curvature.DESCRIPTOR.fields_by_name}
+    return pb.Curvature(**values, density_grid=found["density"]["grid"], density_values=found["density"]["values"])
 
 
 def event_to_proto(row: EventRow) -> pb.Event:

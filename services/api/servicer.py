@@ -24,7 +24,8 @@ from ps.checkpoint.files import (
 )
 from ps.step.signals import NAMES
 from ps.wire import convert as ps_convert
-from services.api.convert import checkpoint_to_proto, event_to_proto, job_to_proto, line_to_proto
+from services.api.convert import checkpoint_to_proto, curvature_to_proto, event_to_proto, job_to_proto, line_to_proto
+from services.jobs.analysis import Analyses
 from services.jobs.job_log import JobLog
 from services.jobs.operations import Operations
 from services.jobs.task_probe import TaskDescription
@@ -50,8 +51,11 @@ PREFIX = "trainingJobs/"
 class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
     """The methods of the .proto file; their names are the wire's."""
 
-    def __init__(self, operations: Operations, store: Store, settings: Settings, closing: threading.Event) -> None:
+    def __init__(
+        self, operations: Operations, store: Store, settings: Settings, analyses: Analyses, closing: threading.Event
+    ) -> None:
         self._operations = operations
+        self._analyses = analyses
         self._store = store
         self._settings = settings
         self._closing = closing
@@ -227,6 +231,18 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         """See the .proto file."""
         self._operations.delete(self._id(request.name))
         return pb.DeleteTrainingJobResponse()
+
+    def MeasureCurvature(  # noqa: N802
+        self, request: pb.MeasureCurvatureRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.MeasureCurvatureResponse]:
+        """See the .proto file."""
+        step = request.step if request.HasField("step") else None
+        row = self._row(request.name)
+        for said in self._analyses.curvature(row, step, request.top, request.samples, request.processes):
+            if isinstance(said, str):
+                yield pb.MeasureCurvatureResponse(progress=said)
+            else:
+                yield pb.MeasureCurvatureResponse(curvature=curvature_to_proto(said))
 
     def DownloadCheckpoint(  # noqa: N802
         self, request: pb.DownloadCheckpointRequest, context: grpc.ServicerContext

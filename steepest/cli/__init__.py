@@ -3,6 +3,6 @@
 from steepest.cli.command import main
 from steepest.cli.common import app
 
-from steepest.cli import doctor, records  # isort: skip  # in the order in which --help shows their commands
+from steepest.cli import doctor, records, study  # isort: skip  # in the order in which --help shows their commands
 
-__all__ = ["app", "doctor", "main", "records"]
+__all__ = ["app", "doctor", "main", "records", "study"]

@@ -1658,6 +1658,135 @@ class DeleteTrainingJobResponse(_message.Message):
 Global___DeleteTrainingJobResponse: _TypeAlias = DeleteTrainingJobResponse  # noqa: Y015
 
 @_typing.final
+class MeasureCurvatureRequest(_message.Message):
+    """Names a job and what to measure; 0 is the default of a number."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    PROCESSES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    step: _builtins.int
+    """Of the checkpoint; absent: the newest."""
+    top: _builtins.int
+    """How many of the largest eigenvalues."""
+    samples: _builtins.int
+    """How many samples of the training data the loss is the mean of."""
+    processes: _builtins.int
+    """How many processes compute."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        step: _builtins.int | None = ...,
+        top: _builtins.int = ...,
+        samples: _builtins.int = ...,
+        processes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "name", b"name", "processes", b"processes", "samples", b"samples", "step", b"step", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__step: _TypeAlias = _typing.Literal["step"]  # noqa: Y015
+    _WhichOneofArgType__step: _TypeAlias = _typing.Literal["_step", b"_step"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step) -> _WhichOneofReturnType__step | None: ...
+
+Global___MeasureCurvatureRequest: _TypeAlias = MeasureCurvatureRequest  # noqa: Y015
+
+@_typing.final
+class MeasureCurvatureResponse(_message.Message):
+    """What is being done, and at last what was found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    CURVATURE_FIELD_NUMBER: _builtins.int
+    progress: _builtins.str
+    @_builtins.property
+    def curvature(self) -> Global___Curvature: ...
+    def __init__(
+        self,
+        *,
+        progress: _builtins.str = ...,
+        curvature: Global___Curvature | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["curvature", b"curvature", "progress", b"progress", "update", b"update"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["curvature", b"curvature", "progress", b"progress", "update", b"update"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["progress", "curvature"]  # noqa: Y015
+    _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
+
+Global___MeasureCurvatureResponse: _TypeAlias = MeasureCurvatureResponse  # noqa: Y015
+
+@_typing.final
+class Curvature(_message.Message):
+    """The Hessian of the mean loss."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EIGENVALUES_FIELD_NUMBER: _builtins.int
+    SMALLEST_EIGENVALUE_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
+    TRACE_ERROR_FIELD_NUMBER: _builtins.int
+    DENSITY_GRID_FIELD_NUMBER: _builtins.int
+    DENSITY_VALUES_FIELD_NUMBER: _builtins.int
+    POINT_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    GRADIENT_NORM_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    smallest_eigenvalue: _builtins.float
+    trace: _builtins.float
+    trace_error: _builtins.float
+    """Standard error of the trace."""
+    point: _builtins.str
+    """What the eigenvalues say: minimum, maximum, saddle or flat."""
+    loss: _builtins.float
+    gradient_norm: _builtins.float
+    step: _builtins.int
+    samples: _builtins.int
+    parameters: _builtins.int
+    @_builtins.property
+    def eigenvalues(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The largest, largest first."""
+
+    @_builtins.property
+    def density_grid(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The density of all eigenvalues, on a grid."""
+
+    @_builtins.property
+    def density_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        eigenvalues: _abc.Iterable[_builtins.float] | None = ...,
+        smallest_eigenvalue: _builtins.float = ...,
+        trace: _builtins.float = ...,
+        trace_error: _builtins.float = ...,
+        density_grid: _abc.Iterable[_builtins.float] | None = ...,
+        density_values: _abc.Iterable[_builtins.float] | None = ...,
+        point: _builtins.str = ...,
+        loss: _builtins.float = ...,
+        gradient_norm: _builtins.float = ...,
+        step: _builtins.int = ...,
+        samples: _builtins.int = ...,
+        parameters: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density_grid", b"density_grid", "density_values", b"density_values", "eigenvalues", b"eigenvalues", "gradient_norm", b"gradient_norm", "loss", b"loss", "parameters", b"parameters", "point", b"point", "samples", b"samples", "smallest_eigenvalue", b"smallest_eigenvalue", "step", b"step", "trace", b"trace", "trace_error", b"trace_error"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Curvature: _TypeAlias = Curvature  # noqa: Y015
+
+@_typing.final
 class QueryHistoryRequest(_message.Message):
     """Asks for the records of steps first_step and later."""
 

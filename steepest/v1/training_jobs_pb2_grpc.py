@@ -105,6 +105,11 @@ class TrainingJobServiceStub:
                 request_serializer=steepest_dot_v1_dot_training__jobs__pb2.DeleteTrainingJobRequest.SerializeToString,
                 response_deserializer=steepest_dot_v1_dot_training__jobs__pb2.DeleteTrainingJobResponse.FromString,
                 _registered_method=True)
+        self.MeasureCurvature = channel.unary_stream(
+                '/steepest.v1.TrainingJobService/MeasureCurvature',
+                request_serializer=steepest_dot_v1_dot_training__jobs__pb2.MeasureCurvatureRequest.SerializeToString,
+                response_deserializer=steepest_dot_v1_dot_training__jobs__pb2.MeasureCurvatureResponse.FromString,
+                _registered_method=True)
         self.DownloadCheckpoint = channel.unary_stream(
                 '/steepest.v1.TrainingJobService/DownloadCheckpoint',
                 request_serializer=steepest_dot_v1_dot_training__jobs__pb2.DownloadCheckpointRequest.SerializeToString,
@@ -214,6 +219,13 @@ class TrainingJobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MeasureCurvature(self, request, context):
+        """Measures the Hessian of a job's loss at one of its checkpoints; says what it does meanwhile.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DownloadCheckpoint(self, request, context):
         """Streams the files of one of a job's checkpoints.
         """
@@ -293,6 +305,11 @@ def add_TrainingJobServiceServicer_to_server(servicer, server):
                     servicer.DeleteTrainingJob,
                     request_deserializer=steepest_dot_v1_dot_training__jobs__pb2.DeleteTrainingJobRequest.FromString,
                     response_serializer=steepest_dot_v1_dot_training__jobs__pb2.DeleteTrainingJobResponse.SerializeToString,
+            ),
+            'MeasureCurvature': grpc.unary_stream_rpc_method_handler(
+                    servicer.MeasureCurvature,
+                    request_deserializer=steepest_dot_v1_dot_training__jobs__pb2.MeasureCurvatureRequest.FromString,
+                    response_serializer=steepest_dot_v1_dot_training__jobs__pb2.MeasureCurvatureResponse.SerializeToString,
             ),
             'DownloadCheckpoint': grpc.unary_stream_rpc_method_handler(
                     servicer.DownloadCheckpoint,
@@ -679,6 +696,33 @@ class TrainingJobService:
             '/steepest.v1.TrainingJobService/DeleteTrainingJob',
             steepest_dot_v1_dot_training__jobs__pb2.DeleteTrainingJobRequest.SerializeToString,
             steepest_dot_v1_dot_training__jobs__pb2.DeleteTrainingJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureCurvature(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/steepest.v1.TrainingJobService/MeasureCurvature',
+            steepest_dot_v1_dot_training__jobs__pb2.MeasureCurvatureRequest.SerializeToString,
+            steepest_dot_v1_dot_training__jobs__pb2.MeasureCurvatureResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -137,6 +137,16 @@ class TorchEngine:
                 raise StateError(first_gradient(name))
         return Measured(value.item() * factor, found.weight, self._logged(found))
 
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The trainable ones, in the layout's order."""
+        return self._parameters
+
+    def forward(self, batch: Any, num_samples: int) -> LossValue:
+        """The loss of a batch as training computes it, in the present gradient mode. Raises LossError."""
+        self._start(training=True)
+        return self._loss(self._backend.batch(batch), num_samples)
+
     def _logged(self, found: LossValue) -> tuple[float, ...]:
         """The sums of what the loss function returned besides."""
         if self.logged is None:

@@ -1,0 +1,110 @@
+"""Runs an analysis of a task in a process of its own, which may take what it needs without harm to the service."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ps.checkpoint.files import MODEL, newest_verified, verified_at
+from services.jobs.code_bundles import CodeStore
+from services.jobs.task_probe import TaskDescription
+from services.settings import Settings
+from services.store.store import JobRow
+from steepest.errors import ConflictError, SpecError, Violation
+from steepest.spec import TrainingJobSpec, spec_from_dict
+
+DEFAULT_SAMPLES = 2048  # of the training data, whose mean loss is looked at
+DEFAULT_TOP, MAX_TOP, MAX_PROCESSES = 5, 100, 64
+
+
+def run_analysis(request: dict[str, Any]) -> Iterator[str | dict[str, Any]]:
+    """What the process says, line by line, and at last its answer. Raises SpecError for what is wrong with the task."""
+    with tempfile.TemporaryDirectory(prefix="steepest-analysis-") as directory:
+        asked, reply = Path(directory) / "request", Path(directory) / "reply"
+        asked.write_text(json.dumps({**request, "path": sys.path}))
+        process = subprocess.Popen(  # this interpreter, with a module of this package
+            [sys.executable, "-m", "worker.analysis.run", str(asked), str(reply)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        last = ""
+        try:
+            assert process.stdout is not None  # noqa: S101  # it is a pipe
+            for line in process.stdout:
+                last = line.rstrip()
+                yield last
+            process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        if not reply.exists():
+            problem = f"the analysis ended with exit status {process.returncode}: {last}"
+            raise SpecError([Violation("task", problem)])
+        found: dict[str, Any] = json.loads(reply.read_text())
+    if "message" in found:
+        raise SpecError([Violation(found["field"], f"{found['message']}\n{found['traceback']}".strip())])
+    yield found
+
+
+def question(
+    kind: str, spec: TrainingJobSpec, code: Path | None, description: TaskDescription, num_samples: int, processes: int
+) -> dict[str, Any]:
+    """What every request has."""
+    return {
+        "kind": kind,
+        "spec": spec.model_dump(mode="json"),
+        "code": str(code or ""),
+        "model": description.model.to_dict(),
+        "num_samples": num_samples,
+        "processes": processes,
+    }
+
+
+class Analyses:
+    """Of the jobs of a service, one at a time."""
+
+    def __init__(self, bundles: CodeStore, settings: Settings) -> None:
+        self._bundles = bundles
+        self._settings = settings
+        self._one = threading.Lock()
+
+    def curvature(
+        self, row: JobRow, step: int | None, top: int, samples: int, processes: int
+    ) -> Iterator[str | dict[str, Any]]:
+        """Measure the curvature at one of a job's checkpoints: lines about its progress, then the result.
+
+        step: None for the newest checkpoint. top, samples, processes: 0 for the default.
+
+        Raises SpecError, ConflictError.
+        """
+        for name, value, most in (("top", top, MAX_TOP), ("processes", processes, MAX_PROCESSES)):
+            if not 0 <= value <= most:
+                raise SpecError([Violation(name, f"{value}; allowed: 1 to {most}")])
+        directory = self._settings.checkpoints_of(row.id)
+        written = newest_verified(directory) if step is None else verified_at(directory, step)
+        if written is None:
+            at = "" if step is None else f" of step {step}"
+            raise ConflictError(f"{row.name} has no checkpoint{at}, and curvature is measured at one")
+        spec, description = spec_from_dict(json.loads(row.spec)), TaskDescription.from_json(row.description)
+        if samples < 0 or samples > description.num_samples:
+            raise SpecError([Violation("samples", f"{samples}; allowed: 1 to {description.num_samples}")])
+        chosen = samples or min(description.num_samples, DEFAULT_SAMPLES)
+        code = self._bundles.unpacked(spec.task.code_bundle)
+        request = question("curvature", spec, code, description, chosen, processes or 1)
+        if not self._one.acquire(blocking=False):
+            raise ConflictError("another analysis is running on this service; try again when it is done")
+        try:
+            more = {"top": top or DEFAULT_TOP, "weights": str(written.path / MODEL)}
+            for said in run_analysis({**request, **more}):
+                yield said if isinstance(said, str) else {**said, "step": written.step}
+        finally:
+            self._one.release()

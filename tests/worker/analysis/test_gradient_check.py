@@ -1,0 +1,152 @@
+"""Gradient checks: right gradients pass, one wrong entry is found, in small parameters and in large ones."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import steepest
+from ps.parameters.description import ModelDescription
+from steepest.spec import spec_from_dict
+from worker.analysis import gradient_check
+from worker.analysis.gradient_check import as_json, check_gradients, ridders
+from worker.analysis.subject import Question
+from worker.analysis.team import Team
+from worker.task.load import load_task
+from worker.task.model import describe_model
+
+TASKS = __name__
+SAMPLES = 8
+
+
+def data(width: int) -> steepest.ArrayData:
+    generator = torch.Generator().manual_seed(3)
+    return steepest.ArrayData(
+        torch.randn(32, width, generator=generator), torch.randint(0, 3, (32,), generator=generator)
+    )
+
+
+def mlp(width: int = 6) -> steepest.Task:
+    model = nn.Sequential(nn.Linear(width, 5), nn.Tanh(), nn.Dropout(0.3), nn.Linear(5, 3))
+    return steepest.Task(model=model, loss=nn.CrossEntropyLoss(), train_data=data(width))
+
+
+def convnet() -> steepest.Task:
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 6, 6)), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    )
+    return steepest.Task(model=model, loss=nn.CrossEntropyLoss(), train_data=data(36))
+
+
+class _Wrong(torch.autograd.Function):
+    """The identity, whose gradient is off by a ten-thousandth in one entry."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, entry: int) -> torch.Tensor:
+        ctx.entry = entry
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        wrong = gradients[0].clone()
+        wrong.view(-1)[ctx.entry] *= 1 + 1e-4
+        return wrong, None
+
+
+class _Planted(nn.Module):
+    def __init__(self, inputs: int, outputs: int, entry: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs) / math.sqrt(inputs))
+        self._entry = entry
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ _Wrong.apply(self.weight, self._entry).T
+
+
+def planted(inputs: int = 6, hidden: int = 5, entry: int = 7) -> steepest.Task:
+    model = nn.Sequential(_Planted(inputs, hidden, entry), nn.Tanh(), nn.Linear(hidden, 3))
+    return steepest.Task(model=model, loss=nn.CrossEntropyLoss(), train_data=data(inputs))
+
+
+def analytic(error: float = 0.0) -> steepest.AnalyticTask:
+    x, y = (array.numpy() for array in data(6).arrays)
+
+    def gradient(parameters: Any, batch: Any) -> Any:
+        inputs, targets = batch
+        logits = inputs @ parameters["w"] + parameters["b"]
+        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+        chances = shifted / shifted.sum(axis=1, keepdims=True)
+        rows = np.arange(len(targets))
+        loss = -np.log(chances[rows, targets]).sum()
+        chances[rows, targets] -= 1.0
+        return loss, len(targets), {"w": inputs.T @ chances * (1 + error), "b": chances.sum(axis=0)}
+
+    parameters = {"w": np.full((6, 3), 0.1, np.float32), "b": np.zeros(3, np.float32)}
+    return steepest.AnalyticTask(parameters=parameters, gradient=gradient, train_data=steepest.ArrayData(x, y))
+
+
+def team(function: str, processes: int = 1, **arguments: Any) -> Team:
+    reference = {"module": TASKS, "function": function, "arguments": arguments}
+    spec = spec_from_dict({"task": reference, "epochs": 1, "data": {"global_batch": SAMPLES, "micro_batch": SAMPLES}})
+    model: ModelDescription = describe_model(load_task(spec.task, None, spec.seed))
+    return Team(Question(spec, None, model, SAMPLES), processes)
+
+
+def test_ridders_finds_derivatives_to_the_end_of_float64() -> None:
+    for function, derivative in ((math.exp, math.exp(0.7)), (math.sin, math.cos(0.7)), (lambda x: x**5, 5 * 0.7**4)):
+        found = ridders(lambda h, f=function: (f(0.7 + h) - f(0.7 - h)) / (2 * h), 1e-1, 1.0)
+        assert found == pytest.approx(derivative, rel=1e-10)
+
+
+@pytest.mark.parametrize("function", ["mlp", "convnet", "analytic"])
+def test_right_gradients_pass(function: str) -> None:
+    with team(function) as its:
+        found = check_gradients(its, 1)
+        assert found.passed
+        assert found.largest < 1e-7
+        assert found.looked_at == found.total == sum(p.numel for p in its.subject.layout.parameters)
+        assert set(found.errors) == {p.name for p in its.subject.layout.parameters}
+
+
+@pytest.mark.parametrize("function", ["mlp", "convnet"])
+def test_forward_mode_agrees_with_backpropagation(function: str) -> None:
+    with team(function) as its:
+        assert check_gradients(its, 1, expected="forward", tolerance=1e-10).passed
+
+
+def test_one_wrong_entry_is_named() -> None:
+    with team("planted") as its:
+        found = check_gradients(its, 1)
+        assert not found.passed
+        worst = as_json(found, its.subject)["worst"]
+        assert (worst["parameter"], worst["index"]) == ("0.weight", [1, 1])
+        assert worst["got"] / worst["expected"] == pytest.approx(1 + 1e-4, rel=1e-6)
+        assert found.errors["2.weight"] < 1e-7
+
+
+def test_one_wrong_entry_of_a_large_parameter_is_found_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_check, "ALL_ENTRIES", 100)
+    monkeypatch.setattr(gradient_check, "SOME", 4)
+    monkeypatch.setattr(gradient_check, "LARGEST", 4)
+    with team("planted", inputs=60, hidden=40, entry=1234) as its:
+        found = check_gradients(its, 1)
+        assert found.looked_at < 300
+        worst = as_json(found, its.subject)["worst"]
+        assert (worst["parameter"], worst["index"]) == ("0.weight", [1234 // 60, 1234 % 60])
+
+
+def test_a_wrong_derivation_by_hand_is_named() -> None:
+    with team("analytic", error=1e-3) as its:
+        found = check_gradients(its, 1)
+        assert [name for name, error in found.errors.items() if error > found.tolerance] == ["w"]
+
+
+@pytest.mark.cluster
+def test_processes_do_not_change_the_result() -> None:
+    with team("mlp") as alone, team("mlp", 2) as two:
+        assert check_gradients(alone, 1) == check_gradients(two, 2)

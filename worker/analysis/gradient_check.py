@@ -1,0 +1,302 @@
+"""Compares derivatives computed in different ways, entry by entry, in float64.
+
+Central differences are extrapolated to a step of zero (Ridders 1982, "Accurate computation of F'(x)", as in Numerical
+Recipes, section 5.7): the step that gives the least error is found for every entry. Of a large parameter some entries
+are looked at one by one, and all of them together: along directions of random signs, an error of any entry shows, and
+is found by halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from worker.analysis.subject import Subject
+from worker.analysis.team import Team, shares
+
+METHODS = ("own", "forward", "finite")
+FIRST_STEP = 0.05  # of a difference, to the entry's size or the parameter's
+FIRST_STEP_AT_KINKS = 2e-4  # where the first ones disagree, for a ReLU may have turned in between
+SHRINK, LEAST_ROWS, ROWS = 2.0, 3, 11  # of Ridders' tableau; small steps are for functions with kinks
+ROUNDING = 4 * float(np.finfo(np.float64).eps)  # of a value of the function, relative
+ENOUGH = 1e-9  # relative error at which no more steps are tried
+TOLERANCE = 1e-6
+FLOOR = 1e-3  # of the largest derivative: errors of much smaller ones are taken relative to this
+ALL_ENTRIES = 2000  # of a parameter are looked at one by one; of a larger one, SOME and the LARGEST
+SOME, LARGEST = 64, 16
+DIRECTIONS = 2
+
+
+class Entry(NamedTuple):
+    """A derivative by one entry of one parameter, in two ways."""
+
+    parameter: int
+    entry: int
+    expected: float
+    got: float
+
+    def error(self, floor: float) -> float:
+        """Relative, to no less than `floor`."""
+        if not np.isfinite(self.expected) or not np.isfinite(self.got):
+            return np.inf
+        return abs(self.expected - self.got) / max(abs(self.expected), abs(self.got), floor)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check found. errors: the largest relative one of each parameter, by name. worst: None without entries."""
+
+    errors: dict[str, float]
+    worst: Entry | None
+    looked_at: int
+    total: int
+    tolerance: float
+
+    @property
+    def largest(self) -> float:
+        """Of all relative errors."""
+        return max(self.errors.values(), default=0.0)
+
+    @property
+    def passed(self) -> bool:
+        """Whether all derivatives agree."""
+        return self.largest <= self.tolerance
+
+
+class _Ways:
+    """Derivatives of the mean loss over the subject's samples."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self._point = subject.flat.clone()
+        self.size = abs(self._loss(torch.zeros_like(self._point), 0.0))
+
+    def own(self) -> NDArray[np.float64]:
+        """The gradient as training computes it, shape (layout.numel,)."""
+        total, weight = torch.zeros_like(self.subject.flat), 0.0
+        for leaf in range(len(self.subject.leaves)):
+            into = torch.zeros_like(total)
+            weight += self.subject.gradient(leaf, into)[1]
+            total += into
+        return (total / weight).numpy()
+
+    def finite(self, direction: torch.Tensor, scale: float, *, kinks: bool = False) -> float:
+        """The derivative along a direction, by central differences. kinks: of steps so small that few are crossed."""
+        first = scale * (FIRST_STEP_AT_KINKS if kinks else FIRST_STEP)
+
+        def difference(step: float) -> float:
+            high, low = self._loss(direction, step), self._loss(direction, -step)
+            return (high - low) / (2 * step)
+
+        return ridders(difference, first, self.size)
+
+    def _loss(self, direction: torch.Tensor, step: float) -> float:
+        flat = self.subject.flat
+        torch.add(self._point, direction, alpha=step, out=flat)
+        try:
+            sums = [self.subject.loss(leaf) for leaf in range(len(self.subject.leaves))]
+        finally:
+            flat.copy_(self._point)
+        return sum(loss for loss, _ in sums) / sum(weight for _, weight in sums)
+
+    def forward(self, direction: torch.Tensor) -> float:
+        """The derivative along a direction, in forward mode."""
+        sums = [self.subject.directional(leaf, direction) for leaf in range(len(self.subject.leaves))]
+        return sum(derivative for derivative, _ in sums) / sum(weight for _, weight in sums)
+
+
+def ridders(difference: Callable[[float], float], first: float, size: float) -> float:
+    """The limit of a central difference as its step goes to zero, from the steps whose error is estimated least.
+
+    size: of the function's values, whose rounding a small step magnifies.
+    """
+    best, error = 0.0, np.inf
+    row: list[float] = []
+    for index in range(ROWS):
+        step = first / SHRINK**index
+        before, row = row, [difference(step)]
+        rounding = ROUNDING * size / step
+        factor = 1.0
+        for column in range(1, index + 1):
+            factor *= SHRINK**2
+            row.append((row[column - 1] * factor - before[column - 1]) / (factor - 1.0))
+            estimate = max(abs(row[column] - row[column - 1]), abs(row[column] - before[column - 1])) + rounding
+            if estimate <= error:
+                best, error = row[column], estimate
+        if index >= LEAST_ROWS and error <= max(ENOUGH * abs(best), 2 * rounding):
+            break
+    return best
+
+
+def _derivative(ways: _Ways, method: str, direction: torch.Tensor, scale: float, *, kinks: bool = False) -> float:
+    if method == "finite":
+        return ways.finite(direction, scale, kinks=kinks)
+    if method == "forward":
+        return ways.forward(direction)
+    return float(ways.own() @ direction.numpy())
+
+
+def _unit(subject: Subject, parameter: int, entries: NDArray[np.int64], signs: NDArray[np.float64]) -> torch.Tensor:
+    direction = torch.zeros_like(subject.flat)
+    offset = subject.layout.parameters[parameter].offset
+    direction[torch.from_numpy(offset + entries)] = torch.from_numpy(signs)
+    return direction
+
+
+def _scale(subject: Subject, parameter: int, entry: int | None = None) -> float:
+    """What a step is relative to: the entry's size, or where that is small the parameter's."""
+    placed = subject.layout.parameters[parameter]
+    values = subject.flat[placed.offset : placed.offset + placed.numel]
+    usual = float(values.square().mean().sqrt()) or 1.0
+    return max(usual, abs(float(values[entry])) if entry is not None else 0.0, 1e-3)
+
+
+def check_entries(subject: Subject, asked: tuple[str, list[tuple[int, int]], bool]) -> list[float]:
+    """Derivatives by some entries. asked: the method, (parameter, entry) of each, and whether there may be kinks."""
+    method, entries, kinks = asked
+    ways = _Ways(subject)
+    if method == "own":
+        gradient = ways.own()
+        return [float(gradient[subject.layout.parameters[p].offset + entry]) for p, entry in entries]
+    return [
+        _derivative(
+            ways, method, _unit(subject, p, np.array([entry]), np.ones(1)), _scale(subject, p, entry), kinks=kinks
+        )
+        for p, entry in entries
+    ]
+
+
+def search_parameter(subject: Subject, asked: tuple[str, str, int, float]) -> list[int]:
+    """Entries of one parameter whose derivatives differ, found by halves along directions of random signs.
+
+    asked: two methods, the parameter, and the difference that counts.
+    """
+    expected, got, parameter, allowed = asked
+    ways = _Ways(subject)
+    numel = subject.layout.parameters[parameter].numel
+    own = ways.own() if got == "own" else None
+    generator = np.random.default_rng(parameter)
+    found: list[int] = []
+
+    def differ(entries: NDArray[np.int64], signs: NDArray[np.float64]) -> bool:
+        direction = _unit(subject, parameter, entries, signs)
+        scale = _scale(subject, parameter) / np.sqrt(len(entries))
+        for kinks in (False, True):
+            one = _derivative(ways, expected, direction, scale, kinks=kinks)
+            two = (
+                float(own @ direction.numpy())
+                if own is not None
+                else _derivative(ways, got, direction, scale, kinks=kinks)
+            )
+            if abs(one - two) <= allowed:
+                return False
+            if "finite" not in (expected, got):
+                break
+        return True
+
+    def search(entries: NDArray[np.int64], signs: NDArray[np.float64]) -> None:
+        if len(entries) == 1:
+            found.append(int(entries[0]))
+            return
+        middle = len(entries) // 2
+        for half in (slice(None, middle), slice(middle, None)):
+            if len(found) < LARGEST and differ(entries[half], signs[half]):
+                search(entries[half], signs[half])
+
+    everything = np.arange(numel, dtype=np.int64)
+    for _ in range(DIRECTIONS):
+        signs = generator.choice([-1.0, 1.0], numel)
+        if not found and differ(everything, signs):
+            search(everything, signs)
+    return found
+
+
+def check_gradients(
+    team: Team,
+    processes: int,
+    *,
+    expected: str = "finite",
+    got: str = "own",
+    tolerance: float = TOLERANCE,
+    say: Callable[[str], None] = lambda text: None,
+) -> Checked:
+    """Compare two ways to the gradient, of METHODS. Raises TaskError."""
+    subject = team.subject
+    gradient = _Ways(subject).own()
+    parameters = subject.layout.parameters
+    views = [np.abs(gradient[p.offset : p.offset + p.numel]) for p in parameters]
+    largest = max((float(view.max()) for view in views if len(view)), default=0.0)
+    floor = FLOOR * largest or 1e-12
+    entries: list[tuple[int, int]] = []
+    large = [index for index, p in enumerate(parameters) if p.numel > ALL_ENTRIES]
+    for index, placed in enumerate(parameters):
+        if placed.numel <= ALL_ENTRIES:
+            entries += [(index, entry) for entry in range(placed.numel)]
+            continue
+        generator = np.random.default_rng([index, placed.numel])
+        some = {*generator.choice(placed.numel, SOME, replace=False).tolist()}
+        some |= {*np.argsort(views[index])[-LARGEST:].tolist()}
+        entries += [(index, entry) for entry in sorted(some)]
+    searches = team.map(search_parameter, [(expected, got, index, tolerance * largest) for index in large])
+    for done, (index, found) in enumerate(zip(large, searches, strict=True), start=1):
+        say(f"searched {done} of {len(large)} large parameters")
+        entries += [(index, entry) for entry in found if (index, entry) not in entries]
+    pairs = _compare(team, processes, entries, (expected, got), say, kinks=False)
+    if "finite" in (expected, got):
+        doubtful = [pair for pair in pairs if pair.error(floor) > tolerance]
+        again = _compare(team, processes, [(p.parameter, p.entry) for p in doubtful], (expected, got), say, kinks=True)
+        nearer = {
+            (new.parameter, new.entry): min(old, new, key=lambda p: p.error(floor))
+            for old, new in zip(doubtful, again, strict=True)
+        }
+        pairs = [nearer.get((pair.parameter, pair.entry), pair) for pair in pairs]
+    errors = {p.name: 0.0 for p in parameters}
+    for pair in pairs:
+        name = parameters[pair.parameter].name
+        errors[name] = max(errors[name], pair.error(floor))
+    worst = max(pairs, key=lambda pair: pair.error(floor), default=None)
+    return Checked(errors, worst, len(entries), sum(p.numel for p in parameters), tolerance)
+
+
+def _compare(
+    team: Team,
+    processes: int,
+    entries: list[tuple[int, int]],
+    methods: tuple[str, str],
+    say: Callable[[str], None],
+    *,
+    kinks: bool,
+) -> list[Entry]:
+    parts = shares(entries, max(1, min(len(entries), 8 * processes)))
+    ways = (team.map(check_entries, [(method, list(part), kinks) for part in parts]) for method in methods)
+    found: list[Entry] = []
+    for part, one, two in zip(parts, *ways, strict=True):
+        found += [Entry(p, entry, e, g) for (p, entry), e, g in zip(part, one, two, strict=True)]
+        say(f"compared {len(found)} of {len(entries)} derivatives")
+    return found
+
+
+def as_json(checked: Checked, subject: Subject) -> dict[str, Any]:
+    """What --json prints."""
+    worst = checked.worst
+    return {
+        "passed": checked.passed,
+        "max_relative_error": checked.largest,
+        "tolerance": checked.tolerance,
+        "worst": None
+        if worst is None
+        else {
+            "parameter": subject.layout.parameters[worst.parameter].name,
+            "index": subject.index_of(worst.parameter, worst.entry).tolist(),
+            "expected": worst.expected,
+            "got": worst.got,
+        },
+        "parameters": checked.errors,
+        "entries_compared": checked.looked_at,
+        "entries": checked.total,
+    }

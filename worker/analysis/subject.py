@@ -1,0 +1,225 @@
+"""A task in float64 at one point of its parameters: losses, gradients and Hessian products over its samples."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils import _pytree
+
+from ps.parameters.description import ModelDescription
+from ps.parameters.layout import Layout, build_layout
+from steepest.spec import TrainingJobSpec
+from steepest.task import AnalyticTask, Task
+from worker.gradients.analytic import AnalyticEngine
+from worker.gradients.backend import CpuBackend
+from worker.gradients.engine import InPartsError
+from worker.gradients.losses import LossValue
+from worker.gradients.seeding import COMPUTE, DATA, seed_all
+from worker.gradients.torch_engine import TorchEngine
+from worker.task.load import TaskError, initialize, load_task
+from worker.task.model import conduct_of, describe_model
+from worker.task.state import roots
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a process needs to set up a Subject.
+
+    code: where the user's modules lie. model: as a rehearsal described it. num_samples: of the training data that are
+    looked at, from the first one on. weights: a model.safetensors to take the parameters from; nothing: the task's own.
+    freezes: dropout is off, and batch statistics are constant.
+    """
+
+    spec: TrainingJobSpec
+    code: Path | None
+    model: ModelDescription
+    num_samples: int
+    weights: str = ""
+    freezes: bool = False
+
+
+class Subject:
+    """A task at one point. Raises TaskError when it cannot be had in float64.
+
+    flat: the parameters, shape (layout.numel,), float64; writing to it moves the point.
+    """
+
+    def __init__(self, question: Question) -> None:
+        spec = question.spec
+        self._question = question
+        self._backend = CpuBackend()
+        task = load_task(spec.task, question.code, spec.seed)
+        initialize(task, question.weights or spec.init_from, strict=bool(question.weights) or spec.init_strict)
+        task = _doubled(task)
+        self._task = task
+        description = describe_model(task, conduct_of(question.model, task))
+        self.layout: Layout = build_layout(description)
+        self._engine: AnalyticEngine | TorchEngine
+        if isinstance(task, AnalyticTask):
+            self._engine = AnalyticEngine(task, self.layout)
+        else:
+            self._engine = TorchEngine(task, description, self.layout, self._backend)
+        self.flat = torch.zeros(self.layout.numel, dtype=torch.float64)
+        self._engine.write_initial(self.flat)
+        self._engine.bind(self.flat)
+        self._engine.train_source.prepare(question.num_samples, spec.data, spec.seed, shuffle=False)
+        self._batches: dict[int, Any] = {}
+        size = spec.data.micro_batch_size
+        self.leaves = [
+            np.arange(low, min(low + size, question.num_samples), dtype=np.int64)
+            for low in range(0, question.num_samples, size)
+        ]
+
+    def loss(self, leaf: int) -> tuple[float, float]:
+        """(loss sum, weight) of a micro-batch."""
+        if isinstance(self._engine, AnalyticEngine):
+            return self.gradient(leaf, torch.zeros_like(self.flat))
+        with torch.no_grad():
+            found = self._forward(leaf)
+        return float(found.value) * found.factor, found.weight
+
+    def gradient(self, leaf: int, into: torch.Tensor) -> tuple[float, float]:
+        """(loss sum, weight) of a micro-batch; the gradient of the sum goes to `into`, shape (layout.numel,)."""
+        views = self.layout.views(into)
+        for _ in range(2):  # a gradient that comes in parts is waited for the second time
+            batch = self._batch(leaf)
+            with contextlib.suppress(InPartsError), self._modes():
+                measured = self._engine.gradient(batch, len(self.leaves[leaf]), views, add=False)
+                return measured.loss, measured.weight
+        raise TaskError("task", "a gradient comes in parts whose number differs from pass to pass")
+
+    def directional(self, leaf: int, direction: torch.Tensor) -> tuple[float, float]:
+        """(derivative of the loss sum along a direction, weight), in forward mode. direction: (layout.numel,).
+
+        Raises TaskError for a task without torch, or an operation that has no forward derivative.
+        """
+        from torch.autograd import forward_ad
+        from torch.nn.utils.stateless import _reparametrize_module
+
+        self._torch_engine("forward mode")
+        views = zip(self.layout.parameters, self.layout.views(direction), strict=True)
+        try:
+            with forward_ad.dual_level(), contextlib.ExitStack() as stack:
+                tangents = {p.name: view for p, view in views}
+                for prefix, root in roots(self._torch_task):
+                    own = {
+                        name: forward_ad.make_dual(parameter.detach(), tangents[prefix + name])  # type: ignore[no-untyped-call]
+                        for name, parameter in root.named_parameters()
+                        if prefix + name in tangents
+                    }
+                    stack.enter_context(_reparametrize_module(root, own))
+                found = self._forward(leaf)
+                tangent = forward_ad.unpack_dual(found.value).tangent  # type: ignore[no-untyped-call]
+        except NotImplementedError as error:
+            raise TaskError("task.model", f"an operation of the model has no forward derivative: {error}") from error
+        return (0.0 if tangent is None else float(tangent)) * found.factor, found.weight
+
+    def hessian_product(self, leaf: int, vector: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """(Hessian of the loss sum times a vector, weight). vector: shape (layout.numel,).
+
+        Raises TaskError for a task that is not twice differentiable.
+        """
+        engine = self._torch_engine("curvature")
+        parameters = engine.parameters
+        found = self._forward(leaf)
+        out = torch.zeros_like(self.flat)
+        try:
+            first = torch.autograd.grad(found.value, parameters, create_graph=True, allow_unused=True)
+            _check_twice(first)
+            views = self.layout.views(vector)
+            product = sum(
+                ((g * v).sum() for g, v in zip(first, views, strict=True) if g is not None and g.requires_grad),
+                torch.zeros((), dtype=torch.float64),
+            )
+            if product.requires_grad:  # else the loss is linear
+                second = torch.autograd.grad(product, parameters, allow_unused=True)
+                for view, part in zip(self.layout.views(out), second, strict=True):
+                    if part is not None:
+                        view.copy_(part)
+        except RuntimeError as error:
+            problem = f"the model cannot be differentiated twice, which curvature needs: {error}"
+            raise TaskError("task.model", problem) from error
+        return out.mul_(found.factor), found.weight
+
+    def _forward(self, leaf: int) -> LossValue:
+        engine = self._torch_engine("this")
+        batch = self._batch(leaf)
+        with self._modes():
+            return engine.forward(batch, len(self.leaves[leaf]))
+
+    @contextlib.contextmanager
+    def _modes(self) -> Iterator[None]:
+        if self._question.freezes and isinstance(self._engine, TorchEngine):
+            with self._engine.frozen():
+                yield
+        else:
+            yield
+
+    def _batch(self, leaf: int) -> Any:
+        """A micro-batch; the random generators are seeded for a pass over it, always alike."""
+        seed = self._question.spec.seed
+        if leaf not in self._batches:
+            seed_all(seed, DATA, 0, leaf, backend=self._backend)
+            self._batches[leaf] = _pytree.tree_map(_double, self._engine.train_source.batch(self.leaves[leaf]))
+        seed_all(seed, COMPUTE, 0, leaf, backend=self._backend)
+        return self._batches[leaf]
+
+    @property
+    def _torch_task(self) -> Task:
+        assert isinstance(self._task, Task)  # noqa: S101  # asked only where the engine is torch's
+        return self._task
+
+    def _torch_engine(self, what: str) -> TorchEngine:
+        if not isinstance(self._engine, TorchEngine):
+            problem = f"{what} needs a task of torch; this is an AnalyticTask, whose gradient is all that is known"
+            raise TaskError("task", problem)
+        return self._engine
+
+    def index_of(self, parameter: int, entry: int) -> NDArray[np.int64]:
+        """The place of an entry in its parameter, along each axis."""
+        return np.array(np.unravel_index(entry, self.layout.parameters[parameter].shape or (1,)), dtype=np.int64)
+
+
+def _check_twice(gradients: Iterable[torch.Tensor | None]) -> None:
+    """Raises TaskError where the graph of a gradient ends in an operation that has no second derivative.
+
+    torch itself takes such a derivative for zero when it is asked for parameters that it cannot reach.
+    """
+    waiting = [gradient.grad_fn for gradient in gradients if gradient is not None and gradient.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        name = node.name()
+        if "Error" in name or "NotImplemented" in name:
+            problem = (
+                "an operation of the model cannot be differentiated twice (a function that is once_differentiable)"
+            )
+            raise TaskError("task.model", f"{problem}, which curvature needs: {name}")
+        fresh = [following for following, _ in node.next_functions if following is not None and following not in seen]
+        seen.update(fresh)
+        waiting += fresh
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.to(torch.float64)
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        return value.astype(np.float64)
+    return value
+
+
+def _doubled(task: Task | AnalyticTask) -> Task | AnalyticTask:
+    if isinstance(task, AnalyticTask):
+        wide = {name: np.asarray(value, np.float64) for name, value in task.parameters.items()}
+        return dataclasses.replace(task, parameters=wide)
+    for _, root in roots(task):
+        root.to(torch.float64)
+    return task
