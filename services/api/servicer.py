@@ -238,7 +238,8 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         """See the .proto file."""
         step = request.step if request.HasField("step") else None
         row = self._row(request.name)
-        for said in self._analyses.curvature(row, step, request.top, request.samples, request.processes):
+        numbers = (request.top, request.samples, request.processes)
+        for said in self._analyses.curvature(row, step, *numbers, context.add_callback):
             if isinstance(said, str):
                 yield pb.MeasureCurvatureResponse(progress=said)
             else:

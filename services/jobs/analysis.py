@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,13 @@ DEFAULT_SAMPLES = 2048  # of the training data, whose mean loss is looked at
 DEFAULT_TOP, MAX_TOP, MAX_PROCESSES = 5, 100, 64
 
 
-def run_analysis(request: dict[str, Any]) -> Iterator[str | dict[str, Any]]:
-    """What the process says, line by line, and at last its answer. Raises SpecError for what is wrong with the task."""
+def run_analysis(
+    request: dict[str, Any], on_cancel: Callable[[Callable[[], None]], object] = lambda stop: None
+) -> Iterator[str | dict[str, Any]]:
+    """What the process says, line by line, and at last its answer. Raises SpecError for what is wrong with the task.
+
+    on_cancel: called with what is to be called if nobody waits any more.
+    """
     with tempfile.TemporaryDirectory(prefix="steepest-analysis-") as directory:
         asked, reply = Path(directory) / "request", Path(directory) / "reply"
         asked.write_text(json.dumps({**request, "path": sys.path}))
@@ -36,6 +41,7 @@ def run_analysis(request: dict[str, Any]) -> Iterator[str | dict[str, Any]]:
             text=True,
             errors="replace",
         )
+        on_cancel(process.kill)
         last = ""
         try:
             assert process.stdout is not None  # noqa: S101  # it is a pipe
@@ -78,11 +84,17 @@ class Analyses:
         self._one = threading.Lock()
 
     def curvature(
-        self, row: JobRow, step: int | None, top: int, samples: int, processes: int
+        self,
+        row: JobRow,
+        step: int | None,
+        top: int,
+        samples: int,
+        processes: int,
+        on_cancel: Callable[[Callable[[], None]], object],
     ) -> Iterator[str | dict[str, Any]]:
         """Measure the curvature at one of a job's checkpoints: lines about its progress, then the result.
 
-        step: None for the newest checkpoint. top, samples, processes: 0 for the default.
+        step: None for the newest checkpoint. top, samples, processes: 0 for the default. on_cancel: see run_analysis.
 
         Raises SpecError, ConflictError.
         """
@@ -104,7 +116,7 @@ class Analyses:
             raise ConflictError("another analysis is running on this service; try again when it is done")
         try:
             more = {"top": top or DEFAULT_TOP, "weights": str(written.path / MODEL)}
-            for said in run_analysis({**request, **more}):
+            for said in run_analysis({**request, **more}, on_cancel):
                 yield said if isinstance(said, str) else {**said, "step": written.step}
         finally:
             self._one.release()

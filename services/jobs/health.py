@@ -107,6 +107,15 @@ class Health:
                 found += rule(record)
         return found
 
+    def layer_norms(self, record: StepRecord, most: int) -> dict[str, float]:
+        """The gradient norm of at most `most` groups of neighbouring parameters, by the name of each group's first."""
+        norms = np.frombuffer(record.parameter_norms, "<f8")
+        if len(norms) != len(self.names):
+            return {}
+        starts = np.unique(np.linspace(0, len(norms), min(most, len(norms)), endpoint=False).astype(int))
+        sums = np.add.reduceat(norms**2, starts)
+        return {self.names[start]: float(total) for start, total in zip(starts, np.sqrt(sums), strict=True)}
+
     def observe_evaluation(self, step: int, loss: float) -> list[Finding]:
         """Look at an evaluation."""
         training = self._smooth_loss()

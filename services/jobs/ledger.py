@@ -19,6 +19,7 @@ from steepest.jobs import Finding
 log = logging.getLogger(__name__)
 
 PERSIST_SECONDS = 1.0
+MAX_LAYERS = 16  # of a job, that Prometheus sees
 MAX_FINDINGS = 50  # of a job; the oldest go first
 
 
@@ -55,6 +56,12 @@ class Ledger:
     def has_ended(self) -> bool:
         """Whether the job is over."""
         return self.state in ENDED
+
+    def layer_norms(self) -> dict[str, float]:
+        """The gradient norm of at most MAX_LAYERS groups of neighbouring parameters, in the last step."""
+        if self.record is None:
+            return {}
+        return self._health.layer_norms(self.record, MAX_LAYERS)
 
     def note_result(self, **changes: Any) -> None:
         """Change fields of the result."""

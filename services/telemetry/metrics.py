@@ -71,6 +71,15 @@ class JobCollector(Collector):
             for controller in controllers:
                 counter.add_metric([controller.job], getattr(controller.totals, attribute))
             yield counter
+        layers = GaugeMetricFamily(
+            "steepest_job_layer_gradient_norm",
+            "L2 norm of the last step's gradient before the clip, by group of neighbouring parameters: at most 16.",
+            labels=["job", "layer"],
+        )
+        for controller in controllers:
+            for layer, norm in controller.ledger.layer_norms().items():
+                layers.add_metric([controller.job, layer], norm)
+        yield layers
         findings = GaugeMetricFamily(
             "steepest_job_findings", "What was found of the job's health, by rule.", labels=["job", "rule"]
         )

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from services.service import Service
-from steepest.client import Job
+from steepest.client import Client, Job
 from tests.support.programs import need_program
 from tests.support.service import free_port, until
 
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.cluster
 
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"
 CONFIG = DEPLOY / "prometheus" / "prometheus.yml"
+RULES = DEPLOY / "prometheus" / "rules.yml"
 DASHBOARD = DEPLOY / "grafana" / "steepest.json"
 
 
@@ -40,6 +41,7 @@ def query(service: Service, tmp_path: Path) -> Iterator[Callable[[str], dict[str
     assert "127.0.0.1:8080" in text
     fast = text.replace("127.0.0.1:8080", f"127.0.0.1:{service.http_port}").replace("5s", "250ms")
     config.write_text(fast)
+    (tmp_path / "rules.yml").write_text(RULES.read_text())
     port = free_port()
     process = subprocess.Popen(
         [
@@ -108,6 +110,41 @@ def test_what_prometheus_returns_is_what_the_history_says(
 def _expressions() -> list[str]:
     dashboard = json.loads(DASHBOARD.read_text())
     return [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+
+
+@pytest.mark.full
+def test_an_alert_fires_for_a_sick_job_and_resolves_when_it_ends(
+    query: Callable[[str], dict[str, float]], client: Client
+) -> None:
+    spec: dict[str, Any] = {"optimizer": {"name": "sgd", "lr": 0.05}, "data": {"global_batch": 32}}
+    job = client.submit("tests/support/sick.py:sigmoids", name="sick", steps=100_000, **spec)
+    firing = 'ALERTS{alertname="SteepestVanishingGradient",job="sick",alertstate="firing"}'
+    until(lambda: query(firing))
+    job.cancel()
+    until(lambda: job.get().has_ended)
+    until(lambda: not query(firing), 400)
+
+
+def test_the_layers_of_a_job_are_at_most_sixteen_series(
+    query: Callable[[str], dict[str, float]], submit: Callable[..., Job]
+) -> None:
+    job = submit("deep", name="layered", steps=100_000)
+    until(lambda: query('steepest_job_layer_gradient_norm{job="layered"}'))
+    assert len(query('steepest_job_layer_gradient_norm{job="layered"}')) <= 16
+    [total] = query('sqrt(sum by (job) (steepest_job_layer_gradient_norm{job="layered"} ^ 2))').values()
+    assert total > 0
+    job.cancel()
+
+
+def test_promtool_accepts_and_tests_the_rules(service: Service) -> None:
+    program = need_program("promtool", "prometheus")
+    for arguments in (["check", "rules", str(RULES)], ["test", "rules", str(RULES.with_name("rules_test.yml"))]):
+        checked = subprocess.run([program, *arguments], text=True, capture_output=True)
+        assert checked.returncode == 0, checked.stderr + checked.stdout
+    shown = _get(f"http://127.0.0.1:{service.http_port}/metrics")
+    used = set(re.findall(r"\bsteepest_\w+", RULES.read_text()))
+    assert used
+    assert all(f"# TYPE {name} " in shown for name in used), used
 
 
 def test_every_series_of_the_dashboard_is_exported(service: Service) -> None:

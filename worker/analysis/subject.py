@@ -28,6 +28,8 @@ from worker.task.load import TaskError, initialize, load_task
 from worker.task.model import conduct_of, describe_model
 from worker.task.state import roots
 
+_NEEDS_TORCH = "{} needs a task of torch; this is an AnalyticTask, whose gradient is all that is known"
+
 
 @dataclass(frozen=True)
 class Question:
@@ -57,6 +59,8 @@ class Subject:
         self._question = question
         self._backend = CpuBackend()
         task = load_task(spec.task, question.code, spec.seed)
+        if question.freezes and isinstance(task, AnalyticTask):
+            raise TaskError("task", _NEEDS_TORCH.format("curvature"))
         initialize(task, question.weights or spec.init_from, strict=bool(question.weights) or spec.init_strict)
         task = _doubled(task)
         self._task = task
@@ -179,8 +183,7 @@ class Subject:
 
     def _torch_engine(self, what: str) -> TorchEngine:
         if not isinstance(self._engine, TorchEngine):
-            problem = f"{what} needs a task of torch; this is an AnalyticTask, whose gradient is all that is known"
-            raise TaskError("task", problem)
+            raise TaskError("task", _NEEDS_TORCH.format(what))
         return self._engine
 
     def index_of(self, parameter: int, entry: int) -> NDArray[np.int64]:

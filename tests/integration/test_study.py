@@ -1,0 +1,94 @@
+"""Gradient checks and curvature, from the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from steepest.client import Client, Job
+from tests.support.command import Ran, run
+from tests.support.service import EXAMPLES
+
+pytestmark = pytest.mark.cluster
+
+WRONG = """
+import numpy as np
+import steepest
+
+def task(error: float = 0.0):
+    x = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
+    y = x @ np.array([1.0, -2.0, 0.5], np.float32)
+
+    def gradient(parameters, batch):
+        inputs, targets = batch
+        rest = inputs @ parameters["w"] - targets
+        slope = inputs.T @ rest
+        slope[1] *= 1 + error
+        return 0.5 * (rest**2).sum(), len(targets), {"w": slope}
+
+    return steepest.AnalyticTask(
+        parameters={"w": np.zeros(3, np.float32)}, gradient=gradient, train_data=steepest.ArrayData(x, y)
+    )
+"""
+
+
+@pytest.fixture
+def steepest(client: Client) -> Callable[..., Ran]:
+    return lambda *arguments: run(*arguments, "--server", client.address)
+
+
+def test_a_gradient_check_says_which_entry_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "by_hand.py").write_text(WRONG)
+    task = f"{tmp_path / 'by_hand.py'}:task"
+    right = run("check-gradients", task, "--json")
+    assert right.returncode == 0, right.stderr
+    found = json.loads(right.stdout.splitlines()[-1])
+    assert found["passed"]
+    assert found["max_relative_error"] < 1e-9
+    assert set(found["parameters"]) == {"w"}
+    wrong = run("check-gradients", task, "--arg", "error=1e-4", "--json")
+    assert wrong.returncode == 1
+    found = json.loads(wrong.stdout.splitlines()[-1])
+    assert (found["passed"], found["worst"]["parameter"], found["worst"]["index"]) == (False, "w", [1])
+    assert found["max_relative_error"] == pytest.approx(1e-4, rel=1e-3)
+    for_people = run("check-gradients", task, "--arg", "error=1e-4")
+    assert "worst: w[1]" in for_people.stdout
+    assert "do NOT agree" in for_people.stdout
+    refused = run("check-gradients", task, "--expected", "forward", "--json")
+    assert refused.returncode == 2
+    assert "needs a task of torch" in refused.stderr
+    assert run("check-gradients", task, "--got", "guessing").returncode == 2
+
+
+def test_curvature_of_a_job(steepest: Callable[..., Ran], client: Client) -> None:
+    job = client.submit(f"{EXAMPLES / 'digits.py'}:logistic", steps=20)
+    job.wait()
+    ran = steepest("curvature", job.name, "--samples", "200", "--json")
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert (found["job"], found["step"], found["samples"]) == (job.name, 20, 200)
+    assert found["eigenvalues"] == sorted(found["eigenvalues"], reverse=True)
+    assert found["point"] == "minimum"  # logistic regression is convex
+    assert len(found["density"]["grid"]) == len(found["density"]["values"])
+    again = steepest("curvature", job.name, "--samples", "200", "--processes", "2", "--json")
+    assert json.loads(again.stdout.splitlines()[-1]) == found
+    for_people = steepest("curvature", job.name, "--samples", "64", "--top", "2")
+    assert "kind of point         minimum" in for_people.stdout
+    for refused, word in (
+        (["--step", "7"], "no checkpoint of step 7"),
+        (["--samples", "100000"], "allowed: 1 to"),
+    ):
+        answer = steepest("curvature", job.name, *refused)
+        assert answer.returncode == 2
+        assert word in answer.stderr
+
+
+def test_a_job_without_torch_has_no_curvature(steepest: Callable[..., Ran], submit: Callable[..., Job]) -> None:
+    job = submit("least_squares", steps=3)
+    job.wait()
+    answer = steepest("curvature", job.name)
+    assert answer.returncode == 2
+    assert "needs a task of torch" in answer.stderr
