@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, JsonValue, TypeAdapter, model_validator
 
@@ -28,7 +28,28 @@ Dampening = Annotated[
 ]
 Eps = Annotated[
     PositiveFloat | None,
-    Field(description="Term added to the denominator, for adagrad, rmsprop, adam and adamw.", json_schema_extra=_TORCH),
+    Field(
+        description="Term added to the denominator, for all but sgd, momentum, nesterov, rprop and asgd.",
+        json_schema_extra=_TORCH,
+    ),
+]
+Betas = Annotated[
+    tuple[UnitFloat, UnitFloat] | None,
+    Field(
+        description="Decay rates of the two moment estimates, for adam, adamw, adamax, nadam and radam.",
+        json_schema_extra=_TORCH,
+    ),
+]
+Decoupled = Annotated[
+    bool | None,
+    Field(description="Decouple weight decay as adamw does, for nadam and radam.", json_schema_extra=_TORCH),
+]
+Alpha = Annotated[
+    UnitFloat | None,
+    Field(
+        description="Smoothing constant of the squared gradient, for rmsprop; power of the rate's decay, for asgd.",
+        json_schema_extra=_TORCH,
+    ),
 ]
 
 
@@ -38,14 +59,17 @@ class OptimizerSpec(SpecModel):
     Each optimizer is a subclass with the hyper-parameters that it takes.
     """
 
+    default_lr: ClassVar[float] = DEFAULT_LR
+
     name: str = Field(
         default=DEFAULT_OPTIMIZER,
-        description="Optimizer: sgd, momentum, nesterov, adagrad, rmsprop, adam or adamw.",
+        description="Optimizer: sgd, momentum, nesterov, adagrad, rmsprop, adam, adamw, adadelta, adamax, nadam, "
+        "radam, rprop or asgd.",
     )
     lr: PositiveFloat | None = Field(
         default=None,
         description="Learning rate before the schedule.",
-        json_schema_extra={"default_text": "0.001; 0.01 for adagrad and rmsprop"},
+        json_schema_extra={"default_text": "torch.optim's; 0.001 for sgd, momentum and nesterov"},
     )
     weight_decay: NonNegativeFloat | None = Field(
         default=None,
@@ -59,7 +83,7 @@ class OptimizerSpec(SpecModel):
     @property
     def base_lr(self) -> float:
         """The learning rate before any schedule."""
-        return self.lr if self.lr is not None else DEFAULT_LR
+        return self.lr if self.lr is not None else self.default_lr
 
     @property
     def hyper_parameters(self) -> dict[str, Any]:
@@ -98,6 +122,7 @@ class NesterovSpec(OptimizerSpec):
 class AdagradSpec(OptimizerSpec):
     """Adagrad."""
 
+    default_lr = 1e-2
     name: Literal["adagrad"] = "adagrad"
     lr_decay: NonNegativeFloat | None = Field(
         default=None, description="Decay of the learning rate with the updates, for adagrad.", json_schema_extra=_TORCH
@@ -107,21 +132,13 @@ class AdagradSpec(OptimizerSpec):
     )
     eps: Eps = None
 
-    @property
-    def base_lr(self) -> float:
-        """See OptimizerSpec; torch.optim's default."""
-        return self.lr if self.lr is not None else 1e-2
-
 
 class RmspropSpec(OptimizerSpec):
     """RMSprop."""
 
+    default_lr = 1e-2
     name: Literal["rmsprop"] = "rmsprop"
-    alpha: UnitFloat | None = Field(
-        default=None,
-        description="Smoothing constant of the squared gradient, for rmsprop.",
-        json_schema_extra=_TORCH,
-    )
+    alpha: Alpha = None
     eps: Eps = None
     momentum: Momentum = None
     centered: bool | None = Field(
@@ -130,18 +147,9 @@ class RmspropSpec(OptimizerSpec):
         json_schema_extra=_TORCH,
     )
 
-    @property
-    def base_lr(self) -> float:
-        """See OptimizerSpec; torch.optim's default."""
-        return self.lr if self.lr is not None else 1e-2
-
 
 class _Adam(OptimizerSpec):
-    betas: tuple[UnitFloat, UnitFloat] | None = Field(
-        default=None,
-        description="Decay rates of the two moment estimates, for adam and adamw.",
-        json_schema_extra=_TORCH,
-    )
+    betas: Betas = None
     eps: Eps = None
     amsgrad: bool | None = Field(
         default=None, description="Use the AMSGrad variant, for adam and adamw.", json_schema_extra=_TORCH
@@ -160,6 +168,84 @@ class AdamwSpec(_Adam):
     name: Literal["adamw"] = "adamw"
 
 
+class AdadeltaSpec(OptimizerSpec):
+    """Adadelta."""
+
+    default_lr = 1.0
+    name: Literal["adadelta"] = "adadelta"
+    rho: UnitFloat | None = Field(
+        default=None, description="Decay rate of the two averages, for adadelta.", json_schema_extra=_TORCH
+    )
+    eps: Eps = None
+
+
+class AdamaxSpec(OptimizerSpec):
+    """Adam by the infinity norm."""
+
+    default_lr = 2e-3
+    name: Literal["adamax"] = "adamax"
+    betas: Betas = None
+    eps: Eps = None
+
+
+class NadamSpec(OptimizerSpec):
+    """Adam with Nesterov momentum."""
+
+    default_lr = 2e-3
+    name: Literal["nadam"] = "nadam"
+    betas: Betas = None
+    eps: Eps = None
+    momentum_decay: NonNegativeFloat | None = Field(
+        default=None, description="Decay of the momentum, for nadam.", json_schema_extra=_TORCH
+    )
+    decoupled_weight_decay: Decoupled = None
+
+
+class RadamSpec(OptimizerSpec):
+    """Adam with a rectified variance at the beginning."""
+
+    name: Literal["radam"] = "radam"
+    betas: Betas = None
+    eps: Eps = None
+    decoupled_weight_decay: Decoupled = None
+
+
+class RpropSpec(OptimizerSpec):
+    """Resilient backpropagation: by the signs of gradients alone, so for steps over all of the data."""
+
+    default_lr = 1e-2
+    name: Literal["rprop"] = "rprop"
+    etas: tuple[PositiveFloat, PositiveFloat] | None = Field(
+        default=None, description="By what step sizes shrink and grow, for rprop.", json_schema_extra=_TORCH
+    )
+    step_sizes: tuple[PositiveFloat, PositiveFloat] | None = Field(
+        default=None, description="Least and largest step size, for rprop.", json_schema_extra=_TORCH
+    )
+
+    @model_validator(mode="after")
+    def _no_decay(self) -> Self:
+        if self.weight_decay:
+            raise ValueError(f"weight_decay = {self.weight_decay}: rprop has none; allowed: 0, or another optimizer")
+        return self
+
+    @property
+    def hyper_parameters(self) -> dict[str, Any]:
+        """See OptimizerSpec; torch.optim's takes no weight decay."""
+        return {name: value for name, value in super().hyper_parameters.items() if name != "weight_decay"}
+
+
+class AsgdSpec(OptimizerSpec):
+    """Averaged stochastic gradient descent; the average is in the optimizer's state, under the name ax."""
+
+    default_lr = 1e-2
+    name: Literal["asgd"] = "asgd"
+    lambd: NonNegativeFloat | None = Field(default=None, description="Decay term, for asgd.", json_schema_extra=_TORCH)
+    alpha: Alpha = None
+    t0: PositiveFloat | None = Field(
+        default=None, description="Updates after which averaging begins, for asgd.", json_schema_extra=_TORCH
+    )
+
+
 def _named(raw: Any) -> Any:
     """The default optimizer where none is named; a null, as job files and older databases have it, is no value."""
     if not isinstance(raw, Mapping):
@@ -167,7 +253,21 @@ def _named(raw: Any) -> Any:
     return {"name": DEFAULT_OPTIMIZER, **{key: value for key, value in raw.items() if value is not None}}
 
 
-_Optimizers = SgdSpec | MomentumSpec | NesterovSpec | AdagradSpec | RmspropSpec | AdamSpec | AdamwSpec
+_Optimizers = (
+    SgdSpec
+    | MomentumSpec
+    | NesterovSpec
+    | AdagradSpec
+    | RmspropSpec
+    | AdamSpec
+    | AdamwSpec
+    | AdadeltaSpec
+    | AdamaxSpec
+    | NadamSpec
+    | RadamSpec
+    | RpropSpec
+    | AsgdSpec
+)
 AnyOptimizer = Annotated[
     Annotated[_Optimizers, Field(discriminator="name")],
     BeforeValidator(_named),

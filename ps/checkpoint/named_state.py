@@ -9,7 +9,7 @@ import torch
 
 from ps.checkpoint.files import State
 from ps.memory.raw import raw_bytes
-from ps.numerics.optimizer import StatePart
+from ps.numerics.optimizer import SCALAR_STATES, StatePart
 from ps.parameters.description import ModelDescription, TensorDescription
 from ps.parameters.layout import Layout
 from ps.step.best import Best
@@ -74,7 +74,7 @@ def assemble(
     states: dict[str, torch.Tensor] = {}
     for part in optimizer:
         key = f"{part.parameter}.{part.state}"
-        if part.state == "step":
+        if part.state in SCALAR_STATES:
             states[key] = part.values.reshape(())
             continue
         if key not in states:

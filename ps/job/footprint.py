@@ -14,7 +14,17 @@ from ps.parameters.layout import Layout, shards
 from ps.step.assignment import Dealer
 from ps.step.parts import redeal
 from steepest.spec import TrainingJobSpec
-from steepest.step_spec import AdamSpec, AdamwSpec, RmspropSpec, SgdSpec
+from steepest.step_spec import (
+    AdadeltaSpec,
+    AdamaxSpec,
+    AdamSpec,
+    AdamwSpec,
+    NadamSpec,
+    RadamSpec,
+    RmspropSpec,
+    RpropSpec,
+    SgdSpec,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +126,9 @@ def state_tensors(spec: TrainingJobSpec) -> int:
             return 1 + bool(momentum) + bool(centered)
         case SgdSpec(momentum=momentum):
             return int(bool(momentum))
-    return 1  # momentum, nesterov, adagrad
+        case AdadeltaSpec() | AdamaxSpec() | NadamSpec() | RadamSpec() | RpropSpec():
+            return 2
+    return 1  # momentum, nesterov, adagrad, asgd
 
 
 def slots_of(low: int, high: int, num_leaves: int) -> tuple[int, int]:

@@ -27,7 +27,14 @@ _CLASSES: dict[str, type[torch.optim.Optimizer]] = {
     "rmsprop": torch.optim.RMSprop,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
+    "adadelta": torch.optim.Adadelta,
+    "adamax": torch.optim.Adamax,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "rprop": torch.optim.Rprop,
+    "asgd": torch.optim.ASGD,
 }
+SCALAR_STATES = frozenset({"step", "mu_product", "eta", "mu"})  # states of a whole parameter, one number each
 DEFAULT_MOMENTUM = 0.9
 _FUSED_ON_GPU = ("sgd", "momentum", "nesterov", "adam", "adamw")
 
@@ -297,7 +304,7 @@ class ShardOptimizer:
             for name, value in names.items():
                 if "." in name:  # belongs to another parameter, whose name begins with this one's
                     continue
-                if (value.dim() == 0 and p.shape != ()) or name == "step":
+                if name in SCALAR_STATES:
                     own[name] = value.to(part.device if self._is_fused else "cpu", copy=True).reshape(())
                 else:
                     if not isinstance(own.get(name), torch.Tensor) or own[name].shape != part.shape:

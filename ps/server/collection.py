@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from ps.numerics.optimizer import StatePart
+from ps.numerics.optimizer import SCALAR_STATES, StatePart
 from ps.step.shard import ShardState
 from ps.wire.chunks import chunks, place
 from ps.wire.connection import StreamError
@@ -67,7 +67,7 @@ class Collection:
         if key not in self._parts:
             try:
                 parameter, state, offset, numel = chunk.name.split("\n")
-                dtype = torch.float32 if state == "step" else self._dtype
+                dtype = torch.float32 if state in SCALAR_STATES else self._dtype
                 self._parts[key] = StatePart(parameter, state, int(offset), torch.empty(int(numel), dtype=dtype))
             except (ValueError, RuntimeError) as error:
                 raise StreamError(f"a piece of state of server {server} has no proper name") from error

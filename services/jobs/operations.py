@@ -84,6 +84,7 @@ class Operations:
         spec = description.completed(spec)
         _check_messages(description)
         _check_best(spec, description)
+        _check_decay(spec, description)
         self._check_device(spec)
         problem = compression_problem(spec.compression, description.layout(spec))
         if problem:
@@ -208,6 +209,13 @@ def _check_best(spec: TrainingJobSpec, description: TaskDescription) -> None:
     if spec.best.metric_name not in metrics:
         problem = f"{spec.best.metric_name!r} is not evaluated by the task; there are: {', '.join(metrics) or 'none'}"
         raise SpecError([Violation("best.metric", problem)])
+
+
+def _check_decay(spec: TrainingJobSpec, description: TaskDescription) -> None:
+    """Raises SpecError for a group that asks for a weight decay of an optimizer without one."""
+    if spec.optimizer.name == "rprop" and any(group.weight_decay for group in description.model.groups):
+        problem = "'rprop' has no weight decay, and a parameter group of the task sets one"
+        raise SpecError([Violation("optimizer.name", problem)])
 
 
 def _check_messages(description: TaskDescription) -> None:

@@ -221,8 +221,15 @@ class OptimizerSpec(_message.Message):
     LR_DECAY_FIELD_NUMBER: _builtins.int
     INITIAL_ACCUMULATOR_VALUE_FIELD_NUMBER: _builtins.int
     DECAY_BIASES_AND_NORMS_FIELD_NUMBER: _builtins.int
+    RHO_FIELD_NUMBER: _builtins.int
+    MOMENTUM_DECAY_FIELD_NUMBER: _builtins.int
+    DECOUPLED_WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
+    ETAS_FIELD_NUMBER: _builtins.int
+    STEP_SIZES_FIELD_NUMBER: _builtins.int
+    LAMBD_FIELD_NUMBER: _builtins.int
+    T0_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Optimizer: sgd, momentum, nesterov, adagrad, rmsprop, adam or adamw."""
+    """Optimizer: sgd, momentum, nesterov, adagrad, rmsprop, adam, adamw, adadelta, adamax, nadam, radam, rprop or asgd."""
     lr: _builtins.float
     """Learning rate before the schedule."""
     momentum: _builtins.float
@@ -232,9 +239,9 @@ class OptimizerSpec(_message.Message):
     weight_decay: _builtins.float
     """Weight decay; decoupled for adamw, an L2 penalty for the others."""
     eps: _builtins.float
-    """Term added to the denominator, for adagrad, rmsprop, adam and adamw."""
+    """Term added to the denominator, for all but sgd, momentum, nesterov, rprop and asgd."""
     alpha: _builtins.float
-    """Smoothing constant of the squared gradient, for rmsprop."""
+    """Smoothing constant of the squared gradient, for rmsprop; power of the rate's decay, for asgd."""
     centered: _builtins.bool
     """Normalize by the estimated variance of the gradient, for rmsprop."""
     amsgrad: _builtins.bool
@@ -245,9 +252,27 @@ class OptimizerSpec(_message.Message):
     """Initial sum of squared gradients, for adagrad."""
     decay_biases_and_norms: _builtins.bool
     """Apply weight decay to parameters of fewer than two dimensions too."""
+    rho: _builtins.float
+    """Decay rate of the two averages, for adadelta."""
+    momentum_decay: _builtins.float
+    """Decay of the momentum, for nadam."""
+    decoupled_weight_decay: _builtins.bool
+    """Decouple weight decay as adamw does, for nadam and radam."""
+    lambd: _builtins.float
+    """Decay term, for asgd."""
+    t0: _builtins.float
+    """Updates after which averaging begins, for asgd."""
     @_builtins.property
     def betas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Decay rates of the two moment estimates, for adam and adamw."""
+        """Decay rates of the two moment estimates, for adam, adamw, adamax, nadam and radam."""
+
+    @_builtins.property
+    def etas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """By what step sizes shrink and grow, for rprop."""
+
+    @_builtins.property
+    def step_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Least and largest step size, for rprop."""
 
     def __init__(
         self,
@@ -265,10 +290,17 @@ class OptimizerSpec(_message.Message):
         lr_decay: _builtins.float | None = ...,
         initial_accumulator_value: _builtins.float | None = ...,
         decay_biases_and_norms: _builtins.bool | None = ...,
+        rho: _builtins.float | None = ...,
+        momentum_decay: _builtins.float | None = ...,
+        decoupled_weight_decay: _builtins.bool | None = ...,
+        etas: _abc.Iterable[_builtins.float] | None = ...,
+        step_sizes: _abc.Iterable[_builtins.float] | None = ...,
+        lambd: _builtins.float | None = ...,
+        t0: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_amsgrad", b"_amsgrad", "_centered", b"_centered", "_dampening", b"_dampening", "_decay_biases_and_norms", b"_decay_biases_and_norms", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lr", b"_lr", "_lr_decay", b"_lr_decay", "_momentum", b"_momentum", "_name", b"_name", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "amsgrad", b"amsgrad", "centered", b"centered", "dampening", b"dampening", "decay_biases_and_norms", b"decay_biases_and_norms", "eps", b"eps", "initial_accumulator_value", b"initial_accumulator_value", "lr", b"lr", "lr_decay", b"lr_decay", "momentum", b"momentum", "name", b"name", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_amsgrad", b"_amsgrad", "_centered", b"_centered", "_dampening", b"_dampening", "_decay_biases_and_norms", b"_decay_biases_and_norms", "_decoupled_weight_decay", b"_decoupled_weight_decay", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lambd", b"_lambd", "_lr", b"_lr", "_lr_decay", b"_lr_decay", "_momentum", b"_momentum", "_momentum_decay", b"_momentum_decay", "_name", b"_name", "_rho", b"_rho", "_t0", b"_t0", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "amsgrad", b"amsgrad", "centered", b"centered", "dampening", b"dampening", "decay_biases_and_norms", b"decay_biases_and_norms", "decoupled_weight_decay", b"decoupled_weight_decay", "eps", b"eps", "initial_accumulator_value", b"initial_accumulator_value", "lambd", b"lambd", "lr", b"lr", "lr_decay", b"lr_decay", "momentum", b"momentum", "momentum_decay", b"momentum_decay", "name", b"name", "rho", b"rho", "t0", b"t0", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_amsgrad", b"_amsgrad", "_centered", b"_centered", "_dampening", b"_dampening", "_decay_biases_and_norms", b"_decay_biases_and_norms", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lr", b"_lr", "_lr_decay", b"_lr_decay", "_momentum", b"_momentum", "_name", b"_name", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "amsgrad", b"amsgrad", "betas", b"betas", "centered", b"centered", "dampening", b"dampening", "decay_biases_and_norms", b"decay_biases_and_norms", "eps", b"eps", "initial_accumulator_value", b"initial_accumulator_value", "lr", b"lr", "lr_decay", b"lr_decay", "momentum", b"momentum", "name", b"name", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_amsgrad", b"_amsgrad", "_centered", b"_centered", "_dampening", b"_dampening", "_decay_biases_and_norms", b"_decay_biases_and_norms", "_decoupled_weight_decay", b"_decoupled_weight_decay", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lambd", b"_lambd", "_lr", b"_lr", "_lr_decay", b"_lr_decay", "_momentum", b"_momentum", "_momentum_decay", b"_momentum_decay", "_name", b"_name", "_rho", b"_rho", "_t0", b"_t0", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "amsgrad", b"amsgrad", "betas", b"betas", "centered", b"centered", "dampening", b"dampening", "decay_biases_and_norms", b"decay_biases_and_norms", "decoupled_weight_decay", b"decoupled_weight_decay", "eps", b"eps", "etas", b"etas", "initial_accumulator_value", b"initial_accumulator_value", "lambd", b"lambd", "lr", b"lr", "lr_decay", b"lr_decay", "momentum", b"momentum", "momentum_decay", b"momentum_decay", "name", b"name", "rho", b"rho", "step_sizes", b"step_sizes", "t0", b"t0", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
     _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
@@ -280,18 +312,28 @@ class OptimizerSpec(_message.Message):
     _WhichOneofArgType__dampening: _TypeAlias = _typing.Literal["_dampening", b"_dampening"]  # noqa: Y015
     _WhichOneofReturnType__decay_biases_and_norms: _TypeAlias = _typing.Literal["decay_biases_and_norms"]  # noqa: Y015
     _WhichOneofArgType__decay_biases_and_norms: _TypeAlias = _typing.Literal["_decay_biases_and_norms", b"_decay_biases_and_norms"]  # noqa: Y015
+    _WhichOneofReturnType__decoupled_weight_decay: _TypeAlias = _typing.Literal["decoupled_weight_decay"]  # noqa: Y015
+    _WhichOneofArgType__decoupled_weight_decay: _TypeAlias = _typing.Literal["_decoupled_weight_decay", b"_decoupled_weight_decay"]  # noqa: Y015
     _WhichOneofReturnType__eps: _TypeAlias = _typing.Literal["eps"]  # noqa: Y015
     _WhichOneofArgType__eps: _TypeAlias = _typing.Literal["_eps", b"_eps"]  # noqa: Y015
     _WhichOneofReturnType__initial_accumulator_value: _TypeAlias = _typing.Literal["initial_accumulator_value"]  # noqa: Y015
     _WhichOneofArgType__initial_accumulator_value: _TypeAlias = _typing.Literal["_initial_accumulator_value", b"_initial_accumulator_value"]  # noqa: Y015
+    _WhichOneofReturnType__lambd: _TypeAlias = _typing.Literal["lambd"]  # noqa: Y015
+    _WhichOneofArgType__lambd: _TypeAlias = _typing.Literal["_lambd", b"_lambd"]  # noqa: Y015
     _WhichOneofReturnType__lr: _TypeAlias = _typing.Literal["lr"]  # noqa: Y015
     _WhichOneofArgType__lr: _TypeAlias = _typing.Literal["_lr", b"_lr"]  # noqa: Y015
     _WhichOneofReturnType__lr_decay: _TypeAlias = _typing.Literal["lr_decay"]  # noqa: Y015
     _WhichOneofArgType__lr_decay: _TypeAlias = _typing.Literal["_lr_decay", b"_lr_decay"]  # noqa: Y015
     _WhichOneofReturnType__momentum: _TypeAlias = _typing.Literal["momentum"]  # noqa: Y015
     _WhichOneofArgType__momentum: _TypeAlias = _typing.Literal["_momentum", b"_momentum"]  # noqa: Y015
+    _WhichOneofReturnType__momentum_decay: _TypeAlias = _typing.Literal["momentum_decay"]  # noqa: Y015
+    _WhichOneofArgType__momentum_decay: _TypeAlias = _typing.Literal["_momentum_decay", b"_momentum_decay"]  # noqa: Y015
     _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
     _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
+    _WhichOneofReturnType__rho: _TypeAlias = _typing.Literal["rho"]  # noqa: Y015
+    _WhichOneofArgType__rho: _TypeAlias = _typing.Literal["_rho", b"_rho"]  # noqa: Y015
+    _WhichOneofReturnType__t0: _TypeAlias = _typing.Literal["t0"]  # noqa: Y015
+    _WhichOneofArgType__t0: _TypeAlias = _typing.Literal["_t0", b"_t0"]  # noqa: Y015
     _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
     _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
     @_typing.overload
@@ -305,9 +347,13 @@ class OptimizerSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__decay_biases_and_norms) -> _WhichOneofReturnType__decay_biases_and_norms | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decoupled_weight_decay) -> _WhichOneofReturnType__decoupled_weight_decay | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eps) -> _WhichOneofReturnType__eps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__initial_accumulator_value) -> _WhichOneofReturnType__initial_accumulator_value | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lambd) -> _WhichOneofReturnType__lambd | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lr) -> _WhichOneofReturnType__lr | None: ...
     @_typing.overload
@@ -315,7 +361,13 @@ class OptimizerSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__momentum) -> _WhichOneofReturnType__momentum | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__momentum_decay) -> _WhichOneofReturnType__momentum_decay | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__name) -> _WhichOneofReturnType__name | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rho) -> _WhichOneofReturnType__rho | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__t0) -> _WhichOneofReturnType__t0 | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
 

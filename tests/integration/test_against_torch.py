@@ -100,7 +100,7 @@ def test_plain_pytorch_takes_over(optimizer: str, tmp_path: Path) -> None:
     raw: dict[str, Any] = {
         "arguments": {"dtype": "float64"},
         "data": {"global_batch": 32},
-        "optimizer": {"name": optimizer, "weight_decay": 0.01},
+        "optimizer": {"name": optimizer, **({} if optimizer == "rprop" else {"weight_decay": 0.01})},
     }
     short = job_config(tmp_path / "short", "tests.support.tasks:regression", steps=20, **raw)
     run_here(short)
@@ -111,14 +111,16 @@ def test_plain_pytorch_takes_over(optimizer: str, tmp_path: Path) -> None:
     reference.task.model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=True)
     load_optimizer_state(checkpoint / "optimizer.safetensors", reference.task.model, reference.optimizer)
     reference.train(20, 30)
-    assert largest_difference(expected.model, reference.task.model.state_dict()) <= 1e-12
+    # Their scalars are float32; load_state_dict makes them float64 with the rest, and torch goes on with that.
+    tolerance = 1e-6 if optimizer in ("nadam", "asgd") else 1e-9
+    assert largest_difference(expected.model, reference.task.model.state_dict()) <= 1e-3 * tolerance
     names = {id(p): n for n, p in reference.task.model.named_parameters()}
     seen = 0
     for parameter, state in reference.optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
                 ours = expected.optimizer[f"{names[id(parameter)]}.{key}"]
-                assert torch.allclose(ours, value, rtol=1e-9, atol=1e-300)
+                assert torch.allclose(ours.to(value.dtype), value, rtol=tolerance, atol=1e-300)
                 seen += 1
     assert seen == len(expected.optimizer)
 

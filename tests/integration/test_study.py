@@ -10,7 +10,7 @@ import pytest
 
 from steepest.client import Client, Job
 from tests.support.command import Ran, run
-from tests.support.service import EXAMPLES
+from tests.support.service import TASKS
 
 pytestmark = pytest.mark.cluster
 
@@ -64,19 +64,16 @@ def test_a_gradient_check_says_which_entry_is_wrong(tmp_path: Path) -> None:
 
 
 def test_curvature_of_a_job(steepest: Callable[..., Ran], client: Client) -> None:
-    job = client.submit(f"{EXAMPLES / 'digits.py'}:logistic", steps=20)
+    job = client.submit(f"{TASKS}:regression", steps=20)
     job.wait()
-    ran = steepest("curvature", job.name, "--samples", "200", "--json")
+    ran = steepest("curvature", job.name, "--samples", "100", "--json")
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout.splitlines()[-1])
-    assert (found["job"], found["step"], found["samples"]) == (job.name, 20, 200)
+    assert (found["job"], found["step"], found["samples"]) == (job.name, 20, 100)
     assert found["eigenvalues"] == sorted(found["eigenvalues"], reverse=True)
-    assert found["point"] == "minimum"  # logistic regression is convex
+    assert found["point"] in ("minimum", "saddle")
+    assert found["smallest_eigenvalue"] <= found["eigenvalues"][-1] <= found["sharpness"]
     assert len(found["density"]["grid"]) == len(found["density"]["values"])
-    again = steepest("curvature", job.name, "--samples", "200", "--processes", "2", "--json")
-    assert json.loads(again.stdout.splitlines()[-1]) == found
-    for_people = steepest("curvature", job.name, "--samples", "64", "--top", "2")
-    assert "kind of point         minimum" in for_people.stdout
     for refused, word in (
         (["--step", "7"], "no checkpoint of step 7"),
         (["--samples", "100000"], "allowed: 1 to"),
@@ -84,6 +81,18 @@ def test_curvature_of_a_job(steepest: Callable[..., Ran], client: Client) -> Non
         answer = steepest("curvature", job.name, *refused)
         assert answer.returncode == 2
         assert word in answer.stderr
+
+
+@pytest.mark.full
+def test_curvature_is_the_same_with_two_processes(steepest: Callable[..., Ran], submit: Callable[..., Job]) -> None:
+    job = submit("regression", steps=5)
+    job.wait()
+    one = steepest("curvature", job.name, "--samples", "100", "--json")
+    found = json.loads(one.stdout.splitlines()[-1])
+    again = steepest("curvature", job.name, "--samples", "100", "--processes", "2", "--json")
+    assert json.loads(again.stdout.splitlines()[-1]) == found
+    for_people = steepest("curvature", job.name, "--samples", "64", "--top", "2")
+    assert f"kind of point         {found['point']}" in for_people.stdout
 
 
 def test_a_job_without_torch_has_no_curvature(steepest: Callable[..., Ran], submit: Callable[..., Job]) -> None:

@@ -23,6 +23,12 @@ EXTRAS: dict[str, list[dict[str, Any]]] = {
     "rmsprop": [{}, {"momentum": 0.9, "centered": True}, {"alpha": 0.9}],
     "adam": [{}, {"betas": (0.8, 0.95), "amsgrad": True}],
     "adamw": [{}, {"weight_decay": 0.1}],
+    "adadelta": [{}, {"rho": 0.8, "weight_decay": 0.01}],
+    "adamax": [{}, {"betas": (0.8, 0.95), "weight_decay": 0.01}],
+    "nadam": [{}, {"momentum_decay": 0.01, "decoupled_weight_decay": True, "weight_decay": 0.1}],
+    "radam": [{}, {"decoupled_weight_decay": True, "weight_decay": 0.1}],
+    "rprop": [{}, {"etas": (0.4, 1.3), "step_sizes": (1e-5, 1.0)}],
+    "asgd": [{}, {"lambd": 0.01, "alpha": 0.5, "t0": 5.0, "weight_decay": 0.01}],
 }
 CASES = [(name, extra) for name in OPTIMIZER_NAMES for extra in EXTRAS[name]]
 
@@ -141,7 +147,7 @@ def test_going_on_from_exported_state_gives_the_same_bits(name: str) -> None:
     state: dict[str, torch.Tensor] = {}
     for part in (p for o in optimizers for p in o.export_state()):
         key = f"{part.parameter}.{part.state}"
-        if part.state == "step":
+        if part.state in ("step", "mu_product", "eta", "mu"):
             state[key] = part.values.reshape(()).clone()
             continue
         state.setdefault(key, torch.zeros(shapes[part.parameter]))
