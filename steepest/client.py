@@ -14,6 +14,7 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from steepest import contexts
 from steepest.bundle import MAX_DATA_BYTES, Bundle, bundle_task
 from steepest.convert import spec_to_proto
 from steepest.errors import (
@@ -43,7 +44,6 @@ from steepest.spec import TrainingJobSpec, spec_from_dict
 from steepest.v1 import training_jobs_pb2 as pb
 from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
 
-DEFAULT_ADDRESS = "127.0.0.1:50051"
 CONNECT_SECONDS = 5.0
 CALL_SECONDS = 30.0
 CREATE_SECONDS = 900.0  # the service loads the task meanwhile
@@ -74,13 +74,13 @@ def left_out(bundle: Bundle) -> list[str]:
 
 
 class Client:
-    """A connection to the service at `address`, by default what STEEPEST_SERVER says, as for the command.
+    """A connection to the service at `address`; by default what STEEPEST_SERVER says, or the context in use.
 
     Raises ServiceUnavailableError when nothing answers there.
     """
 
     def __init__(self, address: str = "") -> None:
-        self.address = address = address or os.environ.get("STEEPEST_SERVER") or DEFAULT_ADDRESS
+        self.address = address = address or os.environ.get("STEEPEST_SERVER") or contexts.read().address
         self._channel = grpc.insecure_channel(address, options=[("grpc.enable_retries", 0)])
         self._stub = pb_grpc.TrainingJobServiceStub(self._channel)
         try:

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from steepest import contexts
 from steepest.errors import SteepestError
 
 NEEDED = ("torch", "ray", "numba", "safetensors", "sqlalchemy", "alembic", "pyarrow", "starlette", "uvicorn")
@@ -106,6 +107,7 @@ def _gpu() -> Iterator[Check]:
 def _service(server: str) -> Check:
     from steepest.client import Client
 
+    server = server or contexts.read().address
     try:
         with Client(server) as client:
             count = sum(1 for _ in client.list())

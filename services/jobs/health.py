@@ -82,6 +82,7 @@ class Health:
     _first_losses: list[float] = field(default_factory=list)
     _best_loss: float = math.inf
     _slowest: int = -1
+    _from_start: bool = False  # else what the job has learned before is not known
     _best_evaluation: tuple[int, float, float] | None = None  # step, loss, training loss then
     _conditions: dict[str, _Lasting] = field(default_factory=dict)
 
@@ -94,16 +95,9 @@ class Health:
     def observe(self, records: Iterable[StepRecord]) -> list[Finding]:
         """Look at the records of steps, in order."""
         found: list[Finding] = []
+        rules = (self._layers, self._norm, self._loss, self._input, self._straggler, self._signals, self._units)
         for record in records:
-            for rule in (
-                self._layers,
-                self._norm,
-                self._loss,
-                self._input,
-                self._straggler,
-                self._signals,
-                self._units,
-            ):
+            for rule in rules:
                 found += rule(record)
         return found
 
@@ -331,6 +325,7 @@ class Health:
             ratios = np.where(self._watched & (norms > 0), updates / norms, 0.0)
         if record.step == 0:
             self._growing = norms == 0.0
+            self._from_start = True
         # What begins at zero, as adapters do, is changed by more than its norm until it has grown.
         self._growing = self._growing & ((ratios > LARGE_UPDATE / 2) | (norms == 0.0))
         ratios = np.where(self._growing, 0.0, ratios)
@@ -352,7 +347,7 @@ class Health:
         norm = float(np.sqrt((norms[self._watched] ** 2).sum()))
         warming_up, self._last_lr = record.lr > self._last_lr > 0.0, record.lr
         learned = self._smooth_loss() < 0.99 * min(self._first_losses, default=math.inf)
-        tiny = 0.0 < whole < SMALL_UPDATE * norm and not warming_up and not learned
+        tiny = 0.0 < whole < SMALL_UPDATE * norm and self._from_start and not warming_up and not learned
         if not self._condition("small_update", MEASURED_STEPS).holds(record.step, now=tiny):
             return []
         return [

@@ -30,9 +30,17 @@ Task = Annotated[
     str, Argument(metavar="TASK", help="path/to/file.py:function, package.module:function, or a job file (job.toml).")
 ]
 JobName = Annotated[str, Argument(metavar="JOB", help="trainingJobs/ID, or only the ID.")]
-Server = Annotated[str, Option("--server", envvar="STEEPEST_SERVER", help="Address of the service.")]
+Server = Annotated[
+    str,
+    Option(
+        "--server",
+        envvar="STEEPEST_SERVER",
+        help="Address of the service; else that of the context in use, or 127.0.0.1:50051.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, Option("--json", help="Print one JSON object as the last line of stdout.")]
-DEFAULT_SERVER = "127.0.0.1:50051"
+DEFAULT_SERVER = ""  # the context in use
 
 
 def fail(message: str) -> NoReturn:

@@ -139,3 +139,17 @@ def test_the_doctor_says_what_works(steepest: Callable[..., Ran]) -> None:
     assert lonely.returncode == 1
     assert "nothing answers at 127.0.0.1:1" in lonely.stdout
     assert "steepest serve starts one" in lonely.stdout
+
+
+def test_top_shows_live_jobs_first(steepest: Callable[..., Ran], submit: Callable[..., Job]) -> None:
+    done = submit("regression", steps=3)
+    done.wait()
+    job = submit("slow", steps=100_000)
+    until(lambda: job.get().step >= 2)
+    shown = steepest("top", "--once")
+    assert shown.returncode == 0
+    assert "RUNNING" in shown.stdout
+    assert "SUCCEEDED" in shown.stdout
+    assert shown.stdout.index("RUNNING") < shown.stdout.index("SUCCEEDED")
+    jobs = json.loads(steepest("top", "--json").stdout)["jobs"]
+    assert {done.name, job.name} <= {each["job"] for each in jobs}

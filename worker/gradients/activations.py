@@ -20,6 +20,7 @@ _KINDS: dict[type[nn.Module], tuple[float, float] | None] = {
     nn.ReLU: None,
     nn.ReLU6: None,
 }
+LEAST_SAMPLES = 16  # of a micro-batch, with fewer of which a unit may well be off for all
 NEAR = 0.015  # of the distance between the bounds: for tanh, beyond 0.97, where a gradient loses 94 % of its size
 
 
@@ -61,7 +62,7 @@ class Activations:
     def shares(self) -> bytes:
         """Of each module, the share of saturated outputs, or of units that were 0 for all samples: float64.
 
-        Not a number for a module that was not called.
+        Not a number for a module that was not called, or had too few samples to say.
         """
         found = [
             torch.stack(self._sums[name]).mean().item() if name in self._sums else float("nan")
@@ -72,6 +73,8 @@ class Activations:
 
 def _share(module: nn.Module, output: torch.Tensor) -> torch.Tensor:
     bounds = _KINDS[type(module)]
+    if bounds is None and len(output) < LEAST_SAMPLES:
+        return torch.tensor(torch.nan, dtype=torch.float64)
     if bounds is None:  # a unit is a channel of a convolution, else an element
         over = [0] if output.dim() < 4 else [0, *range(2, output.dim())]
         return (output.abs().amax(dim=over) == 0).double().mean()

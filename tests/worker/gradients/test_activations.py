@@ -26,8 +26,9 @@ def test_bounded_functions_are_saturated_at_their_ends() -> None:
 
 def test_a_unit_is_off_when_it_is_so_for_all_samples() -> None:
     values = torch.tensor([[-1.0, 2.0, -1.0, 3.0], [-1.0, -2.0, 1.0, 3.0]])
-    assert shares(nn.Sequential(nn.ReLU()), values) == {"0": 0.25}
-    channels = torch.zeros(2, 3, 4, 4)
+    assert shares(nn.Sequential(nn.ReLU()), values.repeat(8, 1)) == {"0": 0.25}
+    assert math.isnan(shares(nn.Sequential(nn.ReLU()), values)["0"])  # two samples say little
+    channels = torch.zeros(16, 3, 4, 4)
     channels[1, 0, 2, 2] = 1.0
     assert shares(nn.Sequential(nn.ReLU()), channels) == {"0": 2 / 3}
 

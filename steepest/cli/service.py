@@ -1,0 +1,119 @@
+"""Commands about services: which one to talk to, and what it does now."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer import Argument, Option
+
+from steepest import contexts
+from steepest.cli.common import DEFAULT_SERVER, Json, Server, app, client_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from steepest.jobs import JobInfo
+
+context = typer.Typer(no_args_is_help=True, help="Name services, and choose the one that commands talk to.")
+app.add_typer(context, name="context", rich_help_panel="The service")
+
+Name = Annotated[str, Argument(metavar="NAME", help="Of the context.")]
+
+
+@context.command()
+def add(name: Name, address: Annotated[str, Argument(metavar="ADDRESS", help="HOST:PORT of a service.")]) -> None:
+    """Remember a service; the first one is in use at once."""
+    found = contexts.add(name, address)
+    sys.stdout.write(f"{name} is {address}{', in use' if found.current == name else ''}\n")
+
+
+@context.command()
+def use(name: Name) -> None:
+    """Have commands talk to this service, unless --server or STEEPEST_SERVER says otherwise."""
+    sys.stdout.write(f"using {name}: {contexts.use(name).address}\n")
+
+
+@context.command()
+def remove(name: Name) -> None:
+    """Forget a service."""
+    contexts.remove(name)
+    sys.stdout.write(f"{name} is forgotten\n")
+
+
+@context.command("list")
+def list_contexts(as_json: Json = False) -> None:
+    """List the services that are known; the one in use has a star."""
+    found = contexts.read()
+    if as_json:
+        sys.stdout.write(json.dumps({"current": found.current or None, "contexts": found.addresses}) + "\n")
+        return
+    for name, address in found.addresses.items():
+        sys.stdout.write(f"{'*' if name == found.current else ' '} {name}  {address}\n")
+    if not found.addresses:
+        sys.stderr.write(
+            f"there is none, so commands talk to {contexts.DEFAULT_ADDRESS}; steepest context add adds one\n"
+        )
+
+
+LIVE = ("QUEUED", "STARTING", "RUNNING", "PAUSING", "PAUSED", "RECOVERING", "CANCELLING")
+BAR, ENDED_SHOWN = 16, 5
+
+
+@app.command(rich_help_panel="Watch")
+def top(
+    seconds: Annotated[float, Option(min=0.2, max=60.0, help="Between two looks.")] = 1.0,
+    once: Annotated[bool, Option("--once", help="Look once.")] = False,
+    server: Server = DEFAULT_SERVER,
+    as_json: Json = False,
+) -> None:
+    """Show what a service does now: live jobs, their speed, findings and what they wait for. Ctrl-C ends it."""
+    with client_of(server) as client:
+        if as_json:
+            sys.stdout.write(json.dumps({"jobs": [job.to_dict() for job in client.list()]}) + "\n")
+            return
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console()
+        if once or not console.is_terminal:
+            console.print(_table(list(client.list())))
+            return
+        with Live(_table(list(client.list())), console=console, screen=True) as live:
+            while True:
+                time.sleep(seconds)
+                live.update(_table(list(client.list())))
+
+
+def _table(jobs: Sequence[JobInfo]) -> Table:
+    from rich.table import Table
+
+    live = [job for job in jobs if job.state in LIVE]
+    ended = [job for job in jobs if job.state not in LIVE][:ENDED_SHOWN]
+    workers = sum(len(job.workers) for job in live)
+    title = f"{len(live)} live jobs, {workers} workers, {len(jobs) - len(live)} ended"
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("job", no_wrap=True)
+    for name in ("state", "progress", "loss", "samples/s", "workers", "findings", "reason"):
+        table.add_column(name)
+    for job in [*live, *ended]:
+        share = job.step / job.total_steps if job.total_steps else 0.0
+        done = round(BAR * share)
+        rules = ", ".join(dict.fromkeys(finding.rule for finding in job.findings))
+        table.add_row(
+            job.job.removeprefix("trainingJobs/"),
+            job.state,
+            f"{'━' * done}{'╌' * (BAR - done)} {share:4.0%}",
+            "" if job.loss is None else f"{job.loss:.4g}",
+            f"{job.samples_per_second:,.0f}" if job.samples_per_second else "",
+            str(len(job.workers)),
+            rules,
+            job.reason,
+            style="" if job.state in LIVE else "dim",
+        )
+    return table
