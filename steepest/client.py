@@ -50,6 +50,7 @@ CREATE_SECONDS = 900.0  # the service loads the task meanwhile
 RECONNECT_SECONDS = 60.0
 RETRY_SECONDS = 0.5
 CHUNK_BYTES = 1 << 20
+MAX_PRIORITY = 1000
 
 
 def check_submission(
@@ -276,6 +277,13 @@ class Job:
             raise SpecError([Violation("workers", f"{workers!r} must be a number of workers, at least 1")])
         request = pb.ScaleTrainingJobRequest(name=self.name, workers=workers)
         return job_from_proto(self._call(self._stub.ScaleTrainingJob, request))
+
+    def set_priority(self, priority: int) -> JobInfo:
+        """Have the job wait before others of less priority. -1000 to 1000; jobs begin with 0."""
+        if not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
+            raise SpecError([Violation("priority", f"{priority!r}; allowed: {-MAX_PRIORITY} to {MAX_PRIORITY}")])
+        request = pb.SetPriorityRequest(name=self.name, priority=priority)
+        return job_from_proto(self._call(self._stub.SetPriority, request))
 
     def events(self, after: int = 0) -> list[Event]:
         """The events so far. after: the sequence number of the last one seen."""

@@ -83,6 +83,7 @@ class JobInfo:
     spec: TrainingJobSpec
     best_step: int | None = None
     findings: tuple[Finding, ...] = ()
+    priority: int = 0
 
     @property
     def has_ended(self) -> bool:
@@ -113,6 +114,7 @@ class JobInfo:
             "error": self.error,
             "best_step": self.best_step,
             "findings": [finding._asdict() for finding in self.findings],
+            "priority": self.priority,
         }
 
 
@@ -147,6 +149,7 @@ def job_from_proto(message: pb.TrainingJob) -> JobInfo:
         spec=spec_from_proto(message.spec),
         best_step=status.best_step if status.HasField("best_step") else None,
         findings=tuple(map(_finding_from_proto, status.findings)),
+        priority=status.priority,
     )
 
 

@@ -52,6 +52,7 @@ def job_to_proto(row: JobRow, settings: Settings, samples_per_second: float | No
         checkpoint_directory=str(settings.checkpoints_of(row.id)),
         incarnation=row.incarnation,
         best_step=result.best_step,
+        priority=row.priority,
     )
     for finding in result.findings:
         status.findings.append(pb.Finding(**{k: v for k, v in finding._asdict().items() if v is not None}))

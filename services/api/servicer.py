@@ -189,6 +189,12 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         """See the .proto file."""
         return self._message(self._operations.scale(self._id(request.name), request.workers))
 
+    def SetPriority(  # noqa: N802
+        self, request: pb.SetPriorityRequest, context: grpc.ServicerContext
+    ) -> pb.TrainingJob:
+        """See the .proto file."""
+        return self._message(self._operations.set_priority(self._id(request.name), request.priority))
+
     def QueryHistory(  # noqa: N802
         self, request: pb.QueryHistoryRequest, context: grpc.ServicerContext
     ) -> pb.QueryHistoryResponse:

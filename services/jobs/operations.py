@@ -29,6 +29,7 @@ from steepest.jobs import SUBMISSION
 from steepest.spec import TrainingJobSpec, spec_from_dict
 
 MESSAGE_ROOM = 1 << 20  # for what else is in a message
+MAX_PRIORITY = 1000
 _JOB_ID = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -171,6 +172,18 @@ class Operations:
             elif verb == "cancel":
                 row = self._store.move(job, JobState.CANCELLED, "cancelled; it had no process running", time.time())
         return row
+
+    def set_priority(self, job: str, priority: int) -> JobRow:
+        """Have a job wait before or after others. Raises SpecError, ConflictError for one that has ended."""
+        if abs(priority) > MAX_PRIORITY:
+            raise SpecError([Violation("priority", f"{priority}; allowed: {-MAX_PRIORITY} to {MAX_PRIORITY}")])
+        with self._running.lock:
+            row = self._store.get(job)
+            check_verb(row.name, row.state, "priority")
+            self._store.update(job, priority=priority)
+            self._store.note(job, f"priority changed from {row.priority} to {priority}", time.time())
+        self._wake.set()
+        return self._store.get(job)
 
     def delete(self, job: str) -> None:
         """Forget a job that has ended, and all that is kept of it. Raises NotFoundError, ConflictError."""

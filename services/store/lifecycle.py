@@ -48,6 +48,7 @@ VERBS: dict[str, frozenset[JobState]] = {
     "cancel": frozenset(_S) - ENDED,
     "scale": frozenset(_S) - ENDED - {_S.CANCELLING},
     "delete": ENDED,
+    "priority": frozenset(_S) - ENDED,
 }
 
 

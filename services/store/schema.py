@@ -21,6 +21,7 @@ jobs = sa.Table(
     sa.Column("created", sa.Double, nullable=False),
     sa.Column("ended", sa.Double),
     sa.Column("result", sa.Text, nullable=False),
+    sa.Column("priority", sa.Integer, nullable=False, server_default="0"),
 )
 
 events = sa.Table(

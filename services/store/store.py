@@ -51,6 +51,7 @@ class JobRow:
     created: float
     ended: float | None
     result: Result
+    priority: int = 0
 
     @property
     def name(self) -> str:
@@ -144,8 +145,9 @@ class Store:
         self.notify()
 
     def in_states(self, states: Iterable[JobState]) -> list[JobRow]:
-        """Jobs in some of the states, oldest first."""
-        query = sa.select(jobs).where(jobs.c.state.in_(list(states))).order_by(jobs.c.created, jobs.c.id)
+        """Jobs in some of the states: by priority, the highest first, then the oldest first."""
+        order = (jobs.c.priority.desc(), jobs.c.created, jobs.c.id)
+        query = sa.select(jobs).where(jobs.c.state.in_(list(states))).order_by(*order)
         with self._engine.connect() as connection:
             return [_job(row) for row in connection.execute(query)]
 

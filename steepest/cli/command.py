@@ -280,6 +280,17 @@ def scale(
     _steer(job, server, "scale", as_json=as_json, workers=workers)
 
 
+@app.command(rich_help_panel="Steer", context_settings={"ignore_unknown_options": True})
+def priority(
+    job: JobName,
+    value: Annotated[int, Argument(metavar="N", help="-1000 to 1000; jobs begin with 0.")],
+    server: Server = DEFAULT_SERVER,
+    as_json: Json = False,
+) -> None:
+    """Have a job wait before those of less priority. Running jobs are left alone."""
+    _steer(job, server, "set_priority", as_json=as_json, priority=value)
+
+
 @app.command(rich_help_panel="What is kept")
 def download(
     job: JobName,

@@ -62,7 +62,7 @@ def list_contexts(as_json: Json = False) -> None:
 
 
 LIVE = ("QUEUED", "STARTING", "RUNNING", "PAUSING", "PAUSED", "RECOVERING", "CANCELLING")
-BAR, ENDED_SHOWN = 16, 5
+BAR, ENDED_SHOWN, PRINTED_WIDTH = 8, 5, 140
 
 
 @app.command(rich_help_panel="Watch")
@@ -82,7 +82,8 @@ def top(
 
         console = Console()
         if once or not console.is_terminal:
-            console.print(_table(list(client.list())))
+            wide = console if console.is_terminal else Console(width=PRINTED_WIDTH)
+            wide.print(_table(list(client.list())))
             return
         with Live(_table(list(client.list())), console=console, screen=True) as live:
             while True:
@@ -98,9 +99,9 @@ def _table(jobs: Sequence[JobInfo]) -> Table:
     workers = sum(len(job.workers) for job in live)
     title = f"{len(live)} live jobs, {workers} workers, {len(jobs) - len(live)} ended"
     table = Table(title=title, title_justify="left", box=None)
-    table.add_column("job", no_wrap=True)
-    for name in ("state", "progress", "loss", "samples/s", "workers", "findings", "reason"):
-        table.add_column(name)
+    for name in ("job", "state", "progress", "loss", "samples/s", "workers", "findings"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("reason", no_wrap=True, overflow="ellipsis", ratio=1)
     for job in [*live, *ended]:
         share = job.step / job.total_steps if job.total_steps else 0.0
         done = round(BAR * share)

@@ -957,6 +957,7 @@ class TrainingJobStatus(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     BEST_STEP_FIELD_NUMBER: _builtins.int
     FINDINGS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     state: Global___TrainingJobState.ValueType
     reason: _builtins.str
     step: _builtins.int
@@ -974,6 +975,8 @@ class TrainingJobStatus(_message.Message):
     incarnation: _builtins.int
     best_step: _builtins.int
     """Steps before the best evaluation so far, of a job that asks for it."""
+    priority: _builtins.int
+    """Of those that wait for room, the highest is started first."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     @_builtins.property
@@ -1005,10 +1008,11 @@ class TrainingJobStatus(_message.Message):
         incarnation: _builtins.int = ...,
         best_step: _builtins.int | None = ...,
         findings: _abc.Iterable[Global___Finding] | None = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_best_step", b"_best_step", "_loss", b"_loss", "_samples_per_second", b"_samples_per_second", "best_step", b"best_step", "loss", b"loss", "samples_per_second", b"samples_per_second"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_step", b"_best_step", "_loss", b"_loss", "_samples_per_second", b"_samples_per_second", "best_step", b"best_step", "checkpoint_directory", b"checkpoint_directory", "error", b"error", "findings", b"findings", "incarnation", b"incarnation", "loss", b"loss", "metrics", b"metrics", "parameters_sha256", b"parameters_sha256", "reason", b"reason", "samples", b"samples", "samples_per_second", b"samples_per_second", "servers", b"servers", "state", b"state", "state_sha256", b"state_sha256", "step", b"step", "total_steps", b"total_steps", "wall_seconds", b"wall_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_step", b"_best_step", "_loss", b"_loss", "_samples_per_second", b"_samples_per_second", "best_step", b"best_step", "checkpoint_directory", b"checkpoint_directory", "error", b"error", "findings", b"findings", "incarnation", b"incarnation", "loss", b"loss", "metrics", b"metrics", "parameters_sha256", b"parameters_sha256", "priority", b"priority", "reason", b"reason", "samples", b"samples", "samples_per_second", b"samples_per_second", "servers", b"servers", "state", b"state", "state_sha256", b"state_sha256", "step", b"step", "total_steps", b"total_steps", "wall_seconds", b"wall_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_step: _TypeAlias = _typing.Literal["best_step"]  # noqa: Y015
     _WhichOneofArgType__best_step: _TypeAlias = _typing.Literal["_best_step", b"_best_step"]  # noqa: Y015
@@ -1040,7 +1044,9 @@ class Finding(_message.Message):
     MICRO_BATCH_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
     rule: _builtins.str
-    """vanishing, exploding, dead_units, stalled, diverging, nonfinite, overfitting or input_bound"""
+    """vanishing, exploding, dead_units, saturated, initialization, stalled, diverging, update_ratio, update_spike,
+    nonfinite, overfitting, straggler or input_bound
+    """
     severity: _builtins.str
     """warning or critical"""
     step: _builtins.int
@@ -1539,6 +1545,31 @@ class ScaleTrainingJobRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ScaleTrainingJobRequest: _TypeAlias = ScaleTrainingJobRequest  # noqa: Y015
+
+@_typing.final
+class SetPriorityRequest(_message.Message):
+    """Names a job and its new priority."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    priority: _builtins.int
+    """-1000 to 1000; jobs begin with 0."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        priority: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "priority", b"priority"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetPriorityRequest: _TypeAlias = SetPriorityRequest  # noqa: Y015
 
 @_typing.final
 class ListEventsRequest(_message.Message):

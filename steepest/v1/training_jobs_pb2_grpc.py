@@ -80,6 +80,11 @@ class TrainingJobServiceStub:
                 request_serializer=steepest_dot_v1_dot_training__jobs__pb2.ScaleTrainingJobRequest.SerializeToString,
                 response_deserializer=steepest_dot_v1_dot_training__jobs__pb2.TrainingJob.FromString,
                 _registered_method=True)
+        self.SetPriority = channel.unary_unary(
+                '/steepest.v1.TrainingJobService/SetPriority',
+                request_serializer=steepest_dot_v1_dot_training__jobs__pb2.SetPriorityRequest.SerializeToString,
+                response_deserializer=steepest_dot_v1_dot_training__jobs__pb2.TrainingJob.FromString,
+                _registered_method=True)
         self.StreamLogs = channel.unary_stream(
                 '/steepest.v1.TrainingJobService/StreamLogs',
                 request_serializer=steepest_dot_v1_dot_training__jobs__pb2.StreamLogsRequest.SerializeToString,
@@ -184,6 +189,13 @@ class TrainingJobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetPriority(self, request, context):
+        """Has a job wait before or after others: of those that wait for room, the highest is started first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StreamLogs(self, request, context):
         """Streams what user code printed.
         """
@@ -279,6 +291,11 @@ def add_TrainingJobServiceServicer_to_server(servicer, server):
             'ScaleTrainingJob': grpc.unary_unary_rpc_method_handler(
                     servicer.ScaleTrainingJob,
                     request_deserializer=steepest_dot_v1_dot_training__jobs__pb2.ScaleTrainingJobRequest.FromString,
+                    response_serializer=steepest_dot_v1_dot_training__jobs__pb2.TrainingJob.SerializeToString,
+            ),
+            'SetPriority': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPriority,
+                    request_deserializer=steepest_dot_v1_dot_training__jobs__pb2.SetPriorityRequest.FromString,
                     response_serializer=steepest_dot_v1_dot_training__jobs__pb2.TrainingJob.SerializeToString,
             ),
             'StreamLogs': grpc.unary_stream_rpc_method_handler(
@@ -560,6 +577,33 @@ class TrainingJobService:
             target,
             '/steepest.v1.TrainingJobService/ScaleTrainingJob',
             steepest_dot_v1_dot_training__jobs__pb2.ScaleTrainingJobRequest.SerializeToString,
+            steepest_dot_v1_dot_training__jobs__pb2.TrainingJob.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPriority(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steepest.v1.TrainingJobService/SetPriority',
+            steepest_dot_v1_dot_training__jobs__pb2.SetPriorityRequest.SerializeToString,
             steepest_dot_v1_dot_training__jobs__pb2.TrainingJob.FromString,
             options,
             channel_credentials,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from services.service import Service
 from steepest.client import Client, Job
 from tests.support.command import Ran, run
 from tests.support.service import TASKS, until
@@ -153,3 +154,24 @@ def test_top_shows_live_jobs_first(steepest: Callable[..., Ran], submit: Callabl
     assert shown.stdout.index("RUNNING") < shown.stdout.index("SUCCEEDED")
     jobs = json.loads(steepest("top", "--json").stdout)["jobs"]
     assert {done.name, job.name} <= {each["job"] for each in jobs}
+
+
+def test_of_jobs_that_wait_the_highest_priority_is_first(
+    steepest: Callable[..., Ran], submit: Callable[..., Job], service: Service
+) -> None:
+    cpus = int(service.cluster.totals()["CPU"])
+    holding = submit("slow", steps=100_000, data={"global_batch": 4 * cpus}, placement={"workers": cpus})
+    until(lambda: holding.get().state == "RUNNING")
+    early, late = (submit("regression", steps=2, placement={"workers": 2}) for _ in range(2))
+    until(lambda: "waiting behind" in late.get().reason)
+    raised = steepest("priority", late.name, "5", "--json")
+    assert (raised.returncode, json.loads(raised.stdout)["priority"]) == (0, 5)
+    assert steepest("priority", early.name, "-3").returncode == 0
+    until(lambda: late.name in early.get().reason)
+    assert any("priority changed from 0 to 5" in event.reason for event in late.events())
+    holding.cancel()
+    assert {early.wait().state, late.wait().state} == {"SUCCEEDED"}
+    begun = [next(e.time for e in job.events() if e.state == "STARTING") for job in (late, early)]
+    assert begun == sorted(begun)
+    assert steepest("priority", late.name, "1").returncode == 2
+    assert "allowed: -1000 to 1000" in steepest("priority", early.name, "5000").stderr

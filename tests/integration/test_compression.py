@@ -101,6 +101,7 @@ def undisturbed(client: Client) -> str | None:
     return job.wait().parameters_sha256
 
 
+@pytest.mark.full
 def test_scaling_and_pausing_leave_no_trace(submit: Callable[..., Job], undisturbed: str | None) -> None:
     job = submit("slow", **SLOW)
     until(lambda: job.get().step >= 2)

@@ -38,7 +38,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "lora": {},
     "lightning_module": {},
 }
-QUICK = ("gpt2", "recommender")
+QUICK = ("vae", "recommender")
 
 
 def _loaded(name: str) -> Task:

@@ -54,13 +54,19 @@ def test_a_gradient_check_says_which_entry_is_wrong(tmp_path: Path) -> None:
     found = json.loads(wrong.stdout.splitlines()[-1])
     assert (found["passed"], found["worst"]["parameter"], found["worst"]["index"]) == (False, "w", [1])
     assert found["max_relative_error"] == pytest.approx(1e-4, rel=1e-3)
+    assert run("check-gradients", task, "--got", "guessing").returncode == 2
+
+
+@pytest.mark.full
+def test_a_gradient_check_for_people_and_one_that_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "by_hand.py").write_text(WRONG)
+    task = f"{tmp_path / 'by_hand.py'}:task"
     for_people = run("check-gradients", task, "--arg", "error=1e-4")
     assert "worst: w[1]" in for_people.stdout
     assert "do NOT agree" in for_people.stdout
     refused = run("check-gradients", task, "--expected", "forward", "--json")
     assert refused.returncode == 2
     assert "needs a task of torch" in refused.stderr
-    assert run("check-gradients", task, "--got", "guessing").returncode == 2
 
 
 def test_curvature_of_a_job(steepest: Callable[..., Ran], client: Client) -> None:
@@ -95,6 +101,7 @@ def test_curvature_is_the_same_with_two_processes(steepest: Callable[..., Ran], 
     assert f"kind of point         {found['point']}" in for_people.stdout
 
 
+@pytest.mark.full
 def test_a_job_without_torch_has_no_curvature(steepest: Callable[..., Ran], submit: Callable[..., Job]) -> None:
     job = submit("least_squares", steps=3)
     job.wait()

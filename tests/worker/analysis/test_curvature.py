@@ -23,7 +23,7 @@ from worker.task.model import describe_model
 TASKS = __name__
 
 
-def digits(hidden: int = 8) -> steepest.Task:
+def digits(hidden: int = 4) -> steepest.Task:
     x, y = load_digits(return_X_y=True)
     inputs, targets = torch.tensor(x[:200] / 16, dtype=torch.float32), torch.tensor(y[:200])
     model = nn.Sequential(nn.Linear(64, hidden), nn.Tanh(), nn.Dropout(0.5), nn.Linear(hidden, 10))
