@@ -130,7 +130,7 @@ def time_figure(records: Records) -> Figure:
     steps = records.columns["step"]
     means = [1e3 * _running_mean(values, _window(records)) for values, _ in parts.values()]
     axis.stackplot(steps, *means, labels=list(parts), colors=[color for _, color in parts.values()], alpha=0.85)
-    axis.legend(loc="upper right", fontsize=8, frameon=False, ncols=4)
+    axis.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False, ncols=4)
     axis.set_title(f"Where a step's time goes, ms, mean of {_window(records)} steps", loc="left")
     axis.set_xlabel("step")
     return figure
