@@ -83,15 +83,16 @@ def top(
         console = Console()
         if once or not console.is_terminal:
             wide = console if console.is_terminal else Console(width=PRINTED_WIDTH)
-            wide.print(_table(list(client.list())))
+            wide.print(_table(list(client.list()), wide.width))
             return
-        with Live(_table(list(client.list())), console=console, screen=True) as live:
+        with Live(_table(list(client.list()), console.width), console=console, screen=True) as live:
             while True:
                 time.sleep(seconds)
-                live.update(_table(list(client.list())))
+                live.update(_table(list(client.list()), console.width))
 
 
-def _table(jobs: Sequence[JobInfo]) -> Table:
+def _table(jobs: Sequence[JobInfo], width: int) -> Table:
+    """Live jobs, then some that have ended. width: of the terminal; columns that it has no room for are left out."""
     from rich.table import Table
 
     live = [job for job in jobs if job.state in LIVE]
@@ -99,22 +100,37 @@ def _table(jobs: Sequence[JobInfo]) -> Table:
     workers = sum(len(job.workers) for job in live)
     title = f"{len(live)} live jobs, {workers} workers, {len(jobs) - len(live)} ended"
     table = Table(title=title, title_justify="left", box=None)
-    for name in ("job", "state", "progress", "loss", "samples/s", "workers", "findings"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("reason", no_wrap=True, overflow="ellipsis", ratio=1)
-    for job in [*live, *ended]:
-        share = job.step / job.total_steps if job.total_steps else 0.0
-        done = round(BAR * share)
-        rules = ", ".join(dict.fromkeys(finding.rule for finding in job.findings))
-        table.add_row(
-            job.job.removeprefix("trainingJobs/"),
-            job.state,
-            f"{'━' * done}{'╌' * (BAR - done)} {share:4.0%}",
-            "" if job.loss is None else f"{job.loss:.4g}",
-            f"{job.samples_per_second:,.0f}" if job.samples_per_second else "",
-            str(len(job.workers)),
-            rules,
-            job.reason,
-            style="" if job.state in LIVE else "dim",
-        )
+    rows = [_cells(job) for job in [*live, *ended]]
+    names = list(_cells(jobs[0])) if jobs else ["job", "state", "progress"]
+    shown, room = [], width
+    for name in names:
+        longest = max([len(name), *(len(row[name]) for row in rows)])
+        if name == "reason":
+            longest = min(longest, max(room - GAP, len(name)))
+        if longest + GAP <= room or name in names[:3]:
+            shown.append((name, longest))
+            room -= longest + GAP
+    for name, longest in shown:
+        table.add_column(name, no_wrap=True, width=longest, overflow="ellipsis")
+    for job, row in zip([*live, *ended], rows, strict=True):
+        table.add_row(*(row[name] for name, _ in shown), style="" if job.state in LIVE else "dim")
     return table
+
+
+GAP = 2  # between columns
+
+
+def _cells(job: JobInfo) -> dict[str, str]:
+    """What is shown of a job, the most important first."""
+    share = job.step / job.total_steps if job.total_steps else 0.0
+    done = round(BAR * share)
+    return {
+        "job": job.job.removeprefix("trainingJobs/"),
+        "state": job.state,
+        "progress": f"{'━' * done}{'╌' * (BAR - done)} {share:4.0%}",
+        "loss": "" if job.loss is None else f"{job.loss:.4g}",
+        "workers": str(len(job.workers)),
+        "samples/s": f"{job.samples_per_second:,.0f}" if job.samples_per_second else "",
+        "findings": ", ".join(dict.fromkeys(finding.rule for finding in job.findings)),
+        "reason": job.reason,
+    }

@@ -151,6 +151,7 @@ def test_top_shows_live_jobs_first(steepest: Callable[..., Ran], submit: Callabl
     assert shown.returncode == 0
     assert "RUNNING" in shown.stdout
     assert "SUCCEEDED" in shown.stdout
+    assert job.name.removeprefix("trainingJobs/") in shown.stdout
     assert shown.stdout.index("RUNNING") < shown.stdout.index("SUCCEEDED")
     jobs = json.loads(steepest("top", "--json").stdout)["jobs"]
     assert {done.name, job.name} <= {each["job"] for each in jobs}
