@@ -27,6 +27,7 @@ from steepest.errors import (
     Violation,
 )
 from steepest.jobs import (
+    MAX_PRIORITY,
     Checkpoint,
     Curvature,
     Event,
@@ -50,7 +51,6 @@ CREATE_SECONDS = 900.0  # the service loads the task meanwhile
 RECONNECT_SECONDS = 60.0
 RETRY_SECONDS = 0.5
 CHUNK_BYTES = 1 << 20
-MAX_PRIORITY = 1000
 
 
 def check_submission(

@@ -250,6 +250,7 @@ def curvature_from_proto(message: pb.Curvature) -> Curvature:
     return Curvature(**values)
 
 
+MAX_PRIORITY = 1000  # and the least is its negative
 SUBMISSION = "submission"  # in the place of a worker's name
 
 

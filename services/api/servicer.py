@@ -206,9 +206,7 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         numbers = len(names) * (1 + len(NAMES) * request.signals)
         most = max(1, min(HISTORY_PAGE_SIZE, HISTORY_PAGE_NUMBERS // numbers))
         size = _page_size(request.page_size, most, most)
-        records = self._history(row.id).records(request.first_step, size)
-        if not request.signals:
-            records = [record._replace(signals=b"") for record in records]
+        records = self._history(row.id).records(request.first_step, size, signals=request.signals)
         shown = [ps_convert.record_to_proto(record, description.logged_names) for record in records]
         return pb.QueryHistoryResponse(records=shown, parameter_names=names)
 

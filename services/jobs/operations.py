@@ -25,11 +25,10 @@ from services.settings import Settings
 from services.store.lifecycle import JobState, check_verb
 from services.store.store import JobRow, Result, Store
 from steepest.errors import ConflictError, SpecError, Violation
-from steepest.jobs import SUBMISSION
+from steepest.jobs import MAX_PRIORITY, SUBMISSION
 from steepest.spec import TrainingJobSpec, spec_from_dict
 
 MESSAGE_ROOM = 1 << 20  # for what else is in a message
-MAX_PRIORITY = 1000
 _JOB_ID = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
 

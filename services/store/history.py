@@ -118,14 +118,16 @@ class JobHistory:
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
-    def records(self, first: int = 0, limit: int | None = None) -> list[StepRecord]:
-        """The records of `first` and later steps, in order."""
+    def records(self, first: int = 0, limit: int | None = None, *, signals: bool = False) -> list[StepRecord]:
+        """The records of `first` and later steps, in order; with those of parameters' signals only if asked for."""
         found: list[StepRecord] = []
         for part in self._parts():
             there = part.between(first, None)
             stop = None if limit is None else limit - len(found)
             found += _to_records(_Part(there.rows[:stop], there.norms[:stop]))
-        measured = dict(zip(*self.signals(first, found[-1].step), strict=True)) if found else {}
+        if not signals or not found:
+            return found
+        measured = dict(zip(*self.signals(first, found[-1].step), strict=True))
         return [r._replace(signals=measured[r.step].tobytes()) if r.step in measured else r for r in found]
 
     def last(self) -> StepRecord | None:

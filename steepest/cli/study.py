@@ -118,16 +118,12 @@ def curvature(
     number of processes.
     """
     with client_of(server) as client:
-        found = client.job(job).curvature(step=step, top=top, samples=samples, processes=processes, say=_progress())
+        handle = client.job(job)
+        found = handle.curvature(step=step, top=top, samples=samples, processes=processes, say=_progress())
     if as_json:
-        sys.stdout.write(json.dumps({"job": client_name(job), **found.to_dict()}) + "\n")
+        sys.stdout.write(json.dumps({"job": handle.name, **found.to_dict()}) + "\n")
     else:
         _show_curvature(found)
-
-
-def client_name(job: str) -> str:
-    """A job's full name."""
-    return job if job.startswith("trainingJobs/") else f"trainingJobs/{job}"
 
 
 def _show_curvature(found: Curvature) -> None:
