@@ -12,6 +12,7 @@ from prometheus_client.registry import CollectorRegistry
 from services.api.server import GrpcServer
 from services.api.servicer import TrainingJobServicer
 from services.cluster.cluster import Cluster
+from services.cluster.fork_server import ForkServer
 from services.dashboard.app import Page
 from services.jobs.admission import Admission
 from services.jobs.analysis import Analyses
@@ -26,9 +27,12 @@ from services.telemetry.metrics import JobCollector
 
 
 class Service:
-    """Runs from construction to `stop`. Raises OSError when a port is taken."""
+    """Runs from construction to `stop`. Raises OSError when a port is taken.
 
-    def __init__(self, settings: Settings) -> None:
+    forks: starts the processes of jobs on this machine; it ends with the service.
+    """
+
+    def __init__(self, settings: Settings, forks: ForkServer) -> None:
         settings.data_directory.mkdir(parents=True, exist_ok=True)
         self._lock_file = _lock(settings.data_directory)
         self.settings = settings
@@ -42,14 +46,15 @@ class Service:
             self._http.stop()
             self._lock_file.close()
             raise
-        self._probe = TaskProbe()
-        self._probe.start()
-        self.cluster = Cluster(settings)
+        self._forks = forks
+        forks.start_early()
+        self.cluster = Cluster(settings, forks)
         self.cluster.start()
         self.store = Store(settings.database_url)
         self.running = Running()
         bundles = CodeStore(settings.data_directory / "code", settings.max_code_bytes)
-        operations = Operations(self.store, bundles, self._probe, self.cluster, self.running, settings, wake)
+        probe = TaskProbe(forks)
+        operations = Operations(self.store, bundles, probe, self.cluster, self.running, settings, wake)
         self._admission = Admission(self.store, bundles, self.cluster, self.running, settings, wake)
         registry.register(JobCollector(self.running.all, self.store.count_states))
         self._admission.start()
@@ -74,8 +79,8 @@ class Service:
         self._grpc.stop()
         self._http.stop()
         self._admission.stop()
-        self._probe.close()
         self.cluster.stop()
+        self._forks.close()
         self.store.close()
         self._lock_file.close()
 

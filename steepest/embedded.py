@@ -27,13 +27,14 @@ def describe_task(bundle: Bundle, spec: TrainingJobSpec) -> tuple[TrainingJobSpe
 
     Raises SpecError for what a service would refuse.
     """
+    from services.cluster.fork_server import REHEARSAL, ForkServer
     from services.jobs.task_probe import TaskProbe
     from worker.task.load import unpack_code
 
     with tempfile.TemporaryDirectory(prefix="steepest-plan-") as directory:
         code = unpack_code(bundle.data, Path(directory)) if bundle.data else None
-        with contextlib.closing(TaskProbe()) as probe:
-            description = probe.describe(spec, code, PROBE_SECONDS)
+        with contextlib.closing(ForkServer([REHEARSAL])) as forks:
+            description = TaskProbe(forks).describe(spec, code, PROBE_SECONDS)
     return description.completed(spec), description
 
 
@@ -95,10 +96,14 @@ def running_service(data_directory: Path, **settings: Any) -> Iterator[Service]:
     Raises ServiceUnavailableError when a port is taken or the server's packages are not installed.
     """
     try:
-        from services.cluster.ray_environment import follow_cluster_authentication
+        from services.cluster.fork_server import ForkServer
+        from services.cluster.ray_environment import follow_cluster_authentication, prepare_ray_environment
 
         if settings.get("ray_address"):
             follow_cluster_authentication()  # before anything imports ray
+        prepare_ray_environment()
+        forks = ForkServer()
+        forks.start_early()  # it imports in its own process what this one imports meanwhile
         from services.service import Service
         from services.settings import Settings
     except ModuleNotFoundError as error:
@@ -106,8 +111,9 @@ def running_service(data_directory: Path, **settings: Any) -> Iterator[Service]:
             f"the service needs the package {error.name!r}: pip install 'steepest[server]'"
         ) from error
     try:
-        service = Service(Settings(data_directory=data_directory, **settings))
+        service = Service(Settings(data_directory=data_directory, **settings), forks)
     except OSError as error:
+        forks.close()
         raise ServiceUnavailableError(f"the service cannot start: {error}") from error
     try:
         yield service

@@ -6,6 +6,7 @@ per parameter would. State is exported under parameter names with torch.optim's 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -151,6 +152,16 @@ _KERNELS: dict[str, _Kernel] = {
 }
 
 
+def _leave_out_dynamo() -> None:
+    """Keep torch.optim from importing torch._dynamo, which takes seconds and 100 MB.
+
+    It does so only to say that its own methods are not to be compiled, and nothing here is. Where PyTorch does it some
+    other way, this has no effect.
+    """
+    method = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    method.__dict__.setdefault("__dynamo_disable", method)
+
+
 class ShardOptimizer:
     """The optimizer of one shard.
 
@@ -175,6 +186,7 @@ class ShardOptimizer:
         self._gradient = torch.empty(0)
         self._work: list[list[tuple[_Piece, list[torch.Tensor]]]] = []  # for each thread, with the part of `_gradient`
         self._optimizer: torch.optim.Optimizer | None = None
+        self._whole_step: Callable[..., Any] = torch.optim.Optimizer.step
         if not self._parts:
             return
         options = torch_options(spec)
@@ -186,7 +198,9 @@ class ShardOptimizer:
             if group.weight_decay is not None or not group.decayed:
                 own["weight_decay"] = group.weight_decay or 0.0
             groups.append(own)
+        _leave_out_dynamo()
         self._optimizer = _CLASSES[spec.name](groups, **options)
+        self._whole_step = inspect.unwrap(type(self._optimizer).step)
 
     def use_threads(self, threads: Threads, ranges: Sequence[tuple[int, int]]) -> None:
         """Spread the work, before the first step. ranges: of the shard's elements, one for each thread."""
@@ -233,7 +247,8 @@ class ShardOptimizer:
             part.grad = gradient[group.start - self._shard.start : group.stop - self._shard.start]
         for options in optimizer.param_groups:
             options["lr"] = lr * options["lr_scale"]
-        optimizer.step()
+        with torch.no_grad():
+            self._whole_step(optimizer)
         for part in self._parts:
             part.grad = None
         if self._kernel is not None:

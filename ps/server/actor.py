@@ -1,4 +1,7 @@
-"""The Ray actor around one server."""
+"""The Ray actor around one server.
+
+What only the process itself needs is imported there: the service, which names this class, starts without PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,8 @@ import socket
 from collections.abc import Sequence
 
 import ray
-import torch
 
 from ps.job.config import JobConfig
-from ps.memory.gpu import device_of
-from ps.server.parameter_server import ParameterServer
 from ps.wire.address import ServerAddress
 
 
@@ -20,6 +20,11 @@ class ServerActor:
     """One parameter server shard in a process of its own."""
 
     def __init__(self, config: JobConfig, index: int, bind: str) -> None:
+        import torch
+
+        from ps.memory.gpu import device_of
+        from ps.server.parameter_server import ParameterServer
+
         torch.set_num_threads(1)
         has_shard = index < config.num_servers
         device = device_of(config.spec.placement.server_device) if has_shard else None

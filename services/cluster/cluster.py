@@ -14,6 +14,7 @@ prepare_ray_environment()
 
 import ray
 
+from services.cluster.fork_server import ForkServer
 from services.cluster.fork_servers import ForkServers
 from services.cluster.job_room import JobRoom, demand, num_hosts
 from services.settings import Settings
@@ -27,14 +28,14 @@ EMBEDDED_CPUS = 8
 
 
 class Cluster:
-    """The connection to the cluster, embedded or an existing one."""
+    """The connection to the cluster, embedded or an existing one. forks: of this machine."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, forks: ForkServer) -> None:
         self._settings = settings
         self._ready = threading.Event()
         self._stop = threading.Event()
         self._problem = ""
-        self.fork_servers = ForkServers()
+        self.fork_servers = ForkServers(forks)
         self._thread = threading.Thread(target=self._run, name="ray", daemon=True)
 
     def start(self) -> None:
@@ -58,7 +59,7 @@ class Cluster:
             else:
                 cpus = settings.num_cpus or max(EMBEDDED_CPUS, os.cpu_count() or 1)
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
-                self.fork_servers.start(node["NodeID"] for node in ray.nodes())  # ready by the first job
+                self.fork_servers.use_own(ray.get_runtime_context().get_node_id())
         except Exception as error:
             log.exception("Ray")
             where = f"the Ray cluster at {settings.ray_address}" if settings.ray_address else "embedded Ray"

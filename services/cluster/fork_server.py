@@ -1,4 +1,4 @@
-"""A process that has imported PyTorch and Ray once, and forks a host's workers and servers.
+"""A process that has imported PyTorch once, and Ray, and forks a host's workers and servers.
 
 Importing them takes a process seconds, and 150 MB that a fork shares with its parent for as long as neither writes to
 them. `python -P -m services.cluster.fork_server SOCKET MODULE...` imports the modules and serves until its standard
@@ -30,14 +30,16 @@ from typing import Any
 
 from services.cluster import fork_client
 
-# What a worker or server imports in the course of its life; optimizers of PyTorch import torch._dynamo. Not the actors:
-# Ray draws an identifier for each class, and with that the seed of all identifiers of the process.
+REHEARSAL = "worker.rehearsal.rehearse"
+# What a worker, a server or a rehearsal imports in the course of its life. Not the actors: Ray draws an identifier for
+# each class, and with that the seed of all identifiers of the process.
 PRELOADED = (
-    "ray._private.workers.default_worker",
     "ps.server.parameter_server",
     "worker.process.loop",
-    "torch._dynamo",
+    REHEARSAL,
 )
+# Of Ray, imported when Ray first asks for a process: it reads its settings, among them who asks, only once.
+RAY_WORKER = "ray._private.workers.default_worker"
 # Environment of the actor: Ray lowers the priority of its processes, forks too, and must not have lowered it before.
 PLAIN_PRIORITY = {"RAY_worker_niceness": "0"}
 # Sets of strings have the same order in all processes of a job.
@@ -74,6 +76,13 @@ class Request:
         except (OSError, ValueError, TypeError, KeyError) as error:
             _close(streams)
             raise ValueError(f"this is no request: {error}") from error
+
+    def prepare(self) -> None:
+        """Import what all forks for Ray need, before the first of them."""
+        if not self.command[0].endswith(RAY_WORKER.replace(".", "/") + ".py") or RAY_WORKER in sys.modules:
+            return
+        os.environ.update({name: value for name, value in self.environment.items() if name.startswith("RAY_")})
+        _preload([RAY_WORKER])
 
     def become(self) -> None:
         """Run the script in this process, as if a new interpreter did."""
@@ -149,6 +158,7 @@ def _answer(listener: socket.socket) -> Request | None:
             return None
         connection.settimeout(REQUEST_SECONDS)
         request = Request.receive(connection)
+        request.prepare()
         try:
             pid = os.fork()
         except OSError:
@@ -186,13 +196,17 @@ def _close(descriptors: list[int]) -> None:
         os.close(descriptor)
 
 
-def main() -> None:
-    """Entry point of the process."""
-    name, *modules = sys.argv[1:]
+def _preload(modules: Iterable[str]) -> None:
     for module in modules:
         importlib.import_module(module)
     gc.collect()
     gc.freeze()  # a collection would write to what is shared
+
+
+def main() -> None:
+    """Entry point of the process."""
+    name, *modules = sys.argv[1:]
+    _preload(modules)
     request = serve(name)
     if request is not None:
         request.become()
@@ -239,6 +253,15 @@ class ForkServer:
             os.killpg(pid, signal.SIGKILL)
         raise TimeoutError(f"process {pid} did not end within {timeout_seconds:g} s")
 
+    def start_early(self) -> None:
+        """Begin to start the server, so that who first needs it waits less."""
+
+        def start() -> None:
+            with contextlib.suppress(OSError):  # whoever needs it tries again, and says so
+                self.start()
+
+        threading.Thread(target=start, daemon=True).start()
+
     def start(self) -> None:
         """Start the server if it does not run. Raises OSError when it cannot be started."""
         with self._starting:
@@ -278,12 +301,16 @@ class ForkServer:
 
     def close(self) -> None:
         """End the server; what it forked goes on."""
-        if self._process is None:
+        process, self._process = self._process, None
+        if process is None:
             return
-        assert self._process.stdin is not None  # noqa: S101  # a pipe
-        self._process.stdin.close()
-        self._process.wait(ENDING_SECONDS)
-        self._process = None
+        assert process.stdin is not None  # noqa: S101  # a pipe
+        process.stdin.close()
+        try:
+            process.wait(ENDING_SECONDS)
+        except subprocess.TimeoutExpired:  # it imports still
+            process.kill()
+            process.wait()
 
 
 if __name__ == "__main__":

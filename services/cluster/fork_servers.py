@@ -11,7 +11,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from services.cluster.fork_actor import ForkServerActor
-from services.cluster.fork_server import PLAIN_PRIORITY, SAME_EVERYWHERE
+from services.cluster.fork_server import PLAIN_PRIORITY, SAME_EVERYWHERE, ForkServer
 
 log = logging.getLogger(__name__)
 
@@ -20,17 +20,29 @@ STATUS_SECONDS = 3.0
 
 
 class ForkServers:
-    """One for each node. A node without one starts processes the plain way, only slower and larger."""
+    """One for each node. A node without one starts processes the plain way, only slower and larger.
 
-    def __init__(self) -> None:
+    own: this process's, which serves the node that `use_own` names.
+    """
+
+    def __init__(self, own: ForkServer | None = None) -> None:
+        self._own = own
+        self._own_node = ""
         self._actors: dict[str, Any] = {}
         self._lock = threading.Lock()
+
+    def use_own(self, node: str) -> None:
+        """Start the processes of this node, on this machine, from this process's own fork server."""
+        self._own_node = node
+
+    def _own_of(self, node: str | None) -> ForkServer | None:
+        return self._own if node and node == self._own_node else None
 
     def start(self, nodes: Iterable[str]) -> None:
         """Begin to start those that are not there."""
         with self._lock:
             for node in nodes:
-                if node not in self._actors:
+                if node not in self._actors and self._own_of(node) is None:
                     here = NodeAffinitySchedulingStrategy(node, soft=False)
                     options = ForkServerActor.options(  # type: ignore[attr-defined]
                         num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": PLAIN_PRIORITY}
@@ -41,6 +53,12 @@ class ForkServers:
     def runtime_env(self, node: str | None) -> dict[str, Any]:
         """Of an actor on that node, which its fork server is to start."""
         plain: dict[str, Any] = {"env_vars": SAME_EVERYWHERE}
+        if (own := self._own_of(node)) is not None:
+            try:
+                return {**plain, "py_executable": own.interpreter()}
+            except OSError as error:
+                log.warning("the fork server does not start, processes start without it: %s", error)
+                return plain
         with self._lock:
             actor = self._actors.get(node or "")
         if actor is None:
@@ -57,6 +75,8 @@ class ForkServers:
 
     def exit_status(self, node: str | None, pid: int) -> int | None:
         """The wait status of a process that a fork server started and that has ended; None when it is unknown."""
+        if (own := self._own_of(node)) is not None:
+            return own.exit_status(pid)
         with self._lock:
             actor = self._actors.get(node or "")
         if actor is None or not ray.is_initialized():
@@ -69,5 +89,6 @@ class ForkServers:
 
     def pids(self) -> list[int]:
         """Of those that run, and their actors."""
+        own = [self._own.pid] if self._own is not None and self._own_node else []
         answers = ray.get([actor.interpreter.remote() for actor in self._actors.values()], timeout=START_SECONDS)
-        return [pid for _, pids in answers for pid in pids]
+        return own + [pid for _, pids in answers for pid in pids]

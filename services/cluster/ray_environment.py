@@ -11,6 +11,8 @@ def prepare_ray_environment(environment: MutableMapping[str, str] = os.environ) 
     """No usage statistics, and an explicit authentication mode; what the user has set stays."""
     environment.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     environment.setdefault("RAY_AUTH_MODE", "token")
+    # Processes come from the fork server; those that an embedded Ray would start in advance are never used.
+    environment.setdefault("RAY_prestart_worker_first_driver", "0")
     # A plain kill is a way to stop the service, and no reason for a crash report.
     environment.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
     # Ray is to leave CUDA_VISIBLE_DEVICES alone in actors without a GPU.

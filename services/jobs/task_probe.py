@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import tempfile
-import threading
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -94,16 +92,8 @@ class TaskDescription:
 class TaskProbe:
     """Describes tasks, each in a fork of a process that has imported PyTorch."""
 
-    def __init__(self) -> None:
-        self._forks = ForkServer(["worker.rehearsal.rehearse"])
-
-    def start(self) -> None:
-        """Begin to import PyTorch, so that the first task waits less."""
-        threading.Thread(target=self._warm_up, daemon=True).start()
-
-    def _warm_up(self) -> None:
-        with contextlib.suppress(OSError):  # `describe` tries again, and says so
-            self._forks.start()
+    def __init__(self, forks: ForkServer) -> None:
+        self._forks = forks
 
     def describe(self, spec: TrainingJobSpec, code: Path | None, timeout_seconds: float) -> TaskDescription:
         """Load the task and describe it. Raises SpecError, with the traceback of the user's code if that raised."""
@@ -138,10 +128,6 @@ class TaskProbe:
         if "message" in raw:
             raise SpecError([Violation(raw["field"], f"{raw['message']}\n{raw['traceback']}".strip())])
         return replace(TaskDescription.from_json(answer), printed=printed)
-
-    def close(self) -> None:
-        """End the process."""
-        self._forks.close()
 
 
 def _ending(status: int) -> str:

@@ -22,7 +22,7 @@ def _parents(job: Job) -> set[int]:
 
 
 def _fork_server(service: Service) -> int:
-    _, pid = service.cluster.fork_servers.pids()
+    [pid] = service.cluster.fork_servers.pids()
     return pid
 
 

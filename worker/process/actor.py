@@ -1,4 +1,7 @@
-"""The Ray actor around one worker."""
+"""The Ray actor around one worker.
+
+What only the process itself needs is imported there: the service, which names this class, starts without PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,7 @@ from pathlib import Path
 import ray
 
 from ps.job.config import JobConfig
-from ps.memory.gpu import DeviceError
 from ps.wire.address import ServerAddress
-from worker.gradients.backend import backend_of
-from worker.process.loop import WorkerLoop
-from worker.process.output import Output
-from worker.task.load import TaskError, said, unpack_code, user_traceback
 
 
 def code_directory() -> Path:
@@ -38,6 +36,12 @@ class WorkerActor:
         self, config: JobConfig, worker: str, generation: int, code: bytes, addresses: Sequence[ServerAddress]
     ) -> tuple[str, str] | None:
         """Work until dismissed. Returns (message, traceback) when the worker cannot be set up, nor could another."""
+        from ps.memory.gpu import DeviceError
+        from worker.gradients.backend import backend_of
+        from worker.process.loop import WorkerLoop
+        from worker.process.output import Output
+        from worker.task.load import TaskError, said, unpack_code, user_traceback
+
         try:
             directory = unpack_code(code, code_directory()) if code else None
             backend = backend_of(config.spec.placement.device)

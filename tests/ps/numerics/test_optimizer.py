@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -174,3 +176,23 @@ def test_a_clip_by_value_bounds_every_element_and_reports_the_norm() -> None:
     clamped = optimizer.step(gradient, lr=1.0, divisor=2.0, coefficient=1.0, max_value=3.0)
     assert flat[:4].tolist() == [-3.0, 3.0, -0.5, 0.0]
     assert clamped == pytest.approx(9 + 9 + 0.25, rel=1e-12)
+
+
+def test_no_optimizer_imports_dynamo() -> None:
+    """It takes seconds, and every server would wait for it."""
+    script = """
+import sys
+import torch
+from ps.numerics.optimizer import ShardOptimizer
+from ps.parameters.layout import build_layout, shards
+from steepest.step_spec import OPTIMIZER_NAMES, optimizer_spec
+from tests.support.models import described
+
+[shard] = shards(build_layout(described([(40, 50)], "float32"), decay_biases_and_norms=True), 1)
+for name in OPTIMIZER_NAMES:
+    optimizer = ShardOptimizer(optimizer_spec(name=name, lr=0.1), shard, torch.zeros(shard.numel))
+    optimizer.step(torch.ones(shard.numel), lr=0.1, divisor=1.0, coefficient=1.0, max_value=None)
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("False\n", "")
