@@ -43,7 +43,7 @@ def reasons(job: Job) -> str:
 
 @pytest.mark.parametrize(
     ("workers", "servers", "transport"),
-    [full(1, 1, "auto"), (3, 2, "auto"), full(2, 3, "inline"), full(5, 1, "inline")],
+    [full(1, 1, "auto"), full(3, 2, "auto"), (2, 3, "inline"), full(5, 1, "inline")],
 )
 def test_the_bits_do_not_depend_on_the_placement(
     client: Client, tmp_path: Path, workers: int, servers: int, transport: str

@@ -7,11 +7,13 @@ and end with the worker.
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import signal
 import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,8 @@ from worker.data.sources import source_of
 from worker.gradients.backend import CpuBackend
 from worker.gradients.seeding import DATA, seed_all
 from worker.task.load import load_task, said, user_traceback
+
+SMALL_BYTES = 64 << 10  # what a pipe holds; a shared-memory segment of its own is dearer up to there
 
 
 class ReadingError(Exception):
@@ -109,6 +113,44 @@ class Readers:
         self._read[self._asked[reader].pop(0)] = batch
 
 
+class _Pickler(ForkingPickler):
+    """Copies small tensors, where torch would share their memory.
+
+    A tensor that is to be read conjugated or negated is sent as it reads: torch's way loses that.
+    """
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is torch.Tensor and (value.is_conj() or value.is_neg()):
+            return _itself, (value.resolve_conj().resolve_neg(),)
+        if (
+            type(value) is torch.Tensor
+            and value.device.type == "cpu"
+            and value.layout is torch.strided
+            and value.is_contiguous()
+            and not (value.requires_grad or value.is_quantized)
+            and value.numel() * value.itemsize <= SMALL_BYTES
+        ):
+            return _unpickled, (value.dtype, tuple(value.shape), value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return NotImplemented
+
+
+def _itself(value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+def _unpickled(dtype: torch.dtype, shape: tuple[int, ...], content: bytes) -> torch.Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    if content:
+        tensor.view(-1).view(torch.uint8).numpy()[:] = np.frombuffer(content, dtype=np.uint8)
+    return tensor
+
+
+def _send(pipe: Connection, answer: Any) -> None:
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(answer)
+    pipe.send_bytes(buffer.getbuffer())
+
+
 @dataclass(frozen=True)
 class _Failed:
     message: str
@@ -141,7 +183,7 @@ def _serve(pipe: Connection, reading: Reading) -> None:
             except BaseException as error:
                 answer = _Failed(said(error), user_traceback(error))
         try:
-            pipe.send(answer)
+            _send(pipe, answer)
         except (OSError, EOFError):
             return
         except Exception as error:
