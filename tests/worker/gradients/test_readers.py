@@ -33,16 +33,12 @@ def test_a_small_tensor_arrives_with_its_bits(dtype: torch.dtype, shape: tuple[i
     got[0].zero_()  # it may be written to
 
 
-def test_tensors_that_are_large_strided_conjugated_or_sparse_arrive() -> None:
+def test_tensors_that_are_large_strided_or_conjugated_arrive() -> None:
     for tensor in (
         torch.arange(SMALL_BYTES, dtype=torch.float32),
         torch.arange(12.0).reshape(3, 4).t(),
         torch.randn(3, dtype=torch.complex64).conj(),
-        torch.eye(3).to_sparse(),
     ):
         got = _sent(tensor)
-        assert (got.layout, got.stride() if not got.is_sparse else ()) == (
-            tensor.layout,
-            tensor.stride() if not tensor.is_sparse else (),
-        )
-        assert torch.equal(got.to_dense(), tensor.to_dense())
+        assert got.stride() == tensor.stride()
+        assert torch.equal(got, tensor)
