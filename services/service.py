@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import ssl
 import threading
 from pathlib import Path
 from typing import IO
@@ -14,6 +16,7 @@ from services.api.servicer import TrainingJobServicer
 from services.cluster.cluster import Cluster
 from services.cluster.fork_server import ForkServer
 from services.dashboard.app import Page
+from services.jobs.access import Access
 from services.jobs.admission import Admission
 from services.jobs.analysis import Analyses
 from services.jobs.code_bundles import CodeStore
@@ -39,18 +42,20 @@ class Service:
         self._closing = threading.Event()
         wake = threading.Event()
         registry = CollectorRegistry()
-        self._http = HttpServer(settings.http_host, settings.http_port)
-        try:
-            self._grpc = GrpcServer(settings.grpc_host, settings.grpc_port)
-        except BaseException:
-            self._http.stop()
-            self._lock_file.close()
-            raise
+        with contextlib.ExitStack() as stack:  # undone if a port is taken
+            stack.callback(self._lock_file.close)
+            self.store = Store(settings.database_url)
+            stack.callback(self.store.close)
+            access = Access(self.store)
+            _check_exposure(settings, access)
+            self._http = HttpServer(settings, access)
+            stack.callback(self._http.stop)
+            self._grpc = GrpcServer(settings, access)
+            stack.pop_all()
         self._forks = forks
         forks.start_early()
         self.cluster = Cluster(settings, forks)
         self.cluster.start()
-        self.store = Store(settings.database_url)
         self.running = Running()
         bundles = CodeStore(settings.data_directory / "code", settings.max_code_bytes)
         probe = TaskProbe(forks)
@@ -60,7 +65,7 @@ class Service:
         self._admission.start()
         analyses = Analyses(bundles, settings)
         self._grpc.start(TrainingJobServicer(operations, self.store, settings, analyses, self._closing))
-        page = Page(operations, self.store, settings, self._closing.is_set)
+        page = Page(operations, self.store, settings, access, self._closing.is_set)
         self._http.start([*metrics_routes(registry, lambda: not self._closing.is_set()), *page.routes()])
 
     @property
@@ -83,6 +88,34 @@ class Service:
         self._forks.close()
         self.store.close()
         self._lock_file.close()
+
+
+def _check_exposure(settings: Settings, access: Access) -> None:
+    """Raises OSError for a service that others than this machine could reach without TLS and a token."""
+    _check_tls(settings)
+    hosts = {settings.grpc_host, settings.http_host}
+    if hosts <= {"127.0.0.1", "localhost", "::1"}:
+        return
+    missing = [] if settings.tls_certificate else ["TLS (--tls-cert and --tls-key)"]
+    if not access.is_closed():
+        missing.append("a token (steepest token create NAME --role admin)")
+    if missing:
+        raise OSError(f"--host {', '.join(sorted(hosts))} is reached from outside, which takes {' and '.join(missing)}")
+
+
+def _check_tls(settings: Settings) -> None:
+    """Raises OSError for a certificate and a key that do not make a pair."""
+    certificate, key = settings.tls_certificate, settings.tls_key
+    if certificate is None and key is None:
+        return
+    if certificate is None or key is None:
+        raise OSError("--tls-cert and --tls-key come together: one of the two is missing")
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+    except FileNotFoundError:
+        raise OSError(f"--tls-cert {certificate} or --tls-key {key} is not there") from None
+    except ssl.SSLError as error:
+        raise OSError(f"{certificate} and {key} are no certificate and its key: {error.reason}") from None
 
 
 def _lock(directory: Path) -> IO[str]:

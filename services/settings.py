@@ -11,7 +11,8 @@ class Settings:
     """How a service runs.
 
     http_port, grpc_port: 0 takes any free one. ray_address: an existing Ray cluster; None starts
-    Ray in this process tree. num_cpus: of embedded Ray.
+    Ray in this process tree. num_cpus: of embedded Ray. tls_certificate, tls_key: PEM files, the
+    certificate with its chain; without them neither port is encrypted.
     """
 
     data_directory: Path
@@ -21,6 +22,8 @@ class Settings:
     http_port: int = 8080
     ray_address: str | None = None
     num_cpus: int | None = None
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
     probe_timeout_seconds: float = 300.0
     cancel_grace_seconds: float = 20.0
     max_code_bytes: int = 256 << 20

@@ -16,14 +16,17 @@ from grpc_status import rpc_status
 
 from steepest import contexts
 from steepest.bundle import MAX_DATA_BYTES, Bundle, bundle_task
+from steepest.channel import open_channel, with_token
 from steepest.convert import spec_to_proto
 from steepest.errors import (
     ConflictError,
     JobFailedError,
     NotFoundError,
+    PermissionDeniedError,
     ServiceUnavailableError,
     SpecError,
     SteepestError,
+    UnauthenticatedError,
     Violation,
 )
 from steepest.jobs import (
@@ -77,20 +80,26 @@ def left_out(bundle: Bundle) -> list[str]:
 class Client:
     """A connection to the service at `address`; by default what STEEPEST_SERVER says, or the context in use.
 
-    Raises ServiceUnavailableError when nothing answers there.
+    token: by default what STEEPEST_TOKEN says. tls_ca: a PEM file with the certificate of the authority that the
+    service's own is checked against, by default what STEEPEST_TLS_CA says; "https://" before the address also asks for
+    TLS, with the authorities that gRPC knows.
+
+    Raises ServiceUnavailableError when nothing answers there, SpecError for a token that would go unencrypted to
+    another machine.
     """
 
-    def __init__(self, address: str = "") -> None:
+    def __init__(self, address: str = "", *, token: str = "", tls_ca: str | Path | None = None) -> None:
         self.address = address = address or os.environ.get("STEEPEST_SERVER") or contexts.read().address
-        self._channel = grpc.insecure_channel(address, options=[("grpc.enable_retries", 0)])
-        self._stub = pb_grpc.TrainingJobServiceStub(self._channel)
+        token = token or os.environ.get("STEEPEST_TOKEN", "")
+        self._channel = open_channel(address, tls_ca or os.environ.get("STEEPEST_TLS_CA"), token)
+        self._stub = pb_grpc.TrainingJobServiceStub(with_token(self._channel, token))
         try:
             grpc.channel_ready_future(self._channel).result(timeout=CONNECT_SECONDS)
         except grpc.FutureTimeoutError:
             self._channel.close()
             raise ServiceUnavailableError(
                 f"no service answers at {address}; start one with `steepest serve`, or name another with --server or "
-                "STEEPEST_SERVER"
+                "STEEPEST_SERVER; one that uses TLS needs --tls-ca FILE"
             ) from None
 
     def __enter__(self) -> Self:
@@ -165,6 +174,10 @@ class Client:
                 return NotFoundError(message)
             case grpc.StatusCode.FAILED_PRECONDITION:
                 return ConflictError(message)
+            case grpc.StatusCode.UNAUTHENTICATED:
+                return UnauthenticatedError(message)
+            case grpc.StatusCode.PERMISSION_DENIED:
+                return PermissionDeniedError(message)
             case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED:
                 return ServiceUnavailableError(f"the service at {self.address} does not answer: {message}")
         return SteepestError(f"{code.name}: {message}")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ps.job.footprint import Footprint
     from services.jobs.task_probe import TaskDescription
     from services.service import Service
+    from services.store.tokens import Tokens
     from steepest.bundle import Bundle
     from steepest.spec import TrainingJobSpec
 
@@ -90,6 +91,26 @@ def machine_memory() -> int:
 
 
 @contextlib.contextmanager
+def tokens_of(data_directory: Path) -> Iterator[Tokens]:
+    """The tokens of the service that keeps its jobs there, whether it runs or not. Raises ServiceUnavailableError."""
+    try:
+        from services.settings import Settings
+        from services.store.store import Store
+    except ModuleNotFoundError as error:
+        raise _without(error) from error
+    try:
+        data_directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ServiceUnavailableError(f"cannot use the data directory {data_directory}: {error.strerror}") from error
+    with contextlib.closing(Store(Settings(data_directory=data_directory).database_url)) as store:
+        yield store.tokens
+
+
+def _without(error: ModuleNotFoundError) -> ServiceUnavailableError:
+    return ServiceUnavailableError(f"the service needs the package {error.name!r}: pip install 'steepest[server]'")
+
+
+@contextlib.contextmanager
 def running_service(data_directory: Path, **settings: Any) -> Iterator[Service]:
     """A service, stopped at the end. settings: fields of services.settings.Settings.
 
@@ -107,9 +128,7 @@ def running_service(data_directory: Path, **settings: Any) -> Iterator[Service]:
         from services.service import Service
         from services.settings import Settings
     except ModuleNotFoundError as error:
-        raise ServiceUnavailableError(
-            f"the service needs the package {error.name!r}: pip install 'steepest[server]'"
-        ) from error
+        raise _without(error) from error
     try:
         service = Service(Settings(data_directory=data_directory, **settings), forks)
     except OSError as error:

@@ -5,6 +5,8 @@ SteepestError
 ├── JobFailedError      a job that was waited for ended FAILED or CANCELLED
 ├── NotFoundError       no such job
 ├── ConflictError       the request does not fit the job's state, or the id is taken
+├── UnauthenticatedError    the service needs a token, and there is none, or one that it does not know
+├── PermissionDeniedError   the token may not do that
 └── ServiceUnavailableError    the service does not answer, or a resource it needs is not there
 """
 
@@ -47,6 +49,14 @@ class NotFoundError(SteepestError):
 
 class ConflictError(SteepestError):
     """The request does not fit the job's state."""
+
+
+class UnauthenticatedError(SteepestError):
+    """The service needs a token that it knows."""
+
+
+class PermissionDeniedError(SteepestError):
+    """The token may not do that."""
 
 
 class ServiceUnavailableError(SteepestError):

@@ -62,7 +62,10 @@ def _finding_from_proto(message: pb.Finding) -> Finding:
 
 @dataclass(frozen=True, slots=True)
 class JobInfo:
-    """A job at one moment. loss: of the last step; metrics: of the last evaluation; error: None unless FAILED."""
+    """A job at one moment. loss: of the last step; metrics: of the last evaluation; error: None unless FAILED.
+
+    owner: the name of the token that created it; empty if none was needed.
+    """
 
     job: str
     state: str
@@ -84,6 +87,7 @@ class JobInfo:
     best_step: int | None = None
     findings: tuple[Finding, ...] = ()
     priority: int = 0
+    owner: str = ""
 
     @property
     def has_ended(self) -> bool:
@@ -115,6 +119,7 @@ class JobInfo:
             "best_step": self.best_step,
             "findings": [finding._asdict() for finding in self.findings],
             "priority": self.priority,
+            "owner": self.owner or None,
         }
 
 
@@ -150,6 +155,7 @@ def job_from_proto(message: pb.TrainingJob) -> JobInfo:
         best_step=status.best_step if status.HasField("best_step") else None,
         findings=tuple(map(_finding_from_proto, status.findings)),
         priority=status.priority,
+        owner=message.owner,
     )
 
 

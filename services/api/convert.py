@@ -61,7 +61,7 @@ def job_to_proto(row: JobRow, settings: Settings, samples_per_second: float | No
         members.append(pb.Member(id=id_, pid=pid, host=host, state=state))
     spec = spec_to_proto(spec_from_dict(json.loads(row.spec)))
     spec.placement.workers = row.workers
-    job = pb.TrainingJob(name=row.name, spec=spec, status=status, create_time=timestamp(row.created))
+    job = pb.TrainingJob(name=row.name, spec=spec, status=status, create_time=timestamp(row.created), owner=row.owner)
     if row.ended is not None:
         job.end_time.CopyFrom(timestamp(row.ended))
     return job

@@ -12,7 +12,15 @@ from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from steepest.errors import ConflictError, NotFoundError, ServiceUnavailableError, SpecError, SteepestError
+from steepest.errors import (
+    ConflictError,
+    NotFoundError,
+    PermissionDeniedError,
+    ServiceUnavailableError,
+    SpecError,
+    SteepestError,
+    UnauthenticatedError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +34,8 @@ CATALOGUE: dict[type[SteepestError], tuple[int, str]] = {
     NotFoundError: (code_pb2.NOT_FOUND, "NOT_FOUND"),
     ConflictError: (code_pb2.FAILED_PRECONDITION, "CONFLICT"),
     ServiceUnavailableError: (code_pb2.UNAVAILABLE, "UNAVAILABLE"),
+    UnauthenticatedError: (code_pb2.UNAUTHENTICATED, "TOKEN_NEEDED"),
+    PermissionDeniedError: (code_pb2.PERMISSION_DENIED, "NOT_ALLOWED"),
 }
 
 
@@ -78,21 +88,22 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         handler = continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith("/steepest."):
             return handler
-        if handler.response_streaming:
-            wrapped = _stream(handler.stream_stream or handler.unary_stream)
-            make = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
-        else:
-            wrapped = _single(handler.stream_unary or handler.unary_unary)
-            make = (
-                grpc.stream_unary_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_unary_rpc_method_handler
-            )
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+        return rewrapped(handler, _single, _stream)
+
+
+def rewrapped(handler: Any, single: Callable[..., Any], stream: Callable[..., Any]) -> Any:
+    """A handler with its behaviour wrapped. single, stream: wrap one that returns one answer, or yields many."""
+    if handler.response_streaming:
+        wrapped = stream(handler.stream_stream or handler.unary_stream)
+        make = (
+            grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
+        )
+    else:
+        wrapped = single(handler.stream_unary or handler.unary_unary)
+        make = (
+            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+        )
+    return make(wrapped, handler.request_deserializer, handler.response_serializer)
 
 
 def _single(behaviour: Callable[..., Any]) -> Callable[..., Any]:

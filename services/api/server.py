@@ -8,8 +8,11 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from services.api.access import AccessInterceptor
 from services.api.errors import ErrorInterceptor
 from services.api.servicer import TrainingJobServicer
+from services.jobs.access import Access
+from services.settings import Settings
 from steepest.v1 import training_jobs_pb2 as pb
 from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
 
@@ -21,15 +24,19 @@ STOP_SECONDS = 1.0
 class GrpcServer:
     """Holds the port from construction on, and serves from `start` to `stop`. Raises OSError when the port is taken."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, settings: Settings, access: Access) -> None:
         self._server = grpc.server(
             futures.ThreadPoolExecutor(MAX_CALLS),
-            interceptors=[ErrorInterceptor()],
+            interceptors=[ErrorInterceptor(), AccessInterceptor(access)],
             options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_REQUEST_BYTES)],
         )
-        address = f"{host}:{port}"
+        address = f"{settings.grpc_host}:{settings.grpc_port}"
         try:
-            self.port = self._server.add_insecure_port(address)
+            if settings.tls_certificate is None or settings.tls_key is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                pair = settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes()
+                self.port = self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: address already in use; choose another port") from error
 

@@ -16,11 +16,23 @@ from starlette.staticfiles import StaticFiles
 
 from services.dashboard.actions import ForbiddenError, act, check_origin
 from services.dashboard.live import OPTIONS, Live
+from services.dashboard.sign_in import described, leave, sign_in
 from services.dashboard.views import GRADIENT_NORM, Cursor, Views
+from services.jobs.access import Access, Need
 from services.jobs.operations import Operations
 from services.settings import Settings
 from services.store.store import Store
-from steepest.errors import ConflictError, NotFoundError, ServiceUnavailableError, SpecError, SteepestError, Violation
+from services.telemetry.access import caller_of
+from steepest.errors import (
+    ConflictError,
+    NotFoundError,
+    PermissionDeniedError,
+    ServiceUnavailableError,
+    SpecError,
+    SteepestError,
+    UnauthenticatedError,
+    Violation,
+)
 
 STATIC = Path(__file__).parent / "static"
 HEADERS = {
@@ -37,6 +49,8 @@ _STATUS: dict[type[Exception], int] = {
     NotFoundError: 404,
     ConflictError: 409,
     ForbiddenError: 403,
+    PermissionDeniedError: 403,
+    UnauthenticatedError: 401,
     ServiceUnavailableError: 503,
 }
 _CURSOR = re.compile(r"\d{1,18}:\d{1,18}:\d{1,18}")
@@ -47,9 +61,11 @@ class Page:
     """Answers the page's requests."""
 
     def __init__(
-        self, operations: Operations, store: Store, settings: Settings, is_closing: Callable[[], bool]
+        self, operations: Operations, store: Store, settings: Settings, access: Access, is_closing: Callable[[], bool]
     ) -> None:
         self._operations = operations
+        self._access = access
+        self._over_tls = settings.tls_certificate is not None
         self._views = Views(store, settings)
         self._live = Live(self._views, is_closing)
 
@@ -58,6 +74,9 @@ class Page:
         return [
             Route("/", self._page),
             Route("/jobs/{job}", self._page),
+            Route("/api/session", lambda request: self._answer(lambda: described(caller_of(request)))),
+            Route("/api/sign-in", self._sign_in, methods=["POST"]),
+            Route("/api/sign-out", self._sign_out, methods=["POST"]),
             Route("/api/jobs", lambda request: self._answer(self._views.jobs)),
             Route("/api/live", self._live_jobs),
             Route("/api/jobs/{job}", lambda request: self._answer(lambda: self._views.job(_job(request)))),
@@ -116,18 +135,37 @@ class Page:
 
     async def _act(self, request: Request) -> Response:
         raw = await request.body()
-        headers = dict(request.headers)
 
         def make() -> Any:
-            check_origin(headers)
-            try:
-                body = orjson.loads(raw) if raw else {}
-            except orjson.JSONDecodeError as error:
-                raise SpecError([Violation("body", f"is no JSON: {error}")]) from None
+            body = _body(request, raw)
+            self._access.check(caller_of(request), Need.OWN, _job(request))
             row = act(self._operations, _job(request), request.path_params["verb"], body)
             return {"state": row.state, "reason": row.reason}
 
         return await run_in_threadpool(self._answer, make)
+
+    async def _sign_in(self, request: Request) -> Response:
+        raw = await request.body()
+
+        def make() -> Response:
+            try:
+                caller, token = sign_in(self._access, _body(request, raw))
+            except (SteepestError, ForbiddenError) as error:
+                return _refused(error)
+            response = _json(described(caller))
+            leave(response, token, over_tls=self._over_tls)
+            return response
+
+        return await run_in_threadpool(make)
+
+    async def _sign_out(self, request: Request) -> Response:
+        try:
+            _body(request, b"")
+        except ForbiddenError as error:
+            return _refused(error)
+        response = _json({})
+        leave(response, "", over_tls=self._over_tls)
+        return response
 
 
 class _Static(StaticFiles):
@@ -148,6 +186,15 @@ def _refused(error: Exception) -> Response:
 
 def _stream(events: Any) -> Response:
     return StreamingResponse(events, headers=HEADERS, media_type="text/event-stream")
+
+
+def _body(request: Request, raw: bytes) -> Any:
+    """What the page has sent. Raises ForbiddenError for a request of another site's, SpecError for no JSON."""
+    check_origin(dict(request.headers))
+    try:
+        return orjson.loads(raw) if raw else {}
+    except orjson.JSONDecodeError as error:
+        raise SpecError([Violation("body", f"is no JSON: {error}")]) from None
 
 
 def _job(request: Request) -> str:

@@ -17,6 +17,7 @@ from ps.job.footprint import explain_refusal, footprint
 from ps.parameters.layout import choose_num_servers
 from ps.step.messages import Printed
 from ps.wire.connection import MAX_MESSAGE_BYTES
+from services.jobs.access import current_caller
 from services.jobs.code_bundles import CodeStore
 from services.jobs.job_log import JobLog
 from services.jobs.running import Running
@@ -107,6 +108,7 @@ class Operations:
             created=time.time(),
             ended=None,
             result=Result(),
+            owner=current_caller().name,
         )
         row = self._store.create(new, [f"warning: {message}" for _, message in description.warnings])
         if description.printed and row is new:

@@ -22,6 +22,7 @@ jobs = sa.Table(
     sa.Column("ended", sa.Double),
     sa.Column("result", sa.Text, nullable=False),
     sa.Column("priority", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("owner", sa.String(63), nullable=False, server_default=""),
 )
 
 events = sa.Table(
@@ -32,6 +33,16 @@ events = sa.Table(
     sa.Column("time", sa.Double, nullable=False),
     sa.Column("state", sa.String(16), nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
+)
+
+tokens = sa.Table(
+    "tokens",
+    metadata,
+    sa.Column("name", sa.String(63), primary_key=True),
+    sa.Column("role", sa.String(16), nullable=False),
+    sa.Column("hash", sa.String(64), nullable=False, unique=True),
+    sa.Column("created", sa.Double, nullable=False),
+    sa.Column("revoked", sa.Double),
 )
 
 evaluations = sa.Table(

@@ -15,6 +15,7 @@ from alembic.config import Config
 
 from services.store.lifecycle import ENDED, JobState, check_move
 from services.store.schema import evaluations, events, jobs
+from services.store.tokens import Tokens
 from steepest.errors import ConflictError, NotFoundError
 from steepest.jobs import Finding
 
@@ -37,7 +38,10 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class JobRow:
-    """A job as it is stored. spec, description: JSON; description is what the probe of the task said."""
+    """A job as it is stored. spec, description: JSON; description is what the probe of the task said.
+
+    owner: the name of the token that created it; empty if none was needed.
+    """
 
     id: str
     request_id: str
@@ -52,6 +56,7 @@ class JobRow:
     ended: float | None
     result: Result
     priority: int = 0
+    owner: str = ""
 
     @property
     def name(self) -> str:
@@ -79,6 +84,7 @@ class Store:
             sa.event.listen(self._engine, "connect", _configure_sqlite)
         self._migrate()
         self._write = threading.Lock()
+        self.tokens = Tokens(self._engine, self._write)
         self.changed = threading.Condition()  # notified whenever a job or its progress changes
 
     def _migrate(self) -> None:

@@ -16,6 +16,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from services.jobs.access import Access
+from services.settings import Settings
+from services.telemetry.access import AccessMiddleware
+
 STOP_SECONDS = 1
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
@@ -36,7 +40,9 @@ def metrics_routes(registry: CollectorRegistry, is_healthy: Callable[[], bool]) 
 class HttpServer:
     """Holds the port from construction on, and serves from `start` to `stop`. Raises OSError when the port is taken."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, settings: Settings, access: Access) -> None:
+        host, port = settings.http_host, settings.http_port
+        self._settings, self._access = settings, access
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._host = host
         self._socket = socket.socket(family)
@@ -52,11 +58,24 @@ class HttpServer:
         self._thread: threading.Thread | None = None
 
     def start(self, routes: Sequence[BaseRoute]) -> None:
-        """Begin to answer. Requests that name another host are refused, so that no site can lead a browser here."""
-        hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, self._host], www_redirect=False)
-        app = Starlette(routes=routes, middleware=[hosts])
+        """Begin to answer.
+
+        On loopback, requests that name another host are refused, so that no site can lead a browser here. Elsewhere a
+        service has names that it does not know, and the token guards it.
+        """
+        names = [*LOOPBACK, self._host] if self._host in LOOPBACK or self._host == "::1" else ["*"]
+        middleware = [
+            Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False),
+            Middleware(AccessMiddleware, access=self._access),
+        ]
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=STOP_SECONDS
+            Starlette(routes=routes, middleware=middleware),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=STOP_SECONDS,
+            ssl_certfile=self._settings.tls_certificate,
+            ssl_keyfile=self._settings.tls_key,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(

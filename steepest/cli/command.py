@@ -113,18 +113,25 @@ def serve(
     data_dir: Annotated[Path, Option(help="Where jobs and checkpoints are kept.")] = Path("steepest-data"),
     ray_address: Annotated[str | None, Option(help="An existing Ray cluster; else Ray starts embedded.")] = None,
     cpus: Annotated[int | None, Option(min=1, help="CPUs embedded Ray may hand out (default: at least 8).")] = None,
+    tls_cert: Annotated[Path | None, Option(help="PEM file: the certificate of both ports, with its chain.")] = None,
+    tls_key: Annotated[Path | None, Option(help="PEM file: the certificate's private key.")] = None,
 ) -> None:
-    """Run the service: gRPC for jobs, HTTP for the page and Prometheus."""
+    """Run the service: gRPC for jobs, HTTP for the page and Prometheus.
+
+    On loopback it is open to all on this machine until there is a token (steepest token create). On any other address
+    it takes TLS and a token.
+    """
     _prepare_for_embedded_ray()
     import threading
 
     from steepest.embedded import running_service
 
-    settings = {"grpc_host": host, "grpc_port": port, "http_host": host, "http_port": http_port}
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        fail(f"--host {host}: the service has no TLS yet, so it listens on loopback only; allowed: 127.0.0.1")
-    with running_service(data_dir, ray_address=ray_address, num_cpus=cpus, **settings) as service:
-        sys.stderr.write(f"gRPC {host}:{service.grpc_port}  HTTP http://{host}:{service.http_port}  data {data_dir}\n")
+    settings: dict[str, Any] = {"grpc_host": host, "grpc_port": port, "http_host": host, "http_port": http_port}
+    settings |= {"ray_address": ray_address, "num_cpus": cpus, "tls_certificate": tls_cert, "tls_key": tls_key}
+    with running_service(data_dir, **settings) as service:
+        scheme = "http" if tls_cert is None else "https"
+        ports = f"gRPC {host}:{service.grpc_port}  HTTP {scheme}://{host}:{service.http_port}"
+        sys.stderr.write(f"{ports}  data {data_dir}\n")
         sys.stderr.flush()
         service.cluster.wait_ready()
         sys.stderr.write("ready\n")

@@ -5,17 +5,89 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from typer import Argument, Option
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from steepest.client import Client, Job
     from steepest.jobs import JobInfo
 
-app = typer.Typer(
+
+def _remember_token(value: str) -> str:
+    _Connection.token = value
+    return value
+
+
+def _remember_ca(value: Path | None) -> Path | None:
+    _Connection.tls_ca = value
+    return value
+
+
+class _Connection:
+    """How the command that runs reaches the service, beside its address."""
+
+    token = ""
+    tls_ca: Path | None = None
+
+
+_connecting = typer.Typer(add_completion=False)
+
+
+@_connecting.command()
+def _options(
+    token: Annotated[
+        str,
+        Option(
+            "--token",
+            envvar="STEEPEST_TOKEN",
+            help="For a service that needs one; better in the variable than in the history of a shell.",
+            callback=_remember_token,
+            expose_value=False,
+            show_default=False,
+        ),
+    ] = "",
+    tls_ca: Annotated[
+        Path | None,
+        Option(
+            "--tls-ca",
+            envvar="STEEPEST_TLS_CA",
+            help="PEM file of the authority behind the service's certificate; it has the connection encrypted.",
+            callback=_remember_ca,
+            expose_value=False,
+        ),
+    ] = None,
+) -> None: ...
+
+
+class _Command(TyperCommand):
+    """A command; one that talks to a service takes --token and --tls-ca beside --server."""
+
+    def __init__(self, name: str | None, *, params: list[Any] | None = None, **settings: Any) -> None:
+        params = list(params or [])
+        for index, parameter in enumerate(params):
+            if parameter.name == "server":
+                params[index + 1 : index + 1] = [
+                    p for p in typer.main.get_command(_connecting).params if p.name != "help"
+                ]
+                break
+        super().__init__(name, params=params, **settings)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class _App(typer.Typer):
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Function], Function]:
+        """Every command is a `_Command`."""
+        return super().command(name, **{"cls": _Command, **settings})
+
+
+app = _App(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -56,7 +128,7 @@ def client_of(server: str) -> Iterator[Client]:
     """A connection to a service."""
     from steepest.client import Client
 
-    with Client(server) as client:
+    with Client(server, token=_Connection.token, tls_ca=_Connection.tls_ca) as client:
         yield client
 
 

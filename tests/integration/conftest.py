@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 from services.service import Service
 from steepest.client import Client, Job
 from steepest.embedded import running_service
 from tests.support.service import NUM_CPUS, TASKS, until
+
+CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/google-chrome") if Path(path).exists()), "")
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +49,13 @@ def submit(client: Client) -> Iterator[Callable[..., Job]]:
             job.cancel()
     for job in jobs:
         until(lambda job=job: job.get().has_ended)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if not CHROMIUM and not os.environ.get("CI"):
+        pytest.skip("Chromium is not installed (Debian: apt install chromium)")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()

@@ -1,6 +1,7 @@
 import { recall, remember } from "./util.js";
 import { showJobs } from "./jobs.js";
 import { showJob } from "./job.js";
+import { session, showCaller, showSignIn } from "./sign-in.js";
 
 const main = document.getElementById("main");
 const crumbs = document.getElementById("crumbs");
@@ -42,4 +43,11 @@ document.addEventListener("click", (event) => {
   main.focus({ preventScroll: true });
 });
 window.addEventListener("popstate", route);
-route();
+
+async function start() {
+  const caller = await session();
+  if (caller === null) { showSignIn(main, start); return; }
+  showCaller(document.getElementById("caller"), caller);
+  route();
+}
+start();

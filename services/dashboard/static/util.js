@@ -14,6 +14,7 @@ export function h(tag, attributes = {}, ...children) {
 
 export async function get(path) {
   const response = await fetch(path);
+  if (response.status === 401) location.reload();  // the token was revoked: the page begins with signing in
   const body = await response.json().catch(() => ({ error: `the service answered ${response.status}` }));
   if (!response.ok) throw new Error(body.error || `the service answered ${response.status}`);
   return body;

@@ -6,7 +6,8 @@ import pytest
 
 from services.jobs.admission import take_over
 from services.store.lifecycle import JobState
-from services.store.store import JobRow, Result, Store
+from services.store.store import Store
+from tests.support.rows import job_row
 
 _S = JobState
 WAYS = {
@@ -36,7 +37,7 @@ WAYS = {
 )
 def test_what_a_new_service_does_with_the_jobs_of_the_last(before: JobState, after: JobState, tmp_path: Path) -> None:
     store = Store(f"sqlite:///{tmp_path / 'jobs.db'}")
-    store.create(JobRow("a", "", "{}", "{}", _S.QUEUED, "created", 1, 0, 10, 1.0, None, Result()))
+    store.create(job_row())
     for state in WAYS[before]:
         store.move("a", state, "on the way", 2.0)
     take_over(store, 3.0)

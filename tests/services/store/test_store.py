@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from services.store.lifecycle import JobState
-from services.store.store import JobRow, Result, Store
+from services.store.store import Result, Store
 from steepest.errors import ConflictError, NotFoundError
 from steepest.jobs import Finding
+from tests.support.rows import job_row as job
 
 
 @pytest.fixture
@@ -20,10 +21,6 @@ def store(tmp_path: Path) -> Iterator[Store]:
     made = Store(f"sqlite:///{tmp_path / 'jobs.db'}")
     yield made
     made.close()
-
-
-def job(name: str = "a", request: str = "", created: float = 1.0) -> JobRow:
-    return JobRow(name, request, "{}", "{}", JobState.QUEUED, "created", 1, 0, 10, created, None, Result())
 
 
 def test_a_job_comes_back_as_it_was(store: Store) -> None:

@@ -1,0 +1,94 @@
+"""Access tokens: who may do what. A token is shown once, when it is made; its SHA-256 is all that is kept.
+
+A token has 256 random bits, so that a plain hash of it is as hard to invert as any.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import threading
+from dataclasses import dataclass
+from enum import StrEnum
+
+import sqlalchemy as sa
+
+from services.store.schema import tokens
+from steepest.errors import ConflictError, NotFoundError, SpecError, Violation
+
+PREFIX = "steepest_"  # by which scanners of repositories and logs find a token
+_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+class Role(StrEnum):
+    """What the holder of a token may do: look; submit jobs and act on those; act on all jobs."""
+
+    VIEWER = "viewer"
+    SUBMITTER = "submitter"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """A token as it is stored. created, revoked: seconds since the epoch."""
+
+    name: str
+    role: Role
+    created: float
+    revoked: float | None
+
+
+class Tokens:
+    """The tokens in a store. Safe to use from many threads and processes."""
+
+    def __init__(self, engine: sa.Engine, write: threading.Lock) -> None:
+        self._engine = engine
+        self._write = write
+
+    def create(self, name: str, role: str, now: float) -> str:
+        """A new token, which is kept nowhere. Raises SpecError, ConflictError when the name is taken."""
+        if not _NAME.fullmatch(name):
+            problem = f"{name!r}; allowed: lower-case letters, digits and '-', beginning with a letter, at most 63"
+            raise SpecError([Violation("name", problem)])
+        if role not in list(Role):
+            raise SpecError([Violation("role", f"{role!r}; allowed: {', '.join(Role)}")])
+        token = PREFIX + secrets.token_urlsafe(32)
+        with self._write, self._engine.begin() as connection:
+            if connection.execute(sa.select(tokens.c.name).where(tokens.c.name == name)).first() is not None:
+                raise ConflictError(f"there is a token {name!r}, perhaps a revoked one; choose another name")
+            values = {"name": name, "role": role, "hash": _hash(token), "created": now}
+            connection.execute(sa.insert(tokens).values(**values))
+        return token
+
+    def all(self) -> list[TokenRow]:
+        """All tokens, revoked ones too, oldest first."""
+        with self._engine.connect() as connection:
+            return [_row(row) for row in connection.execute(sa.select(tokens).order_by(tokens.c.created))]
+
+    def revoke(self, name: str, now: float) -> None:
+        """End a token; its name stays taken, for jobs bear it. Raises NotFoundError."""
+        with self._write, self._engine.begin() as connection:
+            change = sa.update(tokens).where(tokens.c.name == name, tokens.c.revoked.is_(None)).values(revoked=now)
+            if not connection.execute(change).rowcount:
+                raise NotFoundError(f"there is no token {name!r} that holds; steepest token list shows all")
+
+    def find(self, token: str) -> TokenRow | None:
+        """The token that this is, unless it is revoked or none."""
+        query = sa.select(tokens).where(tokens.c.hash == _hash(token), tokens.c.revoked.is_(None))
+        with self._engine.connect() as connection:
+            row = connection.execute(query).first()
+        return None if row is None else _row(row)
+
+    def exist(self) -> bool:
+        """Whether there has ever been a token. A service without one is open to all who reach it."""
+        with self._engine.connect() as connection:
+            return connection.execute(sa.select(tokens.c.name).limit(1)).first() is not None
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _row(row: sa.Row[tuple[object, ...]]) -> TokenRow:
+    return TokenRow(row.name, Role(row.role), row.created, row.revoked)

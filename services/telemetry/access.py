@@ -1,0 +1,51 @@
+"""Lets in who may ask over HTTP: a token in a header, or in the cookie that the page's sign-in leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import HTTPConnection
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from services.jobs.access import BEARER, Access, Caller
+from steepest.errors import UnauthenticatedError
+
+COOKIE = "steepest_token"
+# Whether the service lives, and the page's own files and sign-in, which tell nothing of jobs.
+OPEN = ("/healthz", "/", "/api/sign-in", "/api/sign-out")
+OPEN_BELOW = ("/static/", "/jobs/")
+
+
+class AccessMiddleware:
+    """Stands before all routes; who asks is in the request's state."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] == "http" and scope["path"] not in OPEN and not scope["path"].startswith(OPEN_BELOW):
+            try:
+                caller = await run_in_threadpool(self._access.caller, _authorization(HTTPConnection(scope)))
+            except UnauthenticatedError as error:
+                refusal = JSONResponse({"error": str(error)}, 401, {"WWW-Authenticate": BEARER.strip()})
+                await refusal(scope, receive, send)
+                return
+            scope.setdefault("state", {})["caller"] = caller
+        await self._app(scope, receive, send)
+
+
+def caller_of(request: Any) -> Caller:
+    """Who asks."""
+    caller: Caller = request.state.caller
+    return caller
+
+
+def _authorization(connection: HTTPConnection) -> str:
+    said = connection.headers.get("authorization")
+    if said is None and (token := connection.cookies.get(COOKIE)):
+        said = BEARER + token
+    return said or ""

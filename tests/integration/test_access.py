@@ -1,0 +1,178 @@
+"""A service with TLS and tokens, as people and their browsers meet it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import ssl
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from playwright.sync_api import Browser, expect
+
+from steepest.client import Client
+from steepest.errors import PermissionDeniedError, ServiceUnavailableError, SpecError, UnauthenticatedError
+from steepest.jobs import JobInfo
+from tests.support.certificates import Certificates, certificates
+from tests.support.command import run
+from tests.support.service import COMMAND, TASKS, free_port, until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("ray")]
+SCREENSHOTS = os.environ.get("STEEPEST_SCREENSHOTS", "")
+
+
+class _Closed(NamedTuple):
+    """A service with tokens. tokens: by role."""
+
+    address: str
+    page: str
+    files: Certificates
+    tokens: dict[str, str]
+
+    def client(self, role: str) -> Client:
+        return Client(self.address, token=self.tokens[role], tls_ca=self.files.authority)
+
+
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Closed]:
+    directory = tmp_path_factory.mktemp("closed")
+    data, files, tokens = directory / "data", certificates(directory), {}
+    for role, name in (("viewer", "eye"), ("submitter", "hand"), ("admin", "head")):
+        made = run("token", "create", name, "--role", role, "--data-dir", str(data), "--json")
+        tokens[role] = json.loads(made.stdout)["token"]
+    # On all addresses: what would be refused without TLS and a token.
+    options = ["--host", "0.0.0.0", "--port", "0", "--http-port", str(port := free_port()), "--data-dir", str(data)]
+    pair = ["--tls-cert", str(files.certificate), "--tls-key", str(files.key), "--cpus", "2"]
+    process = subprocess.Popen([*COMMAND, "serve", *options, *pair], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    assert process.stderr.readline() == "ready\n", first
+    found = re.search(r"gRPC 0\.0\.0\.0:(\d+)  HTTP https://0\.0\.0\.0:(\d+)", first)
+    assert found is not None, first
+    yield _Closed(f"127.0.0.1:{found[1]}", f"https://127.0.0.1:{port}", files, tokens)
+    process.terminate()
+    process.communicate(timeout=60)
+
+
+def test_roles_and_owners(closed: _Closed) -> None:
+    with closed.client("viewer") as viewer, closed.client("submitter") as hand, closed.client("admin") as head:
+        with pytest.raises(PermissionDeniedError, match="may only look"):
+            viewer.submit(f"{TASKS}:slow", steps=10)
+        job = hand.submit(f"{TASKS}:slow", steps=100_000)
+        other = head.submit(f"{TASKS}:slow", steps=10)
+        assert (job.get().owner, other.get().owner) == ("hand", "head")
+        assert {info.owner for info in viewer.list()} == {"hand", "head"}
+        with pytest.raises(PermissionDeniedError, match="belongs to 'head'"):
+            hand.job(other.name).cancel()
+        with pytest.raises(PermissionDeniedError, match="may only look"):
+            viewer.job(job.name).cancel()
+        until(lambda: job.get().step > 0)
+        head.job(job.name).cancel()
+        assert isinstance(list(job.watch())[-1], JobInfo)
+    with Client(closed.address, tls_ca=closed.files.authority) as nobody, pytest.raises(UnauthenticatedError):
+        list(nobody.list())
+
+
+def test_the_command(closed: _Closed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEEPEST_TLS_CA", str(closed.files.authority))
+    refused = run("list", "--server", closed.address)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "give --token, or set STEEPEST_TOKEN" in refused.stderr
+    assert run("list", "--server", closed.address, "--token", "wrong").returncode == 2
+    listed = run("list", "--server", closed.address, "--token", closed.tokens["viewer"], "--json")
+    assert {job["owner"] for job in json.loads(listed.stdout)["jobs"]} >= {"hand"}
+
+
+def test_a_client_does_not_tell_its_token_to_who_may_listen(closed: _Closed, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="for all to read"):
+        Client("192.0.2.1:50051", token="secret")
+    with pytest.raises(ServiceUnavailableError):  # an authority that has not signed the service's certificate
+        Client(closed.address, token="secret", tls_ca=certificates(tmp_path).authority)
+
+
+def _get(closed: _Closed, path: str, token: str = "") -> tuple[int, Any]:
+    request = urllib.request.Request(closed.page + path)
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(
+            request, context=ssl.create_default_context(cafile=closed.files.authority)
+        ) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def test_http_takes_the_same_tokens(closed: _Closed) -> None:
+    for path in ("/metrics", "/api/jobs", "/api/live", "/api/jobs/x/series"):
+        assert _get(closed, path)[0] == 401
+        assert _get(closed, path, "wrong")[0] == 401
+    assert _get(closed, "/healthz") == (200, b"ok\n")
+    status, metrics = _get(closed, "/metrics", closed.tokens["viewer"])
+    assert (status, b"steepest_" in metrics) == (200, True)
+
+
+def test_the_page_asks_for_a_token(closed: _Closed, browser: Browser) -> None:
+    with closed.client("submitter") as hand, closed.client("admin") as head:
+        own = hand.submit(f"{TASKS}:slow", steps=100_000).name.split("/")[1]
+        other = head.submit(f"{TASKS}:slow", steps=100_000).name.split("/")[1]
+        context = browser.new_context(ignore_https_errors=True, viewport={"width": 1000, "height": 700})
+        page = context.new_page()
+        page.goto(f"{closed.page}/jobs/{own}")
+        expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+        page.get_by_label("Token").fill("wrong")
+        page.get_by_role("button", name="Sign in").click()
+        expect(page.get_by_role("alert")).to_contain_text("unknown here")
+        if SCREENSHOTS:
+            page.screenshot(path=f"{SCREENSHOTS}/sign-in.png")
+        page.get_by_label("Token").fill(closed.tokens["submitter"])
+        page.get_by_role("button", name="Sign in").click()
+        expect(page.locator(".headline .pill")).to_be_visible()
+        assert page.evaluate("document.cookie") == ""  # no script reads the token
+        page.get_by_role("button", name="Cancel").click()
+        page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+        until(lambda: hand.job(own).get().has_ended)
+        page.goto(f"{closed.page}/jobs/{other}")
+        page.get_by_role("button", name="Cancel").click()
+        page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+        expect(page.locator(".toast.bad")).to_contain_text("belongs to 'head'")
+        page.get_by_role("button", name="Sign out").click()
+        expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+        head.job(other).cancel()
+        context.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--host", "0.0.0.0"], "takes TLS (--tls-cert and --tls-key) and a token (steepest token create"),
+        (["--tls-cert", "cert.pem"], "--tls-cert and --tls-key come together"),
+        (["--tls-cert", "none.pem", "--tls-key", "none.pem"], "is not there"),
+        (["--tls-cert", "ca.pem", "--tls-key", "key.pem"], "are no certificate and its key"),
+    ],
+)
+def test_a_service_that_would_be_open_does_not_start(tmp_path: Path, options: list[str], said: str) -> None:
+    certificates(tmp_path)
+    ran = run("serve", "--port", "0", "--http-port", "0", "--data-dir", "data", *options, directory=tmp_path)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert said in ran.stderr
+
+
+def test_tokens_are_made_listed_and_revoked(tmp_path: Path) -> None:
+    data = ["--data-dir", str(tmp_path)]
+    assert "there is none" in run("token", "list", *data).stderr
+    assert run("token", "create", "Eve!", *data).returncode == 2
+    assert "allowed: viewer, submitter, admin" in run("token", "create", "eve", "--role", "root", *data).stderr
+    made = run("token", "create", "eve", *data)
+    assert made.stdout.startswith("steepest_")
+    assert "there is a token 'eve'" in run("token", "create", "eve", *data).stderr
+    assert run("token", "revoke", "eve", *data).returncode == 0
+    assert run("token", "revoke", "eve", *data).returncode == 2
+    [row] = json.loads(run("token", "list", *data, "--json").stdout)["tokens"]
+    assert (row["name"], row["role"], row["revoked"] is not None) == ("eve", "submitter", True)

@@ -1,0 +1,132 @@
+"""Who may do what over gRPC: every method, every role, with and without TLS, against a real server."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from services.api.server import GrpcServer
+from services.jobs.access import NEEDS, Access, Need
+from services.settings import Settings
+from services.store.store import Store
+from services.store.tokens import Role
+from steepest.channel import open_channel, with_token
+from steepest.v1 import training_jobs_pb2 as pb
+from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
+from tests.support.certificates import certificates
+from tests.support.rows import job_row
+
+METHODS = {m.name: m for m in pb.DESCRIPTOR.services_by_name["TrainingJobService"].methods}
+CODES = {Need.LOOK: {"viewer", "submitter", "admin"}, Need.SUBMIT: {"submitter", "admin"}, Need.OWN: {"admin"}}
+pytestmark = pytest.mark.cluster
+
+
+class _Answers(pb_grpc.TrainingJobServiceServicer):
+    """Answers every call with an empty message."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name not in METHODS:
+            return super().__getattribute__(name)
+        method = METHODS[name]
+        answer = getattr(pb, method.output_type.name)
+        if method.server_streaming:
+            return lambda request, context: iter([answer()])
+        return lambda request, context: answer()
+
+
+class _Served:
+    """A server with the jobs "mine", of the token "me", and "theirs", of the token "them"."""
+
+    def __init__(self, directory: Path, *, tls: bool) -> None:
+        self.store = Store(f"sqlite:///{directory / 'steepest.db'}")
+        for job, owner in (("mine", "me"), ("theirs", "them"), ("old", "")):
+            self.store.create(replace(job_row(job), owner=owner))
+        settings = Settings(data_directory=directory, grpc_port=0)
+        self.authority: Path | None = None
+        if tls:
+            self.authority, certificate, key = certificates(directory)
+            settings = replace(settings, tls_certificate=certificate, tls_key=key)
+        self.server = GrpcServer(settings, Access(self.store))
+        self.server.start(_Answers())  # type: ignore[arg-type]
+        self.channels: list[grpc.Channel] = []
+
+    def code(self, method: str, job: str, token: str) -> grpc.StatusCode:
+        """What comes of a call."""
+        channel = open_channel(f"127.0.0.1:{self.server.port}", self.authority, token)
+        self.channels.append(channel)
+        stub = pb_grpc.TrainingJobServiceStub(with_token(channel, token))
+        described = METHODS[method]
+        request = getattr(pb, described.input_type.name)()
+        if "name" in described.input_type.fields_by_name:
+            request.name = f"trainingJobs/{job}"
+        try:
+            answer = getattr(stub, method)(iter([request]) if described.client_streaming else request, timeout=10)
+            if described.server_streaming:
+                list(answer)
+        except grpc.RpcError as error:
+            code: grpc.StatusCode = error.code()
+            return code
+        return grpc.StatusCode.OK
+
+    def close(self) -> None:
+        for channel in self.channels:
+            channel.close()
+        self.server.stop()
+        self.store.close()
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "tls"])
+def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_Served]:
+    found = _Served(tmp_path, tls=request.param)
+    yield found
+    found.close()
+
+
+def test_every_method_has_its_need() -> None:
+    assert NEEDS.keys() == METHODS.keys()
+    for name, need in NEEDS.items():
+        if need is Need.OWN:
+            assert "name" in METHODS[name].input_type.fields_by_name
+
+
+def test_the_matrix(served: _Served) -> None:
+    for method in METHODS:
+        assert served.code(method, "theirs", "") == grpc.StatusCode.OK, "no token is needed while there is none"
+    tokens = {
+        role: served.store.tokens.create(name, role, 0.0) for name, role in (("me", "submitter"), ("v", "viewer"))
+    }
+    tokens["admin"] = served.store.tokens.create("root", "admin", 0.0)
+    for method, job in itertools.product(METHODS, ("mine", "theirs", "old")):
+        need = NEEDS[method]
+        assert served.code(method, job, "") == grpc.StatusCode.UNAUTHENTICATED
+        assert served.code(method, job, "steepest_wrong") == grpc.StatusCode.UNAUTHENTICATED
+        for role in Role:
+            may = role in CODES[need] or (need is Need.OWN and role == "submitter" and job == "mine")
+            expected = grpc.StatusCode.OK if may else grpc.StatusCode.PERMISSION_DENIED
+            assert served.code(method, job, tokens[role]) == expected, (method, job, role)
+    served.store.tokens.revoke("me", 1.0)
+    assert served.code("GetTrainingJob", "mine", tokens["submitter"]) == grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_a_revoked_token_does_not_open_the_service_again(tmp_path: Path) -> None:
+    served = _Served(tmp_path, tls=False)
+    served.store.tokens.create("root", "admin", 0.0)
+    served.store.tokens.revoke("root", 1.0)
+    assert served.code("ListTrainingJobs", "", "") == grpc.StatusCode.UNAUTHENTICATED
+    served.close()
+
+
+def test_only_a_hash_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "steepest.db"
+    store = Store(f"sqlite:///{path}")
+    token = store.tokens.create("me", "viewer", 0.0)
+    store.close()
+    files = list(tmp_path.iterdir())
+    assert any(b"viewer" in file.read_bytes() for file in files)
+    assert all(token.encode() not in file.read_bytes() for file in files)
