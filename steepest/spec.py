@@ -20,10 +20,12 @@ from steepest.step_spec import (
     SCHEDULE_NAMES,
     AdamwSpec,
     AnyOptimizer,
+    AutoClipSpec,
     BestSpec,
     ClipSpec,
     OptimizerSpec,
     ScheduleSpec,
+    ZClipSpec,
 )
 
 __all__ = [
@@ -31,9 +33,11 @@ __all__ = [
     "OPTIMIZER_NAMES",
     "SCHEDULE_NAMES",
     "BestSpec",
+    "AutoClipSpec",
     "ClipSpec",
     "OptimizerSpec",
     "ScheduleSpec",
+    "ZClipSpec",
 ]
 
 DEFAULT_MAX_WORKERS = 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 import pydantic
 from pydantic import BaseModel
@@ -27,6 +28,10 @@ def describe_fields(model: type[BaseModel] = TrainingJobSpec, prefix: str = "") 
         annotation = info.annotation
         if name == "optimizer":
             yield from _describe_optimizers()
+            continue
+        optional = [part for part in get_args(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+        if len(optional) == 1:
+            yield from describe_fields(optional[0], f"{prefix}{name}.")
             continue
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             if annotation is not TaskReference:

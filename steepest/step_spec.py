@@ -305,8 +305,29 @@ class ScheduleSpec(SpecModel):
     )
 
 
+class AutoClipSpec(SpecModel):
+    """A largest norm that follows the gradient's own: a percentile of the last norms (Seetharaman et al. 2020)."""
+
+    percentile: float = Field(
+        default=10.0, gt=0.0, le=100.0, description="Of the last norms, this step's among them: the largest norm."
+    )
+    window: PositiveInt = Field(default=1000, le=100_000, description="How many norms are looked back on.")
+
+
+class ZClipSpec(SpecModel):
+    """Scale down what sticks out: norms far above their running mean (Kumar et al. 2025, arXiv 2504.02507)."""
+
+    threshold: PositiveFloat = Field(
+        default=2.5, description="Standard deviations above the mean from which a norm is scaled down."
+    )
+    decay: float = Field(default=0.97, gt=0.0, lt=1.0, description="Of the running mean and variance, a step.")
+    warmup_steps: int = Field(
+        default=25, ge=2, le=10_000, description="Steps whose norms give the first mean and variance; none is clipped."
+    )
+
+
 class ClipSpec(SpecModel):
-    """Clipping of the aggregated gradient: at most one of the two."""
+    """Clipping of the aggregated gradient: at most one of these."""
 
     norm: PositiveFloat | None = Field(
         default=None, description="Largest global L2 norm of the gradient; a longer one is scaled down."
@@ -315,11 +336,21 @@ class ClipSpec(SpecModel):
         default=None, description="Largest magnitude of a gradient element; others are set to it."
     )
 
+    autoclip: AutoClipSpec | None = Field(default=None, description="A largest norm that follows the gradient's own.")
+    zclip: ZClipSpec | None = Field(default=None, description="Scale down norms far above their running mean.")
+
     @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        if self.norm is not None and self.value is not None:
-            raise ValueError(f"norm = {self.norm} and value = {self.value} are both given; allowed: at most one")
+    def _one_of_them(self) -> Self:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) > 1:
+            said = [f"{name} = {getattr(self, name)}" if name in ("norm", "value") else name for name in given]
+            raise ValueError(f"{' and '.join(said)} are both given; allowed: at most one")
         return self
+
+    @property
+    def policy(self) -> AutoClipSpec | ZClipSpec | None:
+        """What sets the largest norm anew at each step, if anything does."""
+        return self.autoclip or self.zclip
 
 
 class BestSpec(SpecModel):

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ps.memory.raw import raw_bytes
-from ps.step.best import Best
+from ps.step.best import Best, Standing
 from ps.step.messages import RECORD_BYTES, StepRecord
 
 MANIFEST = "manifest.json"
@@ -35,7 +35,6 @@ COMPRESSION = "compression.safetensors"
 RECORDS = "records.json"
 FORMAT = 1
 KEPT = 3
-_NONE = Best()
 
 
 class CheckpointError(Exception):
@@ -47,17 +46,19 @@ class State:
     """A job's whole training state, as tensors of the parameters' own shapes.
 
     model: `state_dict` name -> tensor. optimizer: "{parameter}.{state}" -> tensor. extra: non-persistent buffers.
-    updates: optimizer updates applied, which is less than `step` after skipped steps. compression: what a job that
-    compresses has besides, see ps.checkpoint.named_state. best: the best evaluation so far, if the job asks for it.
+    compression: what a job that compresses has besides, see ps.checkpoint.named_state.
     """
 
-    step: int
-    updates: int
+    standing: Standing
     model: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     extra: dict[str, torch.Tensor]
     compression: dict[str, torch.Tensor] = field(default_factory=dict)
-    best: Best = _NONE
+
+    @property
+    def step(self) -> int:
+        """Of how many steps this is the state."""
+        return self.standing.step
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +139,11 @@ def write_checkpoint(
         manifest = {
             "format": FORMAT,
             "step": state.step,
-            "updates": state.updates,
+            "updates": state.standing.updates,
             "parameters_sha256": parameters,
             "state_sha256": whole,
-            "best": _best_to_json(state.best),
+            "best": _best_to_json(state.standing.best),
+            "clip": list(state.standing.clip),
             "files": {name: {"sha256": _file_sha256(temporary / name)} for name in files},
         }
         kept = {"incarnation": incarnation, "records": [_plain(r) for r in records]}
@@ -158,7 +160,7 @@ def write_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in checkpoints(directory)[keep:]:
-        if old.name != _name(state.best.step):
+        if old.name != _name(state.standing.best.step):
             shutil.rmtree(old, ignore_errors=True)
     return Written(state.step, final, parameters, whole)
 
@@ -220,13 +222,16 @@ def _read(path: Path) -> tuple[Written, State]:
         except OSError as error:
             raise CheckpointError(f"{path / name}: {error}") from error
     state = State(
-        int(manifest["step"]),
-        int(manifest["updates"]),
+        Standing(
+            int(manifest["step"]),
+            int(manifest["updates"]),
+            _best_from_json(manifest.get("best")),
+            tuple(map(float, manifest.get("clip", ()))),
+        ),
         tensors[MODEL],
         tensors[OPTIMIZER],
         tensors[EXTRA],
         tensors[COMPRESSION],
-        _best_from_json(manifest.get("best")),
     )
     parameters, whole = state_hashes(state)
     if (parameters, whole) != (manifest["parameters_sha256"], manifest["state_sha256"]):

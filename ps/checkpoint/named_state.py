@@ -12,9 +12,7 @@ from ps.memory.raw import raw_bytes
 from ps.numerics.optimizer import SCALAR_STATES, StatePart
 from ps.parameters.description import ModelDescription, TensorDescription
 from ps.parameters.layout import Layout
-from ps.step.best import Best
-
-_NONE = Best()
+from ps.step.best import Standing
 
 
 def pack_buffers(tensors: Iterable[torch.Tensor]) -> bytes:
@@ -51,16 +49,14 @@ def assemble(
     constants: bytes,
     optimizer: Iterable[StatePart],
     *,
-    step: int,
-    updates: int,
+    standing: Standing,
     compression: Mapping[str, torch.Tensor] | None = None,
-    best: Best = _NONE,
 ) -> State:
     """The state of all shards as named tensors. flat: the whole layout, shape (layout.numel,).
 
     extra gets what `state_dict` does not show: buffers that are not persistent, and parameters that it hides.
 
-    compression: from `compression_state`. best: see State.
+    compression: from `compression_state`.
     """
     named = _named(layout, flat)
     named.update(unpack_buffers(model, buffers))
@@ -81,13 +77,11 @@ def assemble(
             states[key] = torch.zeros(shapes[part.parameter], dtype=part.values.dtype)
         states[key].view(-1)[part.offset : part.offset + part.values.numel()] = part.values
     return State(
-        step=step,
-        updates=updates,
+        standing=standing,
         model={key: named[name] for key, name in shown.items()},
         optimizer=states,
         extra={name: tensor for name, tensor in named.items() if name not in elsewhere},
         compression=dict(compression or {}),
-        best=best,
     )
 
 

@@ -70,6 +70,7 @@ class JobConfig:
             schedule=spec.schedule,
             max_norm=spec.clip.norm,
             max_value=spec.clip.value,
+            clip=spec.clip.policy,
             evaluation_leaves=-(-self.num_evaluation_samples // spec.data.evaluation_batch),
             metric_names=self.metric_names,
             eval_every=spec.eval_every,

@@ -15,10 +15,8 @@ from ps.job.config import JobConfig
 from ps.numerics.optimizer import StatePart
 from ps.parameters.layout import Layout
 from ps.server.collection import MASTER
-from ps.step.best import Best
+from ps.step.best import Standing
 from ps.step.messages import StepRecord
-
-_NONE = Best()
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +35,11 @@ class Saved:
 class Snapshot:
     """What a checkpoint is made of, besides the parameters. residuals: by part of the step."""
 
-    step: int
-    updates: int
+    standing: Standing
     buffers: bytes
     constants: bytes
     parts: Sequence[StatePart]
     residuals: Mapping[int, torch.Tensor]
-    best: Best = _NONE
 
 
 class CheckpointWriter:
@@ -68,9 +64,9 @@ class CheckpointWriter:
                 )
                 saved = Saved(written.step, written.parameters_sha256, written.state_sha256)
             except Exception as error:
-                log.exception("checkpoint of step %d", snapshot.step)
-                problem = f"the checkpoint of step {snapshot.step} could not be written: {error}"
-                saved = Saved(snapshot.step, problem=problem)
+                step = snapshot.standing.step
+                log.exception("checkpoint of step %d", step)
+                saved = Saved(step, problem=f"the checkpoint of step {step} could not be written: {error}")
             done(saved)
 
         threading.Thread(target=run, daemon=True).start()
@@ -92,8 +88,6 @@ class CheckpointWriter:
             snapshot.buffers,
             snapshot.constants,
             states,
-            step=snapshot.step,
-            updates=snapshot.updates,
+            standing=snapshot.standing,
             compression=compression_state(self._layout, wholes.get(MASTER), snapshot.residuals),
-            best=snapshot.best,
         )

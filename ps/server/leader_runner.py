@@ -213,13 +213,11 @@ class LeaderRunner:
         leader = self.leader
         residuals = {**self._residuals.held, **self._residuals.take()}
         snapshot = Snapshot(
-            collection.step,
-            leader.updates,
+            leader.standing,
             leader.buffers or b"",
             leader.constants,
             collection.parts,
             residuals,
-            leader.best,
         )
         self._writer.write(snapshot, self._control.unstored(), self._on_saved)
 

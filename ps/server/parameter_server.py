@@ -34,7 +34,7 @@ from ps.server.residuals import Residuals
 from ps.server.shard_host import NoShard, ShardHost
 from ps.server.shard_links import ShardLinks
 from ps.server.worker_streams import WorkerStreams
-from ps.step.best import Best
+from ps.step.best import Standing
 from ps.step.leader import Leader
 from ps.step.shard import ShardState
 from ps.wire.address import ServerAddress
@@ -164,13 +164,11 @@ class ParameterServer:
         held = {} if state is None else residuals_of(self.layout, state.compression)
         self.leader = Leader(
             config.plan(),
-            step=0 if state is None else state.step,
-            updates=0 if state is None else state.updates,
+            Standing() if state is None else state.standing,
             buffers=None if restored is None else restored.buffers,
             constants=b"" if restored is None else restored.constants,
             initialized=state is not None,
             kept=held,
-            best=Best() if state is None else state.best,
         )
         numel = self.layout.numel + (0 if codec is None else codec.state_numel)
         links = ShardLinks(own)

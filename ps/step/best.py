@@ -31,6 +31,23 @@ class Best(NamedTuple):
     last: int = -1
 
 
+NONE = Best()
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a job's training stands, as its checkpoints keep it.
+
+    updates: of the optimizer, which is less than `step` after skipped steps. best: the best evaluation so far. clip:
+    what the job's clip policy has learned, see ClipPolicy.
+    """
+
+    step: int = 0
+    updates: int = 0
+    best: Best = NONE
+    clip: tuple[float, ...] = ()
+
+
 class Pursuit:
     """The best evaluation so far of a job, if it asks for one. stop_reason: why it is to end now, or nothing."""
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ps.numerics.clip import clip_policy
 from ps.numerics.ranges import bits_of, leaves_of, ranges
 from ps.numerics.tree import parts_of_step
 from ps.step.agenda import Agenda
 from ps.step.assignment import Dealer
-from ps.step.best import Best
+from ps.step.best import Standing
 from ps.step.blame import blame
 from ps.step.effects import (
     ENDED,
@@ -43,24 +44,23 @@ from ps.step.signals import Sums
 class Leader:
     """The state of one job's training: step, membership, decisions.
 
-    kept: parts whose residuals lie with the servers, as after a restart. best: the best evaluation so far.
+    since: where the training stands that it goes on with. kept: parts whose residuals lie with the servers, as after a
+    restart.
     """
 
     def __init__(
         self,
         plan: Plan,
+        since: Standing = Standing(),  # noqa: B008  # immutable
         *,
-        step: int = 0,
-        updates: int = 0,
         buffers: bytes | None = None,
         constants: bytes = b"",
         initialized: bool = False,
         kept: Iterable[int] = (),
-        best: Best | None = None,
     ) -> None:
         self.plan = plan
-        self.step = step
-        self.updates = updates  # optimizer updates applied; a skipped step makes none
+        self.step = since.step
+        self.updates = since.updates  # optimizer updates applied; a skipped step makes none
         self.buffers = buffers
         self.constants = constants  # frozen parameters: workers have their own, checkpoints have these
         self.phase = Phase.WAITING
@@ -68,7 +68,8 @@ class Leader:
         self._deal_out = Dealer()
         self._initialized = initialized
         self._round: RoundState | None = None
-        self._agenda = Agenda(plan, step if initialized else -1, best or Best())
+        self._agenda = Agenda(plan, since.step if initialized else -1, since.best)
+        self._clip = clip_policy(plan.clip, since.clip)
         self._pause = False
         self._cancel = False
         self._served_seconds = 0.0  # that the servers took for the last step
@@ -76,9 +77,9 @@ class Leader:
         self._parts = Parts([node.leaves for node in parts], kept)
 
     @property
-    def best(self) -> Best:
-        """The best evaluation so far."""
-        return self._agenda.best
+    def standing(self) -> Standing:
+        """Where the training stands, for a checkpoint."""
+        return Standing(self.step, self.updates, self._agenda.best, self._clip.state if self._clip else ())
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
@@ -336,7 +337,7 @@ class Leader:
 
     def _decide(self, current: RoundState, now: float) -> list[Effect]:
         """One decision for all shards: clip and apply, or skip."""
-        decision = current.decide(self.plan.learning_rate(self.updates), self.plan.max_norm)
+        decision = current.decide(self.plan.learning_rate(self.updates), self.plan.max_norm, self._clip)
         if not current.is_finite and not self.plan.skip_nonfinite:
             # Name the micro-batch: have the step computed again, and looked at.
             return self._begin(Round.DIAGNOSE, self.plan.num_leaves, now)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ps.numerics.schedule import learning_rate
 from ps.step.best import Aim
 from steepest.spec import ScheduleSpec
+from steepest.step_spec import AutoClipSpec, ZClipSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +15,7 @@ class Plan:
     """What a job does, as far as the leader needs to know it. evaluation_leaves: 0 without evaluation data.
 
     factors: of the learning rate at each update, if the task has a schedule of its own.
+    clip: what sets the largest norm anew at each step, in place of max_norm.
     aim: what the best evaluation is, if that matters.
     part_leaves: micro-batches that are compressed together, with a residual that stays at the worker; 0: nothing is.
     """
@@ -25,6 +27,7 @@ class Plan:
     schedule: ScheduleSpec
     max_norm: float | None = None
     max_value: float | None = None
+    clip: AutoClipSpec | ZClipSpec | None = None
     part_leaves: int = 0
     evaluation_leaves: int = 0
     metric_names: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ps.numerics.clip import clip_coefficient
+from ps.numerics.clip import ClipPolicy, clip_coefficient
 from ps.numerics.ranges import leaves_of
 from ps.step.messages import Decision, LeafResult, Outcome, Push, Round
 from ps.step.record import CompletedStep
@@ -148,8 +148,10 @@ class RoundState:
         """Whether gradient, loss and weight are; known once `decide` has been called."""
         return math.isfinite(self.weight)
 
-    def decide(self, lr: float, max_norm: float | None) -> Decision:
+    def decide(self, lr: float, max_norm: float | None, policy: ClipPolicy | None = None) -> Decision:
         """Clip by the global norm and apply, or skip a step that is not finite or weighs nothing.
+
+        policy: what sets the largest norm instead of `max_norm`, and learns from this one.
 
         Also sets loss, norm and weight, which are of the mean gradient.
         """
@@ -162,6 +164,8 @@ class RoundState:
             return Decision(self.step, self.kind, apply=False, lr=lr)
         self.loss = loss / weight
         self.norm = math.sqrt(total) / weight
+        if policy is not None:
+            max_norm = policy.max_norm(self.norm)
         return Decision(self.step, self.kind, True, weight, clip_coefficient(self.norm, max_norm), lr)
 
     def completed(

@@ -23,6 +23,8 @@ MESSAGES = (
     "DataSpec",
     "OptimizerSpec",
     "ScheduleSpec",
+    "AutoClipSpec",
+    "ZClipSpec",
     "ClipSpec",
     "SyncSpec",
     "CompressionSpec",

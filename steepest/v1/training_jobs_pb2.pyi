@@ -431,26 +431,112 @@ class ScheduleSpec(_message.Message):
 Global___ScheduleSpec: _TypeAlias = ScheduleSpec  # noqa: Y015
 
 @_typing.final
+class AutoClipSpec(_message.Message):
+    """A largest norm that follows the gradient's own: a percentile of the last norms."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PERCENTILE_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    percentile: _builtins.float
+    """Of the last norms, this step's among them: the largest norm."""
+    window: _builtins.int
+    """How many norms are looked back on."""
+    def __init__(
+        self,
+        *,
+        percentile: _builtins.float | None = ...,
+        window: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_percentile", b"_percentile", "_window", b"_window", "percentile", b"percentile", "window", b"window"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_percentile", b"_percentile", "_window", b"_window", "percentile", b"percentile", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__percentile: _TypeAlias = _typing.Literal["percentile"]  # noqa: Y015
+    _WhichOneofArgType__percentile: _TypeAlias = _typing.Literal["_percentile", b"_percentile"]  # noqa: Y015
+    _WhichOneofReturnType__window: _TypeAlias = _typing.Literal["window"]  # noqa: Y015
+    _WhichOneofArgType__window: _TypeAlias = _typing.Literal["_window", b"_window"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__percentile) -> _WhichOneofReturnType__percentile | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__window) -> _WhichOneofReturnType__window | None: ...
+
+Global___AutoClipSpec: _TypeAlias = AutoClipSpec  # noqa: Y015
+
+@_typing.final
+class ZClipSpec(_message.Message):
+    """Scale down what sticks out: norms far above their running mean."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    DECAY_FIELD_NUMBER: _builtins.int
+    WARMUP_STEPS_FIELD_NUMBER: _builtins.int
+    threshold: _builtins.float
+    """Standard deviations above the mean from which a norm is scaled down."""
+    decay: _builtins.float
+    """Of the running mean and variance, a step."""
+    warmup_steps: _builtins.int
+    """Steps whose norms give the first mean and variance; none is clipped."""
+    def __init__(
+        self,
+        *,
+        threshold: _builtins.float | None = ...,
+        decay: _builtins.float | None = ...,
+        warmup_steps: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_decay", b"_decay", "_threshold", b"_threshold", "_warmup_steps", b"_warmup_steps", "decay", b"decay", "threshold", b"threshold", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decay", b"_decay", "_threshold", b"_threshold", "_warmup_steps", b"_warmup_steps", "decay", b"decay", "threshold", b"threshold", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__decay: _TypeAlias = _typing.Literal["decay"]  # noqa: Y015
+    _WhichOneofArgType__decay: _TypeAlias = _typing.Literal["_decay", b"_decay"]  # noqa: Y015
+    _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
+    _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
+    _WhichOneofReturnType__warmup_steps: _TypeAlias = _typing.Literal["warmup_steps"]  # noqa: Y015
+    _WhichOneofArgType__warmup_steps: _TypeAlias = _typing.Literal["_warmup_steps", b"_warmup_steps"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decay) -> _WhichOneofReturnType__decay | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__warmup_steps) -> _WhichOneofReturnType__warmup_steps | None: ...
+
+Global___ZClipSpec: _TypeAlias = ZClipSpec  # noqa: Y015
+
+@_typing.final
 class ClipSpec(_message.Message):
-    """Gradient clipping: at most one of the two."""
+    """Gradient clipping: at most one of these."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NORM_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
+    AUTOCLIP_FIELD_NUMBER: _builtins.int
+    ZCLIP_FIELD_NUMBER: _builtins.int
     norm: _builtins.float
     """Largest global L2 norm of the gradient; a longer one is scaled down."""
     value: _builtins.float
     """Largest magnitude of a gradient element; others are set to it."""
+    @_builtins.property
+    def autoclip(self) -> Global___AutoClipSpec:
+        """A largest norm that follows the gradient's own."""
+
+    @_builtins.property
+    def zclip(self) -> Global___ZClipSpec:
+        """Scale down norms far above their running mean."""
+
     def __init__(
         self,
         *,
         norm: _builtins.float | None = ...,
         value: _builtins.float | None = ...,
+        autoclip: Global___AutoClipSpec | None = ...,
+        zclip: Global___ZClipSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_norm", b"_norm", "_value", b"_value", "norm", b"norm", "value", b"value"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_norm", b"_norm", "_value", b"_value", "autoclip", b"autoclip", "norm", b"norm", "value", b"value", "zclip", b"zclip"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_norm", b"_norm", "_value", b"_value", "norm", b"norm", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_norm", b"_norm", "_value", b"_value", "autoclip", b"autoclip", "norm", b"norm", "value", b"value", "zclip", b"zclip"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__norm: _TypeAlias = _typing.Literal["norm"]  # noqa: Y015
     _WhichOneofArgType__norm: _TypeAlias = _typing.Literal["_norm", b"_norm"]  # noqa: Y015

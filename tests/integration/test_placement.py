@@ -41,12 +41,14 @@ JOBS: dict[str, dict[str, Any]] = {
         "task": "tests.support.tasks:slow",
         "arguments": {"delay": 0.0},
         "epochs": 2,
+        "clip": {"autoclip": {"percentile": 50}},
         "data": {"micro_batch": 8},
     },
     "bf16": {
         "task": "examples.digits:convnet",
         "steps": 6,
         "precision": "bf16",
+        "clip": {"zclip": {"warmup_steps": 2, "threshold": 0.1}},
         "data": {"micro_batch": 8},
     },
     "analytic": {

@@ -30,15 +30,14 @@ from ps.checkpoint.files import (
     verified_at,
     write_checkpoint,
 )
-from ps.step.best import Best
+from ps.step.best import Best, Standing
 from ps.step.messages import StepRecord
 
 
 def state(step: int = 7) -> State:
     generator = torch.Generator().manual_seed(step)
     return State(
-        step=step,
-        updates=step - 1,
+        standing=Standing(step, step - 1, clip=(0.1, 1 / 3)),
         model={"b.weight": torch.randn(3, 4, generator=generator), "a": torch.tensor(5)},
         optimizer={"b.weight.exp_avg": torch.randn(3, 4, generator=generator), "b.weight.step": torch.tensor(6.0)},
         extra={"mask": torch.ones(2, dtype=torch.bool)},
@@ -48,7 +47,7 @@ def state(step: int = 7) -> State:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     written = write_checkpoint(tmp_path, state())
     back = read_checkpoint(written.path)
-    assert (back.step, back.updates) == (7, 6)
+    assert back.standing == Standing(7, 6, clip=(0.1, 1 / 3))
     for name in ("model", "optimizer", "extra"):
         ours, theirs = getattr(state(), name), getattr(back, name)
         assert ours.keys() == theirs.keys()
@@ -141,10 +140,11 @@ FULL_DISK = """
 import resource, signal, sys, torch
 from pathlib import Path
 from ps.checkpoint.files import State, write_checkpoint
+from ps.step.best import Standing
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    write_checkpoint(Path(sys.argv[1]), State(8, 8, {"w": torch.zeros(100_000)}, {}, {}))
+    write_checkpoint(Path(sys.argv[1]), State(Standing(8, 8), {"w": torch.zeros(100_000)}, {}, {}))
 except OSError as error:
     print("refused:", error)
 """
@@ -164,7 +164,7 @@ def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> 
 
 def test_tied_tensors_appear_under_each_name(tmp_path: Path) -> None:
     shared = torch.randn(4)
-    it = State(1, 1, {"a": shared, "b": shared}, {}, {})
+    it = State(Standing(1, 1), {"a": shared, "b": shared}, {}, {})
     back = load_file(write_checkpoint(tmp_path, it).path / "model.safetensors")
     assert torch.equal(back["a"], back["b"])
     shutil.rmtree(tmp_path)
@@ -174,8 +174,8 @@ def test_the_best_checkpoint_stays_and_is_found(tmp_path: Path) -> None:
     assert best_verified(tmp_path) is None
     for step in range(1, 8):
         best = Best(2, 0.5, step - 2, step) if step >= 2 else Best(-1, math.nan, 1, step)
-        written = write_checkpoint(tmp_path, dataclasses.replace(state(step), best=best))
-        assert repr(read_checkpoint(written.path).best) == repr(best)
+        written = write_checkpoint(tmp_path, dataclasses.replace(state(step), standing=Standing(step, best=best)))
+        assert repr(read_checkpoint(written.path).standing.best) == repr(best)
         found = best_verified(tmp_path)
         assert (found and found.step) == (2 if step >= 2 else None)
     assert [step_of(path) for path in checkpoints(tmp_path)] == [7, 6, 5, 2]

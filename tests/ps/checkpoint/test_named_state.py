@@ -8,6 +8,7 @@ import steepest
 from ps.checkpoint.named_state import assemble, pack_buffers, restore, unpack_buffers
 from ps.numerics.optimizer import StatePart
 from ps.parameters.layout import build_layout
+from ps.step.best import Standing
 from worker.task.model import describe_model
 from worker.task.state import TaskState
 
@@ -31,7 +32,7 @@ def test_a_state_goes_flat_and_comes_back() -> None:
     packed = _packed(task)
     constants = pack_buffers(constant.detach() for constant in own.constants.values())
     parts = [StatePart("0.weight", "exp_avg", 5, torch.ones(7)), StatePart("0.weight", "step", 0, torch.ones(1))]
-    state = assemble(description, layout, flat, packed, constants, parts, step=3, updates=2)
+    state = assemble(description, layout, flat, packed, constants, parts, standing=Standing(3, 2))
     expected = task.model.state_dict()
     assert state.model.keys() == expected.keys()
     assert all(torch.equal(state.model[k], expected[k]) for k in expected)
@@ -57,7 +58,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name() -> None:
     description = describe_model(_task())
     layout = build_layout(description)
     state = assemble(
-        description, layout, torch.zeros(layout.numel), _packed(_task()), b"\0" * 16, [], step=0, updates=0
+        description, layout, torch.zeros(layout.numel), _packed(_task()), b"\0" * 16, [], standing=Standing()
     )
     state.model["0.weight"] = torch.zeros(9, 9)
     with pytest.raises(ValueError, match=r"0\.weight has shape \(9, 9\)"):

@@ -12,6 +12,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ps.step.best import Standing
 from ps.step.effects import Decide, Dismiss, Effect, Lost, Phase, Save, Send, Settle
 from ps.step.leader import Leader
 from ps.step.messages import Assign, LeafResult, Push, PushedNode, Round
@@ -166,7 +167,7 @@ def test_residuals_follow_their_parts(seed: int, num_workers: int, trouble: floa
 
 def test_after_a_restart_the_leader_hands_out_what_was_saved() -> None:
     held = dict.fromkeys(range(PARTS), 4)
-    world = World(Leader(plan(), step=4, initialized=True, kept=held), held)
+    world = World(Leader(plan(), Standing(4), initialized=True, kept=held), held)
     world.join("a")
     assert world.workers["a"] == dict.fromkeys(range(PARTS), 4)
     world.join("b")
