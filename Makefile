@@ -66,6 +66,7 @@ bench-full: bench  ## all benchmarks (an hour; those between hosts need root and
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,examples,dev,benchmarks]'
 	$(BIN)/python -m benchmarks.step_time --workers 2 --against zero ray --json benchmarks/results/step_time_peers.json
 	$(BIN)/python -m benchmarks.telemetry
+	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.accuracy

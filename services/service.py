@@ -66,7 +66,8 @@ class Service:
         analyses = Analyses(bundles, settings)
         self._grpc.start(TrainingJobServicer(operations, self.store, settings, analyses, self._closing))
         page = Page(operations, self.store, settings, access, self._closing.is_set)
-        self._http.start([*metrics_routes(registry, lambda: not self._closing.is_set()), *page.routes()])
+        metrics = metrics_routes(registry, lambda: not self._closing.is_set(), self._not_ready)
+        self._http.start([*metrics, *page.routes()])
 
     @property
     def grpc_port(self) -> int:
@@ -77,6 +78,9 @@ class Service:
     def http_port(self) -> int:
         """Where HTTP is served."""
         return self._http.port
+
+    def _not_ready(self) -> str:
+        return "the service is stopping" if self._closing.is_set() else self.cluster.not_ready
 
     def stop(self) -> None:
         """Stop everything. Running jobs go on from their last checkpoint when a service next starts here."""

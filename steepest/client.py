@@ -148,11 +148,17 @@ class Client:
         """A handle for a job by name or id. Asks nothing of the service."""
         return Job(self, name if name.startswith("trainingJobs/") else f"trainingJobs/{name}")
 
-    def list(self) -> Iterator[JobInfo]:
-        """All jobs, newest first."""
+    def list(self, filter: str = "", order_by: str = "") -> Iterator[JobInfo]:  # noqa: A002  # the API's own word
+        """Jobs, the newest first unless `order_by` says otherwise: "priority desc, name".
+
+        filter: comparisons of state, owner, priority, create_time and name, such as 'state = RUNNING AND owner = "ci"'.
+
+        Raises SpecError for a filter or an order that makes no sense.
+        """
         token = ""
         while True:
-            page = self._call(self._stub.ListTrainingJobs, pb.ListTrainingJobsRequest(page_token=token))
+            request = pb.ListTrainingJobsRequest(page_token=token, filter=filter, order_by=order_by)
+            page = self._call(self._stub.ListTrainingJobs, request)
             yield from map(job_from_proto, page.training_jobs)
             token = page.next_page_token
             if not token:

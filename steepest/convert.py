@@ -33,6 +33,8 @@ def _present(message: Any) -> dict[str, Any]:
     for descriptor, value in message.ListFields():
         if descriptor.name == "arguments":
             raw["arguments"] = {key: json.loads(text) for key, text in value.items()}
+        elif descriptor.message_type is not None and descriptor.message_type.GetOptions().map_entry:
+            raw[descriptor.name] = dict(value)
         elif descriptor.message_type is not None:
             raw[descriptor.name] = _present(value)
         else:

@@ -27,12 +27,15 @@ from steepest.step_spec import (
     ScheduleSpec,
     ZClipSpec,
 )
+from steepest.telemetry_spec import HealthSpec, TelemetrySpec
 
 __all__ = [
     "HYPER_PARAMETERS",
     "OPTIMIZER_NAMES",
     "SCHEDULE_NAMES",
     "BestSpec",
+    "HealthSpec",
+    "TelemetrySpec",
     "AutoClipSpec",
     "ClipSpec",
     "OptimizerSpec",
@@ -41,6 +44,7 @@ __all__ = [
 ]
 
 DEFAULT_MAX_WORKERS = 2
+CHECKPOINT_SECONDS = 60.0
 DEFAULT_RATIO, DEFAULT_RANK, DEFAULT_PARTS = 0.01, 16, 8
 
 
@@ -252,18 +256,6 @@ class PlacementSpec(SpecModel):
         return self.servers or 1
 
 
-class TelemetrySpec(SpecModel):
-    """What is kept of every step."""
-
-    every: PositiveInt = Field(default=1, description="Keep the record of every so many steps in the history.")
-    parameter_norms: bool = Field(default=True, description="Keep the gradient norm of each parameter in the records.")
-    signals_every: NonNegativeInt = Field(
-        default=20,
-        description="Measure magnitudes, zeros, updates and noise of each parameter in the first 20 steps and every so "
-        "many steps after them; 0: never.",
-    )
-
-
 class TrainingJobSpec(SpecModel):
     """Everything a job is."""
 
@@ -291,13 +283,22 @@ class TrainingJobSpec(SpecModel):
         default="full",
         description="full, or bf16: the forward pass under autocast; parameters and gradients stay float32.",
     )
-    checkpoint_every: NonNegativeInt = Field(default=0, description="Save every so many steps; 0: only at the end.")
+    checkpoint_every: NonNegativeInt = Field(
+        default=0,
+        description="Save every so many steps, waiting until it is on disk; 0: by the clock, and at the end.",
+    )
+    checkpoint_seconds: Annotated[float, Field(ge=0.0, le=86_400.0)] | None = Field(
+        default=None,
+        description="Save also after so many seconds, while training goes on; 0: never.",
+        json_schema_extra={"default_text": "60, or 0 when checkpoint_every is given"},
+    )
     eval_every: NonNegativeInt = Field(default=0, description="Evaluate every so many steps; 0: only at the end.")
     best: BestSpec = Field(default=BestSpec(), description="The best evaluation, and stopping without a better one.")
     on_nonfinite: Literal["fail", "skip"] = Field(
         default="fail", description="A loss or gradient that is not finite fails the job, or skips the step."
     )
     placement: PlacementSpec = Field(default=PlacementSpec(), description="Where the job runs.")
+    health: HealthSpec = Field(default=HealthSpec(), description="What becomes of what the health rules find.")
     telemetry: TelemetrySpec = Field(default=TelemetrySpec(), description="What is kept of every step.")
 
     @model_validator(mode="after")
@@ -317,6 +318,13 @@ class TrainingJobSpec(SpecModel):
         workers = self.placement.max_workers or DEFAULT_MAX_WORKERS
         self.__dict__["data"] = self.data.cut_for(workers)  # the model is frozen, and this is no other value
         return self
+
+    @property
+    def checkpoint_interval(self) -> float:
+        """After how many seconds to save while training goes on; 0 for never."""
+        if self.checkpoint_seconds is None:
+            return 0.0 if self.checkpoint_every else CHECKPOINT_SECONDS
+        return self.checkpoint_seconds
 
     @model_validator(mode="after")
     def _best_needs_evaluations(self) -> Self:

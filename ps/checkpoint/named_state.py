@@ -71,7 +71,7 @@ def assemble(
     for part in optimizer:
         key = f"{part.parameter}.{part.state}"
         if part.state in SCALAR_STATES:
-            states[key] = part.values.reshape(())
+            states[key] = part.values.reshape(()).clone()
             continue
         if key not in states:
             states[key] = torch.zeros(shapes[part.parameter], dtype=part.values.dtype)

@@ -21,7 +21,8 @@ class JobConfig:
     token: the secret that every stream opens with. num_samples, num_evaluation_samples: sizes of the data sets.
     evaluates_with_gradients: whether evaluations run with autograd on. caches: attributes in which modules keep what
     they computed. logged_names: what the loss function returns besides. fingerprint: of data and initial parameters, as
-    they were when the job was submitted. factors: see Plan.
+    they were when the job was submitted. factors: see Plan. loss_counts: what the mean of the loss is over, see
+    worker.gradients.losses.
     """
 
     job: str
@@ -39,6 +40,7 @@ class JobConfig:
     logged_names: tuple[str, ...] = ()
     fingerprint: tuple[tuple[str, float], ...] = ()
     factors: tuple[float, ...] = ()
+    loss_counts: str = ""
 
     def layout(self) -> Layout:
         """The layout of the parameters."""
@@ -75,6 +77,7 @@ class JobConfig:
             metric_names=self.metric_names,
             eval_every=spec.eval_every,
             checkpoint_every=spec.checkpoint_every,
+            checkpoint_seconds=spec.checkpoint_interval,
             skip_nonfinite=spec.on_nonfinite == "skip",
             worker_timeout_seconds=spec.placement.worker_timeout_seconds,
             factors=self.factors,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -43,17 +43,18 @@ class Snapshot:
 
 
 class CheckpointWriter:
-    """flat: the host's parameters, shape (layout.numel,)."""
+    """Writes one checkpoint after the other. flat: the host's parameters, shape (layout.numel,)."""
 
     def __init__(self, config: JobConfig, layout: Layout, flat: torch.Tensor) -> None:
         self._config = config
         self._layout = layout
         self._flat = flat
+        self._one_by_one = ThreadPoolExecutor(1, "checkpoint")
 
     def write(self, snapshot: Snapshot, records: Sequence[StepRecord], done: Callable[[Saved], None]) -> None:
         """Write a checkpoint, then call `done` in the thread that wrote it.
 
-        records: of steps that may not have reached the history. The state stays as it is until `done`.
+        records: of steps that may not have reached the history. The state is copied before this returns.
         """
         state = self._assemble(snapshot)
 
@@ -69,7 +70,7 @@ class CheckpointWriter:
                 saved = Saved(step, problem=f"the checkpoint of step {step} could not be written: {error}")
             done(saved)
 
-        threading.Thread(target=run, daemon=True).start()
+        self._one_by_one.submit(run)
 
     def _assemble(self, snapshot: Snapshot) -> State:
         wholes = {"": self._flat.clone()}  # of the layout, by the name of what they are

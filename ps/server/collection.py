@@ -37,10 +37,11 @@ def pieces(parts: Iterable[StatePart], step: int) -> Iterator[tuple[pb.Chunk, me
 
 
 class Collection:
-    """The parts of one checkpoint. servers: those it waits for."""
+    """The parts of one checkpoint. servers: those it waits for. waits: see Save."""
 
-    def __init__(self, step: int, servers: Iterable[int], dtype: torch.dtype) -> None:
+    def __init__(self, step: int, servers: Iterable[int], dtype: torch.dtype, *, waits: bool = True) -> None:
         self.step = step
+        self.waits = waits
         self._missing = set(servers)
         self._dtype = dtype
         self._parts: dict[tuple[int, str], StatePart] = {}

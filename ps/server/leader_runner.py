@@ -172,8 +172,8 @@ class LeaderRunner:
                 self._control.tell_step(completed)
             case Evaluated(step, metrics, is_best):
                 self._control.tell_evaluation(step, metrics, is_best=is_best)
-            case Save(step, owners):
-                self._saving = Collection(step, self._shards.servers, self._residuals.dtype)
+            case Save(step, owners, waits):
+                self._saving = Collection(step, self._shards.servers, self._residuals.dtype, waits=waits)
                 self._ask_residuals(step, owners)
             case Settle(step, owners):
                 self._ask_residuals(step, owners)
@@ -220,11 +220,13 @@ class LeaderRunner:
             residuals,
         )
         self._writer.write(snapshot, self._control.unstored(), self._on_saved)
+        if not collection.waits:
+            self._run(leader.copied(time.time()))
 
     def _on_saved(self, saved: Saved) -> None:
         with self._guard.lock:
             self._control.tell_checkpoint(saved)
-            self._run(self.leader.saved(saved.problem, time.time()))
+            self._run(self.leader.saved(saved.step, saved.problem, time.time()))
 
     # -- the controller -----------------------------------------------------------------------------------------------
 

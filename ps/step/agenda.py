@@ -9,7 +9,11 @@ from ps.step.plan import Plan
 
 
 class Agenda:
-    """Of one job. saved: the step of the last checkpoint, -1 without one. best: the best evaluation so far."""
+    """Of one job. saved: the step of the last checkpoint, -1 without one. best: the best evaluation so far.
+
+    Checkpoints that are due by steps, for a best evaluation or at the end are waited for, so that no more than the
+    steps since are ever lost; those that are due by the clock are written while the job goes on, one at a time.
+    """
 
     def __init__(self, plan: Plan, saved: int, best: Best) -> None:
         self._plan = plan
@@ -17,6 +21,8 @@ class Agenda:
         self._evaluated = -1
         self._pursuit = Pursuit(plan.aim, best)
         self._saves_best = False
+        self._saved_at: float | None = None  # when that checkpoint was, or the job began
+        self._is_writing = False
 
     @property
     def best(self) -> Best:
@@ -29,19 +35,34 @@ class Agenda:
             return self._pursuit.stop_reason
         return f"all {step} steps are done" if step >= self._plan.total_steps else ""
 
-    def wants_checkpoint(self, step: int, *, ends: bool) -> bool:
-        """ends: whether the job ends here."""
-        return self._saved < step and (ends or self._saves_best or _is_due(self._plan.checkpoint_every, step))
+    def wants_checkpoint(self, step: int, now: float, *, ends: bool) -> bool | None:
+        """Whether to wait for the checkpoint that is due; None when none is. ends: whether the job ends here."""
+        if self._saved_at is None:
+            self._saved_at = now
+        if self._saved >= step:
+            return None
+        if ends or self._saves_best or _is_due(self._plan.checkpoint_every, step):
+            return True
+        seconds = self._plan.checkpoint_seconds
+        return False if seconds and now - self._saved_at >= seconds and not self._is_writing else None
 
     def wants_evaluation(self, step: int, *, ends: bool) -> bool:
         """ends: whether all steps are done."""
         is_due = ends or _is_due(self._plan.eval_every, step)
         return bool(self._plan.evaluation_leaves) and self._evaluated < step and is_due
 
-    def saved(self, step: int) -> None:
+    def saved(self, step: int, now: float) -> None:
         """The checkpoint of a step is on disk, or cannot be had."""
-        self._saved = step
+        self._saved, self._saved_at = step, now
         self._saves_best = False
+
+    def copied(self, step: int, now: float) -> None:
+        """What a checkpoint takes is copied; `written` follows."""
+        self._saved, self._saved_at, self._is_writing = step, now, True
+
+    def written(self) -> None:
+        """A checkpoint that was copied is on disk, or cannot be had."""
+        self._is_writing = False
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> bool:
         """An evaluation is done; whether it is the best so far. Then it is saved, with what is known of it now."""

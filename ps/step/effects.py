@@ -66,10 +66,14 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """Write a checkpoint of the present version, then call `saved`. owners: part -> the worker with its residual."""
+    """Write a checkpoint of the present version, then call `saved`. owners: part -> the worker with its residual.
+
+    waits: else call `copied` as soon as the version may change.
+    """
 
     step: int
     owners: Mapping[int, str] = field(default_factory=dict)
+    waits: bool = True
 
 
 @dataclass(frozen=True, slots=True)

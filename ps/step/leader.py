@@ -116,10 +116,8 @@ class Leader:
 
     def retire(self, worker: str, now: float) -> list[Effect]:
         """A worker is to leave when it has answered what it was given."""
-        member = self.members.get(worker)
-        if member is None:
-            return []
-        member.retiring = True
+        if (member := self.members.get(worker)) is not None:
+            member.retiring = True
         return self._dismiss_idle_retired(now)
 
     def push(self, worker: str, push: Push, now: float) -> tuple[Outcome, list[Effect]]:
@@ -168,11 +166,18 @@ class Leader:
             return Outcome.LATE, self._after_answer(now)
         return Outcome.ACCEPTED, self._fail(failure, worker)
 
-    def saved(self, problem: str, now: float) -> list[Effect]:
-        """The checkpoint is on disk, or could not be written."""
-        if self.phase != Phase.SAVING:
+    def copied(self, now: float) -> list[Effect]:
+        """What a checkpoint takes is copied: go on while it is written."""
+        self._agenda.copied(self.step, now)
+        self.phase = Phase.WORKING
+        return self._next_round(now)
+
+    def saved(self, step: int, problem: str, now: float) -> list[Effect]:
+        """The checkpoint of a step is on disk, or could not be written."""
+        if self.phase != Phase.SAVING or step != self.step:
+            self._agenda.written()
             return []
-        self._agenda.saved(self.step)
+        self._agenda.saved(step, now)
         if problem and (self._is_over or self._cancel):
             return self._fail(Failure(self.step, -1, "checkpoint_failed", problem), "")
         self.phase = Phase.WORKING
@@ -201,15 +206,11 @@ class Leader:
     def cancel(self, now: float) -> list[Effect]:
         """End at the next step boundary, with a checkpoint if there is anything to save."""
         self._cancel = True
-        if self.phase == Phase.PAUSED or (self.phase == Phase.WAITING and self._round is None):
-            self.phase = Phase.WORKING
-            return self._next_round(now)
-        if self.phase == Phase.WAITING:
-            # In the middle of a round that nobody will finish; the last version is whole.
-            self._round = None
-            self.phase = Phase.WORKING
-            return self._next_round(now)
-        return []
+        if self.phase not in (Phase.PAUSED, Phase.WAITING):
+            return []
+        self._round = None  # nobody will finish it; the last version is whole
+        self.phase = Phase.WORKING
+        return self._next_round(now)
 
     def tick(self, now: float) -> list[Effect]:
         """Time passes: find stragglers and workers that hang."""
@@ -246,9 +247,10 @@ class Leader:
                 return self._end(Phase.CANCELLED, "cancelled before the first step")
             return self._begin(Round.INITIALIZE, 1, now)
         # A checkpoint comes before an evaluation, whose user code may fail.
-        if self._agenda.wants_checkpoint(self.step, ends=self._is_over or self._cancel):
+        waits = self._agenda.wants_checkpoint(self.step, now, ends=self._is_over or self._cancel)
+        if waits is not None:
             self.phase = Phase.SAVING
-            return [Save(self.step, self._parts.owners)]
+            return [Save(self.step, self._parts.owners, waits)]
         if not self._cancel and self._agenda.wants_evaluation(self.step, ends=self._is_over):
             return self._begin(Round.EVALUATE, plan.evaluation_leaves, now)
         if self._cancel and not self._is_over:

@@ -33,6 +33,7 @@ class Plan:
     metric_names: tuple[str, ...] = ()
     eval_every: int = 0
     checkpoint_every: int = 0
+    checkpoint_seconds: float = 0.0
     skip_nonfinite: bool = False
     worker_timeout_seconds: float = 300.0
     factors: tuple[float, ...] = ()

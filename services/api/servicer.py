@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import threading
@@ -32,6 +31,7 @@ from services.jobs.task_probe import TaskDescription
 from services.settings import Settings
 from services.store.history import JobHistory
 from services.store.lifecycle import ENDED
+from services.store.selection import Selection
 from services.store.store import JobRow, Store
 from steepest.convert import spec_from_proto
 from steepest.errors import ConflictError, ServiceUnavailableError, SpecError, Violation
@@ -102,11 +102,8 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
     ) -> pb.ListTrainingJobsResponse:
         """See the .proto file."""
         size = _page_size(request.page_size, PAGE_SIZE, MAX_PAGE_SIZE)
-        rows = self._store.page(size + 1, _token(request.page_token))
-        following = ""
-        if len(rows) > size:
-            rows = rows[:size]
-            following = base64.urlsafe_b64encode(json.dumps([rows[-1].created, rows[-1].id]).encode()).decode()
+        selection = Selection.of(request.filter, request.order_by)
+        rows, following = self._store.page(size, selection, request.page_token)
         return pb.ListTrainingJobsResponse(training_jobs=self._messages(rows), next_page_token=following)
 
     def WatchTrainingJob(  # noqa: N802
@@ -284,13 +281,3 @@ def _page_size(asked: int, default: int, maximum: int) -> int:
     if asked < 0:
         raise SpecError([Violation("page_size", f"{asked} must not be negative")])
     return min(asked or default, maximum)
-
-
-def _token(token: str) -> tuple[float, str] | None:
-    if not token:
-        return None
-    try:
-        created, job = json.loads(base64.urlsafe_b64decode(token))
-        return float(created), str(job)
-    except ValueError:
-        raise SpecError([Violation("page_token", f"{token!r} does not come from this service")]) from None

@@ -65,6 +65,11 @@ class Cluster:
             where = f"the Ray cluster at {settings.ray_address}" if settings.ray_address else "embedded Ray"
             self._problem = f"{where} does not start: {error}"
 
+    @property
+    def not_ready(self) -> str:
+        """Why no job could start now, or nothing."""
+        return self._problem if self._ready.is_set() else "Ray is starting"
+
     def wait_ready(self) -> None:
         """Raises ServiceUnavailableError when Ray does not start or answer."""
         self._ready.wait()

@@ -50,7 +50,7 @@ class Views:
 
     def jobs(self) -> dict[str, Any]:
         """All jobs, newest first."""
-        return {"jobs": [self._summary(row) for row in self._store.page(1000)], "now": time.time()}
+        return {"jobs": [self._summary(row) for row in self._store.page(1000)[0]], "now": time.time()}
 
     def job(self, job: str) -> dict[str, Any]:
         """One job with all that does not grow with its steps. Raises NotFoundError."""

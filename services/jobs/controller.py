@@ -84,8 +84,7 @@ class Controller(threading.Thread):
         parameters = job.description.layout(job.spec).parameters
         names, shapes = [p.name for p in parameters], [p.shape for p in parameters]
         health = Health(names, shapes, job.description.fan_in, job.description.activations)
-        samples, batch = job.description.num_samples, job.spec.data.global_batch
-        self.ledger = Ledger(store, history, health, job.row, samples, batch)
+        self.ledger = Ledger(store, history, health, job.row, job.spec, job.description.num_samples)
         self._description = job.description
         self._code = job.code
         self._settings = settings
@@ -169,21 +168,13 @@ class Controller(threading.Thread):
         self.ledger.begin_life(self._incarnation, written.step, records, of_incarnation)
 
     def _begin_life(self) -> Life:
-        description, incarnation = self._description, self._incarnation
+        incarnation = self._incarnation
         config = JobConfig(
             job=self.job,
             incarnation=incarnation,
             token=secrets.token_urlsafe(32),
             spec=self.spec,
-            model=description.model,
-            num_samples=description.num_samples,
-            num_evaluation_samples=description.num_evaluation_samples,
-            metric_names=description.metric_names,
-            evaluates_with_gradients=description.evaluates_with_gradients,
-            caches=description.caches,
-            logged_names=description.logged_names,
-            fingerprint=description.fingerprint,
-            factors=description.factors,
+            **self._description.known,
             num_servers=self.spec.placement.num_servers,
             checkpoint_directory=self._settings.checkpoints_of(self.job),
         )
@@ -350,6 +341,8 @@ class Controller(threading.Thread):
                     self._end(decision)
                 else:
                     self.ledger.move(decision.state, decision.reason)
+        while not self.ledger.wanted.empty():
+            self._obey(Asked(self.ledger.wanted.get()))
         if self.ledger.is_stale or report.members or report.evaluations or report.phases:
             self._publish()
 

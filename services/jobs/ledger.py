@@ -6,15 +6,18 @@ import logging
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from queue import SimpleQueue
 from typing import Any
 
 from ps.step.messages import StepRecord
+from services.jobs import policy
 from services.jobs.health import Health
 from services.store.history import JobHistory
 from services.store.lifecycle import ENDED, JobState
 from services.store.store import JobRow, Store
 from steepest.errors import ConflictError
 from steepest.jobs import Finding
+from steepest.spec import TrainingJobSpec
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +27,13 @@ MAX_FINDINGS = 50  # of a job; the oldest go first
 
 
 class Ledger:
-    """Keeps one job's result and writes it down. num_samples, global_batch: of the job's data."""
+    """Keeps one job's result and writes it down. num_samples: of the job's data.
+
+    wanted: verbs that health rules have asked for, in order, for the controller to take.
+    """
 
     def __init__(
-        self,
-        store: Store,
-        history: JobHistory,
-        health: Health,
-        row: JobRow,
-        num_samples: int,
-        global_batch: int,
+        self, store: Store, history: JobHistory, health: Health, row: JobRow, spec: TrainingJobSpec, num_samples: int
     ) -> None:
         self.job = row.id
         self.name = row.name
@@ -44,7 +44,9 @@ class Ledger:
         self._health = health
         self._is_full = False
         self._num_samples = num_samples
-        self._global_batch = global_batch
+        self._global_batch = spec.data.global_batch
+        self._actions = {str(rule): action for rule, action in spec.health.actions.items()}
+        self.wanted: SimpleQueue[str] = SimpleQueue()
         self._written = 0.0
 
     @property
@@ -112,9 +114,16 @@ class Ledger:
             self.say(f"the records of steps cannot be written, and are left out meanwhile: {error.strerror}")
 
     def note_finding(self, finding: Finding) -> None:
-        """Something is wrong: it becomes an event, and part of the result."""
+        """Something is wrong: it becomes an event and part of the result, and what the spec says is done."""
+        action = self._actions.get(finding.rule, "record")
+        if action == "ignore":
+            return
         self.note_result(findings=(*self.result.findings, finding)[-MAX_FINDINGS:])
         self.say(f"{finding.severity}: {finding.rule}: {finding.message}")
+        move = policy.on_finding(finding.rule, finding.message, action, self.state)
+        if move is not None:
+            self.move(move.state, move.reason)
+            self.wanted.put(action)
 
     def note_evaluation(self, step: int, metrics: dict[str, float], *, is_best: bool) -> None:
         """An evaluation is done."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ps.step.effects import Phase
 from services.cluster.processes import Exit, ExitKind
 from services.jobs.team import WorkerState
-from services.store.lifecycle import JobState
+from services.store.lifecycle import ENDED, JobState
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,14 @@ def on_worker_exit(patience: Patience, who: str, state: WorkerState, end: Exit, 
             JobState.FAILED, f"{name} keeps dying", f"{who} {end.message} at step {step} ({patience.describe()})"
         )
     return Replace(f"{who} {end.message}; a new process takes its place, and no step is lost")
+
+
+def on_finding(rule: str, message: str, action: str, state: JobState) -> Move | None:
+    """A health rule has found something. action: of the job's spec for that rule. state: of the job."""
+    wanted = {"pause": (JobState.RUNNING, JobState.PAUSING), "cancel": (state, JobState.CANCELLING)}.get(action)
+    if wanted is None or state != wanted[0] or state in (JobState.CANCELLING, *ENDED):
+        return None
+    return Move(wanted[1], f"{action} asked for by the rule {rule} (health.actions.{rule}): {message}")
 
 
 def on_phase(phase: str, reason: str, traceback: str, state: JobState, *, pause_wanted: bool) -> list[Move | End]:

@@ -23,8 +23,8 @@ MAX_PRINTED_BYTES = 64 << 10
 class TaskDescription:
     """What the service needs to know of a task.
 
-    evaluates_with_gradients, caches, logged_names, fingerprint: see JobConfig. warnings: (code, message). batch,
-    weight, model_class, loss: in words. price: of the micro-batches, see Rehearsal. factors: see Plan.
+    evaluates_with_gradients, caches, logged_names, fingerprint, loss_counts: see JobConfig. warnings: (code, message).
+    batch, weight, model_class, loss: in words. price: of the micro-batches, see Rehearsal. factors: see Plan.
     printed: by the user's code meanwhile; the end of it, and it is not stored.
     data: fields of the spec that a DataLoader settles. fan_in: of the weights of torch's own layers, how many inputs a
     unit has. activations: names of the model's activation functions.
@@ -48,7 +48,17 @@ class TaskDescription:
     logged_names: tuple[str, ...] = ()
     fan_in: dict[str, int] = field(default_factory=dict)
     activations: tuple[str, ...] = ()
+    loss_counts: str = ""
     printed: str = ""
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What a JobConfig has of the task, under its names."""
+        names = (
+            "model", "num_samples", "num_evaluation_samples", "metric_names", "evaluates_with_gradients", "caches",
+            "logged_names", "fingerprint", "factors", "loss_counts",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
 
     def completed(self, spec: TrainingJobSpec) -> TrainingJobSpec:
         """The spec with what the task settles."""
@@ -86,6 +96,7 @@ class TaskDescription:
             tuple(raw.get("logged_names", ())),
             raw.get("fan_in", {}),
             tuple(raw.get("activations", ())),
+            raw.get("loss_counts", ""),
         )
 
 

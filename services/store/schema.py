@@ -23,6 +23,7 @@ jobs = sa.Table(
     sa.Column("result", sa.Text, nullable=False),
     sa.Column("priority", sa.Integer, nullable=False, server_default="0"),
     sa.Column("owner", sa.String(63), nullable=False, server_default=""),
+    sa.Index("ix_jobs_created_id", "created", "id"),
 )
 
 events = sa.Table(

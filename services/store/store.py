@@ -15,6 +15,7 @@ from alembic.config import Config
 
 from services.store.lifecycle import ENDED, JobState, check_move
 from services.store.schema import evaluations, events, jobs
+from services.store.selection import NEWEST, Selection
 from services.store.tokens import Tokens
 from steepest.errors import ConflictError, NotFoundError
 from steepest.jobs import Finding
@@ -135,13 +136,15 @@ class Store:
             raise NotFoundError(f"there is no job trainingJobs/{job}")
         return _job(row)
 
-    def page(self, limit: int, before: tuple[float, str] | None = None) -> list[JobRow]:
-        """Up to `limit` jobs, newest first. before: (created, id) of the last job of the page before."""
-        query = sa.select(jobs).order_by(jobs.c.created.desc(), jobs.c.id.desc()).limit(limit)
-        if before is not None:
-            query = query.where(sa.tuple_(jobs.c.created, jobs.c.id) < before)
+    def page(self, limit: int, selection: Selection = NEWEST, after: str = "") -> tuple[list[JobRow], str]:
+        """(up to `limit` jobs, a token for those after them; empty at the end). after: such a token.
+
+        Raises SpecError for a token that does not belong to the selection.
+        """
         with self._engine.connect() as connection:
-            return [_job(row) for row in connection.execute(query)]
+            rows = list(connection.execute(selection.query(limit + 1, selection.read_token(after))))
+        token = selection.token(rows[limit - 1]) if len(rows) > limit else ""
+        return [_job(row) for row in rows[:limit]], token
 
     def delete(self, job: str) -> None:
         """Forget a job."""

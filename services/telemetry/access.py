@@ -14,7 +14,7 @@ from steepest.errors import UnauthenticatedError
 
 COOKIE = "steepest_token"
 # Whether the service lives, and the page's own files and sign-in, which tell nothing of jobs.
-OPEN = ("/healthz", "/", "/api/sign-in", "/api/sign-out")
+OPEN = ("/healthz", "/readyz", "/", "/api/sign-in", "/api/sign-out")
 OPEN_BELOW = ("/static/", "/jobs/")
 
 

@@ -1,4 +1,4 @@
-"""The HTTP port: /metrics for Prometheus, /healthz for whoever restarts the service, and the page."""
+"""The HTTP port: /metrics for Prometheus, /healthz and /readyz for whoever runs the service, and the page."""
 
 from __future__ import annotations
 
@@ -24,8 +24,14 @@ STOP_SECONDS = 1
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
-def metrics_routes(registry: CollectorRegistry, is_healthy: Callable[[], bool]) -> list[BaseRoute]:
-    """/metrics and /healthz. is_healthy: whether the service can do its work."""
+def metrics_routes(
+    registry: CollectorRegistry, is_healthy: Callable[[], bool], not_ready: Callable[[], str]
+) -> list[BaseRoute]:
+    """/metrics, /healthz and /readyz.
+
+    is_healthy: whether the service lives; one that does not is to be restarted. not_ready: why it could start no job
+    now, or nothing; meanwhile calls are better sent elsewhere.
+    """
 
     def metrics(request: Request) -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
@@ -34,7 +40,11 @@ def metrics_routes(registry: CollectorRegistry, is_healthy: Callable[[], bool]) 
         healthy = is_healthy()
         return PlainTextResponse("ok\n" if healthy else "not ready\n", 200 if healthy else 503)
 
-    return [Route("/metrics", metrics), Route("/healthz", health)]
+    def ready(request: Request) -> Response:
+        reason = not_ready()
+        return PlainTextResponse(f"{reason or 'ok'}\n", 503 if reason else 200)
+
+    return [Route("/metrics", metrics), Route("/healthz", health), Route("/readyz", ready)]
 
 
 class HttpServer:

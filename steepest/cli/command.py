@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -168,10 +169,26 @@ def submit(
 
 
 @app.command("list", rich_help_panel="Watch")
-def list_jobs(server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
-    """List all jobs, newest first."""
+def list_jobs(
+    filter_: Annotated[
+        str,
+        Option(
+            "--filter",
+            metavar="FILTER",
+            help="Only jobs for which this holds: state, owner, priority, create_time or name compared with a value, "
+            "such as 'state = RUNNING AND priority >= 10'.",
+        ),
+    ] = "",
+    order_by: Annotated[
+        str, Option(metavar="FIELDS", help="Such as 'priority desc, name' (default: the newest first).")
+    ] = "",
+    limit: Annotated[int | None, Option(min=1, help="At most so many.")] = None,
+    server: Server = DEFAULT_SERVER,
+    as_json: Json = False,
+) -> None:
+    """List jobs, the newest first."""
     with client_of(server) as client:
-        jobs = list(client.list())
+        jobs = list(itertools.islice(client.list(filter_, order_by), limit))
     if as_json:
         sys.stdout.write(json.dumps({"jobs": [job.to_dict() for job in jobs]}) + "\n")
         return

@@ -28,6 +28,7 @@ MESSAGES = (
     "ClipSpec",
     "SyncSpec",
     "CompressionSpec",
+    "HealthSpec",
     "TelemetrySpec",
     "PlacementSpec",
     "TrainingJobSpec",

@@ -113,7 +113,7 @@ def test_http_takes_the_same_tokens(closed: _Closed) -> None:
     for path in ("/metrics", "/api/jobs", "/api/live", "/api/jobs/x/series"):
         assert _get(closed, path)[0] == 401
         assert _get(closed, path, "wrong")[0] == 401
-    assert _get(closed, "/healthz") == (200, b"ok\n")
+    assert _get(closed, "/healthz") == _get(closed, "/readyz") == (200, b"ok\n")
     status, metrics = _get(closed, "/metrics", closed.tokens["viewer"])
     assert (status, b"steepest_" in metrics) == (200, True)
 

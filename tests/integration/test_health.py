@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from steepest.client import Client, Job
-from steepest.errors import JobFailedError
+from steepest.errors import JobFailedError, SpecError
 from steepest.jobs import Finding
 from tests.support.choices import full
+from tests.support.service import until
 
 pytestmark = pytest.mark.cluster
 
@@ -71,6 +72,23 @@ def test_a_sample_that_is_not_a_number_is_blamed_by_its_number(client: Client) -
     assert (finding.rule, finding.severity, finding.worker) == ("nonfinite", "critical", "worker-0")
     assert finding.micro_batch in (0, 1)
     assert finding.samples == (77,)
+
+
+def test_a_rule_acts_as_the_spec_says(client: Client) -> None:
+    large = {**BASE, "steps": 100_000, "optimizer": {"name": "momentum", "lr": 5.0}}
+    actions = {"diverging": "pause", "update_ratio": "ignore", "exploding": "cancel"}
+    job = client.submit(f"{SICK}:healthy", **large, health={"actions": actions})
+    until(lambda: job.get().state == "PAUSED" or job.get().has_ended)
+    info = job.get()
+    assert info.state == "PAUSED"
+    assert "update_ratio" not in {finding.rule for finding in info.findings}
+    reasons = [event.reason for event in job.events() if event.state == "PAUSING"]
+    assert "pause asked for by the rule diverging (health.actions.diverging)" in reasons[0]
+    job.resume()
+    job.cancel()
+    until(lambda: job.get().has_ended)
+    with pytest.raises(SpecError, match=r"health\.actions\.diverging.*'explode'"):
+        client.submit(f"{SICK}:healthy", **BASE, health={"actions": {"diverging": "explode"}})
 
 
 @pytest.mark.full

@@ -78,7 +78,7 @@ def test_a_worker_killed_in_mid_step_leaves_no_trace(submit: Callable[..., Job],
     assert [r["step"] for r in job.history()] == list(range(60))
 
 
-@pytest.mark.parametrize("server", [0, full(1)])
+@pytest.mark.parametrize("server", [full(0), full(1)])
 def test_a_killed_server_costs_only_the_steps_since_the_checkpoint(
     submit: Callable[..., Job], slow_hashes: tuple[str, str], server: int
 ) -> None:
@@ -92,6 +92,18 @@ def test_a_killed_server_costs_only_the_steps_since_the_checkpoint(
     assert f"server-{server} (pid {victim.pid} on {victim.host}) was killed by signal 9 (SIGKILL)" in said
     assert "; returning to the checkpoint of step " in said
     assert [r["step"] for r in job.history()] == list(range(60))
+
+
+def test_by_default_a_killed_server_costs_no_more_than_the_clock_allows(
+    submit: Callable[..., Job], slow_hashes: tuple[str, str]
+) -> None:
+    job = submit("slow", placement={"workers": 2, "servers": 2}, checkpoint_seconds=0.2, **SLOW)
+    until(lambda: len(job.checkpoints()) >= 2)  # written while the job goes on, two servers' parts in each
+    kill(job.get().servers[1].pid)
+    assert found(job.wait()) == slow_hashes
+    assert "; returning to the checkpoint of step " in reasons(job)
+    assert [r["step"] for r in job.history()] == list(range(60))
+    assert all(not checkpoint.problem for checkpoint in job.checkpoints())
 
 
 def test_scaling_a_running_job_changes_only_its_speed(submit: Callable[..., Job], slow_hashes: tuple[str, str]) -> None:

@@ -48,11 +48,5 @@ def submitted(directory: Path, task: str, **raw: Any) -> JobConfig:
     return replace(
         config,
         spec=found.completed(config.spec),
-        model=found.model,
-        num_samples=found.num_samples,
-        num_evaluation_samples=found.num_evaluation_samples,
-        evaluates_with_gradients=found.evaluates_with_gradients,
-        caches=found.caches,
-        fingerprint=found.fingerprint,
-        factors=found.factors,
+        **found.known,
     )

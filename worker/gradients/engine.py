@@ -24,12 +24,13 @@ class Rehearsed(NamedTuple):
     """What was found out of a task when it was rehearsed, besides its model.
 
     evaluates_with_gradients: whether evaluations run with autograd on. caches: names of attributes that passes change.
-    logged: names of what the loss function returns besides; None: not known yet.
+    logged: names of what the loss function returns besides; None: not known yet. counts: see losses.loss_of.
     """
 
     evaluates_with_gradients: bool = False
     caches: tuple[str, ...] = ()
     logged: tuple[str, ...] | None = None
+    counts: str = ""
 
 
 class LossError(Exception):

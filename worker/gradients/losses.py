@@ -39,9 +39,24 @@ class LossValue(NamedTuple):
 LossOf = Callable[[Any, int], LossValue]  # of a batch, and the samples in it
 
 
-def loss_of(task: Task) -> LossOf:
-    """How to compute a task's loss."""
-    weigh = _weigher(task)
+IGNORED = -100  # the label that PyTorch's losses, and with them Hugging Face's models, leave out
+
+
+def _labels(batch: Any, first: int) -> float:
+    return float((batch["labels"][..., first:] != IGNORED).sum())
+
+
+# What the mean of a model's own loss may be over instead of the samples: the labels that count; of a model that
+# predicts the next token, all of those but each sequence's first.
+COUNTS: Mapping[str, Callable[[Any], float]] = {
+    "labels": lambda batch: _labels(batch, 0),
+    "shifted_labels": lambda batch: _labels(batch, 1),
+}
+
+
+def loss_of(task: Task, counts: str = "") -> LossOf:
+    """How to compute a task's loss. counts: what its mean is over, of COUNTS; empty for the samples."""
+    weigh = _weigher(task, counts)
     if task.loss is not None:
         counted = None if task.loss_weight is not None else _CountedLoss.of(task.loss)
         return functools.partial(_pair_loss, task.model, task.loss if counted is None else counted, weigh)
@@ -53,8 +68,8 @@ def loss_of(task: Task) -> LossOf:
 Weigher = Callable[[Any, int], float]
 
 
-def _weigher(task: Task) -> Weigher:
-    weight_of = task.loss_weight
+def _weigher(task: Task, counts: str) -> Weigher:
+    weight_of = task.loss_weight or COUNTS.get(counts)
     if weight_of is None:
         return lambda batch, num_samples: float(num_samples)
     return lambda batch, num_samples: _checked_weight(weight_of(batch), "loss_weight")

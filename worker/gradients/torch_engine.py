@@ -82,11 +82,15 @@ class TorchEngine:
         self._sink = GradientSink(self._parameters, self._aliases)
         if device.type == "cpu":
             write_directly(task.model, self._sink.place)
-        self._loss_of = loss_of(task)
+        self.count(known.counts)
         self._watched: list[torch.Tensor] = []
         self._versions: list[int] = []
         self._addresses: list[int] = []
         self._factors: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
+
+    def count(self, counts: str) -> None:
+        """Take the loss for a mean over something else; see losses.loss_of."""
+        self._loss_of = loss_of(self._task, counts)
 
     def write_initial(self, flat: torch.Tensor) -> None:
         """See Engine."""

@@ -103,7 +103,7 @@ class WorkerLoop:
                 self._layout,
                 backend,
                 config.spec.precision,
-                Rehearsed(config.evaluates_with_gradients, config.caches, config.logged_names),
+                Rehearsed(config.evaluates_with_gradients, config.caches, config.logged_names, config.loss_counts),
             )
         self._initial_buffers = self._engine.initial_buffers()
         slots = num_slots(config.spec.data.num_micro_batches)

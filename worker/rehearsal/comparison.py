@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from steepest.task import Task
 from worker.data.streams import is_stream
-from worker.gradients.losses import loss_of
+from worker.gradients.losses import COUNTS, IGNORED, loss_of
 from worker.gradients.torch_engine import TorchEngine
 from worker.rehearsal.passes import Passes
 from worker.task.load import TaskError
@@ -22,6 +23,7 @@ from worker.task.load import TaskError
 QUICK_SECONDS = 0.2  # a micro-batch that takes less is compared over whole steps, several times
 BUDGET_SECONDS = 2.0
 MAX_STEPS, MAX_PARTS = 3, 8
+COUNTED_SAMPLES, KEPT_LABELS = 4, 2  # when labels are left out to see whether they count
 TOLERANCE = {"full": 2e-3, "bf16": 5e-2}  # of sums in another order, relative
 
 _RANDOM = (
@@ -78,6 +80,53 @@ def compare_parts(passes: Passes) -> Compared:
             if time.perf_counter() - began > BUDGET_SECONDS:
                 break
     return found
+
+
+def choose_counts(passes: Passes) -> str:
+    """What the mean of a model's own loss is over, of losses.COUNTS; empty for the samples, or for what is not known.
+
+    Labels may be left out in samples that are never looked at here. So some are left out on purpose, almost all of one
+    half of the samples, and whichever count gives these halves together what it gives their whole is it.
+    """
+    task, engine = passes.task, passes.engine
+    if not isinstance(task, Task) or not isinstance(engine, TorchEngine):
+        return ""
+    if task.loss is not None or task.loss_weight is not None or not _has_labels(passes.fetched):
+        return ""
+    indices = passes.sampler.indices(0, 0)[: min(COUNTED_SAMPLES, max(passes.samples, 1))]
+    if len(indices) < 2:
+        return ""
+    parts = np.array_split(indices, 2)
+    found = ""
+    with engine.frozen():
+        passes.alter = partial(_with_labels_left_out, set(parts[0].tolist()))
+        try:
+            for counts in (*COUNTS, ""):
+                engine.count(counts)
+                if _compare(passes, parts, Compared()) is None:
+                    found = counts
+                    break
+        except TaskError:  # the model takes no such labels
+            found = ""
+        finally:
+            passes.alter = lambda batch, indices: batch
+            engine.count(found)
+    return found
+
+
+def _has_labels(batch: Any) -> bool:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.dim() != 2:
+        return False
+    return labels.shape[1] > KEPT_LABELS
+
+
+def _with_labels_left_out(chosen: set[int], batch: Any, indices: NDArray[np.int64]) -> Any:
+    """All labels of all samples count, but only the first few of those that are chosen."""
+    labels = batch["labels"].clone()
+    labels[labels == IGNORED] = 0
+    labels[torch.tensor([index in chosen for index in indices.tolist()]), KEPT_LABELS:] = IGNORED
+    return {**batch, "labels": labels}
 
 
 def _steps(passes: Passes) -> Iterator[list[NDArray[np.int64]]]:

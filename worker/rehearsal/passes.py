@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class Passes:
         source.prepare(num_samples, spec.data, spec.seed, shuffle=spec.data.shuffle)
         self.sampler = Sampler(num_samples, spec.data, spec.seed, source.order(spec.seed))
         self._gradients: dict[str, torch.Tensor] = {}
+        self.alter: Callable[[Any, NDArray[np.int64]], Any] = lambda batch, indices: batch  # before a pass
         self.fetched: Any = None
         self.seconds = 0.0
         self.samples = 0
@@ -94,7 +95,7 @@ class Passes:
         seed: int | None = None,
     ) -> Measured:
         """Forward and backward; the gradient of the loss sum goes to `into`. Raises TaskError."""
-        batch = self.fetch(indices)
+        batch = self.alter(self.fetch(indices), indices)
         views = self.layout.views(self.gradient("any") if into is None else into)
         with blamed("task", f"forward and backward of {what} ({len(indices)} samples)"):
             self.seed(seed)

@@ -68,6 +68,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         "logged_names": found.logged,
         "fan_in": fans,
         "activations": activations,
+        "loss_counts": found.counts,
         "fingerprint": seen,
         "warnings": found.warnings,
         "batch": found.batch,

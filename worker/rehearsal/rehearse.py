@@ -14,9 +14,10 @@ from ps.parameters.description import ModelDescription
 from steepest.spec import TrainingJobSpec
 from steepest.task import AnalyticTask, Task
 from worker.data.sources import source_of
+from worker.gradients.losses import IGNORED
 from worker.gradients.seeding import EVALUATE
 from worker.gradients.torch_engine import TorchEngine
-from worker.rehearsal.comparison import compare_parts
+from worker.rehearsal.comparison import choose_counts, compare_parts
 from worker.rehearsal.conduct import trainable, watch_first_pass
 from worker.rehearsal.hidden_state import differences
 from worker.rehearsal.passes import Passes, blamed
@@ -39,7 +40,7 @@ _TOO_LARGE = (
 class Rehearsal:
     """What was found out, some of it in words.
 
-    warnings: (code, message). price: see Compared.
+    warnings: (code, message). price: see Compared. counts: see losses.loss_of.
     """
 
     evaluates_with_gradients: bool = False
@@ -51,6 +52,7 @@ class Rehearsal:
     model: str = ""
     loss: str = ""
     price: float = 0.0
+    counts: str = ""
 
 
 def rehearse(
@@ -81,7 +83,11 @@ def rehearse(
         indices = whole
         measured = passes.timed(whole)
     found.batch = shape_of(passes.fetched)
-    found.weight = f"{measured.weight:g} for {len(indices)} samples"
+    found.counts = choose_counts(passes)
+    if found.counts:
+        measured = passes.compute(indices)
+    counted = f", the labels that are not {IGNORED}" if found.counts else ""
+    found.weight = f"{measured.weight:g} for {len(indices)} samples{counted}"
     _check_repeats(passes, indices)
     _check_last_step(passes)
     compared = compare_parts(passes)

@@ -21,7 +21,7 @@ def leader(**changes: Any) -> Leader:
         "worker_timeout_seconds": 100.0,
     } | changes  # fmt: skip
     made = Leader(Plan(**settings), initialized=True)
-    made._agenda.saved(10)  # no checkpoint unless a test asks for one
+    made._agenda.saved(10, 0.0)  # no checkpoint unless a test asks for one
     return made
 
 
@@ -161,12 +161,12 @@ def test_pause_holds_at_the_boundary_and_resume_goes_on() -> None:
 def test_cancel_saves_first() -> None:
     it = leader()
     sends = of_kind(it.join("a", 0.0), Send)
-    it._agenda.saved(0)
+    it._agenda.saved(0, 0.0)
     it.cancel(0.5)
     effects = finish_step(it, sends)
     assert of_kind(effects, Save) == [Save(1)]
     assert it.phase == Phase.SAVING
-    effects = it.saved("", 3.0)
+    effects = it.saved(it.step, "", 3.0)
     assert it.phase == Phase.CANCELLED
     assert of_kind(effects, Dismiss) == [Dismiss("a", "cancelled at step 1")]
 
@@ -245,21 +245,38 @@ def test_user_code_that_fails_fails_the_job_but_not_from_a_round_that_is_over() 
 
 def test_the_last_checkpoint_must_succeed() -> None:
     it = leader(total_steps=1)
-    it._agenda.saved(-1)
+    it._agenda.saved(-1, 0.0)
     sends = of_kind(it.join("a", 0.0), Send)
     assert of_kind(finish_step(it, sends), Save) == [Save(1)]
-    (change, *_) = it.saved("the disk is full", 3.0)
+    (change, *_) = it.saved(it.step, "the disk is full", 3.0)
     assert change.phase == Phase.FAILED
     assert change.reason == "the disk is full"
 
 
 def test_a_checkpoint_in_between_may_fail() -> None:
     it = leader(checkpoint_every=1)
-    it._agenda.saved(0)
+    it._agenda.saved(0, 0.0)
     sends = of_kind(it.join("a", 0.0), Send)
     assert of_kind(finish_step(it, sends), Save) == [Save(1)]
-    effects = it.saved("the disk is full", 3.0)
+    effects = it.saved(it.step, "the disk is full", 3.0)
     assert of_kind(effects, Send)[0].assign.step == 1
+
+
+def test_a_checkpoint_by_the_clock_does_not_hold_the_job_up() -> None:
+    it = leader(checkpoint_seconds=1.0, total_steps=10)
+    it._agenda.saved(0, 0.0)
+    sends = of_kind(it.join("a", 0.0), Send)
+    effects = finish_step(it, sends)
+    assert of_kind(effects, Save) == [Save(1, waits=False)]
+    assert it.phase == Phase.SAVING  # until all is copied
+    sends = of_kind(it.copied(3.0), Send)
+    assert sends[0].assign.step == 1
+    sends = of_kind(finish_step(it, sends), Send)
+    assert sends[0].assign.step == 2  # the one before is still being written
+    assert it.saved(1, "the disk is full", 4.0) == []  # said elsewhere; the job goes on
+    it._agenda.copied(0, 0.0)
+    it._agenda.written()
+    assert of_kind(finish_step(it, sends), Save) == [Save(3, waits=False)]
 
 
 def test_an_idle_worker_is_tried_again_though_it_was_slow() -> None:

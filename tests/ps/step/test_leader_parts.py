@@ -111,7 +111,7 @@ class World:
         self.saved = {**self.held, **{part: self.workers[owner][part] for part, owner in save.owners.items()}}
         assert set(self.saved.values()) <= {save.step}
         assert len(self.saved) in (0, PARTS)
-        self.carry_out(self.leader.saved("", self.now))
+        self.carry_out(self.leader.saved(self.leader.step, "", self.now))
 
     def act(self, rng: random.Random) -> None:
         """Something that can happen next."""

@@ -191,7 +191,7 @@ class World:
                         self.carry_out(self.leader.applied(index, step, clamped, self.now)[1])
             case ("saved",):
                 self.saving = False
-                self.carry_out(self.leader.saved("", self.now))
+                self.carry_out(self.leader.saved(self.leader.step, "", self.now))
 
 
 def run(num_servers: int, num_workers: int, seed: int, trouble: float, evaluation_leaves: int = 0) -> World:

@@ -12,6 +12,7 @@ from ps.checkpoint.files import State, write_checkpoint
 from ps.job.config import JobConfig
 from ps.memory.segment import SegmentReference
 from ps.parameters.description import ModelDescription, TensorDescription
+from ps.step.best import Standing
 from ps.step.effects import Phase
 from ps.step.messages import StepRecord
 from ps.wire.address import ServerAddress
@@ -177,7 +178,7 @@ def play(tmp_path: Path) -> Iterator[Callable[..., Play]]:
 
 
 def checkpoint(play: Play, step: int) -> None:
-    state = State(step, step, {"w": torch.full((3,), float(step))}, {}, {})
+    state = State(Standing(step, step), {"w": torch.full((3,), float(step))}, {}, {})
     write_checkpoint(play.settings.checkpoints_of("j"), state)
 
 

@@ -4,7 +4,18 @@ import pytest
 
 from ps.step.effects import Phase
 from services.cluster.processes import Exit, ExitKind, Started, explain_status, named
-from services.jobs.policy import End, LetGo, Move, Patience, Recover, Replace, on_phase, on_server_loss, on_worker_exit
+from services.jobs.policy import (
+    End,
+    LetGo,
+    Move,
+    Patience,
+    Recover,
+    Replace,
+    on_finding,
+    on_phase,
+    on_server_loss,
+    on_worker_exit,
+)
 from services.jobs.team import Team, WorkerState
 from services.store.lifecycle import JobState
 
@@ -17,6 +28,26 @@ def test_deaths_count_until_a_step_is_made() -> None:
     assert not patience.is_exhausted_by_death_at(6)
     assert not patience.is_exhausted_by_death_at(4)  # after a return to a checkpoint, older steps are no progress
     assert patience.is_exhausted_by_death_at(6)
+
+
+@pytest.mark.parametrize(
+    ("action", "state", "becomes"),
+    [
+        ("record", JobState.RUNNING, None),
+        ("pause", JobState.RUNNING, JobState.PAUSING),
+        ("pause", JobState.PAUSING, None),
+        ("pause", JobState.RECOVERING, None),
+        ("cancel", JobState.RUNNING, JobState.CANCELLING),
+        ("cancel", JobState.PAUSED, JobState.CANCELLING),
+        ("cancel", JobState.CANCELLING, None),
+        ("cancel", JobState.SUCCEEDED, None),
+    ],
+)
+def test_a_finding_does_what_the_spec_asks(action: str, state: JobState, becomes: JobState | None) -> None:
+    move = on_finding("diverging", "the loss is 3 times what it was", action, state)
+    assert (move and move.state) == becomes
+    if move is not None:
+        assert move.reason.startswith(f"{action} asked for by the rule diverging (health.actions.diverging): the loss")
 
 
 def test_a_lost_server_takes_the_job_back_to_its_checkpoint() -> None:

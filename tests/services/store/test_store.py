@@ -58,17 +58,6 @@ def test_moves_are_checked_and_leave_events(store: Store) -> None:
     assert store.get("a").ended == 6.0
 
 
-def test_pages_run_from_new_to_old_without_gap(store: Store) -> None:
-    for number in range(5):
-        store.create(job(f"j{number}", created=float(number // 2)))
-    seen: list[str] = []
-    before = None
-    while page := store.page(2, before):
-        seen += [r.id for r in page]
-        before = (page[-1].created, page[-1].id)
-    assert seen == ["j4", "j3", "j2", "j1", "j0"]
-
-
 def test_evaluations_are_kept_until_they_are_computed_again(store: Store) -> None:
     store.create(job())
     for step, loss in ((2, 1.0), (4, 0.5), (6, math.nan), (4, 0.25)):

@@ -135,7 +135,7 @@ def test_a_port_in_use(flag: str, tmp_path: Path) -> None:
 def test_an_address_without_protection_is_refused(tmp_path: Path) -> None:
     refused = run("serve", "--host", "0.0.0.0", "--data-dir", str(tmp_path))
     assert refused.returncode == 2
-    assert "loopback" in refused.stderr
+    assert "takes TLS" in refused.stderr
 
 
 def test_an_output_that_cannot_be_written(project: Path) -> None:

@@ -173,3 +173,13 @@ def test_a_module_of_the_users_wins_over_an_installed_one_of_its_name(
         sys.modules.update(before)
     assert yaml.safe_load("a: 1") == {"a": 1}
     assert torch.__name__ == "torch"
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize(("kind", "counts"), [("own", "labels"), ("next", "shifted_labels"), ("sequence", "")])
+def test_what_counts_of_the_labels_is_found_though_none_may_be_left_out_yet(
+    kind: str, counts: str, *, padded: bool
+) -> None:
+    found = rehearsed("tests.support.labels:tagged", arguments={"kind": kind, "padded": padded}, steps=2)
+    assert found.loss_counts == counts
+    assert ("the labels that are not -100" in found.weight) == bool(counts)

@@ -1,4 +1,7 @@
-"""Access tokens, of which only a hash is kept, and the owners of jobs: the names of the tokens that created them."""
+"""Access tokens, of which only a hash is kept, and the owners of jobs: the names of the tokens that created them.
+
+Also an index for lists of jobs, which are by the time of creation.
+"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -18,9 +21,11 @@ def upgrade() -> None:
         sa.Column("revoked", sa.Double),
     )
     op.add_column("jobs", sa.Column("owner", sa.String(63), nullable=False, server_default=""))
+    op.create_index("ix_jobs_created_id", "jobs", ["created", "id"])
 
 
 def downgrade() -> None:
     """Forget both."""
+    op.drop_index("ix_jobs_created_id", "jobs")
     op.drop_column("jobs", "owner")
     op.drop_table("tokens")

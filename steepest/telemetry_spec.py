@@ -1,0 +1,39 @@
+"""The part of the job spec about what is kept of a job, and what becomes of what the health rules find."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from steepest.spec_base import NonNegativeInt, PositiveInt, SpecModel
+
+
+class TelemetrySpec(SpecModel):
+    """What is kept of every step."""
+
+    every: PositiveInt = Field(default=1, description="Keep the record of every so many steps in the history.")
+    parameter_norms: bool = Field(default=True, description="Keep the gradient norm of each parameter in the records.")
+    signals_every: NonNegativeInt = Field(
+        default=20,
+        description="Measure magnitudes, zeros, updates and noise of each parameter in the first 20 steps and every so "
+        "many steps after them; 0: never.",
+    )
+
+
+Rule = Literal[
+    "vanishing", "exploding", "dead_units", "saturated", "initialization", "stalled", "diverging", "update_ratio",
+    "update_spike", "nonfinite", "overfitting", "straggler", "input_bound",
+]  # fmt: skip
+Action = Literal["record", "ignore", "pause", "cancel"]
+
+
+class HealthSpec(SpecModel):
+    """What becomes of what the health rules find."""
+
+    actions: dict[Rule, Action] = Field(
+        default={},
+        description="By the name of a rule: record what it finds, ignore it, or also pause or cancel the job at the "
+        "next step boundary.",
+        json_schema_extra={"default_text": "record"},
+    )
