@@ -2,4 +2,5 @@
 
 *Operations*: create, pause, resume, cancel, scale. *Admission*: starts waiting jobs as room appears. *Controller*: one
 thread for each job that holds resources. *Policy*: decides what a death means; the controller acts on it.
+*Access*: what each call takes, and whether who makes it may.
 """

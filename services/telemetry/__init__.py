@@ -1,1 +1,1 @@
-"""Metrics for Prometheus, and the HTTP port."""
+"""Metrics for Prometheus, and the HTTP port; `access` lets in who may ask there."""
