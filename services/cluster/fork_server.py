@@ -218,6 +218,7 @@ class ForkServer:
     def __init__(self, preloaded: Sequence[str] = PRELOADED) -> None:
         self._preloaded = preloaded
         self._process: subprocess.Popen[Any] | None = None
+        self._is_ready = False
         self._name = ""
         self._starting = threading.Lock()
         self._news = threading.Condition()
@@ -269,7 +270,7 @@ class ForkServer:
                 self._start()
 
     def _start(self) -> None:
-        self._name = f"steepest-fork-{secrets.token_hex(16)}"
+        self._name, self._is_ready = f"steepest-fork-{secrets.token_hex(16)}", False
         environment = {name: value for name, value in os.environ.items() if name not in PLAIN_PRIORITY}
         process = self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "services.cluster.fork_server", self._name, *self._preloaded],
@@ -280,6 +281,7 @@ class ForkServer:
         assert process.stdout is not None  # noqa: S101  # a pipe
         if process.stdout.readline() != b"ready\n":
             raise OSError(f"the fork server ended with status {process.wait()}")
+        self._is_ready = True
         threading.Thread(target=self._listen, args=(process.stdout,), daemon=True).start()
 
     def _listen(self, lines: Iterable[bytes]) -> None:
@@ -306,11 +308,9 @@ class ForkServer:
             return
         assert process.stdin is not None  # noqa: S101  # a pipe
         process.stdin.close()
-        try:
-            process.wait(ENDING_SECONDS)
-        except subprocess.TimeoutExpired:  # it imports still
+        if not self._is_ready:  # it imports still
             process.kill()
-            process.wait()
+        process.wait(ENDING_SECONDS)
 
 
 if __name__ == "__main__":

@@ -75,15 +75,14 @@ def test_a_sample_that_is_not_a_number_is_blamed_by_its_number(client: Client) -
 
 
 def test_a_rule_acts_as_the_spec_says(client: Client) -> None:
-    large = {**BASE, "steps": 100_000, "optimizer": {"name": "momentum", "lr": 5.0}}
-    actions = {"diverging": "pause", "update_ratio": "ignore", "exploding": "cancel"}
-    job = client.submit(f"{SICK}:healthy", **large, health={"actions": actions})
+    actions = {"dead_units": "pause", "update_ratio": "ignore"}
+    job = client.submit(f"{SICK}:dead", **{**BASE, "steps": 100_000}, health={"actions": actions})
     until(lambda: job.get().state == "PAUSED" or job.get().has_ended)
     info = job.get()
     assert info.state == "PAUSED"
     assert "update_ratio" not in {finding.rule for finding in info.findings}
     reasons = [event.reason for event in job.events() if event.state == "PAUSING"]
-    assert "pause asked for by the rule diverging (health.actions.diverging)" in reasons[0]
+    assert "pause asked for by the rule dead_units (health.actions.dead_units)" in reasons[0]
     job.resume()
     job.cancel()
     until(lambda: job.get().has_ended)
