@@ -33,7 +33,7 @@ SIDES: dict[str, dict[str, Any]] = {
 def stalls(client: Client, size: Size, **when: Any) -> tuple[list[float], float]:
     """(stalls of one job's checkpoints but the last, its median step), in seconds."""
     job = client.submit(
-        "benchmarks.tasks:mlp",
+        f"{Path(__file__).with_name('tasks.py')}:mlp",
         arguments={"width": size.width, "layers": size.layers},
         steps=STEPS,
         data={"global_batch": 16},

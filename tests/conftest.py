@@ -14,7 +14,14 @@ settings.register_profile("steepest", deadline=None, derandomize=True, print_blo
 settings.load_profile("steepest")
 
 # Files whose tests start a service in a process of its own.
-STARTS_RAY = {"test_train.py", "test_restart.py", "test_prometheus.py", "test_compression.py", "test_gpus.py"}
+STARTS_RAY = {
+    "test_train.py",
+    "test_restart.py",
+    "test_prometheus.py",
+    "test_compression.py",
+    "test_gpus.py",
+    "test_access.py",
+}
 SERVICE = {"service", "client", "submit", "cluster"}  # fixtures of tests that start Ray
 
 

@@ -1,4 +1,4 @@
-"""Jobs, their events and evaluations in SQL, the records of their steps in files; the states of a job and their moves; tokens.
+"""Jobs, their events and evaluations, and tokens in SQL, the records of steps in files; states and their moves.
 
 What a client was told is committed here first.
 """
