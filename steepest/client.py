@@ -82,16 +82,16 @@ class Client:
 
     token: by default what STEEPEST_TOKEN says. tls_ca: a PEM file with the certificate of the authority that the
     service's own is checked against, by default what STEEPEST_TLS_CA says; "https://" before the address also asks for
-    TLS, with the authorities that gRPC knows.
+    TLS, with the authorities that gRPC knows. Empty for neither, whatever the variables say.
 
     Raises ServiceUnavailableError when nothing answers there, SpecError for a token that would go unencrypted to
     another machine.
     """
 
-    def __init__(self, address: str = "", *, token: str = "", tls_ca: str | Path | None = None) -> None:
+    def __init__(self, address: str = "", *, token: str | None = None, tls_ca: str | Path | None = None) -> None:
         self.address = address = address or os.environ.get("STEEPEST_SERVER") or contexts.read().address
-        token = token or os.environ.get("STEEPEST_TOKEN", "")
-        self._channel = open_channel(address, tls_ca or os.environ.get("STEEPEST_TLS_CA"), token)
+        token = os.environ.get("STEEPEST_TOKEN", "") if token is None else token
+        self._channel = open_channel(address, os.environ.get("STEEPEST_TLS_CA") if tls_ca is None else tls_ca, token)
         self._stub = pb_grpc.TrainingJobServiceStub(with_token(self._channel, token))
         try:
             grpc.channel_ready_future(self._channel).result(timeout=CONNECT_SECONDS)

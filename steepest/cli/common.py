@@ -128,7 +128,7 @@ def client_of(server: str) -> Iterator[Client]:
     """A connection to a service."""
     from steepest.client import Client
 
-    with Client(server, token=_Connection.token, tls_ca=_Connection.tls_ca) as client:
+    with Client(server, token=_Connection.token or None, tls_ca=_Connection.tls_ca) as client:
         yield client
 
 

@@ -34,7 +34,10 @@ def train_embedded(request: Submission, output: Path | None) -> JobInfo:
             "http_port": 0,
             "num_cpus": placement.workers * placement.threads_per_worker,
         }
-        with running_service(Path(data), **settings) as service, Client(f"127.0.0.1:{service.grpc_port}") as client:
+        with (
+            running_service(Path(data), **settings) as service,
+            Client(f"127.0.0.1:{service.grpc_port}", token="", tls_ca="") as client,
+        ):
             job = client.submit(request.task, name=request.name, arguments=request.arguments, **request.spec)
             page = job.name.replace("trainingJobs", f"http://127.0.0.1:{service.http_port}/jobs")
             sys.stderr.write(f"watch it at {page}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 from pathlib import Path
@@ -29,9 +30,11 @@ def steepest(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str
 
 def test_train_leaves_what_the_contract_says(tmp_path: Path) -> None:
     output = tmp_path / "out"
+    elsewhere = {"STEEPEST_SERVER": "nowhere:1", "STEEPEST_TOKEN": "secret", "STEEPEST_TLS_CA": "nowhere.pem"}
     run = steepest(
         "train", f"{EXAMPLES / 'digits.py'}:mlp", "--steps", "40", "--workers", "2", "--lr", "0.01",
         "--arg", "hidden=32", "--set", "optimizer.betas=[0.9,0.95]", "--output", str(output), "--json",
+        env={**os.environ, **elsewhere},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout.splitlines()[-1])
