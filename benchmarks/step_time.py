@@ -28,6 +28,7 @@ from typing import Any
 from benchmarks.peers import LR, MAX_NORM, Peer, RayPeer
 from benchmarks.report import RESULTS, write_report
 from benchmarks.tasks import SIZES, Size
+from ps.step.signals import FIRST_STEPS
 from steepest.client import Client, Job
 from steepest.embedded import running_service
 
@@ -80,8 +81,10 @@ class Ours:
                 "server_device": device,
             },
             telemetry=telemetry or {},
+            checkpoint_seconds=0,  # benchmarks.checkpoint says what they cost
         )
-        self._await(lambda: self._job.get().state == "RUNNING" and self._job.get().step > 0)
+        # Signals are measured in all of the first steps, and then in one of so many.
+        self._await(lambda: self._job.get().state == "RUNNING" and self._job.get().step > FIRST_STEPS)
         self._await(lambda: all(w.state == "running" for w in self._job.get().workers))
         self._next = 0
 
