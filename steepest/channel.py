@@ -11,7 +11,7 @@ import grpc
 from steepest.errors import SpecError, Violation
 
 HTTPS = "https://"
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "unix")
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 OPTIONS = [("grpc.enable_retries", 0)]
 
 
@@ -24,7 +24,7 @@ def open_channel(address: str, tls_ca: str | Path | None, token: str) -> grpc.Ch
             raise SpecError([Violation("--tls-ca", f"cannot read {tls_ca}: {error.strerror}")]) from None
         credentials = grpc.ssl_channel_credentials(authorities)
         return grpc.secure_channel(address.removeprefix(HTTPS), credentials, options=OPTIONS)
-    if token and not address.startswith(LOOPBACK):
+    if token and address.rpartition(":")[0] not in LOOPBACK:
         problem = (
             f"it would go to {address} for all to read; give --tls-ca FILE, or an address that begins with https://"
         )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import pydantic
 from pydantic import BaseModel
 
+from steepest.errors import SpecError, Violation
 from steepest.spec import TaskReference, TrainingJobSpec
 from steepest.step_spec import OPTIMIZERS, OptimizerSpec
 
@@ -55,3 +56,13 @@ def _describe(path: str, info: pydantic.fields.FieldInfo) -> FieldInfo:
     default = extra["default_text"] if isinstance(extra, dict) and "default_text" in extra else info.default
     text = "" if default is None or info.is_required() else str(default)
     return FieldInfo(path, info.description or "", text.lower() if isinstance(default, bool) else text)
+
+
+def put_field(spec: dict[str, Any], path: str, value: Any) -> None:
+    """Set a field of a spec that is not checked yet. Raises SpecError for a path through what is no table."""
+    *parents, last = path.split(".")
+    for name in parents:
+        spec = spec.setdefault(name, {})
+        if not isinstance(spec, dict):
+            raise SpecError([Violation(path, f"{name} is not a table")])
+    spec[last] = value

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from steepest.errors import ServiceUnavailableError, SpecError, Violation
 from steepest.jobs import JobInfo, Progress
 from steepest.spec import spec_from_dict
+from steepest.spec_fields import put_field
 
 if TYPE_CHECKING:
     import optuna
@@ -155,13 +156,7 @@ def varied(spec: Mapping[str, Any], arguments: Mapping[str, Any], parameters: Ma
         if path.startswith(ARGUMENT):
             given[path.removeprefix(ARGUMENT)] = value
             continue
-        *parents, last = path.split(".")
-        inner = own
-        for name in parents:
-            inner = inner.setdefault(name, {})
-            if not isinstance(inner, dict):
-                raise SpecError([Violation(path, f"{name} is not a table")])
-        inner[last] = value
+        put_field(own, path, value)
     return own, given
 
 

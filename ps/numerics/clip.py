@@ -75,7 +75,7 @@ class ZClip:
 
     def __init__(self, spec: ZClipSpec, state: Sequence[float] = ()) -> None:
         self._spec = spec
-        self._first = list(state) if len(state) < spec.warmup_steps or not state else []
+        self._first = list(state) if len(state) < spec.warmup_steps else []
         self._mean, self._variance = (math.nan, math.nan)
         if len(state) == spec.warmup_steps + 2:
             self._mean, self._variance = state[-2:]

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 from typer import Option
 
 from steepest.errors import SpecError, Violation
-from steepest.spec_fields import describe_fields
+from steepest.spec_fields import describe_fields, put_field
 
 _PLACE, _TRAIN, _STEP, _TASK = "Placement (never changes the result)", "Training", "Optimizer", "Task"
 
@@ -133,14 +133,14 @@ def submission(task: str, options: JobOptions) -> Submission:
         spec = _read_job_file(Path(task))
         task = _task_of(spec, Path(task), arguments)
     for path, value in options.spec.items():
-        _put(spec, path, value)
+        put_field(spec, path, value)
     if "steps" in options.spec and "epochs" not in options.spec:
         spec.pop("epochs", None)
     if "epochs" in options.spec and "steps" not in options.spec:
         spec.pop("steps", None)
     for item in options.set:
         path, value = _key_value("--set", item)
-        _put(spec, path, value)
+        put_field(spec, path, value)
     arguments.update(_key_value("--arg", item) for item in options.arg)
     name = spec.pop("name", "")
     return Submission(task, options.name or name, arguments, spec)
@@ -166,15 +166,6 @@ def _task_of(spec: dict[str, Any], path: Path, arguments: dict[str, Any]) -> str
         raise SpecError([Violation("task", problem)])
     where, _, function = task.rpartition(":")
     return f"{path.parent / where}:{function}" if where.endswith(".py") else task
-
-
-def _put(spec: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split(".")
-    for name in parents:
-        spec = spec.setdefault(name, {})
-        if not isinstance(spec, dict):
-            raise SpecError([Violation(path, f"{name} is not a table")])
-    spec[last] = value
 
 
 def _key_value(flag: str, item: str) -> tuple[str, Any]:

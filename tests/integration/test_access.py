@@ -94,8 +94,9 @@ def test_the_command(closed: _Closed, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_client_does_not_tell_its_token_to_who_may_listen(closed: _Closed, tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="for all to read"):
-        Client("192.0.2.1:50051", token="secret")
+    for address in ("192.0.2.1:50051", "localhost.example.com:50051", "127.0.0.1.example.com:50051"):
+        with pytest.raises(SpecError, match="for all to read"):
+            Client(address, token="secret")
     with pytest.raises(ServiceUnavailableError):  # an authority that has not signed the service's certificate
         Client(closed.address, token="secret", tls_ca=certificates(tmp_path).authority)
 
