@@ -278,7 +278,7 @@ class Sweep:
                     looked = look
                     with self._lock:
                         asked.report(value, look)
-                        given_up = asked.should_prune()
+                        given_up = bool(asked.should_prune())  # NumPy's, sometimes
                     if given_up:
                         job.cancel()
             if isinstance(update, JobInfo):
