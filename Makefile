@@ -25,7 +25,7 @@ demo: $(INSTALLED)  ## train the digits through a service of its own
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
 
 test: $(INSTALLED)  ## the tests, without those that repeat others at more placements or run for long
-	$(BIN)/python -m pytest -m "not full" -n 2 --dist loadgroup --durations 10
+	$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 test-full: $(INSTALLED)  ## all tests
 	$(BIN)/python -m pytest --durations 10

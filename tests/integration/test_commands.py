@@ -157,6 +157,7 @@ def test_top_shows_live_jobs_first(steepest: Callable[..., Ran], submit: Callabl
     assert {done.name, job.name} <= {each["job"] for each in jobs}
 
 
+@pytest.mark.full
 def test_of_jobs_that_wait_the_highest_priority_is_first(
     steepest: Callable[..., Ran], submit: Callable[..., Job], service: Service
 ) -> None:

@@ -125,6 +125,7 @@ def test_an_alert_fires_for_a_sick_job_and_resolves_when_it_ends(
     until(lambda: not query(firing), 400)
 
 
+@pytest.mark.full
 def test_the_layers_of_a_job_are_at_most_sixteen_series(
     query: Callable[[str], dict[str, float]], submit: Callable[..., Job]
 ) -> None:

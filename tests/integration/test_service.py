@@ -94,6 +94,7 @@ def test_a_killed_server_costs_only_the_steps_since_the_checkpoint(
     assert [r["step"] for r in job.history()] == list(range(60))
 
 
+@pytest.mark.full
 def test_by_default_a_killed_server_costs_no_more_than_the_clock_allows(
     submit: Callable[..., Job], slow_hashes: tuple[str, str]
 ) -> None:

@@ -69,6 +69,7 @@ def test_a_gradient_check_for_people_and_one_that_is_refused(tmp_path: Path) -> 
     assert "needs a task of torch" in refused.stderr
 
 
+@pytest.mark.full
 def test_curvature_of_a_job(steepest: Callable[..., Ran], client: Client) -> None:
     job = client.submit(f"{TASKS}:regression", steps=20)
     job.wait()

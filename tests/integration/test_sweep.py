@@ -17,6 +17,7 @@ from tests.support.service import EXAMPLES, TASKS
 pytestmark = pytest.mark.cluster
 
 
+@pytest.mark.full
 def test_a_grid_runs_once_and_its_best_trial_is_first(service: Service, tmp_path: Path) -> None:
     server = ["--server", f"127.0.0.1:{service.grpc_port}"]
     command = [

