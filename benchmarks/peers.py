@@ -26,19 +26,30 @@ from benchmarks.tasks import NUM_SAMPLES, Size, arrays, model
 LR, MAX_NORM = 1e-4, 1.0
 
 
+def _optimizers(module: nn.Module, kind: str) -> list[torch.optim.Optimizer]:
+    """kind: adamw, zero (the same, its state cut over the ranks), muon (with AdamW for vectors) or adafactor."""
+    parameters = list(module.parameters())
+    match kind:
+        case "adamw":
+            return [torch.optim.AdamW(parameters, lr=LR, fused=True)]
+        case "zero":
+            return [ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=LR, fused=True)]
+        case "muon":
+            matrices, others = ([p for p in parameters if (p.dim() == 2) == wanted] for wanted in (True, False))
+            muon = torch.optim.Muon(matrices, lr=LR, adjust_lr_fn="match_rms_adamw")
+            return [muon, torch.optim.AdamW(others, lr=LR, fused=True)]
+    return [torch.optim.Adafactor(parameters, lr=LR)]
+
+
 def _trainer(
-    module: nn.Module, batch: int, rank: int, world: int, *, zero: bool = False, device: str = "cpu"
+    module: nn.Module, batch: int, rank: int, world: int, *, optimizer: str = "adamw", device: str = "cpu"
 ) -> Callable[[], None]:
-    """One step: batch, forward, backward, clip by norm, fused AdamW. zero: with its state cut over the ranks.
+    """One step: batch, forward, backward, clip by norm, optimizer (see `_optimizers`).
 
     device: where the module is; on a GPU a step ends when that has done its work.
     """
     inputs, targets = arrays()
-    optimizer: torch.optim.Optimizer
-    if zero:
-        optimizer = ZeroRedundancyOptimizer(module.parameters(), torch.optim.AdamW, lr=LR, fused=True)
-    else:
-        optimizer = torch.optim.AdamW(module.parameters(), lr=LR, fused=True)
+    optimizers = _optimizers(module, optimizer)
     criterion = nn.CrossEntropyLoss()
     generator = torch.Generator().manual_seed(1)
     order = torch.randperm(NUM_SAMPLES, generator=generator)
@@ -49,10 +60,12 @@ def _trainer(
         start = (position * world + rank) * batch % NUM_SAMPLES
         chosen = order[start : start + batch]
         position += 1
-        optimizer.zero_grad()
+        for each in optimizers:
+            each.zero_grad()
         criterion(module(inputs[chosen].to(device)), targets[chosen].to(device)).backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), MAX_NORM)
-        optimizer.step()
+        for each in optimizers:
+            each.step()
         if device != "cpu":
             torch.cuda.synchronize()
 
@@ -70,7 +83,9 @@ def _obey(orders: Connection, step: Callable[[], None]) -> None:
         orders.send(times)
 
 
-def _run(rank: int, world: int, port: int, size: Size, batch: int, zero: bool, device: str, orders: Connection) -> None:
+def _run(
+    rank: int, world: int, port: int, size: Size, batch: int, optimizer: str, device: str, orders: Connection
+) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     module = model(size.width, size.layers).to(device)
@@ -78,7 +93,7 @@ def _run(rank: int, world: int, port: int, size: Size, batch: int, zero: bool, d
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
         distributed.init_process_group("gloo", rank=rank, world_size=world)
         module = DistributedDataParallel(module, gradient_as_bucket_view=True)
-    _obey(orders, _trainer(module, batch, rank, world, zero=zero, device=device))
+    _obey(orders, _trainer(module, batch, rank, world, optimizer=optimizer, device=device))
     if world > 1:
         distributed.destroy_process_group()
 
@@ -92,17 +107,17 @@ def _free_port() -> int:
 class Peer:
     """`world` processes of one thread each that train `size` with `batch` samples each a step.
 
-    zero, device: see `_trainer`.
+    optimizer, device: see `_trainer`.
     """
 
-    def __init__(self, size: Size, batch: int, world: int, *, zero: bool = False, device: str = "cpu") -> None:
+    def __init__(self, size: Size, batch: int, world: int, *, optimizer: str = "adamw", device: str = "cpu") -> None:
         context = get_context("spawn")
         port = _free_port()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world):
             ours, theirs = context.Pipe()
-            arguments = (rank, world, port, size, batch, zero, device, theirs)
+            arguments = (rank, world, port, size, batch, optimizer, device, theirs)
             process = context.Process(target=_run, args=arguments, daemon=True)
             process.start()
             self._pipes.append(ours)

@@ -50,7 +50,7 @@ def step_of(shard: Shard, num_threads: int) -> Callable[[], None]:
     threads = Threads(len(ranges))
     reducer = Reducer(shard, threads, ranges)
     optimizer = ShardOptimizer(optimizer_spec(name="adamw"), shard, torch.randn(shard.numel))
-    optimizer.use_threads(threads, ranges)
+    optimizer.use_threads(threads, ranges, num_threads)
     left, right = Node(0, 1), Node(1, 2)
     gradients = {node: torch.randn(shard.numel) for node in (left, right)}
 

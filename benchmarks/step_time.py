@@ -4,7 +4,8 @@
 process: global-norm clip and fused AdamW in float32. They take turns, a round each, in one run; the figure is
 the median over the rounds of each round's median step. `--against zero ray` compares two workers with DDP and
 ZeroRedundancyOptimizer, and with TorchTrainer of Ray Train around the same loop, which needs `ray[train]`.
-`--device cuda` compares one worker and its server on a GPU with a plain loop there.
+`--device cuda` compares one worker and its server on a GPU with a plain loop there; `--optimizer muon` has both sides
+step by Muon.
 """
 
 from __future__ import annotations
@@ -62,17 +63,18 @@ class Ours:
         telemetry: dict[str, Any] | None = None,
         workers_started: int | None = None,
         device: str = "cpu",
+        optimizer: str = "adamw",
     ) -> None:
         """workers: a batch each makes the global batch. workers_started: if they are to be others than so many.
 
-        device: of workers and servers.
+        device: of workers and servers. optimizer: its name.
         """
         self._job: Job = client.submit(
             f"{HERE / 'tasks.py'}:mlp",
             arguments={"width": size.width, "layers": size.layers},
             steps=ENDLESS,
             data={"global_batch": batch * workers, "micro_batch": batch},
-            optimizer={"name": "adamw", "lr": LR},
+            optimizer={"name": optimizer, "lr": LR},
             clip={"norm": MAX_NORM},
             placement={
                 "workers": workers_started or workers,
@@ -134,23 +136,26 @@ class Ours:
 
 PEERS: dict[str, tuple[str, Callable[[Size, int, int], Peer | RayPeer]]] = {
     "ddp": ("DDP, gloo", Peer),
-    "zero": ("DDP + ZeRO", partial(Peer, zero=True)),
+    "zero": ("DDP + ZeRO", partial(Peer, optimizer="zero")),
     "ray": ("Ray Train", RayPeer),
 }
 
 
 def compare(
-    client: Client, size: Size, batch: int, workers: int, servers: int, rounds: int, against: str, device: str = "cpu"
+    client: Client, size: Size, workers: int, servers: int, against: str, options: argparse.Namespace
 ) -> Comparison:
-    """Take turns for `rounds` rounds."""
-    ours = Ours(client, size, batch, workers, servers, device=device)
+    """Take turns. options: of the command."""
+    device, optimizer = options.device, options.optimizer
+    ours = Ours(client, size, options.batch, workers, servers, device=device, optimizer=optimizer)
     ours.pause()
     label, make = PEERS[against]
-    theirs = make(size, batch, workers) if device == "cpu" else Peer(size, batch, workers, device=device)
+    if device != "cpu" or optimizer != "adamw":
+        make = partial(Peer, device=device, optimizer=optimizer)
+    theirs = make(size, options.batch, workers)
     try:
         theirs.round(max(3, size.steps // 10))
         pairs = []
-        for _ in range(rounds):
+        for _ in range(options.rounds):
             began = time.perf_counter()
             their_step = statistics.median(theirs.round(size.steps))
             lasted = time.perf_counter() - began
@@ -186,6 +191,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="*", default=[2, 1])
     parser.add_argument("--against", nargs="*", default=["ddp"], choices=list(PEERS), help="with more workers than one")
     parser.add_argument("--servers", type=int, default=0, help="of a job [2 from 25 M parameters on, else 1]")
+    parser.add_argument(
+        "--optimizer", choices=["adamw", "muon", "adafactor"], default="adamw", help="against DDP alone"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: one worker alone [cpu]")
     parser.add_argument("--json", type=Path, default=RESULTS / "step_time.json")
     options = parser.parse_args()
@@ -201,13 +209,10 @@ def main() -> None:
                 for size in (s for s in SIZES if s.name.replace(" ", "") in options.sizes):
                     servers = options.servers or (2 if size.width >= 2048 and workers > 1 else 1)
                     for against in options.against if workers > 1 else ["ddp"]:
-                        results.append(
-                            compare(
-                                client, size, options.batch, workers, servers, options.rounds, against, options.device
-                            )
-                        )
+                        results.append(compare(client, size, workers, servers, against, options))
                         print(line(results[-1]), flush=True)
-    write_report(options.json, batch=options.batch, device=options.device, results=[vars(c) for c in results])
+    settings = {"batch": options.batch, "device": options.device, "optimizer": options.optimizer}
+    write_report(options.json, **settings, results=[vars(c) for c in results])
     print(f"geometric mean of ratios {math.exp(statistics.fmean(math.log(c.ratio) for c in results)):.2f}")
 
 

@@ -32,11 +32,12 @@ class Bundle:
     left_out: tuple[str, ...] = ()
 
 
-def bundle_task(task: str) -> Bundle:
+def bundle_task(task: str, also: str = "") -> Bundle:
     """Find TASK (`path/to/file.py:function` or `package.module:function`) and pack its code.
 
     Modules that are imported by name from the task's directory go along, and so do other files and folders there whose
-    relative path is a string in the code ("vocabulary.json", "data"), up to MAX_DATA_BYTES in all. Raises SpecError.
+    relative path is a string in the code ("vocabulary.json", "data"), up to MAX_DATA_BYTES in all. also: a module that
+    goes along if it is there. Raises SpecError.
     """
     where, colon, function = task.rpartition(":")
     if not colon or not where or not function.isidentifier():
@@ -54,6 +55,8 @@ def bundle_task(task: str) -> Bundle:
         if not _is_local(root, module.split(".")[0]):
             return Bundle(module, function, b"")
     files = dict(_collect(root, module.split(".")[0], set()))
+    if also and _is_local(root, also.split(".", maxsplit=1)[0]):
+        files |= dict(_collect(root, also.split(".", maxsplit=1)[0], set()))
     left_out = _add_named_data(root, files)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -60,7 +60,9 @@ def check_submission(
     task: str, arguments: Mapping[str, Any], spec: Mapping[str, Any]
 ) -> tuple[Bundle, TrainingJobSpec]:
     """All that can be told of a submission without a service. Raises SpecError."""
-    bundle = bundle_task(task)
+    optimizer = spec.get("optimizer")
+    name = str(optimizer.get("name", "")) if isinstance(optimizer, Mapping) else ""
+    bundle = bundle_task(task, also=name.partition(":")[0] if ":" in name else "")
     reference = {"module": bundle.module, "function": bundle.function, "arguments": dict(arguments)}
     checked = spec_from_dict({**spec, "task": reference})
     if checked.init_from and Path(checked.init_from).is_file():

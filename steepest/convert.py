@@ -16,6 +16,9 @@ def spec_to_proto(spec: TrainingJobSpec) -> pb.TrainingJobSpec:
     raw = spec.model_dump(mode="json", exclude_none=True, exclude_unset=True)
     arguments = raw["task"].pop("arguments", {})
     raw["task"]["arguments"] = {key: json.dumps(value) for key, value in arguments.items()}
+    if "options" in raw.get("optimizer", {}):
+        options = raw["optimizer"]["options"]
+        raw["optimizer"]["options"] = {key: json.dumps(value) for key, value in options.items()}
     return ParseDict(raw, pb.TrainingJobSpec())
 
 
@@ -31,8 +34,8 @@ def _present(message: Any) -> dict[str, Any]:
     """The fields that a sender has set. Every scalar of a spec has presence, so that 0 and absent differ."""
     raw: dict[str, Any] = {}
     for descriptor, value in message.ListFields():
-        if descriptor.name == "arguments":
-            raw["arguments"] = {key: json.loads(text) for key, text in value.items()}
+        if descriptor.name in ("arguments", "options"):  # JSON
+            raw[descriptor.name] = {key: json.loads(text) for key, text in value.items()}
         elif descriptor.message_type is not None and descriptor.message_type.GetOptions().map_entry:
             raw[descriptor.name] = dict(value)
         elif descriptor.message_type is not None:

@@ -28,9 +28,9 @@ def describe_task(bundle: Bundle, spec: TrainingJobSpec) -> tuple[TrainingJobSpe
 
     Raises SpecError for what a service would refuse.
     """
+    from ps.job.code import unpack_code
     from services.cluster.fork_server import REHEARSAL, ForkServer
     from services.jobs.task_probe import TaskProbe
-    from worker.task.load import unpack_code
 
     with tempfile.TemporaryDirectory(prefix="steepest-plan-") as directory:
         code = unpack_code(bundle.data, Path(directory)) if bundle.data else None
@@ -53,8 +53,8 @@ def check_gradients(
 
     Raises SpecError for a task that a service would refuse, or that cannot be computed in float64.
     """
+    from ps.job.code import unpack_code
     from services.jobs.analysis import question, run_analysis
-    from worker.task.load import unpack_code
 
     spec, description = describe_task(bundle, spec)
     with tempfile.TemporaryDirectory(prefix="steepest-check-") as directory:
@@ -73,11 +73,11 @@ def plan_job(bundle: Bundle, spec: TrainingJobSpec) -> tuple[Footprint, int, str
 
     Raises SpecError when the task cannot be loaded.
     """
+    from ps.job.config import layout_of
     from ps.job.footprint import explain_refusal, footprint
-    from ps.parameters.layout import build_layout
 
     spec, description = describe_task(bundle, spec)
-    layout = build_layout(description.model, decay_biases_and_norms=spec.optimizer.decay_biases_and_norms)
+    layout = layout_of(description.model, spec)
     needed, available = footprint(spec, layout, num_hosts=1), machine_memory()
     return needed, available, explain_refusal(needed, available)
 

@@ -10,13 +10,16 @@ if TYPE_CHECKING:
 
 
 def load_optimizer_state(path: str | Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load `optimizer.safetensors` into a torch.optim optimizer over the parameters of `model`.
+    """Load `optimizer.safetensors` into an optimizer over the parameters of `model`, of the class that the job had.
 
-    Any parameter groups will do. A parameter without saved state (no step was taken) keeps none.
+    Any parameter groups will do. A job with muon has two classes: load it into either, over the parameters that this
+    one trains. A parameter without saved state (no step was taken) keeps none.
 
     Raises KeyError for a parameter of the optimizer that the model does not have.
     """
     from safetensors.torch import load_file
+
+    from steepest.optimizer_state import unpack_state
 
     saved = load_file(path)
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -28,6 +31,8 @@ def load_optimizer_state(path: str | Path, model: torch.nn.Module, optimizer: to
         entries = {key[len(prefix) :]: value for key, value in saved.items() if key.startswith(prefix)}
         entries = {key: value for key, value in entries.items() if "." not in key}
         if entries:
-            state[index] = entries
+            state[index], counts = unpack_state(entries)
+            group = next(g for g in state_dict["param_groups"] if index in g["params"])
+            group.update(counts)
     state_dict["state"] = state
     optimizer.load_state_dict(state_dict)

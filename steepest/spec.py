@@ -9,14 +9,15 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, JsonValue, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import Field, JsonValue, PrivateAttr, ValidationError, field_validator, model_validator
 
-from steepest.errors import SpecError, Violation
+from steepest.errors import SpecError
 from steepest.spec_base import NonNegativeInt, PositiveFloat, PositiveInt, SpecModel
+from steepest.spec_violations import violation
 from steepest.step_spec import (
+    ELEMENTWISE,
     HYPER_PARAMETERS,
     OPTIMIZER_NAMES,
-    OPTIMIZERS,
     SCHEDULE_NAMES,
     AdamwSpec,
     AnyOptimizer,
@@ -31,6 +32,7 @@ from steepest.telemetry_spec import HealthSpec, TelemetrySpec
 
 __all__ = [
     "HYPER_PARAMETERS",
+    "ELEMENTWISE",
     "OPTIMIZER_NAMES",
     "SCHEDULE_NAMES",
     "BestSpec",
@@ -342,6 +344,16 @@ class TrainingJobSpec(SpecModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _whole_tensors_are_exact(self) -> Self:
+        if self.compression.is_on and self.optimizer.is_whole:
+            raise ValueError(
+                f"compression.name = {self.compression.name!r} with optimizer.name = {self.optimizer.name!r}: what is "
+                "compressed is cut in blocks, and this optimizer needs whole parameters; allowed: compression.name = "
+                f"none, or one of {', '.join(ELEMENTWISE)}"
+            )
+        return self
+
     @property
     def is_inline(self) -> bool:
         """Whether gradients and parameters go over the network between all processes; what is compressed does."""
@@ -365,32 +377,4 @@ def spec_from_dict(raw: Mapping[str, Any]) -> TrainingJobSpec:
     try:
         return TrainingJobSpec.model_validate(raw)
     except ValidationError as error:
-        raise SpecError([_violation(dict(e)) for e in error.errors(include_url=False)]) from None
-
-
-def _violation(error: dict[str, Any]) -> Violation:
-    loc, kind = [str(part) for part in error["loc"]], error["type"]
-    optimizer = None
-    if loc[:1] == ["optimizer"] and len(loc) > 1 and loc[1] in OPTIMIZERS:  # pydantic puts the name into the path
-        optimizer = OPTIMIZERS[loc.pop(1)]
-    path = ".".join(loc)
-    match kind:
-        case "value_error":  # from a validator of ours, whose message is complete
-            return Violation(path or "spec", str(error["ctx"]["error"]))
-        case "union_tag_invalid":
-            allowed = ", ".join(OPTIMIZER_NAMES)
-            return Violation("optimizer.name", f"{error['ctx']['tag']!r} is not an optimizer; allowed: {allowed}")
-        case "extra_forbidden" if optimizer is not None:
-            own = ", ".join(name for name in optimizer.model_fields if name != "name")
-            name = optimizer.model_fields["name"].default
-            return Violation(path, f"no such field of {name}; allowed: {own}")
-        case "extra_forbidden":
-            parent: type[BaseModel] = TrainingJobSpec
-            for part in loc[:-1]:
-                annotation = parent.model_fields[part].annotation
-                parent = annotation if isinstance(annotation, type) else parent
-            return Violation(path, f"no such field; allowed: {', '.join(parent.model_fields)}")
-        case "missing":
-            return Violation(path, "is required")
-    message = error["msg"].replace("Input should be", "must be")
-    return Violation(path, f"{error['input']!r} {message[:1].lower()}{message[1:]}")
+        raise SpecError([violation(dict(e), TrainingJobSpec) for e in error.errors(include_url=False)]) from None

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from steepest.errors import SpecError, Violation
 from steepest.spec import TaskReference, TrainingJobSpec
-from steepest.step_spec import OPTIMIZERS, OptimizerSpec
+from steepest.step_spec import OPTIMIZERS, ClassSpec, OptimizerSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,8 @@ def describe_fields(model: type[BaseModel] = TrainingJobSpec, prefix: str = "") 
 def _describe_optimizers() -> Iterator[FieldInfo]:
     """The fields of all optimizers, each once: those that all have come first."""
     fields = dict(OptimizerSpec.model_fields)
-    for kind in OPTIMIZERS.values():
+    kinds: list[type[OptimizerSpec]] = [*OPTIMIZERS.values(), ClassSpec]
+    for kind in kinds:
         fields = {**kind.model_fields, **fields}
     ordered = [*OptimizerSpec.model_fields, *(name for name in fields if name not in OptimizerSpec.model_fields)]
     for name in ordered:

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 
-from pydantic import BeforeValidator, Field, JsonValue, TypeAdapter, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 
 from steepest.spec_base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SpecModel, UnitFloat
 
@@ -13,13 +22,14 @@ SCHEDULE_NAMES = ("constant", "linear", "cosine", "step", "exponential")
 DEFAULT_OPTIMIZER = "adamw"
 DEFAULT_LR = 1e-3
 _TORCH: dict[str, JsonValue] = {"default_text": "torch.optim's"}
+CLASS = "class"  # the kind of an optimizer that is named by its class
 
 # Hyper-parameters that several optimizers share: torch.optim's own names.
 Momentum = Annotated[
     UnitFloat | None,
     Field(
-        description="Momentum factor, for sgd, momentum, nesterov and rmsprop.",
-        json_schema_extra={"default_text": "0.9 for momentum and nesterov, else 0"},
+        description="Momentum factor, for sgd, momentum, nesterov, rmsprop and muon.",
+        json_schema_extra={"default_text": "0.9 for momentum and nesterov, 0.95 for muon, else 0"},
     ),
 ]
 Dampening = Annotated[
@@ -29,14 +39,14 @@ Dampening = Annotated[
 Eps = Annotated[
     PositiveFloat | None,
     Field(
-        description="Term added to the denominator, for all but sgd, momentum, nesterov, rprop and asgd.",
+        description="Term added to the denominator, for adagrad, adadelta, rmsprop and the kinds of Adam.",
         json_schema_extra=_TORCH,
     ),
 ]
 Betas = Annotated[
     tuple[UnitFloat, UnitFloat] | None,
     Field(
-        description="Decay rates of the two moment estimates, for adam, adamw, adamax, nadam and radam.",
+        description="Decay rates of the two moment estimates, for adam, adamw, adamax, nadam, radam, and muon's AdamW.",
         json_schema_extra=_TORCH,
     ),
 ]
@@ -60,20 +70,22 @@ class OptimizerSpec(SpecModel):
     """
 
     default_lr: ClassVar[float] = DEFAULT_LR
+    # Whether an update of one element depends on others of its parameter, so that a server must have all of them.
+    is_whole: ClassVar[bool] = False
 
     name: str = Field(
         default=DEFAULT_OPTIMIZER,
         description="Optimizer: sgd, momentum, nesterov, adagrad, rmsprop, adam, adamw, adadelta, adamax, nadam, "
-        "radam, rprop or asgd.",
+        "radam, rprop, asgd, adafactor or muon; or a class of yours or of a package, as module:Class.",
     )
     lr: PositiveFloat | None = Field(
         default=None,
         description="Learning rate before the schedule.",
-        json_schema_extra={"default_text": "torch.optim's; 0.001 for sgd, momentum and nesterov"},
+        json_schema_extra={"default_text": "torch.optim's; 0.001 for sgd, momentum and nesterov; none for a class"},
     )
     weight_decay: NonNegativeFloat | None = Field(
         default=None,
-        description="Weight decay; decoupled for adamw, an L2 penalty for the others.",
+        description="Weight decay; decoupled for adamw, adafactor and muon, an L2 penalty for the others.",
         json_schema_extra=_TORCH,
     )
     decay_biases_and_norms: bool = Field(
@@ -114,8 +126,8 @@ class NesterovSpec(OptimizerSpec):
     name: Literal["nesterov"] = "nesterov"
     momentum: Annotated[PositiveFloat, Field(lt=1)] | None = Field(
         default=None,
-        description="Momentum factor, for sgd, momentum, nesterov and rmsprop.",
-        json_schema_extra={"default_text": "0.9 for momentum and nesterov, else 0"},
+        description="Momentum factor, for sgd, momentum, nesterov, rmsprop and muon.",
+        json_schema_extra={"default_text": "0.9 for momentum and nesterov, 0.95 for muon, else 0"},
     )
 
 
@@ -246,6 +258,80 @@ class AsgdSpec(OptimizerSpec):
     )
 
 
+class AdafactorSpec(OptimizerSpec):
+    """Adafactor: second moments by row and column, so next to no state."""
+
+    default_lr = 1e-2
+    is_whole = True
+    name: Literal["adafactor"] = "adafactor"
+    beta2_decay: Annotated[float, Field(lt=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="Power by which the decay rate approaches 1, for adafactor.", json_schema_extra=_TORCH
+    )
+    d: Annotated[PositiveFloat, Field(ge=1)] | None = Field(
+        default=None, description="Largest root mean square of an update, for adafactor.", json_schema_extra=_TORCH
+    )
+
+
+class MuonSpec(OptimizerSpec):
+    """Muon for parameters of two dimensions, AdamW for the others."""
+
+    is_whole = True
+    name: Literal["muon"] = "muon"
+    momentum: Momentum = None
+    nesterov: bool | None = Field(
+        default=None, description="Look ahead along the momentum, for muon.", json_schema_extra=_TORCH
+    )
+    ns_steps: Annotated[PositiveInt, Field(lt=100)] | None = Field(
+        default=None,
+        description="Newton-Schulz steps of an update, for muon.",
+        json_schema_extra=_TORCH,
+    )
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = Field(
+        default="match_rms_adamw",
+        description="How the learning rate follows a matrix's shape, for muon: match_rms_adamw, with which one rate "
+        "suits both it and its AdamW, or original.",
+    )
+    adamw: tuple[str, ...] = Field(
+        default=(),
+        description="Names of matrices that AdamW is to train, for muon, with * and ?: embeddings, output layers.",
+        json_schema_extra={"default_text": "none"},
+    )
+    betas: Betas = None
+
+
+class ClassSpec(OptimizerSpec):
+    """Any subclass of torch.optim.Optimizer that updates each parameter by itself."""
+
+    is_whole = True
+    name: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    lr: PositiveFloat
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_module(cls, name: str) -> str:
+        module, _, found = name.partition(":")
+        if module.endswith(".py"):
+            raise ValueError(f"{name!r} names a file; allowed: the module, as Python imports it: {module[:-3]}:{found}")
+        return name
+
+    options: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Further arguments of a class that is named as module:Class.",
+        json_schema_extra={"default_text": "the class's"},
+    )
+
+    @property
+    def hyper_parameters(self) -> dict[str, Any]:
+        """See OptimizerSpec; under the names of the class."""
+        own = {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
+        return {**self.options, **own}
+
+
+def _kind(raw: Any) -> str:
+    name = str(raw["name"] if isinstance(raw, Mapping) else raw.name)
+    return CLASS if ":" in name else name
+
+
 def _named(raw: Any) -> Any:
     """The default optimizer where none is named; a null, as job files and older databases have it, is no value."""
     if not isinstance(raw, Mapping):
@@ -253,29 +339,31 @@ def _named(raw: Any) -> Any:
     return {"name": DEFAULT_OPTIMIZER, **{key: value for key, value in raw.items() if value is not None}}
 
 
-_Optimizers = (
-    SgdSpec
-    | MomentumSpec
-    | NesterovSpec
-    | AdagradSpec
-    | RmspropSpec
-    | AdamSpec
-    | AdamwSpec
-    | AdadeltaSpec
-    | AdamaxSpec
-    | NadamSpec
-    | RadamSpec
-    | RpropSpec
-    | AsgdSpec
+_BY_NAME: tuple[type[OptimizerSpec], ...] = (
+    SgdSpec,
+    MomentumSpec,
+    NesterovSpec,
+    AdagradSpec,
+    RmspropSpec,
+    AdamSpec,
+    AdamwSpec,
+    AdadeltaSpec,
+    AdamaxSpec,
+    NadamSpec,
+    RadamSpec,
+    RpropSpec,
+    AsgdSpec,
+    AdafactorSpec,
+    MuonSpec,
 )
-AnyOptimizer = Annotated[
-    Annotated[_Optimizers, Field(discriminator="name")],
-    BeforeValidator(_named),
-]
-OPTIMIZERS: Mapping[str, type[OptimizerSpec]] = {
-    str(kind.model_fields["name"].default): kind for kind in get_args(_Optimizers)
-}
+OPTIMIZERS: Mapping[str, type[OptimizerSpec]] = {str(kind.model_fields["name"].default): kind for kind in _BY_NAME}
 OPTIMIZER_NAMES = tuple(OPTIMIZERS)
+ELEMENTWISE = tuple(name for name, kind in OPTIMIZERS.items() if not kind.is_whole)
+if TYPE_CHECKING:
+    AnyOptimizer = OptimizerSpec
+else:
+    _TAGGED = [Annotated[kind, Tag(name)] for name, kind in {**OPTIMIZERS, CLASS: ClassSpec}.items()]
+    AnyOptimizer = Annotated[Union[tuple(_TAGGED)], Discriminator(_kind), BeforeValidator(_named)]  # noqa: UP007
 # Which hyper-parameters each optimizer takes besides lr and weight_decay: torch.optim's own names.
 HYPER_PARAMETERS: Mapping[str, tuple[str, ...]] = {
     name: tuple(field for field in kind.model_fields if field not in OptimizerSpec.model_fields)

@@ -9,7 +9,7 @@ import torch
 
 from ps.checkpoint.files import State
 from ps.memory.raw import raw_bytes
-from ps.numerics.optimizer import SCALAR_STATES, StatePart
+from ps.numerics.optimizer import StatePart
 from ps.parameters.description import ModelDescription, TensorDescription
 from ps.parameters.layout import Layout
 from ps.step.best import Standing
@@ -70,11 +70,9 @@ def assemble(
     states: dict[str, torch.Tensor] = {}
     for part in optimizer:
         key = f"{part.parameter}.{part.state}"
-        if part.state in SCALAR_STATES:
-            states[key] = part.values.reshape(()).clone()
-            continue
         if key not in states:
-            states[key] = torch.zeros(shapes[part.parameter], dtype=part.values.dtype)
+            shape = shapes[part.parameter] if part.shape is None else part.shape
+            states[key] = torch.zeros(shape, dtype=part.values.dtype)
         states[key].view(-1)[part.offset : part.offset + part.values.numel()] = part.values
     return State(
         standing=standing,

@@ -44,7 +44,7 @@ class JobConfig:
 
     def layout(self) -> Layout:
         """The layout of the parameters."""
-        return build_layout(self.model, decay_biases_and_norms=self.spec.optimizer.decay_biases_and_norms)
+        return layout_of(self.model, self.spec)
 
     @property
     def signals_every(self) -> int:
@@ -83,6 +83,12 @@ class JobConfig:
             factors=self.factors,
             aim=_aim(spec.best),
         )
+
+
+def layout_of(model: ModelDescription, spec: TrainingJobSpec) -> Layout:
+    """How the parameters of a job lie. Raises ValueError, see build_layout."""
+    optimizer = spec.optimizer
+    return build_layout(model, decay_biases_and_norms=optimizer.decay_biases_and_norms, is_whole=optimizer.is_whole)
 
 
 def _aim(best: BestSpec) -> Aim | None:

@@ -19,6 +19,8 @@ from steepest.step_spec import (
     AdamaxSpec,
     AdamSpec,
     AdamwSpec,
+    ClassSpec,
+    MuonSpec,
     NadamSpec,
     RadamSpec,
     RmspropSpec,
@@ -126,9 +128,11 @@ def state_tensors(spec: TrainingJobSpec) -> int:
             return 1 + bool(momentum) + bool(centered)
         case SgdSpec(momentum=momentum):
             return int(bool(momentum))
+        case MuonSpec() | ClassSpec():
+            return 2  # AdamW's, of the parameters that Muon leaves to it; assumed, for a class
         case AdadeltaSpec() | AdamaxSpec() | NadamSpec() | RadamSpec() | RpropSpec():
             return 2
-    return 1  # momentum, nesterov, adagrad, asgd
+    return 1  # momentum, nesterov, adagrad, asgd; at most, for adafactor
 
 
 def slots_of(low: int, high: int, num_leaves: int) -> tuple[int, int]:

@@ -57,12 +57,16 @@ def torch_class(spec: OptimizerSpec) -> type[torch.optim.Optimizer]:
 
 @dataclass(frozen=True, slots=True)
 class StatePart:
-    """A piece of one state tensor of one parameter. offset: in elements, from the start of the parameter."""
+    """A piece of one state tensor of one parameter. offset: in elements, from the start of that tensor.
+
+    shape: of the whole state tensor; None: the parameter's.
+    """
 
     parameter: str
     state: str
     offset: int
     values: torch.Tensor
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +156,7 @@ _KERNELS: dict[str, _Kernel] = {
 }
 
 
-def _leave_out_dynamo() -> None:
+def leave_out_dynamo() -> None:
     """Keep torch.optim from importing torch._dynamo, which takes seconds and 100 MB.
 
     It does so only to say that its own methods are not to be compiled, and nothing here is. Where PyTorch does it some
@@ -160,6 +164,15 @@ def _leave_out_dynamo() -> None:
     """
     method = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     method.__dict__.setdefault("__dynamo_disable", method)
+
+
+def scale_gradient(gradient: torch.Tensor, divisor: float, coefficient: float, max_value: float | None) -> float:
+    """Make a sum what the optimizer is given, in place; see ShardOptimizer.step for the arguments and the result."""
+    if max_value is None:
+        gradient.mul_(coefficient / divisor)
+        return 0.0
+    gradient.mul_(1.0 / divisor).clamp_(-max_value, max_value)
+    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
 
 
 class ShardOptimizer:
@@ -198,12 +211,15 @@ class ShardOptimizer:
             if group.weight_decay is not None or not group.decayed:
                 own["weight_decay"] = group.weight_decay or 0.0
             groups.append(own)
-        _leave_out_dynamo()
+        leave_out_dynamo()
         self._optimizer = _CLASSES[spec.name](groups, **options)
         self._whole_step = inspect.unwrap(type(self._optimizer).step)
 
-    def use_threads(self, threads: Threads, ranges: Sequence[tuple[int, int]]) -> None:
-        """Spread the work, before the first step. ranges: of the shard's elements, one for each thread."""
+    def use_threads(self, threads: Threads, ranges: Sequence[tuple[int, int]], num_threads: int) -> None:
+        """Spread the work, before the first step.
+
+        ranges: of the shard's elements, one for each of `threads`. num_threads: how many there may be at most.
+        """
         self._threads, self._ranges = threads, ranges
 
     def step(
@@ -219,17 +235,14 @@ class ShardOptimizer:
             return 0.0
         clamped = 0.0
         scale = None
-        if max_value is not None:
-            gradient.mul_(1.0 / divisor).clamp_(-max_value, max_value)
-            clamped = float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
-        elif self._folds_scale:
+        if max_value is None and self._folds_scale:
             scale = self._scale
             if self._scale_view is None:
                 self._scale.fill_(divisor / coefficient)
             else:
                 self._scale_view[...] = divisor / coefficient
         else:
-            gradient.mul_(coefficient / divisor)
+            clamped = scale_gradient(gradient, divisor, coefficient, max_value)
         if self._pieces:
             self._step_pieces(gradient, lr, scale)
         else:
@@ -304,7 +317,7 @@ class ShardOptimizer:
                     continue
                 if value.dim() == 0:
                     if offset == 0:
-                        yield StatePart(p.name, name, 0, value.reshape(1).cpu())
+                        yield StatePart(p.name, name, 0, value.reshape(1).cpu(), ())
                 else:
                     yield StatePart(p.name, name, offset, value[start : start + numel].cpu())
 

@@ -27,6 +27,7 @@ def segment_chunks(
     for start in range(0, numel, CHUNK_NUMEL):
         stop = min(start + CHUNK_NUMEL, numel)
         inside = [segment for segment in segments if start <= segment[0] < stop]
+        stop = max([stop, *(end for _, end in inside)])  # of a shard that does not start with a block
         edges = torch.tensor([edge - start for edge in chain(*inside)], dtype=torch.int64, device=device)
         if inside:  # else it is all padding
             chunks.append((start, stop, edges))

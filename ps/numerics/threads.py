@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
+import torch
+
 from ps.parameters.layout import BLOCK_NUMEL, Shard
 
 MIN_NUMEL = 32 * BLOCK_NUMEL  # less is done sooner than another core has woken up and fetched it
@@ -17,16 +19,20 @@ MIN_NUMEL = 32 * BLOCK_NUMEL  # less is done sooner than another core has woken 
 def split(shard: Shard, num_threads: int) -> tuple[tuple[int, int], ...]:
     """Cut a shard into ranges of whole blocks, one for each useful thread, in elements from the start of the shard."""
     useful = max(1, min(num_threads, shard.numel // MIN_NUMEL))
-    num_blocks = -(-shard.numel // BLOCK_NUMEL)
-    edges = [min(num_blocks * i // useful * BLOCK_NUMEL, shard.numel) for i in range(useful)]
-    return tuple(pairwise([*edges, shard.numel]))
+    first, last = shard.start // BLOCK_NUMEL, -(-shard.stop // BLOCK_NUMEL)
+    blocks = [first + (last - first) * i // useful for i in range(1, useful)]
+    edges = [block * BLOCK_NUMEL - shard.start for block in blocks]
+    return tuple(pairwise([0, *edges, shard.numel]))
 
 
 class Threads:
     """Runs calls side by side, the first in the caller's own thread. To gain, their code must release the GIL."""
 
     def __init__(self, num_threads: int) -> None:
-        self._pool = ThreadPoolExecutor(num_threads - 1) if num_threads > 1 else None
+        # A thread takes over torch.set_num_threads only when it first asks, and LAPACK does not: it would then share
+        # its work with as many threads as are idle, which shows in the bits.
+        ask = torch.get_num_threads
+        self._pool = ThreadPoolExecutor(num_threads - 1, initializer=ask) if num_threads > 1 else None
 
     def run(self, calls: Sequence[Callable[[], None]]) -> None:
         """Return when all are done. Raises what the first one to fail raised."""

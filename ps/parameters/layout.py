@@ -6,6 +6,7 @@ kernel ever has a scalar tail: where a shard ends can then not show in the bits.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise, product
@@ -69,6 +70,7 @@ class Layout:
     parameters: tuple[Placed, ...]
     groups: tuple[GroupRange, ...]
     numel: int
+    is_whole: bool = False  # whether a parameter may not be spread over several shards
 
     @property
     def itemsize(self) -> int:
@@ -103,11 +105,11 @@ class Layout:
         return [flat[p.offset : p.offset + p.numel].view(p.shape) for p in self.parameters]
 
 
-def build_layout(model: ModelDescription, *, decay_biases_and_norms: bool = True) -> Layout:
+def build_layout(model: ModelDescription, *, decay_biases_and_norms: bool = True, is_whole: bool = False) -> Layout:
     """Place every parameter.
 
     decay_biases_and_norms: False puts parameters of fewer than two dimensions in a group of their own, without
-    weight decay.
+    weight decay. is_whole: see Layout.
 
     Raises ValueError for a model without parameters or with a dtype that is not float32 or float64, or mixed ones.
     """
@@ -135,12 +137,12 @@ def build_layout(model: ModelDescription, *, decay_biases_and_norms: bool = True
         offset = align(offset, group_alignment)
         if offset > start:
             groups.append(GroupRange(decayed, start, offset, lr_scale, weight_decay))
-    return Layout(dtype, tuple(placed), tuple(groups), offset)
+    return Layout(dtype, tuple(placed), tuple(groups), offset, is_whole)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The blocks one server owns: elements [start, stop) of the layout."""
+    """What one server owns: elements [start, stop) of the layout; whole blocks or, in a whole layout, parameters."""
 
     layout: Layout
     index: int
@@ -176,16 +178,23 @@ class Shard:
         for p in self.layout.parameters:
             stop = align(p.offset + p.numel, alignment)
             for block in p.blocks:
-                start = block * BLOCK_NUMEL
+                start = max(p.offset, block * BLOCK_NUMEL)
                 if self.start <= start < self.stop:
-                    segments.append((max(p.offset, start) - self.start, min(stop, start + BLOCK_NUMEL) - self.start))
+                    segments.append((start - self.start, min(stop, (block + 1) * BLOCK_NUMEL) - self.start))
         return tuple(segments)
 
 
 def shards(layout: Layout, num_servers: int) -> tuple[Shard, ...]:
-    """Cut the layout for `num_servers`; with fewer blocks than servers, some own nothing."""
+    """Cut the layout for `num_servers`; with fewer blocks, or parameters, than servers, some own nothing."""
     # Rounded up, so that the empty shards come last and server 0, which leads, is never one of them.
-    bounds = [min(-(-layout.num_blocks * i // num_servers) * BLOCK_NUMEL, layout.numel) for i in range(num_servers + 1)]
+    if layout.is_whole:
+        starts = sorted({p.offset for p in layout.parameters if p.offset} | {layout.numel})
+        ideal = [layout.numel * i // num_servers for i in range(1, num_servers)]
+        cuts = sorted({starts[bisect_left(starts, offset)] for offset in ideal} - {layout.numel})
+        bounds = [0, *cuts, *[layout.numel] * (num_servers - len(cuts))]
+    else:
+        blocks = [-(-layout.num_blocks * i // num_servers) for i in range(num_servers + 1)]
+        bounds = [min(block * BLOCK_NUMEL, layout.numel) for block in blocks]
     return tuple(Shard(layout, i, start, stop) for i, (start, stop) in enumerate(pairwise(bounds)))
 
 
@@ -195,4 +204,5 @@ def choose_num_servers(layout: Layout, num_hosts: int) -> int:
     On one host a single server uses all the cores that waiting workers leave idle, and more of them only add messages.
     On several, one a host shares the traffic between their links, when there is enough of it to care.
     """
-    return 1 if layout.nbytes < SPREAD_BYTES else min(num_hosts, layout.num_blocks)
+    most = len(layout.parameters) if layout.is_whole else layout.num_blocks
+    return 1 if layout.nbytes < SPREAD_BYTES else min(num_hosts, most)

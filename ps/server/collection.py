@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 
 import torch
 
-from ps.numerics.optimizer import SCALAR_STATES, StatePart
+from ps.numerics.optimizer import StatePart
 from ps.step.shard import ShardState
 from ps.wire.chunks import chunks, place
 from ps.wire.connection import StreamError
@@ -31,19 +32,19 @@ def parts_of(shard: ShardState) -> list[StatePart]:
 def pieces(parts: Iterable[StatePart], step: int) -> Iterator[tuple[pb.Chunk, memoryview | None]]:
     """A follower's parts as the leader gets them; the last piece has no tensor."""
     for part in parts:
-        name = f"{part.parameter}\n{part.state}\n{part.offset}\n{part.values.numel()}"
-        yield from chunks(part.values, step=step, name=name)
+        dtype = str(part.values.dtype).removeprefix("torch.")
+        described = [part.state, part.offset, part.values.numel(), dtype, part.shape]
+        yield from chunks(part.values, step=step, name=json.dumps([part.parameter, *described]))
     yield pb.Chunk(step=step, last=True), None
 
 
 class Collection:
     """The parts of one checkpoint. servers: those it waits for. waits: see Save."""
 
-    def __init__(self, step: int, servers: Iterable[int], dtype: torch.dtype, *, waits: bool = True) -> None:
+    def __init__(self, step: int, servers: Iterable[int], *, waits: bool = True) -> None:
         self.step = step
         self.waits = waits
         self._missing = set(servers)
-        self._dtype = dtype
         self._parts: dict[tuple[int, str], StatePart] = {}
         self._here: list[StatePart] = []
 
@@ -67,10 +68,10 @@ class Collection:
         key = (server, chunk.name)
         if key not in self._parts:
             try:
-                parameter, state, offset, numel = chunk.name.split("\n")
-                dtype = torch.float32 if state in SCALAR_STATES else self._dtype
-                self._parts[key] = StatePart(parameter, state, int(offset), torch.empty(int(numel), dtype=dtype))
-            except (ValueError, RuntimeError) as error:
+                parameter, state, offset, numel, dtype, shape = json.loads(chunk.name)
+                values = torch.empty(numel, dtype=getattr(torch, dtype))
+                self._parts[key] = StatePart(parameter, state, offset, values, None if shape is None else tuple(shape))
+            except (ValueError, TypeError, AttributeError, RuntimeError) as error:
                 raise StreamError(f"a piece of state of server {server} has no proper name") from error
         return place(self._parts[key].values, chunk, num_bytes)
 

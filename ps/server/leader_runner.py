@@ -173,7 +173,7 @@ class LeaderRunner:
             case Evaluated(step, metrics, is_best):
                 self._control.tell_evaluation(step, metrics, is_best=is_best)
             case Save(step, owners, waits):
-                self._saving = Collection(step, self._shards.servers, self._residuals.dtype, waits=waits)
+                self._saving = Collection(step, self._shards.servers, waits=waits)
                 self._ask_residuals(step, owners)
             case Settle(step, owners):
                 self._ask_residuals(step, owners)

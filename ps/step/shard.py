@@ -20,6 +20,7 @@ from ps.numerics.reduce_gpu import DeviceReducer
 from ps.numerics.signals import CpuSignals, DeviceSignals, Signals
 from ps.numerics.threads import Threads, split
 from ps.numerics.tree import Node, addition_plan
+from ps.numerics.whole_optimizer import WholeOptimizer
 from ps.parameters.layout import Shard
 from ps.step.messages import Decision, Outcome, Round
 from ps.step.signals import is_measured
@@ -63,7 +64,7 @@ class ShardState:
         self._device = device
         self._is_exposed = True
         self.update: torch.Tensor | None = None  # the payload that makes this version of the last; None: it is whole
-        self.optimizer = ShardOptimizer(optimizer, shard, self.master, on_gpu=device is not None)
+        self.optimizer = optimizer_of(optimizer, shard, self.master, on_gpu=device is not None)
         self.step = step
         self.initialized = initialized
         self._num_leaves = num_leaves
@@ -92,7 +93,7 @@ class ShardState:
         threads = Threads(len(ranges))
         self._reducer = Reducer(self.shard, threads, ranges)
         self._signals = CpuSignals(self.shard, threads, ranges)
-        self.optimizer.use_threads(threads, ranges)
+        self.optimizer.use_threads(threads, ranges, num_threads)
 
     @property
     def _root(self) -> Node:
@@ -241,3 +242,12 @@ class ShardState:
     def is_lossy(self) -> bool:
         """Whether updates are lossy, so that the optimizer's parameters are not those of the workers."""
         return self._pull is not None
+
+
+def optimizer_of(
+    spec: OptimizerSpec, shard: Shard, parameters: torch.Tensor, *, on_gpu: bool
+) -> ShardOptimizer | WholeOptimizer:
+    """The optimizer of a shard; see ShardOptimizer for the arguments."""
+    if spec.is_whole:
+        return WholeOptimizer(spec, shard, parameters)
+    return ShardOptimizer(spec, shard, parameters, on_gpu=on_gpu)

@@ -310,7 +310,11 @@ class ForkServer:
         process.stdin.close()
         if not self._is_ready:  # it imports still
             process.kill()
-        process.wait(ENDING_SECONDS)
+        try:
+            process.wait(ENDING_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 if __name__ == "__main__":

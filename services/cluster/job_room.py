@@ -29,6 +29,7 @@ from ps.wire.address import ServerAddress
 from services.cluster.fork_servers import ForkServers
 from services.cluster.processes import Exit, ExitKind, Started, explain_status
 from steepest.spec import PlacementSpec
+from steepest.step_spec import ClassSpec
 from worker.process.actor import WorkerActor
 
 log = logging.getLogger(__name__)
@@ -145,6 +146,7 @@ class JobRoom:
         """Start all servers, connected to each other; their (address, where), the leader first."""
         # On a cluster of one host nothing needs to be reachable from outside it.
         bind = "127.0.0.1" if num_hosts() == 1 else ""
+        code = (self._code,) if isinstance(config.spec.optimizer, ClassSpec) and self._code is not None else ()
         assert self._server_group is not None  # noqa: S101  # `reserve` has seen to it
         for index, memory in enumerate(self._server_memory):
             group, bundle = self._server_group, index
@@ -157,7 +159,7 @@ class JobRoom:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
                 max_concurrency=4,
                 runtime_env=self._fork_servers.runtime_env(node := nodes_of(group)[bundle]),
-            ).remote(config, index, bind)
+            ).remote(config, index, bind, *code)
             server = _Process(actor, group, node)
             self._servers.append(server)
             self._watch(server, actor.wait.remote(), partial(on_exit, index))

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 
+from ps.job.code import unpack_code
 from steepest.bundle import RESERVED_NAMES
 from steepest.errors import SpecError, Violation
-from worker.task.load import unpack_code
 
 _NAME = re.compile(r"codeBundles/[0-9a-f]{64}")
 

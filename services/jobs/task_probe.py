@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ps.job.config import layout_of
 from ps.parameters.description import ModelDescription
-from ps.parameters.layout import Layout, build_layout
+from ps.parameters.layout import Layout
 from services.cluster.fork_server import ForkServer
 from steepest.errors import SpecError, Violation
 from steepest.spec import TrainingJobSpec
@@ -66,7 +67,7 @@ class TaskDescription:
 
     def layout(self, spec: TrainingJobSpec) -> Layout:
         """How the parameters of the job lie."""
-        return build_layout(self.model, decay_biases_and_norms=spec.optimizer.decay_biases_and_norms)
+        return layout_of(self.model, spec)
 
     def to_json(self) -> str:
         """A form that the store can keep."""

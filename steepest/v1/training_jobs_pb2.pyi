@@ -208,6 +208,26 @@ class OptimizerSpec(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class OptionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     LR_FIELD_NUMBER: _builtins.int
     MOMENTUM_FIELD_NUMBER: _builtins.int
@@ -228,18 +248,27 @@ class OptimizerSpec(_message.Message):
     STEP_SIZES_FIELD_NUMBER: _builtins.int
     LAMBD_FIELD_NUMBER: _builtins.int
     T0_FIELD_NUMBER: _builtins.int
+    BETA2_DECAY_FIELD_NUMBER: _builtins.int
+    D_FIELD_NUMBER: _builtins.int
+    NESTEROV_FIELD_NUMBER: _builtins.int
+    NS_STEPS_FIELD_NUMBER: _builtins.int
+    ADJUST_LR_FN_FIELD_NUMBER: _builtins.int
+    ADAMW_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Optimizer: sgd, momentum, nesterov, adagrad, rmsprop, adam, adamw, adadelta, adamax, nadam, radam, rprop or asgd."""
+    """Optimizer: sgd, momentum, nesterov, adagrad, rmsprop, adam, adamw, adadelta, adamax, nadam, radam, rprop, asgd,
+    adafactor or muon; or a class of yours or of a package, as module:Class.
+    """
     lr: _builtins.float
     """Learning rate before the schedule."""
     momentum: _builtins.float
-    """Momentum factor, for sgd, momentum, nesterov and rmsprop."""
+    """Momentum factor, for sgd, momentum, nesterov, rmsprop and muon."""
     dampening: _builtins.float
     """Dampening of the momentum, for sgd and momentum."""
     weight_decay: _builtins.float
-    """Weight decay; decoupled for adamw, an L2 penalty for the others."""
+    """Weight decay; decoupled for adamw, adafactor and muon, an L2 penalty for the others."""
     eps: _builtins.float
-    """Term added to the denominator, for all but sgd, momentum, nesterov, rprop and asgd."""
+    """Term added to the denominator, for adagrad, adadelta, rmsprop and the kinds of Adam."""
     alpha: _builtins.float
     """Smoothing constant of the squared gradient, for rmsprop; power of the rate's decay, for asgd."""
     centered: _builtins.bool
@@ -262,9 +291,21 @@ class OptimizerSpec(_message.Message):
     """Decay term, for asgd."""
     t0: _builtins.float
     """Updates after which averaging begins, for asgd."""
+    beta2_decay: _builtins.float
+    """Power by which the decay rate approaches 1, for adafactor."""
+    d: _builtins.float
+    """Largest root mean square of an update, for adafactor."""
+    nesterov: _builtins.bool
+    """Look ahead along the momentum, for muon."""
+    ns_steps: _builtins.int
+    """Newton-Schulz steps of an update, for muon."""
+    adjust_lr_fn: _builtins.str
+    """How the learning rate follows a matrix's shape, for muon: match_rms_adamw, with which one rate suits both it and its
+    AdamW, or original.
+    """
     @_builtins.property
     def betas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Decay rates of the two moment estimates, for adam, adamw, adamax, nadam and radam."""
+        """Decay rates of the two moment estimates, for adam, adamw, adamax, nadam, radam, and muon's AdamW."""
 
     @_builtins.property
     def etas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
@@ -273,6 +314,14 @@ class OptimizerSpec(_message.Message):
     @_builtins.property
     def step_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Least and largest step size, for rprop."""
+
+    @_builtins.property
+    def adamw(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of matrices that AdamW is to train, for muon, with * and ?: embeddings, output layers."""
+
+    @_builtins.property
+    def options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Further arguments of a class that is named as module:Class."""
 
     def __init__(
         self,
@@ -297,17 +346,30 @@ class OptimizerSpec(_message.Message):
         step_sizes: _abc.Iterable[_builtins.float] | None = ...,
         lambd: _builtins.float | None = ...,
         t0: _builtins.float | None = ...,
+        beta2_decay: _builtins.float | None = ...,
+        d: _builtins.float | None = ...,
+        nesterov: _builtins.bool | None = ...,
+        ns_steps: _builtins.int | None = ...,
+        adjust_lr_fn: _builtins.str | None = ...,
+        adamw: _abc.Iterable[_builtins.str] | None = ...,
+        options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_amsgrad", b"_amsgrad", "_centered", b"_centered", "_dampening", b"_dampening", "_decay_biases_and_norms", b"_decay_biases_and_norms", "_decoupled_weight_decay", b"_decoupled_weight_decay", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lambd", b"_lambd", "_lr", b"_lr", "_lr_decay", b"_lr_decay", "_momentum", b"_momentum", "_momentum_decay", b"_momentum_decay", "_name", b"_name", "_rho", b"_rho", "_t0", b"_t0", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "amsgrad", b"amsgrad", "centered", b"centered", "dampening", b"dampening", "decay_biases_and_norms", b"decay_biases_and_norms", "decoupled_weight_decay", b"decoupled_weight_decay", "eps", b"eps", "initial_accumulator_value", b"initial_accumulator_value", "lambd", b"lambd", "lr", b"lr", "lr_decay", b"lr_decay", "momentum", b"momentum", "momentum_decay", b"momentum_decay", "name", b"name", "rho", b"rho", "t0", b"t0", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adjust_lr_fn", b"_adjust_lr_fn", "_alpha", b"_alpha", "_amsgrad", b"_amsgrad", "_beta2_decay", b"_beta2_decay", "_centered", b"_centered", "_d", b"_d", "_dampening", b"_dampening", "_decay_biases_and_norms", b"_decay_biases_and_norms", "_decoupled_weight_decay", b"_decoupled_weight_decay", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lambd", b"_lambd", "_lr", b"_lr", "_lr_decay", b"_lr_decay", "_momentum", b"_momentum", "_momentum_decay", b"_momentum_decay", "_name", b"_name", "_nesterov", b"_nesterov", "_ns_steps", b"_ns_steps", "_rho", b"_rho", "_t0", b"_t0", "_weight_decay", b"_weight_decay", "adjust_lr_fn", b"adjust_lr_fn", "alpha", b"alpha", "amsgrad", b"amsgrad", "beta2_decay", b"beta2_decay", "centered", b"centered", "d", b"d", "dampening", b"dampening", "decay_biases_and_norms", b"decay_biases_and_norms", "decoupled_weight_decay", b"decoupled_weight_decay", "eps", b"eps", "initial_accumulator_value", b"initial_accumulator_value", "lambd", b"lambd", "lr", b"lr", "lr_decay", b"lr_decay", "momentum", b"momentum", "momentum_decay", b"momentum_decay", "name", b"name", "nesterov", b"nesterov", "ns_steps", b"ns_steps", "rho", b"rho", "t0", b"t0", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_amsgrad", b"_amsgrad", "_centered", b"_centered", "_dampening", b"_dampening", "_decay_biases_and_norms", b"_decay_biases_and_norms", "_decoupled_weight_decay", b"_decoupled_weight_decay", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lambd", b"_lambd", "_lr", b"_lr", "_lr_decay", b"_lr_decay", "_momentum", b"_momentum", "_momentum_decay", b"_momentum_decay", "_name", b"_name", "_rho", b"_rho", "_t0", b"_t0", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "amsgrad", b"amsgrad", "betas", b"betas", "centered", b"centered", "dampening", b"dampening", "decay_biases_and_norms", b"decay_biases_and_norms", "decoupled_weight_decay", b"decoupled_weight_decay", "eps", b"eps", "etas", b"etas", "initial_accumulator_value", b"initial_accumulator_value", "lambd", b"lambd", "lr", b"lr", "lr_decay", b"lr_decay", "momentum", b"momentum", "momentum_decay", b"momentum_decay", "name", b"name", "rho", b"rho", "step_sizes", b"step_sizes", "t0", b"t0", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adjust_lr_fn", b"_adjust_lr_fn", "_alpha", b"_alpha", "_amsgrad", b"_amsgrad", "_beta2_decay", b"_beta2_decay", "_centered", b"_centered", "_d", b"_d", "_dampening", b"_dampening", "_decay_biases_and_norms", b"_decay_biases_and_norms", "_decoupled_weight_decay", b"_decoupled_weight_decay", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lambd", b"_lambd", "_lr", b"_lr", "_lr_decay", b"_lr_decay", "_momentum", b"_momentum", "_momentum_decay", b"_momentum_decay", "_name", b"_name", "_nesterov", b"_nesterov", "_ns_steps", b"_ns_steps", "_rho", b"_rho", "_t0", b"_t0", "_weight_decay", b"_weight_decay", "adamw", b"adamw", "adjust_lr_fn", b"adjust_lr_fn", "alpha", b"alpha", "amsgrad", b"amsgrad", "beta2_decay", b"beta2_decay", "betas", b"betas", "centered", b"centered", "d", b"d", "dampening", b"dampening", "decay_biases_and_norms", b"decay_biases_and_norms", "decoupled_weight_decay", b"decoupled_weight_decay", "eps", b"eps", "etas", b"etas", "initial_accumulator_value", b"initial_accumulator_value", "lambd", b"lambd", "lr", b"lr", "lr_decay", b"lr_decay", "momentum", b"momentum", "momentum_decay", b"momentum_decay", "name", b"name", "nesterov", b"nesterov", "ns_steps", b"ns_steps", "options", b"options", "rho", b"rho", "step_sizes", b"step_sizes", "t0", b"t0", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__adjust_lr_fn: _TypeAlias = _typing.Literal["adjust_lr_fn"]  # noqa: Y015
+    _WhichOneofArgType__adjust_lr_fn: _TypeAlias = _typing.Literal["_adjust_lr_fn", b"_adjust_lr_fn"]  # noqa: Y015
     _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
     _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
     _WhichOneofReturnType__amsgrad: _TypeAlias = _typing.Literal["amsgrad"]  # noqa: Y015
     _WhichOneofArgType__amsgrad: _TypeAlias = _typing.Literal["_amsgrad", b"_amsgrad"]  # noqa: Y015
+    _WhichOneofReturnType__beta2_decay: _TypeAlias = _typing.Literal["beta2_decay"]  # noqa: Y015
+    _WhichOneofArgType__beta2_decay: _TypeAlias = _typing.Literal["_beta2_decay", b"_beta2_decay"]  # noqa: Y015
     _WhichOneofReturnType__centered: _TypeAlias = _typing.Literal["centered"]  # noqa: Y015
     _WhichOneofArgType__centered: _TypeAlias = _typing.Literal["_centered", b"_centered"]  # noqa: Y015
+    _WhichOneofReturnType__d: _TypeAlias = _typing.Literal["d"]  # noqa: Y015
+    _WhichOneofArgType__d: _TypeAlias = _typing.Literal["_d", b"_d"]  # noqa: Y015
     _WhichOneofReturnType__dampening: _TypeAlias = _typing.Literal["dampening"]  # noqa: Y015
     _WhichOneofArgType__dampening: _TypeAlias = _typing.Literal["_dampening", b"_dampening"]  # noqa: Y015
     _WhichOneofReturnType__decay_biases_and_norms: _TypeAlias = _typing.Literal["decay_biases_and_norms"]  # noqa: Y015
@@ -330,6 +392,10 @@ class OptimizerSpec(_message.Message):
     _WhichOneofArgType__momentum_decay: _TypeAlias = _typing.Literal["_momentum_decay", b"_momentum_decay"]  # noqa: Y015
     _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
     _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
+    _WhichOneofReturnType__nesterov: _TypeAlias = _typing.Literal["nesterov"]  # noqa: Y015
+    _WhichOneofArgType__nesterov: _TypeAlias = _typing.Literal["_nesterov", b"_nesterov"]  # noqa: Y015
+    _WhichOneofReturnType__ns_steps: _TypeAlias = _typing.Literal["ns_steps"]  # noqa: Y015
+    _WhichOneofArgType__ns_steps: _TypeAlias = _typing.Literal["_ns_steps", b"_ns_steps"]  # noqa: Y015
     _WhichOneofReturnType__rho: _TypeAlias = _typing.Literal["rho"]  # noqa: Y015
     _WhichOneofArgType__rho: _TypeAlias = _typing.Literal["_rho", b"_rho"]  # noqa: Y015
     _WhichOneofReturnType__t0: _TypeAlias = _typing.Literal["t0"]  # noqa: Y015
@@ -337,11 +403,17 @@ class OptimizerSpec(_message.Message):
     _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
     _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__adjust_lr_fn) -> _WhichOneofReturnType__adjust_lr_fn | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__alpha) -> _WhichOneofReturnType__alpha | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__amsgrad) -> _WhichOneofReturnType__amsgrad | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beta2_decay) -> _WhichOneofReturnType__beta2_decay | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__centered) -> _WhichOneofReturnType__centered | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__d) -> _WhichOneofReturnType__d | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dampening) -> _WhichOneofReturnType__dampening | None: ...
     @_typing.overload
@@ -364,6 +436,10 @@ class OptimizerSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__momentum_decay) -> _WhichOneofReturnType__momentum_decay | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__name) -> _WhichOneofReturnType__name | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__nesterov) -> _WhichOneofReturnType__nesterov | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ns_steps) -> _WhichOneofReturnType__ns_steps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rho) -> _WhichOneofReturnType__rho | None: ...
     @_typing.overload

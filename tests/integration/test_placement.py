@@ -51,6 +51,20 @@ JOBS: dict[str, dict[str, Any]] = {
         "clip": {"zclip": {"warmup_steps": 2, "threshold": 0.1}},
         "data": {"micro_batch": 8},
     },
+    "whole parameters": {
+        "task": "tests.support.tasks:regression",
+        "arguments": {"hidden": 400},
+        "epochs": 2,
+        "data": {"global_batch": 37, "micro_batch": 5},
+        "clip": {"norm": 0.01},
+        "optimizer": {"name": "muon", "adamw": ["2.*"], "weight_decay": 0.1, "decay_biases_and_norms": False},
+    },
+    "an optimizer with lists and counts": {
+        "task": "tests.support.tasks:regression",
+        "epochs": 2,
+        "data": {"micro_batch": 8},
+        "optimizer": {"name": "tests.support.optimizers:RowSigns", "lr": 0.01, "options": {"warmup": 3}},
+    },
     "analytic": {
         "task": "tests.support.tasks:least_squares",
         "epochs": 2,

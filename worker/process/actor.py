@@ -7,21 +7,12 @@ from __future__ import annotations
 
 import os
 import socket
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import ray
 
 from ps.job.config import JobConfig
 from ps.wire.address import ServerAddress
-
-
-def code_directory() -> Path:
-    """Where this host keeps unpacked code bundles; only its user may read it."""
-    directory = Path(tempfile.gettempdir()) / f"steepest-code-{os.getuid()}"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    return directory
 
 
 @ray.remote
@@ -36,11 +27,12 @@ class WorkerActor:
         self, config: JobConfig, worker: str, generation: int, code: bytes, addresses: Sequence[ServerAddress]
     ) -> tuple[str, str] | None:
         """Work until dismissed. Returns (message, traceback) when the worker cannot be set up, nor could another."""
+        from ps.job.code import code_directory, unpack_code
         from ps.memory.gpu import DeviceError
         from worker.gradients.backend import backend_of
         from worker.process.loop import WorkerLoop
         from worker.process.output import Output
-        from worker.task.load import TaskError, said, unpack_code, user_traceback
+        from worker.task.load import TaskError, said, user_traceback
 
         try:
             directory = unpack_code(code, code_directory()) if code else None

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ps.job.config import layout_of
 from ps.parameters.description import ModelDescription
-from ps.parameters.layout import build_layout
 from steepest.spec import TrainingJobSpec
 from steepest.task import AnalyticTask, Task
 from worker.data.sampler import Sampler
@@ -49,7 +49,7 @@ class Passes:
         self.num_samples = num_samples
         self._code = code
         self._backend = CpuBackend()
-        self.layout = build_layout(model, decay_biases_and_norms=spec.optimizer.decay_biases_and_norms)
+        self.layout = layout_of(model, spec)
         self.engine: Engine
         self._known: set[int] = set()
         self.frozen: dict[str, torch.Tensor] = {}

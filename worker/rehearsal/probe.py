@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ps.job.config import layout_of
 from steepest.errors import SpecError
 from steepest.spec import TrainingJobSpec, spec_from_dict
 from steepest.task import AnalyticTask, Task
@@ -20,6 +21,7 @@ from worker.data.loader import LoaderData
 from worker.gradients.activations import Activations
 from worker.rehearsal.conduct import OtherConductError
 from worker.rehearsal.fingerprint import fingerprint
+from worker.rehearsal.optimizer import check_optimizer
 from worker.rehearsal.rehearse import rehearse
 from worker.task.load import TaskError, initialize, load_task
 from worker.task.model import check_fits, describe_model, fan_in, num_samples
@@ -46,6 +48,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
             raise TaskError("data.drop_last", problem)
         evaluation = 0 if task.eval_data is None else num_samples(task.eval_data, "eval_data")
         factors = factors_of(task, spec, samples)
+        check_optimizer(spec, layout_of(model, spec))
         seen = fingerprint(task)
         fans = fan_in(task)
         activations = Activations(roots(task)).names if isinstance(task, Task) else ()

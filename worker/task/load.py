@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
-import os
-import sys
 import traceback
-import zipfile
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from ps.job.code import put_first
 from steepest.spec import TaskReference
 from steepest.task import AnalyticTask, Task
 from worker.data.loader import DataError, LoaderData
 from worker.data.randomness import seed_python
-
-PACKAGES = {"steepest", "ps", "worker", "services", "torch", "numpy", "ray"}  # which a task and its process must share
 
 
 class TaskError(Exception):
@@ -62,28 +56,6 @@ def _leave_out_ours(error: BaseException, shown: traceback.TracebackException) -
         error, shown = before, following
 
 
-def unpack_code(bundle: bytes, directory: Path) -> Path:
-    """Unpack a code bundle below `directory`, once per content, and return where it lies.
-
-    Raises ValueError for a member whose name would leave the directory.
-    """
-    target = directory / hashlib.sha256(bundle).hexdigest()
-    if target.exists():
-        return target
-    temporary = directory / f".{target.name}.{os.getpid()}"
-    with zipfile.ZipFile(BytesIO(bundle)) as archive:
-        for name in archive.namelist():
-            if not (temporary / name).resolve().is_relative_to(temporary.resolve()):
-                raise ValueError(f"the code bundle has a member {name!r} that leaves its directory")
-        archive.extractall(temporary)
-    try:
-        temporary.rename(target)
-    except OSError:  # another process was first
-        if not target.exists():
-            raise
-    return target
-
-
 def load_task(reference: TaskReference, code: Path | None, seed: int) -> Task | AnalyticTask:
     """Import the user's module and call its function right after `torch.manual_seed(seed)`.
 
@@ -93,7 +65,7 @@ def load_task(reference: TaskReference, code: Path | None, seed: int) -> Task | 
     Raises TaskError.
     """
     if code is not None:
-        _put_first(code)
+        put_first(code)
     seed_python(seed)
     torch.manual_seed(seed)
     name = f"{reference.module}:{reference.function}"
@@ -167,20 +139,6 @@ def _out_of_loader(data: Any, name: str) -> Any:
         return LoaderData(data) if isinstance(data, DataLoader) else data
     except DataError as error:
         raise TaskError(f"task.{name}", f"{name}: {error}") from error
-
-
-def _put_first(code: Path) -> None:
-    """Have imports find the user's modules first, even those whose name an installed module has already taken."""
-    if str(code) not in sys.path:
-        sys.path.insert(0, str(code))
-        importlib.invalidate_caches()
-    own = {entry.stem if entry.suffix == ".py" else entry.name for entry in code.iterdir()}
-    for name in own & {module.partition(".")[0] for module in sys.modules} - set(sys.stdlib_module_names):
-        found = getattr(sys.modules.get(name), "__file__", None)
-        if name not in PACKAGES and (found is None or not Path(found).is_relative_to(code)):
-            # Whoever has imported it keeps it; the next import finds the user's.
-            for module in [m for m in sys.modules if m == name or m.startswith(name + ".")]:
-                del sys.modules[module]
 
 
 def said(error: BaseException) -> str:

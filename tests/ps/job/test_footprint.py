@@ -9,7 +9,7 @@ from ps.job.footprint import Footprint, explain_refusal, footprint, slots_of, st
 from ps.numerics.optimizer import ShardOptimizer
 from ps.numerics.tree import Node, maximal_nodes
 from ps.parameters.layout import build_layout, shards
-from steepest.spec import HYPER_PARAMETERS, OPTIMIZER_NAMES, TrainingJobSpec, spec_from_dict
+from steepest.spec import ELEMENTWISE, HYPER_PARAMETERS, TrainingJobSpec, spec_from_dict
 from tests.support.models import described
 
 LAYOUT = build_layout(described([(300, 400), (400,)]))
@@ -52,7 +52,7 @@ SCALARS = ("step", "mu_product", "eta", "mu")
     ("name", "extra"),
     [
         (name, extra)
-        for name in OPTIMIZER_NAMES
+        for name in ELEMENTWISE
         for extra in ({}, {"momentum": 0.9}, {"amsgrad": True}, {"centered": True})
         if set(extra) <= set(HYPER_PARAMETERS[name])
     ],

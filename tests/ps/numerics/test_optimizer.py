@@ -12,7 +12,7 @@ import torch
 from ps.numerics.optimizer import ShardOptimizer, torch_class, torch_options
 from ps.numerics.threads import Threads, split
 from ps.parameters.layout import BLOCK_NUMEL, Shard, build_layout, shards
-from steepest.spec import OPTIMIZER_NAMES, OptimizerSpec
+from steepest.spec import ELEMENTWISE, OptimizerSpec
 from steepest.step_spec import optimizer_spec
 from tests.support.models import described
 
@@ -32,7 +32,7 @@ EXTRAS: dict[str, list[dict[str, Any]]] = {
     "rprop": [{}, {"etas": (0.4, 1.3), "step_sizes": (1e-5, 1.0)}],
     "asgd": [{}, {"lambd": 0.01, "alpha": 0.5, "t0": 5.0, "weight_decay": 0.01}],
 }
-CASES = [(name, extra) for name in OPTIMIZER_NAMES for extra in EXTRAS[name]]
+CASES = [(name, extra) for name in ELEMENTWISE for extra in EXTRAS[name]]
 
 
 def _reference(spec: OptimizerSpec, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -45,7 +45,7 @@ def _reference(spec: OptimizerSpec, parameters: list[torch.nn.Parameter]) -> tor
 def _shard_optimizer(spec: OptimizerSpec, shard: Shard, flat: torch.Tensor, num_threads: int = 1) -> ShardOptimizer:
     optimizer = ShardOptimizer(spec, shard, flat)
     ranges = split(shard, num_threads)
-    optimizer.use_threads(Threads(len(ranges)), ranges)
+    optimizer.use_threads(Threads(len(ranges)), ranges, num_threads)
     return optimizer
 
 
@@ -103,7 +103,7 @@ def test_bits_and_state_do_not_depend_on_the_number_of_shards(name: str, extra: 
     assert state(first) == state(others)
 
 
-@pytest.mark.parametrize("name", OPTIMIZER_NAMES)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 @pytest.mark.parametrize("decay_biases_and_norms", [True, False])
 def test_bits_do_not_depend_on_the_number_of_threads(
     name: str, decay_biases_and_norms: bool, monkeypatch: pytest.MonkeyPatch
@@ -126,7 +126,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(
     assert torch.equal(flats[0], flats[2])
 
 
-@pytest.mark.parametrize("name", OPTIMIZER_NAMES)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_exported_state_is_that_of_torch_optim_under_its_names(name: str) -> None:
     spec = optimizer_spec(name=name)  # type: ignore[arg-type]
     layout, _, parameters, reference, _, optimizers = _run(spec, 2, torch.float64)
@@ -141,7 +141,7 @@ def test_exported_state_is_that_of_torch_optim_under_its_names(name: str) -> Non
     assert seen == tensors
 
 
-@pytest.mark.parametrize("name", OPTIMIZER_NAMES)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_going_on_from_exported_state_gives_the_same_bits(name: str) -> None:
     spec = optimizer_spec(name=name)  # type: ignore[arg-type]
     layout, flat, *_, optimizers = _run(spec, 2, torch.float32)
@@ -185,11 +185,11 @@ import sys
 import torch
 from ps.numerics.optimizer import ShardOptimizer
 from ps.parameters.layout import build_layout, shards
-from steepest.step_spec import OPTIMIZER_NAMES, optimizer_spec
+from steepest.step_spec import ELEMENTWISE, optimizer_spec
 from tests.support.models import described
 
 [shard] = shards(build_layout(described([(40, 50)], "float32"), decay_biases_and_norms=True), 1)
-for name in OPTIMIZER_NAMES:
+for name in ELEMENTWISE:
     optimizer = ShardOptimizer(optimizer_spec(name=name, lr=0.1), shard, torch.zeros(shard.numel))
     optimizer.step(torch.ones(shard.numel), lr=0.1, divisor=1.0, coefficient=1.0, max_value=None)
 print("torch._dynamo" in sys.modules)

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import steepest
+from ps.job.code import unpack_code
 from steepest.spec import TaskReference
-from worker.task.load import TaskError, load_task, unpack_code
+from worker.task.load import TaskError, load_task
 from worker.task.model import describe_model, num_samples
 
 

@@ -1,0 +1,44 @@
+"""What is wrong with a spec, in words for the one who wrote it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from steepest.errors import Violation
+from steepest.step_spec import CLASS, OPTIMIZER_NAMES, OPTIMIZERS, ClassSpec
+
+
+def violation(error: dict[str, Any], root: type[BaseModel]) -> Violation:
+    """One of pydantic's errors, in words that name the field and what is allowed. root: the spec's class."""
+    loc, kind = [str(part) for part in error["loc"]], error["type"]
+    optimizer = None
+    if loc[:1] == ["optimizer"] and len(loc) > 1 and loc[1] in (*OPTIMIZERS, CLASS):  # pydantic puts it into the path
+        optimizer = OPTIMIZERS.get(loc.pop(1), ClassSpec)
+    path = ".".join(loc)
+    match kind:
+        case "value_error":  # from a validator of ours, whose message is complete
+            return Violation(path or "spec", str(error["ctx"]["error"]))
+        case "union_tag_invalid":
+            allowed = ", ".join(OPTIMIZER_NAMES)
+            problem = f"{error['ctx']['tag']!r} is not an optimizer; allowed: {allowed}, or a class as module:Class"
+            return Violation("optimizer.name", problem)
+        case "string_pattern_mismatch" if optimizer is ClassSpec:
+            problem = f"{error['input']!r} names no class; allowed: package.module:Class, as Python imports it"
+            return Violation("optimizer.name", problem)
+        case "extra_forbidden" if optimizer is not None:
+            own = ", ".join(name for name in optimizer.model_fields if name != "name")
+            name = "a class's optimizer" if optimizer is ClassSpec else optimizer.model_fields["name"].default
+            own += "; what else the class takes goes into options" if optimizer is ClassSpec else ""
+            return Violation(path, f"no such field of {name}; allowed: {own}")
+        case "extra_forbidden":
+            parent = root
+            for part in loc[:-1]:
+                annotation = parent.model_fields[part].annotation
+                parent = annotation if isinstance(annotation, type) else parent
+            return Violation(path, f"no such field; allowed: {', '.join(parent.model_fields)}")
+        case "missing":
+            return Violation(path, "is required")
+    message = error["msg"].replace("Input should be", "must be")
+    return Violation(path, f"{error['input']!r} {message[:1].lower()}{message[1:]}")

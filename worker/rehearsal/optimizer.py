@@ -1,0 +1,204 @@
+"""Rehearses an optimizer that needs whole parameters, on small ones, so that what cannot work is said at submission."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ps.numerics.optimizer import leave_out_dynamo
+from ps.numerics.whole_optimizer import OptimizerClassError, class_named, make_group, whole_class
+from ps.parameters.layout import GroupRange, Layout
+from steepest.optimizer_state import StateKindError, counted, pack_state, unpack_state
+from steepest.spec import TrainingJobSpec
+from steepest.step_spec import ClassSpec, OptimizerSpec
+from worker.rehearsal.passes import blamed
+from worker.task.load import TaskError
+
+LARGEST = 32  # in every dimension of the parameters that it is tried on
+STEPS = 5
+NOISE = 0.3
+CLOSE = 1e-4  # relative; an optimizer may take another way for many tensors, to the same values but for rounding
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A kind of parameter that the model has, made small."""
+
+    name: str
+    shape: tuple[int, ...]
+    group: GroupRange
+
+
+def check_optimizer(spec: TrainingJobSpec, layout: Layout) -> None:
+    """Take some steps with the job's optimizer, and refuse one that would give another result than plain PyTorch.
+
+    Raises TaskError.
+    """
+    optimizer = spec.optimizer
+    if not optimizer.is_whole:
+        return
+    leave_out_dynamo()
+    if isinstance(optimizer, ClassSpec):
+        with _told("optimizer.name", f"importing {optimizer.name}"):
+            _check_kind(optimizer)
+    with _told("optimizer", optimizer.name):
+        samples = list(_samples(optimizer, layout))
+        alone = [_Run(optimizer, [sample], spec.seed, layout.dtype) for sample in samples]
+    with blamed("optimizer", f"a step of {optimizer.name}"):
+        for run in alone:
+            run.steps(range(STEPS))
+    _check_repeats(optimizer, alone, spec, layout)
+    _check_state(optimizer, alone, spec, layout)
+    _check_independence(optimizer, samples, spec)
+
+
+@contextmanager
+def _told(field: str, what: str) -> Iterator[None]:
+    """As `blamed`, for what may raise OptimizerClassError too."""
+    with blamed(field, what):
+        try:
+            yield
+        except OptimizerClassError as error:
+            raise TaskError(error.field, error.message) from None
+
+
+def _check_kind(optimizer: ClassSpec) -> None:
+    """Raises OptimizerClassError for a class that needs more than gradients."""
+    found = class_named(optimizer.name)
+    _, *arguments = inspect.signature(found.step).parameters.values()
+    optional = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    needed = [a.name for a in arguments if a.default is a.empty and a.kind not in optional]
+    if needed:
+        raise OptimizerClassError(
+            "optimizer.name",
+            f"a step of {optimizer.name} needs {', '.join(needed)}, to compute losses and gradients of its own; here "
+            "workers compute one gradient a step: take an optimizer whose step needs no argument",
+        )
+    if callable(getattr(found, "train", None)) and callable(getattr(found, "eval", None)):
+        raise OptimizerClassError(
+            "optimizer.name",
+            f"{optimizer.name} has train() and eval(), so it evaluates with other parameters than it trains with, and "
+            "workers have only one set of them: take an optimizer without the two modes",
+        )
+
+
+def _samples(optimizer: OptimizerSpec, layout: Layout) -> Iterable[_Sample]:
+    """One parameter of each kind, the first of the model's, small. Raises OptimizerClassError."""
+    seen = set()
+    for group in layout.groups:
+        for placed in layout.parameters:
+            if not placed.numel or not group.start <= placed.offset < group.stop:
+                continue
+            shape = tuple(min(size, LARGEST) for size in placed.shape)
+            key = whole_class(optimizer, placed.name, placed.shape)[0], shape, group
+            if key not in seen:
+                seen.add(key)
+                yield _Sample(placed.name, shape, group)
+
+
+class _Run:
+    """Parameters of some samples with one optimizer for each class, as a script would have it."""
+
+    def __init__(self, spec: OptimizerSpec, samples: Sequence[_Sample], seed: int, dtype: torch.dtype) -> None:
+        self.samples = samples
+        self._seed = seed
+        self.tensors = [nn.Parameter(self._drawn(index, -1, dtype)) for index in range(len(samples))]
+        chosen = [whole_class(spec, sample.name, sample.shape) for sample in samples]
+        self.optimizers: list[torch.optim.Optimizer] = []
+        for found, arguments in dict(chosen).items():
+            own: dict[GroupRange, list[nn.Parameter]] = {}
+            for sample, tensor, (kind, _) in zip(samples, self.tensors, chosen, strict=True):
+                if kind is found:
+                    own.setdefault(sample.group, []).append(tensor)
+            self.optimizers.append(found([make_group(found, t, group) for group, t in own.items()], **arguments))
+        self.starts = [dict(group) for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def _drawn(self, index: int, step: int, dtype: torch.dtype) -> torch.Tensor:
+        sample = self.samples[index]
+        key = sum(map(ord, sample.name)) + sum(sample.shape) + 7919 * (step + 1) + self._seed
+        generator = torch.Generator().manual_seed(key)
+        return torch.randn(sample.shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def _gradient(self, index: int, step: int, dtype: torch.dtype) -> torch.Tensor:
+        """Much the same direction in every step, as in training, so that what follows the distance moved shows."""
+        return self._drawn(index, 0, dtype) + NOISE * self._drawn(index, step + 1, dtype)
+
+    def steps(self, numbers: Iterable[int]) -> None:
+        """Take these steps, each with a gradient of its own."""
+        for step in numbers:
+            for index, tensor in enumerate(self.tensors):
+                tensor.grad = self._gradient(index, step, tensor.dtype)
+            for optimizer in self.optimizers:
+                optimizer.step()
+
+
+def _check_repeats(optimizer: OptimizerSpec, alone: Sequence[_Run], spec: TrainingJobSpec, layout: Layout) -> None:
+    """The same steps give the same values, whatever the random generators say."""
+    for run in alone:
+        again = _Run(optimizer, run.samples, spec.seed, layout.dtype)
+        again.steps(range(STEPS))
+        if not torch.equal(run.tensors[0], again.tensors[0]):
+            raise TaskError(
+                "optimizer.name",
+                f"{optimizer.name} gave two results for the same gradients, so it draws random numbers, and a job "
+                "would not be repeatable: take an optimizer, or options, without",
+            )
+
+
+def _check_independence(optimizer: OptimizerSpec, samples: Sequence[_Sample], spec: TrainingJobSpec) -> None:
+    """A parameter's update depends on no other parameter. In float64, where small updates show."""
+
+    def moved(run: _Run) -> list[torch.Tensor]:
+        before = [tensor.detach().clone() for tensor in run.tensors]
+        with blamed("optimizer", f"a step of {optimizer.name}"):
+            run.steps(range(STEPS))
+        return [tensor.detach() - start for tensor, start in zip(run.tensors, before, strict=True)]
+
+    together = moved(_Run(optimizer, samples, spec.seed, torch.float64))
+    for sample, update in zip(samples, together, strict=True):
+        run, other = (_Run(optimizer, [sample], seed, torch.float64) for seed in (spec.seed, spec.seed + 1))
+        [own], _ = moved(run), moved(other)
+        # What a group learns from gradients, all of its parameters share.
+        learned = [pack_state({}, counted(r.starts[0], r.optimizers[0].param_groups[0])) for r in (run, other)]
+        apart = learned[0].keys() != learned[1].keys() or any(
+            not torch.equal(value, learned[1][name]) for name, value in learned[0].items()
+        )
+        if apart or not torch.allclose(own, update, rtol=CLOSE, atol=CLOSE * float(own.abs().max())):
+            raise TaskError(
+                "optimizer.name",
+                f"{optimizer.name} updates the parameter {sample.name!r} in another way when it has other parameters "
+                "beside it, and servers have some parameters each: take an optimizer that treats every parameter by "
+                "itself",
+            )
+
+
+def _check_state(optimizer: OptimizerSpec, alone: Sequence[_Run], spec: TrainingJobSpec, layout: Layout) -> None:
+    """Training goes on from a checkpoint as if nothing had been."""
+    for run in alone:
+        try:
+            group = counted(run.starts[0], run.optimizers[0].param_groups[0])
+            packed = pack_state(run.optimizers[0].state.get(run.tensors[0], {}), group)
+        except StateKindError as error:
+            problem = f"the state of {optimizer.name} cannot be kept in a checkpoint: {error}"
+            raise TaskError("optimizer.name", problem) from error
+        resumed = _Run(optimizer, run.samples, spec.seed, layout.dtype)
+        with torch.no_grad():
+            resumed.tensors[0].copy_(run.tensors[0])
+        state, group = unpack_state({name: tensor.clone() for name, tensor in packed.items()})
+        if state:
+            resumed.optimizers[0].state[resumed.tensors[0]] = state
+        resumed.optimizers[0].param_groups[0].update(group)
+        for each in (run, resumed):
+            with blamed("optimizer", f"a step of {optimizer.name}"):
+                each.steps([STEPS])
+        if not torch.equal(run.tensors[0], resumed.tensors[0]):
+            raise TaskError(
+                "optimizer.name",
+                f"{optimizer.name} goes on in another way from a checkpoint, so it keeps something outside of its "
+                "state and parameter group: keep it in self.state[parameter] or in the group",
+            )
