@@ -129,6 +129,17 @@ class DataSpec(SpecModel):
         return num_samples // self.global_batch if self.drop_last else math.ceil(num_samples / self.global_batch)
 
 
+class MemorySpec(SpecModel):
+    """What is kept in memory, and what is computed again."""
+
+    checkpoint_activations: str = Field(
+        default="",
+        description="Compute activations again in the backward pass instead of keeping them: sqrt (of n layers in a "
+        "sequence, about the square root of n are kept), all (each layer for itself), or modules' name with * and ?.",
+        json_schema_extra={"default_text": "none"},
+    )
+
+
 class CompressionSpec(SpecModel):
     """Lossy compression of gradients and updates on the network.
 
@@ -300,6 +311,7 @@ class TrainingJobSpec(SpecModel):
         default="fail", description="A loss or gradient that is not finite fails the job, or skips the step."
     )
     placement: PlacementSpec = Field(default=PlacementSpec(), description="Where the job runs.")
+    memory: MemorySpec = Field(default=MemorySpec(), description="What is kept in memory, and what is computed again.")
     health: HealthSpec = Field(default=HealthSpec(), description="What becomes of what the health rules find.")
     telemetry: TelemetrySpec = Field(default=TelemetrySpec(), description="What is kept of every step.")
 

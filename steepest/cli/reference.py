@@ -28,6 +28,7 @@ MESSAGES = (
     "ClipSpec",
     "SyncSpec",
     "CompressionSpec",
+    "MemorySpec",
     "HealthSpec",
     "TelemetrySpec",
     "PlacementSpec",

@@ -809,6 +809,32 @@ class HealthSpec(_message.Message):
 Global___HealthSpec: _TypeAlias = HealthSpec  # noqa: Y015
 
 @_typing.final
+class MemorySpec(_message.Message):
+    """What is kept in memory, and what is computed again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    checkpoint_activations: _builtins.str
+    """Compute activations again in the backward pass instead of keeping them: sqrt (of n layers in a sequence, about the
+    square root of n are kept), all (each layer for itself), or modules' name with * and ?.
+    """
+    def __init__(
+        self,
+        *,
+        checkpoint_activations: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_activations", b"_checkpoint_activations", "checkpoint_activations", b"checkpoint_activations"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_activations", b"_checkpoint_activations", "checkpoint_activations", b"checkpoint_activations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__checkpoint_activations: _TypeAlias = _typing.Literal["checkpoint_activations"]  # noqa: Y015
+    _WhichOneofArgType__checkpoint_activations: _TypeAlias = _typing.Literal["_checkpoint_activations", b"_checkpoint_activations"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpoint_activations) -> _WhichOneofReturnType__checkpoint_activations | None: ...
+
+Global___MemorySpec: _TypeAlias = MemorySpec  # noqa: Y015
+
+@_typing.final
 class TelemetrySpec(_message.Message):
     """What is kept of every step."""
 
@@ -967,6 +993,7 @@ class TrainingJobSpec(_message.Message):
     BEST_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
     CHECKPOINT_SECONDS_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Seed of everything random: initial parameters, order of the data, dropout, augmentation."""
     steps: _builtins.int
@@ -1031,6 +1058,10 @@ class TrainingJobSpec(_message.Message):
     def health(self) -> Global___HealthSpec:
         """What becomes of what the health rules find."""
 
+    @_builtins.property
+    def memory(self) -> Global___MemorySpec:
+        """What is kept in memory, and what is computed again."""
+
     def __init__(
         self,
         *,
@@ -1055,10 +1086,11 @@ class TrainingJobSpec(_message.Message):
         best: Global___BestSpec | None = ...,
         health: Global___HealthSpec | None = ...,
         checkpoint_seconds: _builtins.float | None = ...,
+        memory: Global___MemorySpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_checkpoint_seconds", b"_checkpoint_seconds", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "best", b"best", "checkpoint_every", b"checkpoint_every", "checkpoint_seconds", b"checkpoint_seconds", "clip", b"clip", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "health", b"health", "init_from", b"init_from", "init_strict", b"init_strict", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_checkpoint_seconds", b"_checkpoint_seconds", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "best", b"best", "checkpoint_every", b"checkpoint_every", "checkpoint_seconds", b"checkpoint_seconds", "clip", b"clip", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "health", b"health", "init_from", b"init_from", "init_strict", b"init_strict", "memory", b"memory", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_checkpoint_seconds", b"_checkpoint_seconds", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "best", b"best", "checkpoint_every", b"checkpoint_every", "checkpoint_seconds", b"checkpoint_seconds", "clip", b"clip", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "health", b"health", "init_from", b"init_from", "init_strict", b"init_strict", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_checkpoint_seconds", b"_checkpoint_seconds", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "best", b"best", "checkpoint_every", b"checkpoint_every", "checkpoint_seconds", b"checkpoint_seconds", "clip", b"clip", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "health", b"health", "init_from", b"init_from", "init_strict", b"init_strict", "memory", b"memory", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checkpoint_every: _TypeAlias = _typing.Literal["checkpoint_every"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_every: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every"]  # noqa: Y015

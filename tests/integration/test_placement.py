@@ -129,3 +129,14 @@ def test_workers_killed_and_replaced_in_mid_step_leave_no_trace(transport: str, 
 def test_runs_with_another_seed_differ(tmp_path: Path) -> None:
     raw = {**JOBS["ragged data"], "seed": 1}
     assert hashes(run_here(job_config(tmp_path, **raw))) != _expected("ragged data")
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("convnet with batch norm", "sqrt"), ("transformer with dropout and tied embeddings", "all")],
+)
+def test_activations_that_are_computed_again_leave_no_trace(name: str, how: str, tmp_path: Path) -> None:
+    raw = {**JOBS[name], "memory": {"checkpoint_activations": how}, "placement": {"servers": 2}}
+    if how == "all":  # its one layer has no list of four or more in it
+        raw["memory"] = {"checkpoint_activations": "*layer*"}
+    assert hashes(run_processes(job_config(tmp_path, **raw), 2)) == _expected(name)

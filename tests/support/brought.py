@@ -282,3 +282,26 @@ def hugging_face(kind: str = "map") -> steepest.Task:
 def arrays_of_pairs() -> steepest.Task:
     """The rows of `hugging_face`."""
     return task_of(nn.Linear(WIDTH, 1))
+
+
+class NumPyNoise(nn.Module):
+    """Every layer scales by what NumPy draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Scaled() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.sum(1, keepdim=True)
+
+
+class _Scaled(Line):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.line(x * float(np.random.rand()))
+
+
+def numpy_noise() -> steepest.Task:
+    """A forward pass with NumPy's random numbers, which a second pass draws anew."""
+    return task_of(NumPyNoise())

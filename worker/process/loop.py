@@ -24,6 +24,7 @@ from worker.gradients.compressor import Compressor
 from worker.gradients.compute import Computer, MicroBatchError
 from worker.gradients.engine import Engine, LossError, Rehearsed, StateError
 from worker.gradients.readers import Readers, Reading
+from worker.gradients.recompute import checkpoint_activations
 from worker.gradients.slots import Slots, num_slots
 from worker.gradients.torch_engine import TorchEngine
 from worker.process.exchange import Exchange
@@ -105,6 +106,8 @@ class WorkerLoop:
                 config.spec.precision,
                 Rehearsed(config.evaluates_with_gradients, config.caches, config.logged_names, config.loss_counts),
             )
+            if config.spec.memory.checkpoint_activations:
+                checkpoint_activations(task.model, config.spec.memory.checkpoint_activations)
         self._initial_buffers = self._engine.initial_buffers()
         slots = num_slots(config.spec.data.num_micro_batches)
         self._segment = Segment.create(slots * self._layout.nbytes, f"gradients-{config.job}")

@@ -15,6 +15,7 @@ from steepest.spec import TrainingJobSpec
 from steepest.task import AnalyticTask, Task
 from worker.data.sources import source_of
 from worker.gradients.losses import IGNORED
+from worker.gradients.recompute import RecomputeError, checkpoint_activations
 from worker.gradients.seeding import EVALUATE
 from worker.gradients.torch_engine import TorchEngine
 from worker.rehearsal.comparison import choose_counts, compare_parts
@@ -98,6 +99,7 @@ def rehearse(
     found.warnings += _advice(passes, found.price)
     # What passes left behind is a cache, or `_check_repeats` had refused it.
     found.caches = [name for name in differences(fresh, passes.hidden()) if ": " not in name]
+    _check_recomputing(passes, indices)
     return found
 
 
@@ -175,6 +177,34 @@ def _check_repeats(passes: Passes, indices: NDArray[np.int64]) -> None:
             "task",
             "the same micro-batch gave two different gradients with the same seeds, so model or loss draw from a "
             "generator of their own or keep a state: draw from torch's global generator, and keep state in buffers",
+        )
+
+
+def _check_recomputing(passes: Passes, indices: NDArray[np.int64]) -> None:
+    """Activations that are computed again give the same gradient. From here on they are."""
+    task, how = passes.task, passes.spec.memory.checkpoint_activations
+    field = "memory.checkpoint_activations"
+    if not how:
+        return
+    if not isinstance(task, Task):
+        raise TaskError(field, "an AnalyticTask has no activations that are known here; leave it out")
+    kept, again = passes.gradient("part"), passes.gradient("total")
+    passes.compute(indices, kept)
+    try:
+        checkpoint_activations(task.model, how)
+    except RecomputeError as error:
+        raise TaskError(field, f"{how!r}: {error}") from error
+    try:
+        passes.compute(indices, again)
+    except TaskError as error:
+        problem = f"with activations computed again ({how!r}) the backward pass fails: {error.message}"
+        raise TaskError(field, problem, error.traceback) from error
+    if not torch.equal(kept, again) and not bool(torch.isnan(kept).any()):
+        raise TaskError(
+            field,
+            f"the gradient is another one when activations are computed again ({how!r}), so forward draws from a "
+            "generator that is not torch's, or keeps a state: have it draw by torch.rand or nn.Dropout, and keep state "
+            "in buffers",
         )
 
 

@@ -35,4 +35,5 @@ def test_a_changed_description_is_noticed() -> None:
 def test_the_help_shows_description_and_default() -> None:
     shown = " ".join(run("train", "--help").stdout.replace("│", " ").split())
     assert "Samples of one step (default: 64)." in shown
-    assert "Learning rate before the schedule (default: torch.optim's; 0.001 for sgd, momentum and nesterov)." in shown
+    expected = "torch.optim's; 0.001 for sgd, momentum and nesterov; none for a class"
+    assert f"Learning rate before the schedule (default: {expected})." in shown

@@ -183,3 +183,18 @@ def test_what_counts_of_the_labels_is_found_though_none_may_be_left_out_yet(
     found = rehearsed("tests.support.labels:tagged", arguments={"kind": kind, "padded": padded}, steps=2)
     assert found.loss_counts == counts
     assert ("the labels that are not -100" in found.weight) == bool(counts)
+
+
+@pytest.mark.parametrize(
+    ("function", "how", "said"),
+    [
+        ("numpy_noise", "all", r"another one when activations are computed again \('all'\).*torch.rand"),
+        ("numpy_noise", "sqrt", r"'sqrt': sqrt needs an nn.Sequential of 4"),
+        ("plain_line", "encoder.*", r"'encoder.\*': no module is called 'encoder.\*'"),
+    ],
+)
+def test_activations_that_cannot_be_computed_again_are_refused(function: str, how: str, said: str) -> None:
+    rehearsed(f"{BROUGHT}:{function}", epochs=1)
+    with pytest.raises(RefusedError, match=said) as refused:
+        rehearsed(f"{BROUGHT}:{function}", epochs=1, memory={"checkpoint_activations": how})
+    assert refused.value.field == "memory.checkpoint_activations"
