@@ -19,16 +19,17 @@ from ps.wire.address import ServerAddress
 class ServerActor:
     """One parameter server shard in a process of its own."""
 
-    def __init__(self, config: JobConfig, index: int, bind: str, code: bytes = b"") -> None:
-        """code: the job's code bundle, if its optimizer may come from there."""
+    def __init__(self, config: JobConfig, index: int, bind: str, code: bytes | None) -> None:
+        """code: the job's code bundle, if it has one: its optimizer may come from there."""
         import torch
 
         from ps.job.code import code_directory, put_first, unpack_code
         from ps.memory.gpu import device_of
         from ps.server.parameter_server import ParameterServer
+        from steepest.step_spec import ClassSpec
 
         torch.set_num_threads(1)
-        if code:
+        if code and isinstance(config.spec.optimizer, ClassSpec):
             put_first(unpack_code(code, code_directory()))
         has_shard = index < config.num_servers
         device = device_of(config.spec.placement.server_device) if has_shard else None

@@ -29,7 +29,6 @@ from ps.wire.address import ServerAddress
 from services.cluster.fork_servers import ForkServers
 from services.cluster.processes import Exit, ExitKind, Started, explain_status
 from steepest.spec import PlacementSpec
-from steepest.step_spec import ClassSpec
 from worker.process.actor import WorkerActor
 
 log = logging.getLogger(__name__)
@@ -137,7 +136,7 @@ class JobRoom:
         return {node for group in groups for node in nodes_of(group) if node}
 
     def set_code(self, code: bytes) -> None:
-        """The code bundle that every worker gets."""
+        """The code bundle that every process gets."""
         self._code = ray.put(code)
 
     def start_servers(
@@ -146,7 +145,6 @@ class JobRoom:
         """Start all servers, connected to each other; their (address, where), the leader first."""
         # On a cluster of one host nothing needs to be reachable from outside it.
         bind = "127.0.0.1" if num_hosts() == 1 else ""
-        code = (self._code,) if isinstance(config.spec.optimizer, ClassSpec) and self._code is not None else ()
         assert self._server_group is not None  # noqa: S101  # `reserve` has seen to it
         for index, memory in enumerate(self._server_memory):
             group, bundle = self._server_group, index
@@ -159,7 +157,7 @@ class JobRoom:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
                 max_concurrency=4,
                 runtime_env=self._fork_servers.runtime_env(node := nodes_of(group)[bundle]),
-            ).remote(config, index, bind, *code)
+            ).remote(config, index, bind, self._code)
             server = _Process(actor, group, node)
             self._servers.append(server)
             self._watch(server, actor.wait.remote(), partial(on_exit, index))

@@ -15,7 +15,7 @@ class Room(Protocol):
     """Resources that a job holds, and the processes in them. Callbacks come in other threads."""
 
     def set_code(self, code: bytes) -> None:
-        """The code bundle that every worker gets."""
+        """The code bundle that every process gets."""
 
     def start_servers(
         self, config: JobConfig, on_exit: Callable[[int, Exit], None]
