@@ -1,0 +1,109 @@
+"""Memory and time of activation checkpointing: `python -m benchmarks.activations`.
+
+A residual net of n layers, one step of it as a worker computes it, with all activations kept and with
+memory.checkpoint_activations = sqrt. Each measurement is a process of its own, and the two kinds take turns. Memory is
+how far the process's peak goes beyond what it had before the step, gradients not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import statistics
+import time
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import steepest
+from benchmarks.report import RESULTS, write_report
+from ps.parameters.layout import build_layout
+from worker.gradients.backend import CpuBackend
+from worker.gradients.recompute import checkpoint_activations
+from worker.gradients.torch_engine import TorchEngine
+from worker.process.loop import keep_freed_memory, return_freed_memory
+from worker.task.model import describe_model
+
+WIDTH, BATCH = 64, 2048
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs + torch.tanh(self.line(inputs))
+
+
+def _status(name: str) -> int:
+    """A figure of /proc/self/status, in bytes."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) << 10
+
+
+def measure(layers: int, how: str) -> tuple[int, float]:
+    """(bytes of activations, seconds of a step), the second step's."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    import_module("torch._dynamo")  # as torch's checkpointing does on its first call
+    model = nn.Sequential(*(Residual() for _ in range(layers)))
+    inputs = torch.randn(BATCH, WIDTH)
+    task = steepest.Task(model=model, loss=nn.MSELoss(), train_data=steepest.ArrayData(inputs, inputs))
+    description = describe_model(task)
+    layout = build_layout(description)
+    engine = TorchEngine(task, description, layout, CpuBackend())
+    if how:
+        checkpoint_activations(model, how)
+    flat, gradient = torch.ones(2, layout.numel)  # not zeros, whose pages would come with the first step
+    engine.write_initial(flat)
+    engine.bind(flat)
+    seconds = []
+    (return_freed_memory if how else keep_freed_memory)()
+    before, peak = _status("VmRSS"), 0
+    for _ in range(3):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        began = time.perf_counter()
+        engine.gradient((inputs, inputs), BATCH, layout.views(gradient), add=False)
+        seconds.append(time.perf_counter() - began)
+        peak = max(peak, _status("VmHWM") - before)
+    return peak, statistics.median(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, nargs="*", default=[32, 128, 512])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, default=RESULTS / "activations.json")
+    options = parser.parse_args()
+    print("| layers | kept, MB | sqrt, MB | memory, times smaller | time, sqrt / kept | spread |")
+    print("|---|---|---|---|---|---|")
+    rows = []
+    for layers in options.layers:
+        found: dict[str, list[tuple[int, float]]] = {"": [], "sqrt": []}
+        for _ in range(options.rounds):
+            for how, own in found.items():
+                with get_context("spawn").Pool(1) as pool:
+                    own.append(pool.apply(measure, (layers, how)))
+        kept, again = (statistics.median(peak for peak, _ in own) for own in found.values())
+        ratios = [two / one for (_, one), (_, two) in zip(*found.values(), strict=True)]
+        rows.append({"layers": layers, "kept": kept, "sqrt": again, "time": statistics.median(ratios)})
+        print(
+            f"| {layers} | {kept / 1e6:.1f} | {again / 1e6:.1f} | {kept / again:.1f} | {statistics.median(ratios):.2f} "
+            f"| {min(ratios):.2f} to {max(ratios):.2f} |",
+            flush=True,
+        )
+    first, last = rows[0], rows[-1]
+    grown = math.log(last["layers"] / first["layers"])
+    powers = {how: math.log(last[how] / first[how]) / grown for how in ("kept", "sqrt")}
+    print(f"memory grows as n^{powers['kept']:.2f} kept, n^{powers['sqrt']:.2f} with sqrt")
+    write_report(options.json, batch=BATCH, width=WIDTH, results=rows, powers=powers)
+
+
+if __name__ == "__main__":
+    main()
