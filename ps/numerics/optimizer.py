@@ -207,10 +207,7 @@ class ShardOptimizer:
             options["fused"] = True
         groups: list[dict[str, Any]] = []
         for part, group in zip(self._parts, shard.groups, strict=True):
-            own: dict[str, Any] = {"params": [part], "lr_scale": group.lr_scale}
-            if group.weight_decay is not None or not group.decayed:
-                own["weight_decay"] = group.weight_decay or 0.0
-            groups.append(own)
+            groups.append({"params": [part], "lr_scale": group.lr_scale, **group.options})
         leave_out_dynamo()
         self._optimizer = _CLASSES[spec.name](groups, **options)
         self._whole_step = inspect.unwrap(type(self._optimizer).step)

@@ -20,7 +20,7 @@ from torch import nn
 
 from ps.numerics.optimizer import StatePart, leave_out_dynamo, scale_gradient
 from ps.numerics.threads import Threads
-from ps.parameters.layout import GroupRange, Placed, Shard
+from ps.parameters.layout import GroupRange, Placed, Shard, grouped
 from steepest.optimizer_state import counted, pack_state, unpack_state
 from steepest.step_spec import AdafactorSpec, ClassSpec, MuonSpec, OptimizerSpec
 
@@ -116,10 +116,8 @@ def make_group(
     found: type[torch.optim.Optimizer], tensors: Sequence[nn.Parameter], group: GroupRange
 ) -> dict[str, Any]:
     """The parameter group of some tensors, as an optimizer of that class takes it."""
-    own: dict[str, Any] = {"params": list(tensors)}
-    if "weight_decay" in inspect.signature(found).parameters and (group.weight_decay is not None or not group.decayed):
-        own["weight_decay"] = group.weight_decay or 0.0
-    return own
+    taken = inspect.signature(found).parameters
+    return {"params": list(tensors), **{name: value for name, value in group.options.items() if name in taken}}
 
 
 class WholeOptimizer:
@@ -128,7 +126,9 @@ class WholeOptimizer:
     def __init__(self, spec: OptimizerSpec, shard: Shard, parameters: torch.Tensor) -> None:
         self._shard = shard
         leave_out_dynamo()
-        self._own = [self._made(spec, placed, group, parameters) for placed, group in _placed(shard)]
+        self._own = [
+            self._made(spec, placed, group, parameters) for placed, group in grouped(shard.layout, shard.groups)
+        ]
         self.use_threads(Threads(1), [(0, shard.numel)], 1)
 
     def _made(self, spec: OptimizerSpec, placed: Placed, group: GroupRange, parameters: torch.Tensor) -> _Own:
@@ -188,11 +188,3 @@ class WholeOptimizer:
 def _placed_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A copy where torch.optim would have it: numbers on the host."""
     return value.to("cpu" if value.dim() == 0 else parameter.device, copy=True)
-
-
-def _placed(shard: Shard) -> Iterator[tuple[Placed, GroupRange]]:
-    """The parameters of a shard, each with its group."""
-    for group in shard.groups:
-        for placed in shard.layout.parameters:
-            if placed.numel and group.start <= placed.offset < group.stop:
-                yield placed, group

@@ -7,6 +7,7 @@ kernel ever has a scalar tail: where a shard ends can then not show in the bits.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise, product
@@ -60,6 +61,13 @@ class GroupRange:
     stop: int
     lr_scale: float = 1.0
     weight_decay: float | None = None
+
+    @property
+    def options(self) -> dict[str, float]:
+        """What an optimizer's parameter group has of its own, under torch.optim's names; else the job's holds."""
+        if self.weight_decay is None and self.decayed:
+            return {}
+        return {"weight_decay": self.weight_decay or 0.0}
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,14 @@ def build_layout(model: ModelDescription, *, decay_biases_and_norms: bool = True
         if offset > start:
             groups.append(GroupRange(decayed, start, offset, lr_scale, weight_decay))
     return Layout(dtype, tuple(placed), tuple(groups), offset, is_whole)
+
+
+def grouped(layout: Layout, groups: Iterable[GroupRange]) -> Iterator[tuple[Placed, GroupRange]]:
+    """The parameters that begin in one of the groups and have elements, each with its group."""
+    for group in groups:
+        for placed in layout.parameters:
+            if placed.numel and group.start <= placed.offset < group.stop:
+                yield placed, group
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def _outermost(names: Sequence[str]) -> list[str]:
     """Without those within others."""
     chosen: list[str] = []
     for name in names:  # an outer module comes before what is in it
-        if not any(name.startswith(f"{outer}.") for outer in chosen):
+        if not any(not outer or name.startswith(f"{outer}.") for outer in chosen):
             chosen.append(name)
     return chosen
 
@@ -88,7 +88,7 @@ def _example(model: nn.Module) -> str:
 
 
 def _in_segments(model: nn.Module) -> list[str]:
-    names = _outermost([name or "" for name, _ in _sequences(model, (nn.Sequential,))])
+    names = _outermost([name for name, _ in _sequences(model, (nn.Sequential,))])
     if not names:
         raise RecomputeError(
             f"sqrt needs an nn.Sequential of {LEAST} or more layers, for these can be computed in segments, and the "

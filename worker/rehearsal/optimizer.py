@@ -12,7 +12,7 @@ from torch import nn
 
 from ps.numerics.optimizer import leave_out_dynamo
 from ps.numerics.whole_optimizer import OptimizerClassError, class_named, make_group, whole_class
-from ps.parameters.layout import GroupRange, Layout
+from ps.parameters.layout import GroupRange, Layout, grouped
 from steepest.optimizer_state import StateKindError, counted, pack_state, unpack_state
 from steepest.spec import TrainingJobSpec
 from steepest.step_spec import ClassSpec, OptimizerSpec
@@ -90,15 +90,12 @@ def _check_kind(optimizer: ClassSpec) -> None:
 def _samples(optimizer: OptimizerSpec, layout: Layout) -> Iterable[_Sample]:
     """One parameter of each kind, the first of the model's, small. Raises OptimizerClassError."""
     seen = set()
-    for group in layout.groups:
-        for placed in layout.parameters:
-            if not placed.numel or not group.start <= placed.offset < group.stop:
-                continue
-            shape = tuple(min(size, LARGEST) for size in placed.shape)
-            key = whole_class(optimizer, placed.name, placed.shape)[0], shape, group
-            if key not in seen:
-                seen.add(key)
-                yield _Sample(placed.name, shape, group)
+    for placed, group in grouped(layout, layout.groups):
+        shape = tuple(min(size, LARGEST) for size in placed.shape)
+        key = whole_class(optimizer, placed.name, placed.shape)[0], shape, group
+        if key not in seen:
+            seen.add(key)
+            yield _Sample(placed.name, shape, group)
 
 
 class _Run:

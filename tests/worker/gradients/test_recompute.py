@@ -112,6 +112,11 @@ def test_what_is_computed_again_is_not_kept() -> None:
     assert kept["sqrt"] * 3 < kept[""]
 
 
+def test_a_sequence_within_a_sequence_is_computed_again_with_it() -> None:
+    inner = nn.Sequential(*(nn.Linear(6, 6) for _ in range(5)))
+    assert checkpoint_activations(nn.Sequential(inner, *(nn.Linear(6, 6) for _ in range(4))), "sqrt") == [""]
+
+
 def test_without_gradients_nothing_is_different() -> None:
     model = _sequence(8)
     checkpoint_activations(model, "sqrt")
