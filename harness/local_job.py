@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -71,12 +72,14 @@ def connect_all(servers: Sequence[ParameterServer]) -> None:
 
 
 def run_here(config: JobConfig, backend: Backend | None = None, devices: Sequence[Device | None] = ()) -> State:
-    """Train with one worker, all in this process. devices: of the servers."""
+    """Train with one worker, all in this process. devices: of the servers; a worker on a GPU is on the first one's."""
     devices = devices or [None] * config.num_servers
     servers = [ParameterServer(config, i, "127.0.0.1", device) for i, device in enumerate(devices)]
     try:
         connect_all(servers)
-        WorkerLoop(config, "worker-0", 0, None, backend or backend_of("cpu")).run([s.address for s in servers])
+        backend = backend or backend_of("cpu")
+        beside = servers[0] if backend.gpu is not None and servers[0].gpu_parameters is not None else None
+        WorkerLoop(config, "worker-0", 0, None, backend).run([s.address for s in servers], beside)
         return final_state(config)
     finally:
         for server in servers:
@@ -95,17 +98,49 @@ def _serve(config: JobConfig, index: int, pipe: Connection, host: Host | None) -
     torch.set_num_threads(1)
     server = ParameterServer(config, index, _enter(host), device_of(config.spec.placement.server_device))
     pipe.send(server.address)
-    server.connect(pipe.recv())
+    addresses = pipe.recv()
+    server.connect(addresses)
     pipe.send("ready")
+    beside: threading.Thread | None = None
     with contextlib.suppress(EOFError):
-        while pipe.recv():  # how far is the job?
-            pipe.send(-1 if server.leader is None else server.leader.step)
+        while asked := pipe.recv():
+            match asked:
+                case "step":
+                    pipe.send(-1 if server.leader is None else server.leader.step)
+                case "works":
+                    pipe.send(beside is not None and beside.is_alive())
+                case name:
+                    loop = WorkerLoop(config, name, 1, None, backend_of(config.spec.placement.device))
+                    beside = threading.Thread(target=loop.run, args=(addresses, server))
+                    beside.start()
 
 
 def work(config: JobConfig, name: str, generation: int, addresses: list[ServerAddress], host: Host | None) -> None:
     """A worker's process."""
     _enter(host)
     WorkerLoop(config, name, generation, None, backend_of(config.spec.placement.device)).run(addresses)
+
+
+class _Beside:
+    """A worker in the process of a server on its GPU; as much of a process as is asked of it."""
+
+    def __init__(self, name: str, pipe: Connection) -> None:
+        self._pipe = pipe
+        pipe.send(name)
+
+    def is_alive(self) -> bool:
+        """Whether it still works."""
+        self._pipe.send("works")
+        return bool(self._pipe.recv())
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until it has ended."""
+        deadline = time.monotonic() + (timeout or WAIT_SECONDS)
+        while self.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """It ends with its server."""
 
 
 @dataclass
@@ -115,14 +150,17 @@ class LocalJob:
     config: JobConfig
     addresses: list[ServerAddress]
     servers: list[BaseProcess]
-    leader: Connection
-    workers: dict[str, BaseProcess] = field(default_factory=dict)
+    pipes: list[Connection]
+    workers: dict[str, Any] = field(default_factory=dict)
     generation: int = 0
     work: Callable[..., None] = field(default=work)
 
     def start_worker(self, name: str, host: Host | None = None) -> None:
-        """A new process, in place of one of the same name if there was."""
+        """A new process, in place of one of the same name if there was. With servers on GPUs, one beside each first."""
         self.generation += 1
+        if self.config.spec.placement.server_device == "cuda" and len(self.workers) < self.config.num_servers:
+            self.workers[name] = _Beside(name, self.pipes[len(self.workers)])
+            return
         process = _context().Process(target=self.work, args=(self.config, name, self.generation, self.addresses, host))
         process.start()
         self.workers[name] = process
@@ -145,8 +183,8 @@ class LocalJob:
     @property
     def step(self) -> int:
         """How many steps are done."""
-        self.leader.send("step")
-        return int(self.leader.recv())
+        self.pipes[0].send("step")
+        return int(self.pipes[0].recv())
 
     def finish(self, seconds: float = WAIT_SECONDS) -> State:
         """Wait for the end, for no longer than so many seconds for each worker."""
@@ -185,7 +223,7 @@ def running(
         process.start()
         pipes.append(ours)
         servers.append(process)
-    job = LocalJob(config, [pipe.recv() for pipe in pipes], servers, pipes[0], work=work)
+    job = LocalJob(config, [pipe.recv() for pipe in pipes], servers, pipes, work=work)
     try:
         for pipe in pipes:
             pipe.send(job.addresses)
@@ -195,9 +233,10 @@ def running(
             job.start_worker(f"worker-{number}", workers_on[number] if workers_on else None)
         yield job
     finally:
-        for process in [*servers, *job.workers.values()]:
-            process.kill()
-            process.join()
+        for process in [*job.workers.values(), *servers]:
+            if isinstance(process, BaseProcess):
+                process.kill()
+                process.join()
 
 
 def run_processes(config: JobConfig, workers: int, seconds: float = WAIT_SECONDS) -> State:

@@ -186,12 +186,13 @@ class _Places:
         return len(maximal_nodes(own[0][0], own[-1][1], self.num_leaves)) if own else 0
 
     def copied_on_gpu(self, server: int) -> int:
-        """How many gradients of workers on its host a server copies: all, if it has to wait for others."""
+        """How many gradients of workers on its host come to a server on a GPU: those of all but the one beside it."""
+        beside = gpus_of_servers(self.workers, self.num_servers)[server] if self.on_gpus else -1
         return sum(
             len(maximal_nodes(low, high, self.num_leaves))
             for worker, ranges in enumerate(self.ranges)
             for low, high in ranges
-            if self.workers[worker] == self.servers[server] and self.homes and len(self.workers) > 1
+            if self.workers[worker] == self.servers[server] and self.homes and worker != beside
         )
 
     def stays_on_gpu(self, worker: int) -> bool:
@@ -216,8 +217,10 @@ def _servers(
         received = sum(count for other, count in sent.items() if other != host) + pushed / layout.nbytes
         elsewhere = layout.nbytes - here[host] if is_home else 0
         state = state_tensors(spec) * nbytes
-        # The initial parameters come as a gradient does, and squares are in float64.
-        gpu = nbytes + state + max(1, int(received) + places.copied_on_gpu(index)) * nbytes
+        # The parameters are its worker's, too. The initial ones come as a gradient does, and signals are in float64.
+        gpu = state
+        if places.on_gpus and nbytes:
+            gpu += max(1, int(received) + places.copied_on_gpu(index)) * nbytes
         gpu += 8 * min(CHUNK_NUMEL, nbytes // layout.itemsize)
         servers.append(
             ServerFootprint(

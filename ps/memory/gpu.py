@@ -1,35 +1,21 @@
-"""A GPU as the processes that compute on it see it: its memory, copies from and to the host's, and how processes share.
+"""A GPU as the process that computes on it sees it: its memory, and copies from and to the host's.
 
-Processes on one GPU read each other's memory there (CUDA IPC). All others meet in memory of the host, which is locked
-in place for the GPU, so that copies run on a stream of their own beside computation.
+A worker and the server on its GPU are in one process and on one stream, so what one has begun comes before what the
+other begins, and neither waits. All others meet in memory of the host, which is locked in place for the GPU, so that
+copies run on a stream of their own beside computation.
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from ps.memory.segment import before_unmapping
+
 COPY_BYTES = 32 << 20  # a copy is cut in such pieces, so that none holds up another stream for long
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceReference:
-    """What another process needs to map a tensor on the same GPU: what PyTorch's storages give each other.
-
-    size, offset: in bytes, of the storage and in the allocation that it lies in. counter: of those who use it. event:
-    what was computed before it was shared.
-    """
-
-    handle: bytes
-    size: int
-    offset: int
-    counter: bytes
-    counter_offset: int
-    event: bytes
-    awaits_event: bool
 
 
 class DeviceError(Exception):
@@ -40,16 +26,9 @@ class Device(Protocol):
     """One GPU. `CudaDevice` is one."""
 
     torch_device: torch.device
-    identity: str  # equal for two processes when they can share memory there
-
-    def share(self, tensor: torch.Tensor) -> DeviceReference:
-        """Let one other process map a tensor, which is the whole of its storage. To be called for each process."""
-
-    def open(self, reference: DeviceReference, dtype: torch.dtype, numel: int) -> torch.Tensor:
-        """Map what another process shares. Raises DeviceError."""
 
     def lock(self, host: torch.Tensor) -> None:
-        """Keep memory of the host where it is until the process ends, for copies to run beside computation.
+        """Keep memory of the host where it is for as long as it is mapped, for copies to run beside computation.
 
         Raises DeviceError. Copies of memory that is not locked take their time in the caller's thread.
         """
@@ -77,42 +56,19 @@ class CudaDevice:
                 "install a PyTorch with CUDA and a driver there, or use placement.device = cpu"
             )
         self.torch_device = torch.device("cuda", 0)
-        self.identity = str(torch.cuda.get_device_properties(self.torch_device).uuid)
         self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-
-    def share(self, tensor: torch.Tensor) -> DeviceReference:
-        """See Device."""
-        _, handle, size, offset, counter, counter_offset, event, awaits = tensor.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]
-        return DeviceReference(handle, size, offset, counter, counter_offset, event, awaits)
-
-    def open(self, reference: DeviceReference, dtype: torch.dtype, numel: int) -> torch.Tensor:
-        """See Device."""
-        if reference.size < numel * dtype.itemsize:
-            raise DeviceError(f"{reference.size} bytes are shared, and {numel * dtype.itemsize} are needed")
-        try:
-            storage = torch.UntypedStorage._new_shared_cuda(
-                self.torch_device.index,
-                reference.handle,
-                reference.size,
-                reference.offset,
-                reference.counter,
-                reference.counter_offset,
-                reference.event,
-                reference.awaits_event,
-            )
-        except RuntimeError as error:
-            raise DeviceError(f"CUDA IPC: {error}") from error
-        return torch.empty(0, dtype=dtype, device=self.torch_device).set_(storage, 0, (numel,), (1,))
 
     def lock(self, host: torch.Tensor) -> None:
         """See Device."""
         if host.numel() and not host.is_pinned():
-            code = torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)  # type: ignore[no-untyped-call]
+            address = host.data_ptr()
+            code = torch.cuda.cudart().cudaHostRegister(address, host.nbytes, 0)  # type: ignore[no-untyped-call]
             if int(code):
                 problem = (
                     f"{host.nbytes} bytes of the host's memory cannot be locked for copies (CUDA error {int(code)})"
                 )
                 raise DeviceError(f"{problem}; allow more with `ulimit -l`")
+            before_unmapping(host, lambda: _unlock(address))
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """See Device."""
@@ -133,6 +89,12 @@ class CudaDevice:
     def seed(self, value: int) -> None:
         """See Device."""
         torch.cuda.manual_seed(value)
+
+
+def _unlock(address: int) -> None:
+    """Undo a lock: the next mapping may lie at the same address, and would count as locked."""
+    with contextlib.suppress(Exception):  # at the end of the process CUDA may be gone already
+        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
 
 def device_of(name: str) -> Device | None:

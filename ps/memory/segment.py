@@ -7,9 +7,12 @@ does not apply. Pages that nobody touched take no memory.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import secrets
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -29,13 +32,39 @@ class SegmentReference:
     nonce: bytes
 
 
+class _Mapping(mmap.mmap):
+    """Calls `before_end` before it is unmapped."""
+
+    before_end: list[Callable[[], None]]
+
+    def __del__(self) -> None:
+        for end in getattr(self, "before_end", ()):
+            end()
+
+
+_MAPPINGS: weakref.WeakValueDictionary[int, _Mapping] = weakref.WeakValueDictionary()  # by address
+
+
+def before_unmapping(memory: torch.Tensor, end: Callable[[], None]) -> None:
+    """Call `end` before the memory of a tensor is given back: before its segment is unmapped, if it is part of one."""
+    address = memory.data_ptr()
+    for start, mapping in list(_MAPPINGS.items()):
+        with contextlib.suppress(ValueError):  # it has been closed
+            if start <= address < start + len(mapping):
+                mapping.before_end.append(end)
+                return
+    weakref.finalize(memory, end)
+
+
 class Segment:
     """A mapped region, writable by all its peers."""
 
     def __init__(self, reference: SegmentReference, descriptor: int, *, owned: bool) -> None:
         self.reference = reference
         self._descriptor = descriptor if owned else -1
-        self._map = mmap.mmap(descriptor, reference.size)
+        self._map = _Mapping(descriptor, reference.size)
+        self._map.before_end = []
+        _MAPPINGS[torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()] = self._map
 
     @classmethod
     def create(cls, nbytes: int, label: str) -> Self:

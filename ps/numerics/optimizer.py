@@ -178,8 +178,7 @@ def scale_gradient(gradient: torch.Tensor, divisor: float, coefficient: float, m
 class ShardOptimizer:
     """The optimizer of one shard.
 
-    parameters: the shard's part of the layout, updated in place. on_gpu: every step is torch.optim's own, for there the
-    way to the kernels costs nothing that anybody waits for.
+    parameters: the shard's part of the layout, updated in place. on_gpu: they are on a GPU.
     """
 
     def __init__(self, spec: OptimizerSpec, shard: Shard, parameters: torch.Tensor, *, on_gpu: bool = False) -> None:
@@ -187,8 +186,8 @@ class ShardOptimizer:
         self._threads = Threads(1)
         self._ranges: Sequence[tuple[int, int]] = [(0, shard.numel)]
         self._parts = [parameters[g.start - shard.start : g.stop - shard.start] for g in shard.groups]
-        self._kernel = None if on_gpu else _KERNELS.get(spec.name)
-        self._is_fused = spec.name in _FUSED_ON_GPU if on_gpu else self._kernel is not None
+        self._kernel = None if on_gpu and spec.name not in _FUSED_ON_GPU else _KERNELS.get(spec.name)
+        self._is_fused = self._kernel is not None
         # The scale of a gradient goes into the fused kernel's own pass; that takes it as float32.
         self._folds_scale = self._is_fused and parameters.dtype == torch.float32
         self._scale = torch.ones((), dtype=torch.float32, device=parameters.device)
@@ -196,6 +195,7 @@ class ShardOptimizer:
         self._scale_view = None if on_gpu else self._scale.numpy()
         self._pieces: list[list[_Piece]] = []  # for each thread
         self._counts: list[NDArray[np.float32]] = []  # numbers of updates, to be counted up
+        self._device_counts: list[torch.Tensor] = []  # the same on a GPU
         self._gradient = torch.empty(0)
         self._work: list[list[tuple[_Piece, list[torch.Tensor]]]] = []  # for each thread, with the part of `_gradient`
         self._optimizer: torch.optim.Optimizer | None = None
@@ -264,7 +264,8 @@ class ShardOptimizer:
         if self._kernel is not None:
             self._pieces = [self._cut(optimizer, low, high) for low, high in self._ranges]
             counts = {id(count): count for pieces in self._pieces for p in pieces for count in p.count}
-            self._counts = [count.numpy() for count in counts.values()]
+            self._counts = [count.numpy() for count in counts.values() if count.device.type == "cpu"]
+            self._device_counts = [count for count in counts.values() if count.device.type != "cpu"]
 
     def _cut(self, optimizer: torch.optim.Optimizer, low: int, high: int) -> list[_Piece]:
         """The pieces in the elements [low, high) of the shard."""
@@ -286,6 +287,8 @@ class ShardOptimizer:
         assert kernel is not None  # noqa: S101  # there are no pieces without one
         for count in self._counts:
             np.add(count, 1.0, out=count)
+        if self._device_counts:
+            torch._foreach_add_(self._device_counts, 1.0)
         if gradient is not self._gradient:  # mostly it lies where it lay in the last step
             self._gradient = gradient
             self._work = [[(p, [gradient[p.start : p.stop]]) for p in pieces] for pieces in self._pieces]

@@ -1,7 +1,10 @@
 """As ps.numerics.reduce_cpu, for gradients on a GPU, in operations of PyTorch.
 
-Every segment is added up on its own, in an order that depends on its length alone, so the number of shards does not
-show in the bits. They are not those of the CPU's kernel.
+Sums of squares are made in float32 over rows of ROW elements, and those are added up in float64: one pass over the
+gradient at the speed of the GPU's memory. A sum is right to 1e-6 of itself; where squares would overflow or vanish in
+float32, the whole shard is measured in float64. Rows begin at multiples of ROW in the layout, and those that two
+segments share are measured by lines of 64 bytes. So what is added to what depends on the layout alone, and the number
+of shards does not show in the bits. They are not those of the CPU's kernel.
 """
 
 from __future__ import annotations
@@ -14,9 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from ps.numerics.tree import Node
-from ps.parameters.layout import BLOCK_NUMEL, Shard
+from ps.parameters.layout import BLOCK_NUMEL, PARAMETER_ALIGNMENT_BYTES, Shard
 
-CHUNK_NUMEL = 128 * BLOCK_NUMEL  # is measured at a time: what the squares, in float64, take memory for
+CHUNK_NUMEL = 128 * BLOCK_NUMEL  # is measured in float64 at a time: what that takes memory for
+ROW = 1024
+# PyTorch's kernels spread fewer rows over their threads in another way, and then add in another order.
+MIN_ROWS = 64
+MIN_LINES = 1024
+TINY = 1e-30  # smaller sums of squares may lack what vanished in float32
 
 
 def segment_chunks(
@@ -38,8 +46,9 @@ class DeviceReducer:
     """Carries out addition plans on one shard. device: where its gradients are."""
 
     def __init__(self, shard: Shard, device: torch.device) -> None:
-        self._num_segments = len(shard.segments)
-        self._chunks = segment_chunks(shard.segments, shard.numel, device)
+        self._shard = shard
+        self._device = device
+        self._squares = RowSquares(shard, device)
 
     def __call__(
         self, plan: Sequence[tuple[Node, Node]], root: Node | None, gradients: Mapping[Node, torch.Tensor]
@@ -48,14 +57,79 @@ class DeviceReducer:
 
         gradients: for each node, the shard's part of its gradient, shape (shard.numel,), contiguous.
         """
-        if root is None or not self._num_segments:
-            return np.zeros(self._num_segments)
+        if root is None or not self._shard.segments:
+            return np.zeros(len(self._shard.segments))
         for to, from_ in plan:
             gradients[to].add_(gradients[from_])
-        sums = []
-        for start, stop, edges in self._chunks:
-            wide = gradients[root][start:stop].to(torch.float64, copy=True)
-            wide.mul_(wide)
-            # Every other part of what the edges cut is what lies between two segments.
-            sums.append(torch.segment_reduce(wide, "sum", offsets=edges, unsafe=True)[::2])
-        return torch.cat(sums).cpu().numpy()
+        sums: NDArray[np.float64] = self._squares(gradients[root]).cpu().numpy()
+        if not np.isfinite(sums).all() or ((sums > 0) & (sums < TINY)).any():
+            return wide_squares(self._shard, gradients[root], self._device)
+        return sums
+
+
+def wide_squares(shard: Shard, gradient: torch.Tensor, device: torch.device) -> NDArray[np.float64]:
+    """The sum of squares of each segment, in float64 all the way."""
+    sums = []
+    for start, stop, edges in segment_chunks(shard.segments, shard.numel, device):
+        wide = gradient[start:stop].to(torch.float64, copy=True)
+        wide.mul_(wide)
+        # Every other part of what the edges cut is what lies between two segments.
+        sums.append(torch.segment_reduce(wide, "sum", offsets=edges, unsafe=True)[::2])
+    return torch.cat(sums).cpu().numpy()
+
+
+class RowSquares:
+    """The sum of squares of each segment of a shard, from rows. device: where gradients are."""
+
+    def __init__(self, shard: Shard, device: torch.device) -> None:
+        self._line = PARAMETER_ALIGNMENT_BYTES // shard.layout.itemsize
+        self._first = -shard.start % ROW  # from here on there are rows
+        self._num_rows = max(shard.numel - self._first, 0) // ROW
+        # For each segment its pieces in order: rows that it has alone, and lines before and after them.
+        rows: list[int] = []
+        lines: list[int] = []
+        order: list[tuple[bool, int]] = []  # whether it is a row, and its number in `rows` or `lines`
+        edges = [0]
+        for start, stop in shard.segments:
+            first = -(-(start - self._first) // ROW)
+            last = (stop - self._first) // ROW
+            if last <= first:
+                first = last = 0
+                head, tail = range(start, stop, self._line), range(0)
+            else:
+                head = range(start, self._first + first * ROW, self._line)
+                tail = range(self._first + last * ROW, stop, self._line)
+            for part in (head, range(first, last), tail):
+                is_row = part is not head and part is not tail
+                into = rows if is_row else lines
+                order += [(is_row, len(into) + i) for i in range(len(part))]
+                into += part if is_row else [element // self._line for element in part]
+            edges.append(len(order))
+        self._rows = rows
+        self._num_lines = len(lines)
+        padded = lines + [0] * max(MIN_LINES - len(lines), 0)
+        self._lines = torch.tensor(padded, dtype=torch.int64, device=device)
+        # Into rows, all of them, and then lines.
+        total = max(self._num_rows, MIN_ROWS) if rows else 0
+        places = [rows[index] if is_row else total + index for is_row, index in order]
+        self._places = torch.tensor(places, dtype=torch.int64, device=device)
+        self._edges = torch.tensor(edges, dtype=torch.int64, device=device)
+        self._few = torch.empty(0, device=device)
+        if rows and self._num_rows < MIN_ROWS:
+            self._few = torch.zeros(MIN_ROWS, ROW, dtype=shard.layout.dtype, device=device)
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Shape (segments,), float64, on the device. gradient: shape (shard.numel,), contiguous."""
+        norms = []
+        if self._rows:
+            rows = gradient[self._first : self._first + self._num_rows * ROW].view(-1, ROW)
+            if len(self._few):
+                self._few[: self._num_rows].copy_(rows)
+                rows = self._few
+            norms.append(torch.linalg.vector_norm(rows, dim=1))
+        if self._num_lines:
+            lines = gradient.view(-1, self._line).index_select(0, self._lines)
+            norms.append(torch.linalg.vector_norm(lines, dim=1))
+        joined = torch.cat(norms) if len(norms) > 1 else norms[0]
+        squares = joined.index_select(0, self._places).to(torch.float64).square_()
+        return torch.segment_reduce(squares, "sum", offsets=self._edges, unsafe=True)

@@ -8,6 +8,7 @@ import threading
 from ps.job.config import JobConfig
 from ps.step.messages import PROTOCOL
 from ps.wire.connection import Connection, StreamError
+from ps.wire.in_process import InProcess
 from steepest.v1 import exchange_pb2 as pb
 
 READY_SECONDS = 60.0  # for the servers of a job to find each other
@@ -46,7 +47,7 @@ class Doorman:
             return "the worker's model is not the one the job was submitted with"
         return "" if self.wait_open() else "the server is not ready"
 
-    def greet(self, connection: Connection[pb.WorkerMessage]) -> pb.Hello | None:
+    def greet(self, connection: Connection[pb.WorkerMessage] | InProcess[pb.WorkerMessage]) -> pb.Hello | None:
         """The hello of a worker or of another host's home; None when it is not let in, and has been told why."""
         try:
             first = connection.next_message()

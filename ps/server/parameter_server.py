@@ -9,8 +9,11 @@ memory holds the parameters for all workers there, and it speaks for those worke
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import torch
 
 from ps.checkpoint.files import newest_valid
 from ps.checkpoint.named_state import Restored, master_of, residuals_of, restore
@@ -33,12 +36,13 @@ from ps.server.peer import Peer, Peers
 from ps.server.residuals import Residuals
 from ps.server.shard_host import NoShard, ShardHost
 from ps.server.shard_links import ShardLinks
-from ps.server.worker_streams import WorkerStreams
+from ps.server.worker_streams import Stream, WorkerStreams
 from ps.step.best import Standing
 from ps.step.leader import Leader
 from ps.step.shard import ShardState
 from ps.wire.address import ServerAddress
 from ps.wire.connection import Connection, Role
+from ps.wire.in_process import InProcess, pair
 from ps.wire.listener import Listener, Service
 from steepest.v1 import exchange_pb2 as pb
 
@@ -46,7 +50,9 @@ from steepest.v1 import exchange_pb2 as pb
 class ParameterServer:
     """Listens from construction on; `connect` gives it the other servers, and opens it to workers.
 
-    bind: the IP address to listen on. device: the GPU to hold the shard on, None for the host's memory.
+    bind: the IP address to listen on. device: the GPU to hold the shard on, None for the host's memory; then
+    `gpu_parameters` there, shape (layout.numel,), hold the shard's part of them, and a worker in this process may use
+    the rest for those of other servers.
     """
 
     def __init__(self, config: JobConfig, index: int, bind: str, device: Device | None = None) -> None:
@@ -55,6 +61,9 @@ class ParameterServer:
         self.layout = config.layout()
         self.leader: Leader | None = None  # on server 0, once it is connected
         self._device = device
+        self.gpu_parameters: torch.Tensor | None = None
+        if device is not None:
+            self.gpu_parameters = torch.zeros(self.layout.numel, dtype=self.layout.dtype, device=device.torch_device)
         self._guard = Guard()
         self._doorman = Doorman(config)
         self._peers, self._relays = Peers(), Peers()  # workers, and homes of other hosts
@@ -146,6 +155,7 @@ class ParameterServer:
             push=config.push_codec(),
             pull=config.pull_codec(),
             device=self._device,
+            master=None if self.gpu_parameters is None else self.gpu_parameters[here],
             signals_every=config.signals_every,
         )
         if restored is not None:
@@ -202,9 +212,19 @@ class ParameterServer:
         """Block until `stop`. Raises RuntimeError when this server failed."""
         self._guard.wait()
 
+    def call_from_here(self, slot: Callable[[int], torch.Tensor]) -> InProcess[pb.ServerMessage]:
+        """The stream of a worker in this process, on the GPU of this server.
+
+        slot: gives the worker's slots there, each as a whole layout, by its number.
+        """
+        here, there = pair()
+        here.slot = slot
+        threading.Thread(target=self._serve_worker, args=(here,), daemon=True).start()
+        return there
+
     # -- calls --------------------------------------------------------------------------------------------------------
 
-    def _serve_worker(self, connection: Connection[pb.WorkerMessage]) -> None:
+    def _serve_worker(self, connection: Stream) -> None:
         hello = self._doorman.greet(connection)
         if hello is not None and self._worker_streams is not None:
             self._worker_streams.serve(hello, connection)

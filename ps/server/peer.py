@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import torch
 
-from ps.memory.gpu import DeviceReference
 from ps.numerics.tree import Node
 from ps.server.links import WorkerListener
 from ps.server.slots import GpuSlots, MappedSlots, NoSlots, Slots
 from ps.step.messages import Push, Round
 from ps.wire.connection import Connection, StreamError
+from ps.wire.in_process import InProcess
 from steepest.v1 import exchange_pb2 as pb
 
 
 class Peer:
     """One stream to one server.
 
-    slots: where its gradients lie. gpu: its slots on the GPU that both compute on, where it also reads this server's
-    parameters; None otherwise. inline_parameters: whether this server sends it parameters as chunks. listener: takes
-    the residuals that it hands in.
+    slots: where its gradients lie. gpu: its slots on the GPU of this process, where it also reads this server's
+    parameters; None for other processes. inline_parameters: whether this server sends it parameters as chunks.
+    listener: takes the residuals that it hands in.
     """
 
     def __init__(
         self,
         name: str,
-        connection: Connection[pb.WorkerMessage],
+        connection: Connection[pb.WorkerMessage] | InProcess[pb.WorkerMessage],
         slots: Slots,
         *,
         inline_parameters: bool,
@@ -54,12 +54,6 @@ class Peer:
     def mapped(self) -> MappedSlots | None:
         """Its slots, if this server maps them."""
         return self._slots if isinstance(self._slots, MappedSlots) else None
-
-    def show(self, slot: int, reference: DeviceReference) -> None:
-        """Note where a slot lies on the GPU. Raises StreamError when it is on another one."""
-        if self._gpu is None:
-            raise StreamError(f"slot {slot} of {self.name} is on another GPU; use placement.server_device = cpu")
-        self._gpu.show(slot, reference)
 
     def pushed(self, push: Push, *, compressed: bool) -> list[tuple[Node, torch.Tensor | None]]:
         """The nodes of a push with the shard's part of each sum. Raises StreamError for one that is not whole."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ps.memory.gpu import Device, DeviceReference
+from ps.memory.gpu import Device
 from ps.parameters.layout import Shard
 from ps.server.collection import parts_of
 from ps.server.links import LeaderLink
@@ -46,15 +46,6 @@ class ShardHost:
             return 0
         first, last = codec.span(self.shard.start, self.shard.stop)
         return last - first
-
-    def device_shared_with(self, gpu: str) -> Device | None:
-        """The shard's device, if a worker on `gpu` can read it there."""
-        device = self._device
-        return device if device is not None and self.shard.numel and device.identity == gpu else None
-
-    def share_on(self, device: Device) -> DeviceReference:
-        """The optimizer's parameters, for one process on that GPU."""
-        return device.share(self.state.master)
 
     # -- gradients in -------------------------------------------------------------------------------------------------
 
@@ -126,10 +117,6 @@ class NoShard:
 
     shard: Shard | None = None
     payload_bytes = 0
-
-    def device_shared_with(self, gpu: str) -> Device | None:
-        """See ShardHost."""
-        return None
 
     def take(self, peer: Peer, push: Push) -> None:
         """See ShardHost."""

@@ -1,12 +1,12 @@
-"""Where a server reads the gradients of one worker: memory it maps, chunks that came in, or the GPU they share."""
+"""Where a server reads the gradients of one worker: memory it maps, chunks that came in, or the GPU of both."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
-from ps.memory.gpu import Device, DeviceError, DeviceReference
 from ps.memory.segment import Segment
 from ps.parameters.layout import Layout, Shard
 from ps.wire.chunks import place
@@ -109,25 +109,16 @@ class NoSlots:
 
 
 class GpuSlots:
-    """Slots on the GPU that a worker and this server share."""
+    """Slots of the worker in this process, on the GPU. slot: gives each as a whole layout, by its number."""
 
-    def __init__(self, device: Device, shard: Shard, worker: str) -> None:
-        self._device = device
+    def __init__(self, slot: Callable[[int], torch.Tensor], shard: Shard) -> None:
+        self._slot = slot
         self._shard = shard
-        self._worker = worker
-        self._slots: dict[int, torch.Tensor] = {}  # each a whole layout
-
-    def show(self, slot: int, reference: DeviceReference) -> None:
-        """Note where a slot lies. Raises StreamError when its memory cannot be mapped."""
-        layout = self._shard.layout
-        try:
-            self._slots[slot] = self._device.open(reference, layout.dtype, layout.numel)
-        except DeviceError as error:
-            hint = "use placement.server_device = cpu"
-            raise StreamError(f"slot {slot} of {self._worker} on the GPU cannot be mapped: {error}; {hint}") from error
+        self._parts: dict[int, torch.Tensor] = {}
 
     def pushed(self, slot: int) -> torch.Tensor:
-        """The shard's part of a slot that was pushed. Raises StreamError for one that was not shown."""
-        if slot not in self._slots:
-            raise StreamError(f"slot {slot} of {self._worker} was pushed and never shown")
-        return self._slots[slot][self._shard.start : self._shard.stop]
+        """The shard's part of a slot that was pushed."""
+        part = self._parts.get(slot)
+        if part is None:
+            part = self._parts[slot] = self._slot(slot)[self._shard.start : self._shard.stop]
+        return part

@@ -18,9 +18,12 @@ from ps.server.slots import GpuSlots, InlineSlots, MappedSlots, NoSlots, Slots
 from ps.wire import convert
 from ps.wire.connection import Connection, HungUpError, StreamError
 from ps.wire.hub import Hub
+from ps.wire.in_process import InProcess
 from steepest.v1 import exchange_pb2 as pb
 
 log = logging.getLogger(__name__)
+
+Stream = Connection[pb.WorkerMessage] | InProcess[pb.WorkerMessage]
 
 
 class WorkerStreams:
@@ -54,16 +57,18 @@ class WorkerStreams:
 
     # -- workers ------------------------------------------------------------------------------------------------------
 
-    def serve(self, hello: pb.Hello, connection: Connection[pb.WorkerMessage]) -> None:
-        """Serve a worker: in the hub when it is on this host, and in this thread otherwise."""
+    def serve(self, hello: pb.Hello, connection: Stream) -> None:
+        """Serve a worker: in its own thread if that is in this process, else in the hub or, from afar, in this one."""
         peer = self._admit(hello, connection)
         on_message, on_end = partial(self._on_message, peer), partial(self._on_end, peer, connection)
-        if connection.is_local:
+        if isinstance(connection, InProcess):
+            connection.deliver(on_message, on_end)
+        elif connection.is_local:
             self._hub.add(connection, on_message, on_end)
         else:
             _read_all(connection, on_message, on_end)
 
-    def _admit(self, hello: pb.Hello, connection: Connection[pb.WorkerMessage]) -> Peer:
+    def _admit(self, hello: pb.Hello, connection: Stream) -> Peer:
         segment = Segment.open(convert.segment_from_proto(hello.slots)) if hello.HasField("slots") else None
         shares = segment is not None and connection.is_local
         shard = self._shard.shard
@@ -75,11 +80,9 @@ class WorkerStreams:
         welcome = pb.Welcome(slots_mapped=segment is not None)
         if shares:
             welcome.parameters.CopyFrom(convert.segment_to_proto(self._parameters))
-        device = self._shard.device_shared_with(hello.gpu) if shares else None
         gpu = None
-        if device is not None and shard is not None and isinstance(self._shard, ShardHost):
-            gpu = GpuSlots(device, shard, hello.worker)
-            welcome.gpu_parameters.CopyFrom(convert.device_to_proto(self._shard.share_on(device)))
+        if isinstance(connection, InProcess) and connection.slot is not None and shard is not None:
+            gpu = GpuSlots(connection.slot, shard)
         peer = Peer(
             hello.worker,
             connection,
@@ -110,8 +113,6 @@ class WorkerStreams:
                     self._home.push(peer, push)
                     self._listener.push(peer.name, push)
                     self._shard.reduce(push)
-                case "gpu_slot":
-                    peer.show(message.gpu_slot.slot, convert.device_from_proto(message.gpu_slot.memory))
                 case "ready":
                     self._home.begin(peer, convert.ready_from_proto(message.ready))
                 case "chunk" if message.chunk.name and message.chunk.last:
@@ -121,7 +122,7 @@ class WorkerStreams:
                 case "failure":
                     self._listener.failure(peer.name, convert.failure_from_proto(message.failure))
 
-    def _on_end(self, peer: Peer, connection: Connection[pb.WorkerMessage], error: Exception) -> None:
+    def _on_end(self, peer: Peer, connection: Stream, error: Exception) -> None:
         with self._guard.lock:
             if self._peers.get(peer.name) is peer:
                 del self._peers[peer.name]
@@ -129,7 +130,7 @@ class WorkerStreams:
                 self._listener.leave(peer.name)
         self._part(peer, connection, error)
 
-    def _part(self, peer: Peer, connection: Connection[pb.WorkerMessage], error: Exception) -> None:
+    def _part(self, peer: Peer, connection: Stream, error: Exception) -> None:
         """The end of a stream, for whatever reason."""
         if isinstance(error, StreamError):
             log.warning("hanging up on %s: %s", peer.name, error)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-PROTOCOL = 7
+PROTOCOL = 8
 
 
 class Round(StrEnum):

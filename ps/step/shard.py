@@ -34,7 +34,8 @@ class ShardState:
     num_leaves: micro-batches of a training step. push: what gradients come in, added up in the order of micro-batches.
     pull: what updates are sent in; the optimizer then has parameters of its own (`master`), and what an update could
     not say stays between the two. device: the GPU to compute on; the optimizer's parameters are there, and `expose`
-    brings them to `parameters`. Not together with push or pull. signals_every: of the spec's telemetry.
+    brings them to `parameters`. Not together with push or pull. master: memory for them there. signals_every: of the
+    spec's telemetry.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class ShardState:
         push: Codec | None = None,
         pull: Codec | None = None,
         device: Device | None = None,
+        master: torch.Tensor | None = None,
         signals_every: int = 0,
     ) -> None:
         self.shard = shard
@@ -58,7 +60,8 @@ class ShardState:
         self.master = parameters
         if device is not None:
             device.lock(parameters)
-            self.master = parameters.to(device.torch_device, copy=True)
+            self.master = torch.empty_like(parameters, device=device.torch_device) if master is None else master
+            self.master.copy_(parameters)
         elif pull is not None:
             self.master = parameters.clone()
         self._device = device
@@ -117,8 +120,6 @@ class ShardState:
         for node, value in fresh:
             self._held[node] = value if value is None else self._here(value)
             self._covered |= node.leaves
-        if self._device is not None and not self.is_complete:
-            self._keep(fresh)
         return Outcome.ACCEPTED if fresh else Outcome.DUPLICATE
 
     def _here(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -128,12 +129,6 @@ class ShardState:
         copied = torch.empty_like(gradient, device=self.master.device)
         self._device.copy(copied, gradient)
         return copied
-
-    def _keep(self, nodes: Iterable[tuple[Node, torch.Tensor | None]]) -> None:
-        """Copy what is still another process's memory on the GPU: that process may end before the round does."""
-        for node, value in nodes:
-            if value is not None and self._held[node] is value:
-                self._held[node] = value.clone()
 
     @property
     def is_complete(self) -> bool:
@@ -222,8 +217,6 @@ class ShardState:
                 if self._pull is not None:
                     self._encode_update(self._pull)
             self.step += 1
-        if self._device is not None:
-            self._device.synchronize()  # other processes go on from here
         self._held.clear()
         self._covered = 0
         self._sum = None

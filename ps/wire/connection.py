@@ -68,7 +68,7 @@ class Connection(Generic[Received]):
     """
 
     def __init__(self, end: socket.socket, parse: Callable[[bytes], Received]) -> None:
-        self.sink: Callable[[Received, int], memoryview] = _no_tensors
+        self.sink: Callable[[Received, int], memoryview] = no_tensors
         self.is_local = end.family == socket.AF_UNIX
         self._socket = end
         self._parse = parse
@@ -231,7 +231,8 @@ class Connection(Generic[Received]):
         self.release()
 
 
-def _no_tensors(message: Any, tensor_bytes: int) -> memoryview:
+def no_tensors(message: Any, tensor_bytes: int) -> memoryview:
+    """The sink of a stream on which no tensors are expected."""
     raise StreamError(f"a tensor of {tensor_bytes} bytes is not expected here")
 
 

@@ -9,7 +9,6 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from ps.memory.gpu import DeviceReference
 from ps.memory.segment import SegmentReference
 from ps.step.messages import Assign, Decision, Failure, LeafResult, Printed, Push, PushedNode, Ready, Round, StepRecord
 from ps.step.signals import NAMES
@@ -31,32 +30,6 @@ def segment_to_proto(reference: SegmentReference) -> pb.SegmentReference:
 def segment_from_proto(message: pb.SegmentReference) -> SegmentReference:
     """SegmentReference, from the wire."""
     return SegmentReference(message.pid, message.descriptor, message.size, message.nonce)
-
-
-def device_to_proto(reference: DeviceReference) -> pb.DeviceReference:
-    """DeviceReference, to the wire."""
-    return pb.DeviceReference(
-        handle=reference.handle,
-        size=reference.size,
-        offset=reference.offset,
-        counter=reference.counter,
-        counter_offset=reference.counter_offset,
-        event=reference.event,
-        awaits_event=reference.awaits_event,
-    )
-
-
-def device_from_proto(message: pb.DeviceReference) -> DeviceReference:
-    """DeviceReference, from the wire."""
-    return DeviceReference(
-        message.handle,
-        message.size,
-        message.offset,
-        message.counter,
-        message.counter_offset,
-        message.event,
-        message.awaits_event,
-    )
 
 
 def assign_to_proto(assign: Assign) -> pb.Assign:

@@ -29,7 +29,7 @@ from ps.wire.address import ServerAddress
 from services.cluster.fork_servers import ForkServers
 from services.cluster.processes import Exit, ExitKind, Started, explain_status
 from steepest.spec import PlacementSpec
-from worker.process.actor import WorkerActor
+from worker.process.actor import GpuActor, WorkerActor
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,6 @@ PLACING_SECONDS = 1.0  # more than it takes where there is room
 SERVER_COPIES = 4
 MIN_SERVER_BYTES = 1 << 20
 NODE_LABEL = "ray.io/node-id"
-# A server shares its worker's GPU. Each requests half, so Ray shows both the same GPU and gives it to no one else.
-SHARE_OF_GPU = 0.5
 
 
 def demand(placement: PlacementSpec, num_workers: int) -> dict[str, float]:
@@ -63,13 +61,19 @@ def nodes_of(group: PlacementGroup) -> list[str | None]:
 
 @dataclass(eq=False)
 class _Process:
-    """An actor of the job. node: Ray's id of it. started: None until it answered. stopped: this room has killed it."""
+    """A server or a worker of the job; on a GPU, one actor is both.
+
+    node: Ray's id of it. started: None until it answered. stopped: this room has killed it. ended: what it lives for is
+    over. beside: of a worker, the server in the same process.
+    """
 
     actor: Any
     group: PlacementGroup
     node: str | None
     started: Started | None = None
     stopped: bool = False
+    ended: bool = False
+    beside: _Process | None = None
 
     def stop(self) -> None:
         """Kill it without reporting its end."""
@@ -148,11 +152,12 @@ class JobRoom:
         assert self._server_group is not None  # noqa: S101  # `reserve` has seen to it
         for index, memory in enumerate(self._server_memory):
             group, bundle = self._server_group, index
-            resources: dict[str, float] = {"memory": memory}
+            kind: Any = ServerActor
+            resources: dict[str, float] = {"num_cpus": 0, "memory": memory}
             if index < len(self._on_gpus):
-                group, bundle, resources = self._on_gpus[index], 0, {"num_gpus": SHARE_OF_GPU}
-            actor = ServerActor.options(  # type: ignore[attr-defined]
-                num_cpus=0,
+                group, bundle, kind = self._on_gpus[index], 0, GpuActor
+                resources = {"num_cpus": self._placement.threads_per_worker, "num_gpus": 1}
+            actor = kind.options(
                 **resources,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
                 max_concurrency=4,
@@ -182,31 +187,37 @@ class JobRoom:
             self.add_group()
         group = min(self._spare, key=lambda room: self._on_gpus.index(room) if room in self._on_gpus else math.inf)
         self._spare.remove(group)
-        group.wait(PLACING_SECONDS)  # a fork needs to know where
-        resources = demand(self._placement, 1)
-        actor = WorkerActor.options(  # type: ignore[attr-defined]
-            num_cpus=resources["CPU"],
-            num_gpus=SHARE_OF_GPU if group in self._on_gpus else resources.get("GPU", 0),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
-            runtime_env=self._fork_servers.runtime_env(node := nodes_of(group)[0]),
-        ).remote()
-        process = self._workers[worker] = _Process(actor, group, node)
+        if group in self._on_gpus:
+            server = self._servers[self._on_gpus.index(group)]
+            process = _Process(server.actor, group, server.node, server.started, beside=server)
+        else:
+            group.wait(PLACING_SECONDS)  # a fork needs to know where
+            resources = demand(self._placement, 1)
+            actor = WorkerActor.options(  # type: ignore[attr-defined]
+                num_cpus=resources["CPU"],
+                num_gpus=resources.get("GPU", 0),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+                runtime_env=self._fork_servers.runtime_env(node := nodes_of(group)[0]),
+            ).remote()
+            process = _Process(actor, group, node)
+        self._workers[worker] = process
 
         def started(future: Any) -> None:
             if future.exception() is None:
-                process.started = Started(*future.result())
+                process.started = Started(*future.result()[-2:])
                 on_start(process.started)
 
-        actor.describe.remote().future().add_done_callback(started)
-        self._watch(process, actor.run.remote(config, worker, generation, self._code, list(addresses)), on_exit)
+        process.actor.describe.remote().future().add_done_callback(started)
+        self._watch(process, process.actor.run.remote(config, worker, generation, self._code, list(addresses)), on_exit)
 
     def _watch(self, process: _Process, reference: Any, on_exit: Callable[[Exit], None]) -> None:
         """Tell how a process ended, unless this room has killed it. reference: of the call that it lives for."""
 
         def ended(future: Any) -> None:
             error = future.exception()
-            if process.stopped:
-                return
+            process.ended = True
+            if process.stopped or (process.beside is not None and isinstance(error, ray.exceptions.RayActorError)):
+                return  # the end of a process with a server is reported as that
             if error is None:
                 result = future.result()
                 on_exit(Exit(ExitKind.REFUSED, *result) if result else Exit(ExitKind.DONE))
@@ -238,7 +249,10 @@ class JobRoom:
         process = self._workers.pop(worker, None)
         if process is None:
             return
-        process.stop()
+        if process.beside is None:
+            process.stop()
+        elif not process.ended and not process.beside.stopped and ray.is_initialized():
+            ray.kill(process.actor)  # and with it the server, whose end is reported
         if keep_room or process.group in self._on_gpus:
             self._spare.append(process.group)
         else:
@@ -246,10 +260,10 @@ class JobRoom:
 
     def stop_actors(self) -> None:
         """Kill everything, but keep the room."""
-        for worker in list(self._workers):
-            self.stop_worker(worker, keep_room=True)
         for server in self._servers:
             server.stop()
+        for worker in list(self._workers):
+            self.stop_worker(worker, keep_room=True)
         self._servers = []
 
     def release(self) -> None:

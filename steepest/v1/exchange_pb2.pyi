@@ -73,70 +73,6 @@ class SegmentReference(_message.Message):
 Global___SegmentReference: _TypeAlias = SegmentReference  # noqa: Y015
 
 @_typing.final
-class DeviceReference(_message.Message):
-    """A tensor on a GPU that another process there can map: see ps/memory/gpu.py."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    HANDLE_FIELD_NUMBER: _builtins.int
-    SIZE_FIELD_NUMBER: _builtins.int
-    OFFSET_FIELD_NUMBER: _builtins.int
-    COUNTER_FIELD_NUMBER: _builtins.int
-    COUNTER_OFFSET_FIELD_NUMBER: _builtins.int
-    EVENT_FIELD_NUMBER: _builtins.int
-    AWAITS_EVENT_FIELD_NUMBER: _builtins.int
-    handle: _builtins.bytes
-    size: _builtins.int
-    offset: _builtins.int
-    counter: _builtins.bytes
-    counter_offset: _builtins.int
-    event: _builtins.bytes
-    awaits_event: _builtins.bool
-    def __init__(
-        self,
-        *,
-        handle: _builtins.bytes = ...,
-        size: _builtins.int = ...,
-        offset: _builtins.int = ...,
-        counter: _builtins.bytes = ...,
-        counter_offset: _builtins.int = ...,
-        event: _builtins.bytes = ...,
-        awaits_event: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaits_event", b"awaits_event", "counter", b"counter", "counter_offset", b"counter_offset", "event", b"event", "handle", b"handle", "offset", b"offset", "size", b"size"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___DeviceReference: _TypeAlias = DeviceReference  # noqa: Y015
-
-@_typing.final
-class GpuSlot(_message.Message):
-    """Where a slot lies on the GPU that worker and server share."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SLOT_FIELD_NUMBER: _builtins.int
-    MEMORY_FIELD_NUMBER: _builtins.int
-    slot: _builtins.int
-    @_builtins.property
-    def memory(self) -> Global___DeviceReference: ...
-    def __init__(
-        self,
-        *,
-        slot: _builtins.int = ...,
-        memory: Global___DeviceReference | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory", "slot", b"slot"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___GpuSlot: _TypeAlias = GpuSlot  # noqa: Y015
-
-@_typing.final
 class Hello(_message.Message):
     """The first message on a worker's stream."""
 
@@ -151,7 +87,6 @@ class Hello(_message.Message):
     SLOTS_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
     CONTROL_ONLY_FIELD_NUMBER: _builtins.int
-    GPU_FIELD_NUMBER: _builtins.int
     token: _builtins.str
     protocol: _builtins.int
     worker: _builtins.str
@@ -161,8 +96,6 @@ class Hello(_message.Message):
     """Which host it is on: see ps/memory/host.py."""
     control_only: _builtins.bool
     """A worker that a server on its own host serves, and that is here only to be given work."""
-    gpu: _builtins.str
-    """The GPU it computes on; empty: none."""
     @_builtins.property
     def fence(self) -> Global___Fence: ...
     @_builtins.property
@@ -181,11 +114,10 @@ class Hello(_message.Message):
         slots: Global___SegmentReference | None = ...,
         host: _builtins.str = ...,
         control_only: _builtins.bool = ...,
-        gpu: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "slots", b"slots"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_only", b"control_only", "fence", b"fence", "generation", b"generation", "gpu", b"gpu", "host", b"host", "layout_sha256", b"layout_sha256", "protocol", b"protocol", "slots", b"slots", "token", b"token", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_only", b"control_only", "fence", b"fence", "generation", b"generation", "host", b"host", "layout_sha256", b"layout_sha256", "protocol", b"protocol", "slots", b"slots", "token", b"token", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -511,7 +443,6 @@ class WorkerMessage(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
-    GPU_SLOT_FIELD_NUMBER: _builtins.int
     PRINTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
@@ -526,10 +457,6 @@ class WorkerMessage(_message.Message):
         """To the home of a host, which may send it on."""
 
     @_builtins.property
-    def gpu_slot(self) -> Global___GpuSlot:
-        """To a server on the worker's GPU, before the slot is first pushed."""
-
-    @_builtins.property
     def printed(self) -> Global___Printed:
         """To the leader."""
 
@@ -541,14 +468,13 @@ class WorkerMessage(_message.Message):
         chunk: Global___Chunk | None = ...,
         failure: Global___Failure | None = ...,
         ready: Global___Ready | None = ...,
-        gpu_slot: Global___GpuSlot | None = ...,
         printed: Global___Printed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "failure", b"failure", "gpu_slot", b"gpu_slot", "hello", b"hello", "message", b"message", "printed", b"printed", "push", b"push", "ready", b"ready"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "failure", b"failure", "hello", b"hello", "message", b"message", "printed", b"printed", "push", b"push", "ready", b"ready"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "failure", b"failure", "gpu_slot", b"gpu_slot", "hello", b"hello", "message", b"message", "printed", b"printed", "push", b"push", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "failure", b"failure", "hello", b"hello", "message", b"message", "printed", b"printed", "push", b"push", "ready", b"ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "push", "chunk", "failure", "ready", "gpu_slot", "printed"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "push", "chunk", "failure", "ready", "printed"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -617,26 +543,20 @@ class Welcome(_message.Message):
 
     PARAMETERS_FIELD_NUMBER: _builtins.int
     SLOTS_MAPPED_FIELD_NUMBER: _builtins.int
-    GPU_PARAMETERS_FIELD_NUMBER: _builtins.int
     slots_mapped: _builtins.bool
     @_builtins.property
     def parameters(self) -> Global___SegmentReference:
         """Absent: parameters come inline."""
-
-    @_builtins.property
-    def gpu_parameters(self) -> Global___DeviceReference:
-        """The shard's parameters on the GPU, if the worker computes there too."""
 
     def __init__(
         self,
         *,
         parameters: Global___SegmentReference | None = ...,
         slots_mapped: _builtins.bool = ...,
-        gpu_parameters: Global___DeviceReference | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["gpu_parameters", b"gpu_parameters", "parameters", b"parameters"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_parameters", b"gpu_parameters", "parameters", b"parameters", "slots_mapped", b"slots_mapped"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters", "slots_mapped", b"slots_mapped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -36,6 +36,9 @@ class Worker:
     def describe(self): return ray.get_gpu_ids(), ray.get_runtime_context().get_node_id()
     def run(self, *arguments): pass
 
+class Both(Actor):
+    def run(self, *arguments): pass
+
 def remote(cls):
     class Made:
         @staticmethod
@@ -46,7 +49,7 @@ def remote(cls):
     return Made
 
 ray.init(address=sys.argv[1], log_to_driver=False)
-job_room.ServerActor, job_room.WorkerActor = remote(Actor), remote(Worker)
+job_room.ServerActor, job_room.WorkerActor, job_room.GpuActor = remote(Actor), remote(Worker), remote(Both)
 placed = job_room.JobRoom(
     PlacementSpec(workers=3, servers=2, device="cuda", server_device="cuda"), 1000, ForkServers(), inline=False
 )

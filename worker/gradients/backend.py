@@ -1,12 +1,11 @@
 """All that differs between a worker on a CPU and one on a GPU: where tensors live, and how they get there.
 
 Servers read gradients, and write parameters, in the host's memory. On a CPU that is where they are computed; from a GPU
-they are copied, beside the computation of the next sum. What a server on the same GPU owns stays there.
+they are copied, beside the computation of the next sum. What the server in the worker's own process owns stays there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -22,10 +21,10 @@ class Backend(Protocol):
     device: torch.device
     gpu: Device | None  # the GPU, if it is one
 
-    def share(self, parameters: Mapping[tuple[int, int], torch.Tensor], numel: int) -> None:
-        """Do not copy what servers on the same GPU own, from now on.
+    def share(self, parameters: torch.Tensor, start: int, stop: int) -> None:
+        """Compute with `parameters`, shape (layout.numel,), where the server in this process writes [start, stop).
 
-        parameters: theirs, by the elements [start, stop) of the layout, which has `numel`.
+        To be called before anything else, if at all.
         """
 
     @property
@@ -61,7 +60,7 @@ class CpuBackend:
     gpu: Device | None = None
     publishes = False
 
-    def share(self, parameters: Mapping[tuple[int, int], torch.Tensor], numel: int) -> None:
+    def share(self, parameters: torch.Tensor, start: int, stop: int) -> None:
         """See Backend: no server is on a GPU."""
 
     def parameters(self, shared: torch.Tensor) -> torch.Tensor:
@@ -96,13 +95,15 @@ class DeviceBackend:
         self.gpu: Device | None = gpu
         self._gpu = gpu
         self.device = gpu.torch_device
-        self._on_gpu: dict[tuple[int, int], torch.Tensor] = {}
+        self._parameters: torch.Tensor | None = None
+        self._here: list[tuple[int, int]] = []  # elements that the server in this process owns
         self._has_rest = True
 
-    def share(self, parameters: Mapping[tuple[int, int], torch.Tensor], numel: int) -> None:
+    def share(self, parameters: torch.Tensor, start: int, stop: int) -> None:
         """See Backend."""
-        self._on_gpu = dict(parameters)
-        self._has_rest = bool(gaps(0, numel, self._on_gpu))
+        self._parameters = parameters
+        self._here = [(start, stop)] if start < stop else []
+        self._has_rest = bool(gaps(0, len(parameters), self._here))
 
     @property
     def publishes(self) -> bool:
@@ -111,16 +112,16 @@ class DeviceBackend:
 
     def parameters(self, shared: torch.Tensor) -> torch.Tensor:
         """See Backend."""
-        self._gpu.lock(shared)
-        return torch.empty_like(shared, device=self.device)
+        if self._has_rest:
+            self._gpu.lock(shared)
+        return torch.empty_like(shared, device=self.device) if self._parameters is None else self._parameters
 
     def refresh(self, parameters: torch.Tensor, shared: torch.Tensor) -> None:
         """See Backend."""
-        for (start, stop), own in self._on_gpu.items():
-            self._gpu.copy(parameters[start:stop], own)
-        for start, stop in gaps(0, len(shared), self._on_gpu):
-            self._gpu.copy(parameters[start:stop], shared[start:stop])
-        self._gpu.await_copies()
+        if self._has_rest:
+            for start, stop in gaps(0, len(shared), self._here):
+                self._gpu.copy(parameters[start:stop], shared[start:stop])
+            self._gpu.await_copies()
 
     def gradient(self, shared: torch.Tensor) -> torch.Tensor:
         """See Backend."""
@@ -130,12 +131,13 @@ class DeviceBackend:
 
     def publish(self, gradient: torch.Tensor, shared: torch.Tensor, start: int, stop: int) -> None:
         """See Backend."""
-        for first, last in gaps(start, stop, self._on_gpu):
+        for first, last in gaps(start, stop, self._here):
             self._gpu.copy(shared[first:last], gradient[first:last])
 
     def wait(self) -> None:
-        """See Backend."""
-        self._gpu.synchronize()
+        """See Backend: the server in this process comes after what was begun here, without waiting."""
+        if self._has_rest:
+            self._gpu.synchronize()
 
     def batch(self, batch: Any) -> Any:
         """See Backend."""

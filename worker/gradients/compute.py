@@ -40,13 +40,14 @@ class _Leaves:
         self._norms = norms
         self._step = -1
         self.results: dict[int, LeafResult] = {}
+        self._pending: dict[int, torch.Tensor] = {}  # losses that are still on a GPU
         self.buffers: bytes | None = None  # as micro-batch 0 left them
         self.activations: bytes | None = None  # of micro-batch 0, in some steps
 
     def begin(self, step: int) -> None:
         """Another assignment."""
         self._step = step
-        self.results = {}
+        self.results, self._pending = {}, {}
         self.buffers = self.activations = None
 
     def has_samples(self, index: int) -> bool:
@@ -60,6 +61,7 @@ class _Leaves:
         """See Leaf."""
         for index in indices:
             self.results.pop(index, None)
+            self._pending.pop(index, None)
 
     def gradient(self, index: int, into: list[torch.Tensor], *, add: bool) -> None:
         """See Leaf. Raises MicroBatchError too."""
@@ -78,7 +80,21 @@ class _Leaves:
             raise
         except BaseException as error:
             raise MicroBatchError(index) from error
+        if measured.pending is not None:
+            self._pending[index] = measured.pending
         self.results[index] = LeafResult(index, measured.loss, measured.weight, num_samples, measured.values)
+
+    def settle(self) -> None:
+        """Fetch losses that are still on a GPU. Raises MicroBatchError when what computed them failed there."""
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, {}
+        try:
+            losses = torch.stack(list(pending.values())).tolist()
+        except BaseException as error:
+            raise MicroBatchError(next(iter(pending))) from error
+        for index, loss in zip(pending, losses, strict=True):
+            self.results[index] = self.results[index]._replace(loss=loss)
 
     def alone(self, index: int, slot: int) -> None:
         """See Leaf."""
@@ -95,7 +111,8 @@ class _Leaves:
         self.results[index] = LeafResult(index, measured.loss, measured.weight, num_samples, measured.values)
 
     def ordered(self) -> tuple[LeafResult, ...]:
-        """The results, by micro-batch."""
+        """The results, by micro-batch. Raises MicroBatchError."""
+        self.settle()
         return tuple(self.results[index] for index in sorted(self.results))
 
 
@@ -229,6 +246,7 @@ class Computer:
         if slot is None:
             return
         views = self._slots.views(slot)
+        leaves.settle()
         result = leaves.results[index]
         nonfinite = finite_parameters(views, self._layout)
         bad: tuple[int, ...] = ()
@@ -237,7 +255,8 @@ class Computer:
             def is_finite(samples: NDArray[np.int64]) -> bool:
                 batch = self._batches.some(step, index, samples)
                 measured = self._engine.gradient(batch, len(samples), views, add=False)
-                return math.isfinite(measured.loss) and not finite_parameters(views, self._layout)
+                loss = measured.loss if measured.pending is None else measured.pending
+                return math.isfinite(loss) and not finite_parameters(views, self._layout)
 
             bad = guilty(self._batches.indices(step, index), is_finite)
         self._slots.release(slot)

@@ -13,11 +13,15 @@ from worker.gradients.activations import Activations
 
 
 class Measured(NamedTuple):
-    """A loss sum and its weight, and sums of values: of the metrics, or of what the loss function returned besides."""
+    """A loss sum and its weight, and sums of values: of the metrics, or of what the loss function returned besides.
+
+    pending: the loss sum of training on a GPU, which may still be computed there; `loss` is 0 then.
+    """
 
     loss: float
     weight: float
     values: tuple[float, ...] = ()
+    pending: torch.Tensor | None = None
 
 
 class Rehearsed(NamedTuple):

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,7 +36,11 @@ class LossValue(NamedTuple):
     logged: Mapping[str, Any] = {}
 
 
-LossOf = Callable[[Any, int], LossValue]  # of a batch, and the samples in it
+class LossOf(Protocol):
+    """Computes the loss of a batch."""
+
+    def __call__(self, batch: Any, num_samples: int, host: Any = None) -> LossValue:
+        """host: the batch as it was before it went to a GPU, if it did: to count there keeps nobody waiting."""
 
 
 IGNORED = -100  # the label that PyTorch's losses, and with them Hugging Face's models, leave out
@@ -59,10 +63,16 @@ def loss_of(task: Task, counts: str = "") -> LossOf:
     weigh = _weigher(task, counts)
     if task.loss is not None:
         counted = None if task.loss_weight is not None else _CountedLoss.of(task.loss)
-        return functools.partial(_pair_loss, task.model, task.loss if counted is None else counted, weigh)
-    if task.batch_loss is not None:
-        return functools.partial(_batch_loss, task.model, task.batch_loss, weigh)
-    return functools.partial(_own_loss, task.model, weigh)
+        compute = functools.partial(_pair_loss, task.model, task.loss if counted is None else counted, weigh)
+    elif task.batch_loss is not None:
+        compute = functools.partial(_batch_loss, task.model, task.batch_loss, weigh)
+    else:
+        compute = functools.partial(_own_loss, task.model, weigh)
+
+    def of(batch: Any, num_samples: int, host: Any = None) -> LossValue:
+        return compute(batch, num_samples, batch if host is None else host)
+
+    return of
 
 
 Weigher = Callable[[Any, int], float]
@@ -85,16 +95,16 @@ def _checked_weight(raw: Any, what: str) -> float:
     return weight
 
 
-def _pair_loss(model: nn.Module, loss: Any, weigh: Weigher, batch: Any, num_samples: int) -> LossValue:
+def _pair_loss(model: nn.Module, loss: Any, weigh: Weigher, batch: Any, num_samples: int, host: Any) -> LossValue:
     *inputs, targets = _entries(batch, "loss")
     outputs = model(*inputs)
     if isinstance(loss, _CountedLoss):
-        value, weight = loss(outputs, targets, num_samples)
+        value, weight = loss(outputs, targets, num_samples, host[-1])
         if weight is not None:
             return LossValue(value, 1.0, weight, outputs, targets)
-        return _mean(value, "loss", weigh, batch, num_samples, outputs, targets)
+        return _mean(value, "loss", weigh, host, num_samples, outputs, targets)
     value, *more = _parts(loss(outputs, targets))
-    found = _mean(value, "loss", weigh, batch, num_samples, outputs, targets)
+    found = _mean(value, "loss", weigh, host, num_samples, outputs, targets)
     if not more:
         return found
     if len(more) != 1 or not _is_logged(more[0]):
@@ -106,11 +116,11 @@ def _pair_loss(model: nn.Module, loss: Any, weigh: Weigher, batch: Any, num_samp
 
 
 def _batch_loss(
-    model: nn.Module, loss: Callable[[Any, Any], Any], weigh: Weigher, batch: Any, num_samples: int
+    model: nn.Module, loss: Callable[[Any, Any], Any], weigh: Weigher, batch: Any, num_samples: int, host: Any
 ) -> LossValue:
     value, *more = _parts(loss(model, batch))
     if not more:
-        return _mean(value, "batch_loss", weigh, batch, num_samples, None, None)
+        return _mean(value, "batch_loss", weigh, host, num_samples, None, None)
     *first, last = more
     logged = last if _is_logged(last) else {}
     if (not first and _is_weight(last)) or (first and _is_weight(first[0]) and logged):
@@ -122,7 +132,7 @@ def _batch_loss(
             "(loss_sum, weight), (loss, outputs), (loss, {name: number}) or (loss_sum, weight, {name: number})"
         )
     outputs = None if logged else last
-    found = _mean(value, "batch_loss", weigh, batch, num_samples, outputs, _targets(batch))
+    found = _mean(value, "batch_loss", weigh, host, num_samples, outputs, _targets(batch))
     return found._replace(logged=logged)
 
 
@@ -155,7 +165,7 @@ def _targets(batch: Any) -> Any:
     return batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else batch
 
 
-def _own_loss(model: nn.Module, weigh: Weigher, batch: Any, num_samples: int) -> LossValue:
+def _own_loss(model: nn.Module, weigh: Weigher, batch: Any, num_samples: int, host: Any) -> LossValue:
     """Of a model that returns its loss, as those of Hugging Face do."""
     outputs = call_with(model, batch)
     value = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
@@ -166,7 +176,7 @@ def _own_loss(model: nn.Module, weigh: Weigher, batch: Any, num_samples: int) ->
             f"the task has neither loss nor batch_loss, and the model returned {type(outputs).__name__} without a loss "
             "(an object with .loss, a dict with 'loss', or a tuple that begins with it): give the task a loss"
         )
-    return _mean(value, "the model", weigh, batch, num_samples, outputs, batch)
+    return _mean(value, "the model", weigh, host, num_samples, outputs, batch)
 
 
 def call_with(model: nn.Module, batch: Any) -> Any:
@@ -182,11 +192,11 @@ def call_with(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def _mean(value: Any, what: str, weigh: Weigher, batch: Any, num_samples: int, outputs: Any, targets: Any) -> LossValue:
-    """A scalar is a mean; a vector has the loss of each sample."""
+def _mean(value: Any, what: str, weigh: Weigher, host: Any, num_samples: int, outputs: Any, targets: Any) -> LossValue:
+    """A scalar is a mean; a vector has the loss of each sample. host: the batch, for the weight."""
     if isinstance(value, torch.Tensor) and value.dim() == 1 and value.numel() == num_samples > 1:
         return LossValue(_scalar(value.sum(), what), 1.0, float(num_samples), outputs, targets)
-    weight = weigh(batch, num_samples)
+    weight = weigh(host, num_samples)
     return LossValue(_scalar(value, what), weight, weight, outputs, targets)
 
 
@@ -209,7 +219,8 @@ def _entries(batch: Any, what: str) -> list[Any]:
 class _CountedLoss:
     """Cross entropy or negative log-likelihood: its mean is over the targets that count, by the weight of their class.
 
-    Called with outputs, targets and the number of samples; returns (sum, weight), or (mean over the samples, None).
+    Called with outputs, targets, the number of samples, and the targets as they came from the data; returns
+    (sum, weight), or (mean over the samples, None).
     """
 
     def __init__(self, mean: Callable[..., Any], total: Callable[..., Any], ignore_index: int, weight: Any) -> None:
@@ -246,14 +257,14 @@ class _CountedLoss:
         total = functools.partial(function, **{**options, "reduction": "sum"})
         return _CountedLoss(loss, total, options.get("ignore_index", -100), lambda: options.get("weight"))
 
-    def __call__(self, outputs: Any, targets: Any, num_samples: int) -> tuple[Any, float | None]:
+    def __call__(self, outputs: Any, targets: Any, num_samples: int, host: Any) -> tuple[Any, float | None]:
         if not isinstance(targets, torch.Tensor) or targets.is_floating_point():  # probabilities: over the samples
             return self._mean(outputs, targets), None
         class_weight = self._weight()
         if class_weight is not None:
             weight = float(class_weight.double()[targets[targets != self._ignore_index]].sum())
         else:
-            weight = float(_count(targets, self._ignore_index))
+            weight = float(_count(host, self._ignore_index))
             if targets.dim() == 1 and weight == len(targets) == num_samples:
                 return self._mean(outputs, targets), None
         return self._total(outputs, targets), weight

@@ -50,6 +50,7 @@ class TorchEngine:
         known: Rehearsed = _NOT_REHEARSED,
     ) -> None:
         device = backend.device
+        self._is_on_host = device.type == "cpu"
         self._backend = backend
         self._autocasts = precision == "bf16"
         self.evaluates_with_gradients = known.evaluates_with_gradients
@@ -122,8 +123,7 @@ class TorchEngine:
         """See Engine. Raises LossError, StateError, InPartsError."""
         self._start(training=True)
         self._sink.begin(into, add=add)
-        batch = self._backend.batch(batch)
-        found = self._loss(batch, num_samples)
+        found = self._loss(self._backend.batch(batch), num_samples, batch)
         value, factor = found.value, found.factor
         if found.weight == 0 and (factor == 0 or not bool(torch.isfinite(value))):  # the mean of nothing
             self._sink.finish()
@@ -139,7 +139,9 @@ class TorchEngine:
         for name, parameter in self._unreached:
             if parameter.grad is not None:
                 raise StateError(first_gradient(name))
-        return Measured(value.item() * factor, found.weight, self._logged(found))
+        if self._is_on_host:
+            return Measured(value.item() * factor, found.weight, self._logged(found))
+        return Measured(0.0, found.weight, self._logged(found), value.detach().double().reshape(()) * factor)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -149,7 +151,7 @@ class TorchEngine:
     def forward(self, batch: Any, num_samples: int) -> LossValue:
         """The loss of a batch as training computes it, in the present gradient mode. Raises LossError."""
         self._start(training=True)
-        return self._loss(self._backend.batch(batch), num_samples)
+        return self._loss(self._backend.batch(batch), num_samples, batch)
 
     def _logged(self, found: LossValue) -> tuple[float, ...]:
         """The sums of what the loss function returned besides."""
@@ -173,10 +175,10 @@ class TorchEngine:
     def evaluate(self, batch: Any, num_samples: int) -> Measured:
         """See Engine. Raises LossError, StateError."""
         self._start(training=False)
-        batch = self._backend.batch(batch)
+        host, batch = batch, self._backend.batch(batch)
         # Not inference mode: what a module keeps of it could not be used in training.
         with torch.set_grad_enabled(self.evaluates_with_gradients):
-            found = self._loss(batch, num_samples)
+            found = self._loss(batch, num_samples, host)
             values: tuple[float, ...] = ()
             if self._task.metrics:
                 outputs, targets = found.outputs, found.targets
@@ -236,9 +238,9 @@ class TorchEngine:
         self._versions, self._addresses = versions, addresses
         raise StateError(written_to(name))
 
-    def _loss(self, batch: Any, num_samples: int) -> LossValue:
+    def _loss(self, batch: Any, num_samples: int, host: Any) -> LossValue:
         with self._precision():
-            return self._loss_of(batch, num_samples)
+            return self._loss_of(batch, num_samples, host)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         """What the forward pass runs in; gradients and parameters keep the model's own type."""

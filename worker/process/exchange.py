@@ -7,12 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from ps.job.config import JobConfig
 from ps.job.topology import Contact, contacts
-from ps.memory.gpu import Device, DeviceError
 from ps.memory.host import host_identity
 from ps.memory.segment import Segment
 from ps.parameters.layout import Shard, shards
@@ -22,10 +22,18 @@ from ps.wire import convert
 from ps.wire.address import ServerAddress
 from ps.wire.chunks import chunks, place
 from ps.wire.connection import Connection, Role, StreamError, call
+from ps.wire.in_process import InProcess
 from ps.wire.outgoing import Outgoing
 from steepest.v1 import exchange_pb2 as pb
 from worker.gradients.compressor import Compressor
 from worker.gradients.slots import Slots
+
+
+class Beside(NamedTuple):
+    """A server in this process. call: opens this worker's stream to it."""
+
+    server: int
+    call: Callable[[], InProcess[pb.ServerMessage]]
 
 
 class RefusedError(Exception):
@@ -38,30 +46,25 @@ class _Link:
 
     outgoing: of gradient sums, if they go over this stream. version: of the shard's parameters that came in chunks.
     arrived: of all parameters from other hosts. update: the payload that is coming in, and how much of it has.
-    gpu_parameters: the shard's, if the server has them on this worker's GPU. shown: slots that it knows the place of
-    there.
     """
 
     server: int
     contact: Contact
     shard: Shard | None
-    connection: Connection[pb.ServerMessage]
+    connection: Connection[pb.ServerMessage] | InProcess[pb.ServerMessage]
     outgoing: Outgoing | None
     version: int = -1
     arrived: int = -1
     is_gone: bool = False
     update: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     update_bytes: int = 0
-    gpu_parameters: torch.Tensor | None = None
-    shown: set[int] = field(default_factory=set)
 
 
 class Exchange:
     """Joins a job. The leader comes last: when it deals work, all the servers know this worker.
 
     addresses: of all servers, the leader first. slots: the memory the gradients lie in. compressor: of gradients.
-    device: the GPU that this worker computes on. on_gpu: parameters that servers have there, by the elements
-    [start, stop) of the layout.
+    beside: the server in this process, if there is one on its GPU.
 
     Raises RefusedError, or OSError when a server cannot be reached.
     """
@@ -74,10 +77,10 @@ class Exchange:
         addresses: Sequence[ServerAddress],
         slots: Segment,
         compressor: Compressor | None = None,
-        device: Device | None = None,
+        beside: Beside | None = None,
     ) -> None:
         self._compressor = compressor
-        self._device = device
+        self._beside = beside
         self._pull_codec = config.pull_codec()
         layout = config.layout()
         host = host_identity()
@@ -89,7 +92,6 @@ class Exchange:
             generation=generation,
             layout_sha256=config.model.sha256(),
             host=host,
-            gpu="" if device is None else device.identity,
         )
         inline = config.spec.is_inline
         cut = dict(enumerate(shards(layout, config.num_servers)))
@@ -100,11 +102,6 @@ class Exchange:
         ):
             self._links.insert(0, self._open(server, contact, cut.get(server), addresses[server], hello, slots))
         self._leader = self._links[0]
-        self.on_gpu = {
-            (link.shard.start, link.shard.stop): link.gpu_parameters
-            for link in self._links
-            if link.shard is not None and link.gpu_parameters is not None
-        }
         numel, dtype = layout.numel, layout.dtype
         self.parameters = torch.zeros(numel, dtype=dtype) if self._shared is None else self._shared.tensor(dtype, numel)
         # With servers elsewhere, the first one here says when their parameters have arrived.
@@ -127,7 +124,11 @@ class Exchange:
         hello: pb.Hello,
         slots: Segment,
     ) -> _Link:
-        connection = call(address, Role.WORKER, pb.ServerMessage.FromString, inline=contact != Contact.SHARED)
+        connection: Connection[pb.ServerMessage] | InProcess[pb.ServerMessage]
+        if self._beside is not None and server == self._beside.server and contact == Contact.SHARED:
+            connection = self._beside.call()
+        else:
+            connection = call(address, Role.WORKER, pb.ServerMessage.FromString, inline=contact != Contact.SHARED)
         shared = convert.segment_to_proto(slots.reference) if contact == Contact.SHARED else None
         own = pb.Hello(slots=shared, control_only=contact == Contact.CONTROL)
         own.MergeFrom(hello)
@@ -145,16 +146,7 @@ class Exchange:
                     f"server {server}: memory cannot be shared with it; use placement.transport = inline"
                 )
         outgoing = None if shard is None or contact != Contact.INLINE else Outgoing(shard, connection.send)
-        gpu_parameters = None
-        if first.welcome.HasField("gpu_parameters") and self._device is not None and shard is not None:
-            reference = convert.device_from_proto(first.welcome.gpu_parameters)
-            try:
-                gpu_parameters = self._device.open(reference, shard.layout.dtype, shard.numel)
-            except DeviceError as error:
-                raise RefusedError(
-                    f"server {server}: its GPU memory cannot be mapped: {error}; use placement.server_device = cpu"
-                ) from error
-        return _Link(server, contact, shard, connection, outgoing, gpu_parameters=gpu_parameters)
+        return _Link(server, contact, shard, connection, outgoing)
 
     def _sink(self, link: _Link, message: pb.ServerMessage, num_bytes: int) -> memoryview:
         """Where a piece of the parameters, of an update to them or of a residual belongs."""
@@ -302,18 +294,7 @@ class Exchange:
             self._send_gradients(self._leader, push, slots)
         self._leader.connection.send(pb.WorkerMessage(push=convert.push_to_proto(push)))
 
-    def _show(self, link: _Link, push: Push, slots: Slots) -> None:
-        """Tell a server on this GPU where there the slots of a push are."""
-        assert self._device is not None  # noqa: S101  # or it would not be on this GPU
-        for node in push.nodes:
-            if node.slot is not None and node.slot not in link.shown:
-                memory = convert.device_to_proto(self._device.share(slots.flat(node.slot)))
-                link.connection.send(pb.WorkerMessage(gpu_slot=pb.GpuSlot(slot=node.slot, memory=memory)))
-                link.shown.add(node.slot)
-
     def _send_gradients(self, link: _Link, push: Push, slots: Slots) -> None:
-        if link.gpu_parameters is not None and push.kind == Round.TRAIN:
-            self._show(link, push, slots)
         if link.outgoing is None or link.shard is None:
             return
         for node in push.nodes:

@@ -7,13 +7,16 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from threadpoolctl import threadpool_limits
 
 from ps.job.config import JobConfig
 from ps.memory.segment import Segment
+from ps.parameters.layout import shards
 from ps.step.messages import Assign, Failure
 from ps.wire.address import ServerAddress
 from steepest.task import AnalyticTask, Task
@@ -27,11 +30,14 @@ from worker.gradients.readers import Readers, Reading
 from worker.gradients.recompute import checkpoint_activations
 from worker.gradients.slots import Slots, num_slots
 from worker.gradients.torch_engine import TorchEngine
-from worker.process.exchange import Exchange
+from worker.process.exchange import Beside, Exchange
 from worker.process.output import Output
 from worker.rehearsal.fingerprint import difference, fingerprint
 from worker.task.load import TaskError, initialize, load_task, user_traceback
 from worker.task.model import conduct_of, describe_model
+
+if TYPE_CHECKING:
+    from ps.server.parameter_server import ParameterServer
 
 DISMISSED_GRACE_SECONDS = 0.2
 
@@ -149,16 +155,20 @@ class WorkerLoop:
             signals_every=config.signals_every,
         )
 
-    def run(self, addresses: Sequence[ServerAddress]) -> None:
-        """Work until dismissed. addresses: of the servers, the leader first.
+    def run(self, addresses: Sequence[ServerAddress], server: ParameterServer | None = None) -> None:
+        """Work until dismissed. addresses: of the servers, the leader first. server: the one in this process, if any.
 
         Raises ConnectionError when a server is gone, RefusedError when one says no."""
+        beside = None
+        if server is not None and server.gpu_parameters is not None and not self._config.spec.is_inline:
+            beside = Beside(server.index, partial(server.call_from_here, self._slots.flat))
+            own = shards(self._layout, self._config.num_servers)[server.index]
+            self._backend.share(server.gpu_parameters, own.start, own.stop)
         exchange = Exchange(
-            self._config, self._worker, self._generation, addresses, self._segment, self._compressor, self._backend.gpu
+            self._config, self._worker, self._generation, addresses, self._segment, self._compressor, beside
         )
         if self._output is not None:
             self._output.attach(exchange.show)
-        self._backend.share(exchange.on_gpu, self._layout.numel)
         if self._compressor is None:
             self._overlap(exchange)
         bound = False

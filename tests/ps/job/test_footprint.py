@@ -146,15 +146,15 @@ def test_what_is_on_gpus_is_told_apart() -> None:
     held, _ = slots_of(0, 4, 8)
     assert [(w.gradients, w.gpu) for w in on_host.workers] == [(held * whole, (1 + held) * whole)] * 2
     on_gpu = planned(server_device="cuda")
-    # Parameters, Adam's two moments, the sums of both workers, and squares in float64.
-    assert (on_gpu.servers[0].gpu, on_gpu.servers[0].optimizer_state) == (7 * whole, 0)
+    # Adam's two moments, the sum of the other worker, and signals in float64; the parameters are the worker's.
+    assert (on_gpu.servers[0].gpu, on_gpu.servers[0].optimizer_state) == (5 * whole, 0)
     assert [w.gradients for w in on_gpu.workers] == [whole, held * whole]
-    assert on_gpu.gpu == 7 * whole + 2 * (1 + held) * whole
+    assert on_gpu.gpu == 5 * whole + 2 * (1 + held) * whole
     assert on_gpu.to_dict()["gpu"] == on_gpu.gpu
     both = planned(server_device="cuda", servers=2)
-    assert sum(s.gpu for s in both.servers) == 7 * whole
+    assert sum(s.gpu for s in both.servers) == 5 * whole
     apart = planned(num_hosts=2, server_device="cuda")
-    assert apart.servers[0].gpu == 7 * whole  # the other one's sum comes over the network
+    assert apart.servers[0].gpu == 5 * whole  # the other one's sum comes over the network
     alone = planned(server_device="cuda", workers=1)
     assert alone.servers[0].gpu == 6 * whole
     assert planned(device="cpu").gpu == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ps.memory.gpu import CudaDevice, Device, DeviceError
+from ps.memory.gpu import CudaDevice, Device
 from ps.memory.segment import Segment
 from tests.support.stand_in import StandInDevice
 
@@ -45,13 +45,19 @@ def test_a_copy_waits_for_what_was_computed_before(device: Device) -> None:
     assert torch.equal(host, torch.full((NUMEL,), 1024.0))
 
 
-def test_less_is_shared_than_is_needed(device: Device) -> None:
-    reference = device.share(torch.zeros(10, device=device.torch_device))
-    with pytest.raises(DeviceError):
-        device.open(reference, torch.float32, 11)
+def test_a_lock_ends_with_its_mapping(device: Device) -> None:
+    for _ in range(20):  # mappings come to lie where others have been
+        host = Segment.create(4 * NUMEL, "device").tensor(torch.float32, NUMEL)
+        device.lock(host)
+        there = torch.full((NUMEL,), 7.0, device=device.torch_device)
+        device.copy(host, there)
+        device.synchronize()
+        assert torch.equal(host, torch.full((NUMEL,), 7.0))
+        del host
+    unlocked = Segment.create(4 * NUMEL, "device").tensor(torch.float32, NUMEL)
+    assert not unlocked.is_pinned()
 
 
 def test_nothing_to_lock_is_no_error(device: Device) -> None:
     device.lock(torch.empty(0))
     device.seed(1)
-    assert device.identity

@@ -95,29 +95,3 @@ def test_on_a_gpu_what_lies_in_the_hosts_memory_is_copied() -> None:
     assert device.copied == shard.numel * 4
     server.accept(0, Round.TRAIN, [(Node(1, 2), torch.ones(shard.numel, device="meta"))])
     assert device.copied == shard.numel * 4
-
-
-def test_on_a_gpu_a_sum_that_has_to_wait_outlives_its_worker() -> None:
-    layout = build_layout(described([(300, 400)]))
-    (shard,) = shards(layout, 1)
-
-    def reduced(*, ends: bool) -> list[float]:
-        server = ShardState(
-            shard,
-            torch.zeros(shard.numel),
-            optimizer_spec(name="sgd", lr=1.0),
-            num_leaves=2,
-            max_value=None,
-            initialized=True,
-            device=StandInDevice(),
-        )
-        server.use_threads(1)
-        first, second = torch.ones(shard.numel), torch.ones(shard.numel)
-        server.accept(0, Round.TRAIN, [(Node(0, 1), first)])
-        if ends:
-            first.fill_(torch.nan)
-        server.accept(0, Round.TRAIN, [(Node(1, 2), second)])
-        return server.reduce().tolist()
-
-    expected = [4.0 * (stop - start) for start, stop in shard.segments]
-    assert reduced(ends=True) == reduced(ends=False) == expected

@@ -64,7 +64,7 @@ def test_a_batch_keeps_its_form(backend: Backend) -> None:
 def test_only_a_gpu_takes_time_to_publish_and_shares(backend: Backend) -> None:
     assert backend.publishes == (backend.gpu is not None)
     shared = _shared()
-    backend.share({(0, NUMEL): torch.zeros(NUMEL, device=backend.device)}, NUMEL)
+    backend.share(torch.zeros(NUMEL, device=backend.device), 0, NUMEL)
     assert not backend.publishes
     gradient = backend.gradient(shared)
     backend.seed(3)

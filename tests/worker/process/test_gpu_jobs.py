@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,30 @@ import torch
 
 from harness.local_job import hashes, job_config, run_here, run_processes
 from ps.job.config import JobConfig
+from ps.memory.gpu import device_of
 from ps.memory.segment import Segment
 from ps.parameters.layout import shards
 from ps.server.parameter_server import ParameterServer
 from ps.step.messages import LeafResult, Push, PushedNode, Round
-from steepest.v1 import exchange_pb2 as pb
 from tests.support.choices import full
 from tests.support.stand_in import StandInDevice
-from worker.gradients.backend import DeviceBackend
+from worker.gradients.backend import DeviceBackend, backend_of
 from worker.gradients.slots import Slots
-from worker.process.exchange import Exchange, RefusedError
+from worker.process.exchange import Beside, Exchange, RefusedError
 
 pytestmark = pytest.mark.cluster
 
 LARGE = {"hidden": 25_000}  # five blocks
+
+
+class _Elsewhere(DeviceBackend):
+    """Of a worker on the GPU of no server."""
+
+    def __init__(self, gpu: StandInDevice) -> None:
+        super().__init__(gpu)
+        self.gpu = None
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
 
@@ -55,24 +66,50 @@ def _config(directory: Path, servers: int = 1, **raw: Any) -> JobConfig:
     ],
 )
 def test_a_job_on_gpus_gives_the_bits_of_one_without(tmp_path: Path, servers: int, *, own: bool) -> None:
+    """own: whether the worker is on the GPU of the first server, and so in its process."""
     expected = hashes(run_here(_config(tmp_path / "cpu")))
-    backend = DeviceBackend(StandInDevice("gpu-0"))
-    devices = [StandInDevice(f"gpu-{i if own else i + 1}") for i in range(servers)]
+    gpu = StandInDevice()
+    devices = [StandInDevice() for _ in range(servers)]
     config = _config(tmp_path / "gpu", servers)
-    assert hashes(run_here(config, backend, devices)) == expected
-    # What a server on the worker's own GPU owns comes to the host's memory for checkpoints alone.
-    saved = 2
+    if own:
+        assert hashes(run_here(config, DeviceBackend(gpu), devices)) == expected
+    else:
+        assert hashes(run_here(config, _Elsewhere(gpu), devices)) == expected
     layout = config.layout()
     parts = [shard.numel * layout.itemsize for shard in shards(layout, servers)]
     copied = [device.copied for device in devices]
-    if own:
-        assert copied[0] <= saved * parts[0]
-        assert all(count >= 6 * part for count, part in zip(copied[1:], parts[1:], strict=False))
-        assert backend.publishes == (servers > 1)
-    else:
-        assert backend.publishes
+    saved = 2
+    if own:  # what its server owns comes to the host's memory for checkpoints alone
+        assert copied[0] <= (saved + 1) * parts[0]
+    first = 1 if own else 0
+    assert all(count >= 6 * part for count, part in zip(copied[first:], parts[first:], strict=True))
     if own and servers == 1:
-        assert backend.gpu.copied == 7 * layout.nbytes  # each version of the parameters, on the GPU
+        assert gpu.copied == 0
+    else:  # sums and parameters of the other servers
+        assert gpu.copied >= 12 * (layout.nbytes - (parts[0] if own else 0))
+
+
+def test_a_step_on_one_gpu_copies_nothing_and_waits_for_nothing(tmp_path: Path) -> None:
+    found = {}
+    for steps in (6, 12):
+        gpu, device = StandInDevice(), StandInDevice()
+        config = _config(tmp_path / f"{steps}", steps=steps, checkpoint_every=0)
+        run_here(config, DeviceBackend(gpu), [device])
+        found[steps] = gpu.copied, gpu.waits, device.copied, device.waits
+    assert found[6] == found[12]
+    assert found[6][:2] == (0, 0)
+
+
+def test_locked_memory_is_let_go_with_its_segment() -> None:
+    device = StandInDevice()
+    segment = Segment.create(4000, "lock")
+    memory = segment.tensor(torch.float32, 1000)
+    device.lock(memory[500:])
+    segment.close()
+    del segment
+    assert device.locked == 1
+    del memory
+    assert device.locked == 0
 
 
 @pytest.mark.parametrize(
@@ -119,7 +156,7 @@ def test_a_job_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
 def test_inline_transport_and_servers_on_a_gpu(tmp_path: Path) -> None:
     expected = hashes(run_here(_config(tmp_path / "cpu")))
     config = _config(tmp_path / "gpu", placement={"servers": 2, "transport": "inline"})
-    devices = [StandInDevice(), StandInDevice("gpu-1")]
+    devices = [StandInDevice(), StandInDevice()]
     assert hashes(run_here(config, DeviceBackend(StandInDevice()), devices)) == expected
 
 
@@ -130,46 +167,22 @@ def _server(config: JobConfig) -> ParameterServer:
 
 
 def _join(config: JobConfig, server: ParameterServer) -> tuple[Exchange, Slots]:
-    """A worker on the server's GPU, with one slot."""
-    layout, device = config.layout(), StandInDevice()
+    """A worker beside the server, with one slot."""
+    layout = config.layout()
     segment = Segment.create(layout.nbytes, "test")
-    slots = Slots(segment.tensor(layout.dtype, layout.numel).view(1, -1), layout, DeviceBackend(device))
-    return Exchange(config, "w", 0, [server.address], segment, None, device), slots
+    backend = DeviceBackend(StandInDevice())
+    assert server.gpu_parameters is not None
+    backend.share(server.gpu_parameters, 0, layout.numel)
+    slots = Slots(segment.tensor(layout.dtype, layout.numel).view(1, -1), layout, backend)
+    beside = Beside(0, partial(server.call_from_here, slots.flat))
+    return Exchange(config, "w", 0, [server.address], segment, None, beside), slots
 
 
 INITIAL = Push(0, Round.INITIALIZE, (PushedNode(0, 1, 0),), (LeafResult(0, 0.0, 0.0, 0),), b"")
 
 
-@pytest.mark.parametrize("shown", ["nothing", "too-small", "gone"])
-def test_a_slot_that_cannot_be_had_never_reaches_the_sum(tmp_path: Path, shown: str) -> None:
-    config = _config(tmp_path)
-    layout = config.layout()
-    server = _server(config)
-    exchange, slots = _join(config, server)
-    assert list(exchange.on_gpu) == [(0, layout.numel)]
-    assignments = exchange.assignments()
-    assert next(assignments).kind == Round.INITIALIZE
-    exchange.push(INITIAL, slots)
-    assert next(assignments).kind == Round.TRAIN
-    leader = exchange._leader
-    if shown == "nothing":
-        leader.shown.add(0)
-    else:
-        reference = pb.DeviceReference(handle=b"other/1", size=layout.nbytes - 4 * (shown == "too-small"))
-        leader.connection.send(pb.WorkerMessage(gpu_slot=pb.GpuSlot(slot=0, memory=reference)))
-    exchange.push(Push(0, Round.TRAIN, (PushedNode(0, 8, 0),), (LeafResult(0, 1.0, 1.0, 1),)), slots)
-    said = {"nothing": "never shown", "too-small": "bytes are shared, and", "gone": "invalid device context"}
-    with pytest.raises(RefusedError, match=said[shown]):
-        next(assignments)
-    assert server.leader is not None
-    assert server.leader.step == 0
-    exchange.close()
-    server.stop()
-
-
 def test_a_worker_that_is_let_in_finds_the_present_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config(tmp_path, optimizer={"name": "sgd", "lr": 1.0})
-    layout = config.layout()
     server = _server(config)
     exchange, slots = _join(config, server)
     assignments = exchange.assignments()
@@ -180,7 +193,8 @@ def test_a_worker_that_is_let_in_finds_the_present_parameters(tmp_path: Path, mo
     leaves = tuple(LeafResult(leaf, 1.0, 1.0, 1) for leaf in range(8))
     exchange.push(Push(0, Round.TRAIN, (PushedNode(0, 8, 0),), leaves), slots)
     assert next(assignments).step == 1
-    on_gpu = exchange.on_gpu[0, layout.numel]
+    on_gpu = server.gpu_parameters
+    assert on_gpu is not None
     assert on_gpu[0] == -1 / 8
     assert exchange.parameters[0] == 0.0  # nobody looks there
     await_copies = StandInDevice.await_copies
@@ -192,14 +206,22 @@ def test_a_worker_that_is_let_in_finds_the_present_parameters(tmp_path: Path, mo
     server.stop()
 
 
-def test_parameters_that_cannot_be_had_are_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_worker_in_this_process_costs_it_its_place(tmp_path: Path) -> None:
     config = _config(tmp_path)
     server = _server(config)
-    device = StandInDevice()
-    monkeypatch.setattr(device, "open", StandInDevice("another").open)
-    with pytest.raises(RefusedError, match=r"server 0: its GPU memory .* use placement.server_device = cpu"):
-        Exchange(config, "w", 0, [server.address], Segment.create(config.layout().nbytes, "test"), None, device)
+    exchange, slots = _join(config, server)
+    assignments = exchange.assignments()
+    assert next(assignments).kind == Round.INITIALIZE
+    exchange.push(INITIAL._replace(step=5), slots)
+    with pytest.raises(RefusedError, match="pushed step 5; this shard is at 0"):
+        next(assignments)
+    again, slots = _join(config, server)
+    assignments = again.assignments()
+    assert next(assignments).kind == Round.INITIALIZE
     server.stop()
+    with pytest.raises(ConnectionError):
+        next(assignments)
+    again.close()
 
 
 @needs_gpu
@@ -209,7 +231,30 @@ def test_processes_on_one_gpu(tmp_path: Path) -> None:
         return run_processes(replace(config, num_servers=placement.get("servers", 1)), workers)
 
     through_host = run("host", 1)
-    on_gpu = [run(f"{n}", n, server_device="cuda", servers=s) for n, s in ((1, 1), (2, 1), (2, 2))]
+    on_gpu = [run(f"{n}-{s}", n, server_device="cuda", servers=s) for n, s in ((1, 1), (2, 1), (2, 2))]
     assert len({hashes(state) for state in on_gpu}) == 1
     for name, value in through_host.model.items():
         torch.testing.assert_close(on_gpu[0].model[name], value, rtol=1e-4, atol=1e-5)
+
+
+@needs_gpu
+def test_a_worker_beside_a_server_on_a_gpu(tmp_path: Path) -> None:
+    placement = {"device": "cuda", "server_device": "cuda"}
+    changes: list[dict[str, Any]] = [
+        {},
+        {"clip": {"norm": 0.1}},
+        {"optimizer": {"name": "momentum", "lr": 0.01}},
+        {"optimizer": {"name": "rmsprop", "lr": 0.01}},
+        {"precision": "bf16"},
+    ]
+    for number, change in enumerate(changes):
+        states = []
+        for servers in (1, 2):
+            config = _config(tmp_path / f"{number}-{servers}", placement={**placement, "workers": 2}, **change)
+            config = replace(config, num_servers=servers)
+            states.append(run_here(config, backend_of("cuda"), [device_of("cuda") for _ in range(servers)]))
+        assert hashes(states[0]) == hashes(states[1]), change
+        expected = run_here(_config(tmp_path / f"{number}-cpu", **change))
+        tolerance = 3e-2 if "precision" in change else 1e-4
+        for name, value in expected.model.items():
+            torch.testing.assert_close(states[0].model[name], value, rtol=tolerance, atol=tolerance / 10)
