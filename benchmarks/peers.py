@@ -21,7 +21,7 @@ from torch import distributed, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.tasks import NUM_SAMPLES, Size, arrays, model
+from benchmarks.tasks import Size, arrays, criterion, model
 
 LR, MAX_NORM = 1e-4, 1.0
 
@@ -42,27 +42,38 @@ def _optimizers(module: nn.Module, kind: str) -> list[torch.optim.Optimizer]:
 
 
 def _trainer(
-    module: nn.Module, batch: int, rank: int, world: int, *, optimizer: str = "adamw", device: str = "cpu"
+    module: nn.Module,
+    kind: str,
+    batch: int,
+    rank: int,
+    world: int,
+    *,
+    optimizer: str = "adamw",
+    device: str = "cpu",
+    precision: str = "full",
 ) -> Callable[[], None]:
     """One step: batch, forward, backward, clip by norm, optimizer (see `_optimizers`).
 
-    device: where the module is; on a GPU a step ends when that has done its work.
+    kind: of the model. device: where the module is; on a GPU a step ends when that has done its work. precision: full,
+    or bf16 for autocast.
     """
-    inputs, targets = arrays()
+    inputs, targets = arrays(kind)
     optimizers = _optimizers(module, optimizer)
-    criterion = nn.CrossEntropyLoss()
+    loss = criterion(kind)
     generator = torch.Generator().manual_seed(1)
-    order = torch.randperm(NUM_SAMPLES, generator=generator)
+    order = torch.randperm(len(inputs), generator=generator)
     position = 0
 
     def step() -> None:
         nonlocal position
-        start = (position * world + rank) * batch % NUM_SAMPLES
+        start = (position * world + rank) * batch % len(inputs)
         chosen = order[start : start + batch]
         position += 1
         for each in optimizers:
             each.zero_grad()
-        criterion(module(inputs[chosen].to(device)), targets[chosen].to(device)).backward()
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            value = loss(module(inputs[chosen].to(device)), targets[chosen].to(device))
+        value.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), MAX_NORM)
         for each in optimizers:
             each.step()
@@ -84,16 +95,25 @@ def _obey(orders: Connection, step: Callable[[], None]) -> None:
 
 
 def _run(
-    rank: int, world: int, port: int, size: Size, batch: int, optimizer: str, device: str, orders: Connection
+    rank: int,
+    world: int,
+    port: int,
+    size: Size,
+    batch: int,
+    optimizer: str,
+    device: str,
+    precision: str,
+    orders: Connection,
 ) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    module = model(size.width, size.layers).to(device)
+    module = model(size).to(device)
     if world > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
         distributed.init_process_group("gloo", rank=rank, world_size=world)
         module = DistributedDataParallel(module, gradient_as_bucket_view=True)
-    _obey(orders, _trainer(module, batch, rank, world, optimizer=optimizer, device=device))
+    trainer = _trainer(module, size.kind, batch, rank, world, optimizer=optimizer, device=device, precision=precision)
+    _obey(orders, trainer)
     if world > 1:
         distributed.destroy_process_group()
 
@@ -107,17 +127,26 @@ def _free_port() -> int:
 class Peer:
     """`world` processes of one thread each that train `size` with `batch` samples each a step.
 
-    optimizer, device: see `_trainer`.
+    optimizer, device, precision: see `_trainer`.
     """
 
-    def __init__(self, size: Size, batch: int, world: int, *, optimizer: str = "adamw", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        size: Size,
+        batch: int,
+        world: int,
+        *,
+        optimizer: str = "adamw",
+        device: str = "cpu",
+        precision: str = "full",
+    ) -> None:
         context = get_context("spawn")
         port = _free_port()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world):
             ours, theirs = context.Pipe()
-            arguments = (rank, world, port, size, batch, optimizer, device, theirs)
+            arguments = (rank, world, port, size, batch, optimizer, device, precision, theirs)
             process = context.Process(target=_run, args=arguments, daemon=True)
             process.start()
             self._pipes.append(ours)
@@ -151,12 +180,10 @@ def _ray_loop(config: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     size = config["size"]
-    module = ray.train.torch.prepare_model(
-        model(size.width, size.layers), parallel_strategy_kwargs={"gradient_as_bucket_view": True}
-    )
+    module = ray.train.torch.prepare_model(model(size), parallel_strategy_kwargs={"gradient_as_bucket_view": True})
     with Client(config["address"], authkey=config["key"]) as orders:
         orders.send(rank)
-        _obey(orders, _trainer(module, config["batch"], rank, world))
+        _obey(orders, _trainer(module, size.kind, config["batch"], rank, world))
 
 
 class RayPeer:

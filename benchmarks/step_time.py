@@ -4,8 +4,8 @@
 process: global-norm clip and fused AdamW in float32. They take turns, a round each, in one run; the figure is
 the median over the rounds of each round's median step. `--against zero ray` compares two workers with DDP and
 ZeroRedundancyOptimizer, and with TorchTrainer of Ray Train around the same loop, which needs `ray[train]`.
-`--device cuda` compares one worker and its server on a GPU with a plain loop there; `--optimizer muon` has both sides
-step by Muon.
+`--device cuda` compares one worker and its server on a GPU with a plain loop there, by default also for a residual
+network and a transformer, `--precision bf16` under autocast; `--optimizer muon` has both sides step by Muon.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks.peers import LR, MAX_NORM, Peer, RayPeer
 from benchmarks.report import RESULTS, write_report
-from benchmarks.tasks import SIZES, Size
+from benchmarks.tasks import LARGE, SIZES, Size
 from ps.step.signals import FIRST_STEPS
 from steepest.client import Client, Job
 from steepest.embedded import running_service
@@ -64,13 +64,14 @@ class Ours:
         workers_started: int | None = None,
         device: str = "cpu",
         optimizer: str = "adamw",
+        precision: str = "full",
     ) -> None:
         """workers: a batch each makes the global batch. workers_started: if they are to be others than so many.
 
-        device: of workers and servers. optimizer: its name.
+        device: of workers and servers. optimizer: its name. precision: of the spec.
         """
         self._job: Job = client.submit(
-            f"{HERE / 'tasks.py'}:mlp",
+            f"{HERE / 'tasks.py'}:{size.kind}",
             arguments={"width": size.width, "layers": size.layers},
             steps=ENDLESS,
             data={"global_batch": batch * workers, "micro_batch": batch},
@@ -82,6 +83,7 @@ class Ours:
                 "device": device,
                 "server_device": device,
             },
+            precision=precision,
             telemetry=telemetry or {},
             checkpoint_seconds=0,  # benchmarks.checkpoint says what they cost
         )
@@ -145,13 +147,14 @@ def compare(
     client: Client, size: Size, workers: int, servers: int, against: str, options: argparse.Namespace
 ) -> Comparison:
     """Take turns. options: of the command."""
-    device, optimizer = options.device, options.optimizer
-    ours = Ours(client, size, options.batch, workers, servers, device=device, optimizer=optimizer)
+    device, optimizer, precision = options.device, options.optimizer, options.precision or size.precision
+    batch = size.batch or options.batch
+    ours = Ours(client, size, batch, workers, servers, device=device, optimizer=optimizer, precision=precision)
     ours.pause()
     label, make = PEERS[against]
-    if device != "cpu" or optimizer != "adamw":
-        make = partial(Peer, device=device, optimizer=optimizer)
-    theirs = make(size, options.batch, workers)
+    if (device, optimizer, precision) != ("cpu", "adamw", "full"):
+        make = partial(Peer, device=device, optimizer=optimizer, precision=precision)
+    theirs = make(size, batch, workers)
     try:
         theirs.round(max(3, size.steps // 10))
         pairs = []
@@ -178,14 +181,14 @@ def compare(
 def line(c: Comparison) -> str:
     low, high = c.spread
     return (
-        f"| {c.size:>6} | {c.workers} | {c.against:<10} | {c.ours * 1e3:9.2f} | {c.theirs * 1e3:9.2f} "
+        f"| {c.size:>11} | {c.workers} | {c.against:<10} | {c.ours * 1e3:9.2f} | {c.theirs * 1e3:9.2f} "
         f"| {c.ratio:.2f} | {low:.2f} to {high:.2f} |"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="*", default=[s.name.replace(" ", "") for s in SIZES], help="10k 1M 25M 100M")
+    parser.add_argument("--sizes", nargs="*", help="10k 1M 25M 100M convnet transformer [on a CPU the first four]")
     parser.add_argument("--batch", type=int, default=16, help="samples of a worker's micro-batch [16]")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each side [7]")
     parser.add_argument("--workers", type=int, nargs="*", default=[2, 1])
@@ -194,24 +197,30 @@ def main() -> None:
     parser.add_argument(
         "--optimizer", choices=["adamw", "muon", "adafactor"], default="adamw", help="against DDP alone"
     )
+    parser.add_argument("--precision", choices=["full", "bf16"], help="bf16: autocast [full; bf16 for the last two]")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: one worker alone [cpu]")
     parser.add_argument("--json", type=Path, default=RESULTS / "step_time.json")
     options = parser.parse_args()
     workers_compared = options.workers if options.device == "cpu" else [1]
-    os.environ["PYTHONPATH"] = str(HERE)  # for the workers of Ray Train
-    print("|  size  | workers | against | ours, ms | theirs, ms | ratio | spread of rounds |")
+    sizes = [*SIZES, *LARGE] if options.device != "cpu" or options.sizes else SIZES
+    if options.device != "cpu":  # rounds of a CPU's steps are over in no time
+        sizes = [replace(size, steps=max(size.steps, 60)) if size.kind == "mlp" else size for size in sizes]
+    names = options.sizes or [size.name.replace(" ", "") for size in sizes]
+    # For the workers of Ray Train; what the caller has there stays, or its processes may not find Ray.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    print("|     size    | workers | against | ours, ms | theirs, ms | ratio | spread of rounds |")
     print("|---|---|---|---|---|---|---|")
     results = []
     with tempfile.TemporaryDirectory() as data, running_service(Path(data), grpc_port=0, http_port=0) as service:
         service.cluster.wait_ready()
         with Client(f"127.0.0.1:{service.grpc_port}") as client:
             for workers in workers_compared:
-                for size in (s for s in SIZES if s.name.replace(" ", "") in options.sizes):
+                for size in (s for s in sizes if s.name.replace(" ", "") in names):
                     servers = options.servers or (2 if size.width >= 2048 and workers > 1 else 1)
                     for against in options.against if workers > 1 else ["ddp"]:
                         results.append(compare(client, size, workers, servers, against, options))
                         print(line(results[-1]), flush=True)
-    settings = {"batch": options.batch, "device": options.device, "optimizer": options.optimizer}
+    settings = {name: getattr(options, name) for name in ("batch", "device", "optimizer", "precision")}
     write_report(options.json, **settings, results=[vars(c) for c in results])
     print(f"geometric mean of ratios {math.exp(statistics.fmean(math.log(c.ratio) for c in results)):.2f}")
 

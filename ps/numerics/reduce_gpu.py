@@ -48,7 +48,7 @@ class DeviceReducer:
     def __init__(self, shard: Shard, device: torch.device) -> None:
         self._shard = shard
         self._device = device
-        self._squares = RowSquares(shard, device)
+        self._rows = Rows(shard, device)
 
     def __call__(
         self, plan: Sequence[tuple[Node, Node]], root: Node | None, gradients: Mapping[Node, torch.Tensor]
@@ -61,7 +61,7 @@ class DeviceReducer:
             return np.zeros(len(self._shard.segments))
         for to, from_ in plan:
             gradients[to].add_(gradients[from_])
-        sums: NDArray[np.float64] = self._squares(gradients[root]).cpu().numpy()
+        sums: NDArray[np.float64] = self._rows.squares(gradients[root]).cpu().numpy()
         if not np.isfinite(sums).all() or ((sums > 0) & (sums < TINY)).any():
             return wide_squares(self._shard, gradients[root], self._device)
         return sums
@@ -78,58 +78,62 @@ def wide_squares(shard: Shard, gradient: torch.Tensor, device: torch.device) -> 
     return torch.cat(sums).cpu().numpy()
 
 
-class RowSquares:
-    """The sum of squares of each segment of a shard, from rows. device: where gradients are."""
+class Rows:
+    """Measures the segments of a shard by rows. device: where its tensors are."""
 
     def __init__(self, shard: Shard, device: torch.device) -> None:
         self._line = PARAMETER_ALIGNMENT_BYTES // shard.layout.itemsize
         self._first = -shard.start % ROW  # from here on there are rows
         self._num_rows = max(shard.numel - self._first, 0) // ROW
         # For each segment its pieces in order: rows that it has alone, and lines before and after them.
-        rows: list[int] = []
         lines: list[int] = []
-        order: list[tuple[bool, int]] = []  # whether it is a row, and its number in `rows` or `lines`
+        places: list[int] = []  # of the pieces, in all rows and then lines
         edges = [0]
+        after_rows = max(self._num_rows, MIN_ROWS) if self._num_rows else 0
         for start, stop in shard.segments:
-            first = -(-(start - self._first) // ROW)
-            last = (stop - self._first) // ROW
-            if last <= first:
-                first = last = 0
-                head, tail = range(start, stop, self._line), range(0)
+            first, last = -(-(start - self._first) // ROW), (stop - self._first) // ROW
+            if first < last:
+                parts = [(start, self._first + first * ROW), (self._first + last * ROW, stop)]
             else:
-                head = range(start, self._first + first * ROW, self._line)
-                tail = range(self._first + last * ROW, stop, self._line)
-            for part in (head, range(first, last), tail):
-                is_row = part is not head and part is not tail
-                into = rows if is_row else lines
-                order += [(is_row, len(into) + i) for i in range(len(part))]
-                into += part if is_row else [element // self._line for element in part]
-            edges.append(len(order))
-        self._rows = rows
+                parts, first, last = [(start, stop), (stop, stop)], 0, 0
+            head, tail = ([element // self._line for element in range(*part, self._line)] for part in parts)
+            places += range(after_rows + len(lines), after_rows + len(lines) + len(head))
+            places += range(first, last)
+            lines += head
+            places += range(after_rows + len(lines), after_rows + len(lines) + len(tail))
+            lines += tail
+            edges.append(len(places))
         self._num_lines = len(lines)
-        padded = lines + [0] * max(MIN_LINES - len(lines), 0)
-        self._lines = torch.tensor(padded, dtype=torch.int64, device=device)
-        # Into rows, all of them, and then lines.
-        total = max(self._num_rows, MIN_ROWS) if rows else 0
-        places = [rows[index] if is_row else total + index for is_row, index in order]
-        self._places = torch.tensor(places, dtype=torch.int64, device=device)
-        self._edges = torch.tensor(edges, dtype=torch.int64, device=device)
-        self._few = torch.empty(0, device=device)
-        if rows and self._num_rows < MIN_ROWS:
-            self._few = torch.zeros(MIN_ROWS, ROW, dtype=shard.layout.dtype, device=device)
+        lines += [0] * max(MIN_LINES - len(lines), 0)
+        self._lines, self._places, self._edges = (
+            torch.tensor(numbers, dtype=torch.int64, device=device) for numbers in (lines, places, edges)
+        )
+        few = MIN_ROWS if 0 < self._num_rows < MIN_ROWS else 0
+        self._few = torch.zeros(few, ROW, dtype=shard.layout.dtype, device=device)
 
-    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Shape (segments,), float64, on the device. gradient: shape (shard.numel,), contiguous."""
-        norms = []
-        if self._rows:
-            rows = gradient[self._first : self._first + self._num_rows * ROW].view(-1, ROW)
+    def norms(self, flat: torch.Tensor, order: float) -> torch.Tensor:
+        """The vector norm of each piece, on the device. flat: shape (shard.numel,), contiguous."""
+        found = []
+        if self._num_rows:
+            rows = flat[self._first : self._first + self._num_rows * ROW].view(-1, ROW)
             if len(self._few):
                 self._few[: self._num_rows].copy_(rows)
                 rows = self._few
-            norms.append(torch.linalg.vector_norm(rows, dim=1))
+            found.append(torch.linalg.vector_norm(rows, order, dim=1))
         if self._num_lines:
-            lines = gradient.view(-1, self._line).index_select(0, self._lines)
-            norms.append(torch.linalg.vector_norm(lines, dim=1))
-        joined = torch.cat(norms) if len(norms) > 1 else norms[0]
-        squares = joined.index_select(0, self._places).to(torch.float64).square_()
-        return torch.segment_reduce(squares, "sum", offsets=self._edges, unsafe=True)
+            lines = flat.view(-1, self._line).index_select(0, self._lines)
+            found.append(torch.linalg.vector_norm(lines, order, dim=1))
+        joined = torch.cat(found) if len(found) > 1 else found[0]
+        return joined.index_select(0, self._places).double()
+
+    def sums(self, of_pieces: torch.Tensor) -> torch.Tensor:
+        """By segment, from the pieces: shape (segments,), float64, on the device."""
+        return torch.segment_reduce(of_pieces, "sum", offsets=self._edges, unsafe=True)
+
+    def largest(self, of_pieces: torch.Tensor) -> torch.Tensor:
+        """As `sums`."""
+        return torch.segment_reduce(of_pieces, "max", offsets=self._edges, unsafe=True)
+
+    def squares(self, flat: torch.Tensor) -> torch.Tensor:
+        """The sum of squares of each segment."""
+        return self.sums(self.norms(flat, 2).square_())

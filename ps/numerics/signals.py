@@ -5,6 +5,7 @@ Every segment is measured on its own, so the number of shards does not show in t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ps.numerics.kernel import measure_magnitudes, measure_update
-from ps.numerics.reduce_gpu import segment_chunks
+from ps.numerics.reduce_gpu import Rows
 from ps.numerics.threads import Threads
 from ps.parameters.layout import Shard
 
@@ -52,36 +53,26 @@ class CpuSignals:
 
 
 class DeviceSignals:
-    """In operations of PyTorch, on `device`."""
+    """In operations of PyTorch, on `device`: in float32 by rows, and then in float64; see ps.numerics.reduce_gpu."""
 
     def __init__(self, shard: Shard, device: torch.device) -> None:
-        self._num_segments = len(shard.bare_segments)
-        self._chunks = segment_chunks(shard.bare_segments, shard.numel, device)
+        self._rows = Rows(shard, device)
+        self._numel = np.array([stop - start for start, stop in shard.bare_segments], dtype=np.float64)
 
     def of_gradient(self, gradient: torch.Tensor) -> NDArray[np.float64]:
         """See Signals."""
-        rows = []
-        for start, stop, edges in self._chunks:
-            magnitudes = gradient[start:stop].to(torch.float64).abs()
-            zeros = (magnitudes == 0).to(torch.float64)
-            rows.append(
-                torch.stack([_by("sum", magnitudes, edges), _by("max", magnitudes, edges), _by("sum", zeros, edges)], 1)
-            )
-        return self._joined(rows, 3)
+        if not len(self._numel):
+            return np.zeros((0, 3))
+        rows = self._rows
+        sums = rows.sums(rows.norms(gradient, 1))
+        nonzero = rows.sums(rows.norms(gradient, 0))  # padding is zero
+        found: NDArray[np.float64]
+        found = torch.stack([sums, rows.largest(rows.norms(gradient, math.inf)), nonzero], 1).cpu().numpy()
+        found[:, 2] = self._numel - found[:, 2]
+        return found
 
     def of_update(self, before: torch.Tensor, after: torch.Tensor) -> NDArray[np.float64]:
         """See Signals."""
-        rows = []
-        for start, stop, edges in self._chunks:
-            old = before[start:stop].to(torch.float64)
-            update = after[start:stop].to(torch.float64) - old
-            rows.append(torch.stack([_by("sum", update * update, edges), _by("sum", old * old, edges)], 1))
-        return self._joined(rows, 2)
-
-    def _joined(self, rows: list[torch.Tensor], width: int) -> NDArray[np.float64]:
-        return torch.cat(rows).cpu().numpy() if rows else np.zeros((self._num_segments, width))
-
-
-def _by(how: str, values: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
-    """Every other part of what the edges cut is what lies between two segments."""
-    return torch.segment_reduce(values, how, offsets=edges, unsafe=True)[::2]
+        if not len(self._numel):
+            return np.zeros((0, 2))
+        return torch.stack([self._rows.squares(after - before), self._rows.squares(before)], 1).cpu().numpy()

@@ -30,6 +30,6 @@ class LeafNorms:
             sums = np.empty(len(self._segments))
             sums_of_squares(flat.numpy(), self._segments, sums)
         else:
-            norms = torch._foreach_norm(self._slots.views(slot), 2, torch.float64)
-            sums = torch.stack(norms).square().cpu().numpy()
+            norms = torch._foreach_norm(self._slots.views(slot), 2)
+            sums = torch.stack(norms).double().square().cpu().numpy()
         return sums.astype("<f8", copy=False).tobytes()

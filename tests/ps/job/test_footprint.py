@@ -156,5 +156,5 @@ def test_what_is_on_gpus_is_told_apart() -> None:
     apart = planned(num_hosts=2, server_device="cuda")
     assert apart.servers[0].gpu == 5 * whole  # the other one's sum comes over the network
     alone = planned(server_device="cuda", workers=1)
-    assert alone.servers[0].gpu == 6 * whole
+    assert alone.servers[0].gpu == 5 * whole
     assert planned(device="cpu").gpu == 0
