@@ -20,7 +20,7 @@ from tests.support.choices import full
 from tests.support.service import RAY_ENVIRONMENT, TASKS, raylets, serving
 
 PLACED = """
-import json, sys
+import json, sys, time
 import ray
 from services.cluster import cluster  # prepares Ray's environment
 from services.cluster import job_room
@@ -60,7 +60,11 @@ servers = [(address, where.host) for address, where in placed.start_servers(None
 
 def start(number):
     placed.start_worker(None, f"worker-{number}", 0, [], lambda started: None, lambda end: None)
-    return ray.get(placed._workers[f"worker-{number}"].actor.describe.remote())
+    process = placed._workers[f"worker-{number}"]
+    while not process.ended:
+        time.sleep(0.01)
+    described = ray.get(process.actor.describe.remote())
+    return described[0], described[-1]
 
 workers = [start(number) for number in range(3)]
 for number in (2, 0):

@@ -16,7 +16,7 @@ from ps.step.messages import Assign, LeafResult, Push, PushedNode, Ready, Round
 from worker.gradients.batches import Batches
 from worker.gradients.buckets import Overlap
 from worker.gradients.compressor import Compressor
-from worker.gradients.engine import Engine, InPartsError, finite_parameters
+from worker.gradients.engine import Engine, InPartsError, Pending, finite_parameters
 from worker.gradients.guilty import guilty
 from worker.gradients.leaf_norms import LeafNorms
 from worker.gradients.slots import Slots
@@ -40,7 +40,7 @@ class _Leaves:
         self._norms = norms
         self._step = -1
         self.results: dict[int, LeafResult] = {}
-        self._pending: dict[int, torch.Tensor] = {}  # losses that are still on a GPU
+        self._pending: dict[int, Pending] = {}  # losses that are still on a GPU
         self.buffers: bytes | None = None  # as micro-batch 0 left them
         self.activations: bytes | None = None  # of micro-batch 0, in some steps
 
@@ -90,11 +90,11 @@ class _Leaves:
             return
         pending, self._pending = self._pending, {}
         try:
-            losses = torch.stack(list(pending.values())).tolist()
+            values = torch.cat([loss.value.reshape(1) for loss in pending.values()]).tolist()
         except BaseException as error:
             raise MicroBatchError(next(iter(pending))) from error
-        for index, loss in zip(pending, losses, strict=True):
-            self.results[index] = self.results[index]._replace(loss=loss)
+        for (index, loss), value in zip(pending.items(), values, strict=True):
+            self.results[index] = self.results[index]._replace(loss=value * loss.factor)
 
     def alone(self, index: int, slot: int) -> None:
         """See Leaf."""

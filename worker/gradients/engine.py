@@ -12,16 +12,26 @@ from worker.data.sources import Source
 from worker.gradients.activations import Activations
 
 
+class Pending(NamedTuple):
+    """A loss that may still be computed on a GPU: value, of one element, times factor is the loss sum."""
+
+    value: torch.Tensor
+    factor: float
+
+    def __float__(self) -> float:
+        return float(self.value.item()) * self.factor
+
+
 class Measured(NamedTuple):
     """A loss sum and its weight, and sums of values: of the metrics, or of what the loss function returned besides.
 
-    pending: the loss sum of training on a GPU, which may still be computed there; `loss` is 0 then.
+    pending: the loss sum of training on a GPU; `loss` is 0 then.
     """
 
     loss: float
     weight: float
     values: tuple[float, ...] = ()
-    pending: torch.Tensor | None = None
+    pending: Pending | None = None
 
 
 class Rehearsed(NamedTuple):

@@ -22,14 +22,21 @@ class GradientSink:
     """Takes the gradients of `parameters`, which are numbered in this order.
 
     aliases: parameters that lie in the memory of another, with the number of that one; it gets their gradients, too.
+    together: move large ones, too, after the pass, as on a GPU, where calls cost more than memory that no cache holds.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], aliases: Sequence[tuple[int, Alias]] = ()) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        aliases: Sequence[tuple[int, Alias]] = (),
+        *,
+        together: bool = False,
+    ) -> None:
         self._parameters = parameters
         self._aliases = [(index, alias) for index, alias in aliases if alias.tensor.requires_grad]
         tied = {index for index, _ in self._aliases}
         self._indices = {id(p): index for index, p in enumerate(parameters)}
-        self._small = [i for i, p in enumerate(parameters) if p.numel() < SMALL_NUMEL or i in tied]
+        self._small = [i for i, p in enumerate(parameters) if together or p.numel() < SMALL_NUMEL or i in tied]
         self._large = set(range(len(parameters))) - set(self._small)
         self._on_final: Callable[[int], None] | None = None
         # Of the pass in progress: places, whether to add to them, large gradients still to come, those that came more

@@ -18,7 +18,7 @@ from worker.gradients.activations import Activations
 from worker.gradients.backend import Backend
 from worker.gradients.buffers import Buffers
 from worker.gradients.caches import Caches
-from worker.gradients.engine import LossError, Measured, Rehearsed, StateError, measure_metrics
+from worker.gradients.engine import LossError, Measured, Pending, Rehearsed, StateError, measure_metrics
 from worker.gradients.linear import write_directly
 from worker.gradients.losses import LossValue, loss_of
 from worker.gradients.modes import Modes
@@ -80,7 +80,7 @@ class TorchEngine:
         self._caches = Caches(roots(task), known.caches)
         self._flat = torch.empty(0)
         self._on_device = torch.empty(0)
-        self._sink = GradientSink(self._parameters, self._aliases)
+        self._sink = GradientSink(self._parameters, self._aliases, together=not self._is_on_host)
         if device.type == "cpu":
             write_directly(task.model, self._sink.place)
         self.count(known.counts)
@@ -141,7 +141,7 @@ class TorchEngine:
                 raise StateError(first_gradient(name))
         if self._is_on_host:
             return Measured(value.item() * factor, found.weight, self._logged(found))
-        return Measured(0.0, found.weight, self._logged(found), value.detach().double().reshape(()) * factor)
+        return Measured(0.0, found.weight, self._logged(found), Pending(value.detach(), factor))
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:

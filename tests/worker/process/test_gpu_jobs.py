@@ -255,6 +255,6 @@ def test_a_worker_beside_a_server_on_a_gpu(tmp_path: Path) -> None:
             states.append(run_here(config, backend_of("cuda"), [device_of("cuda") for _ in range(servers)]))
         assert hashes(states[0]) == hashes(states[1]), change
         expected = run_here(_config(tmp_path / f"{number}-cpu", **change))
-        tolerance = 3e-2 if "precision" in change else 1e-4
+        tolerance = 3e-2 if "precision" in change else 1e-3
         for name, value in expected.model.items():
-            torch.testing.assert_close(states[0].model[name], value, rtol=tolerance, atol=tolerance / 10)
+            torch.testing.assert_close(states[0].model[name], value, rtol=tolerance, atol=tolerance / 2)
