@@ -70,6 +70,7 @@ class Buffers:
         self._small = [i for i, own in enumerate(self._own) if own.numel() <= SMALL_NUMEL]
         self._small_own = [self._own[i] for i in self._small]
         self._small_start = [starts[i] for i in self._small]
+        self._small_host = together(self._small_start, torch.device("cpu"))
         self._large = {i: _Large(self._own[i], starts[i]) for i in range(len(self._own)) if i not in set(self._small)}
 
     def start(self) -> None:
@@ -100,9 +101,10 @@ class Buffers:
             own if tensor is None else tensor for own, tensor in zip(self._own, now, strict=True)
         ]
         with torch.no_grad():
-            small_same = all(
-                torch.equal(found[i], start) for i, start in zip(self._small, self._small_start, strict=True)
-            )
+            small = together([found[i] for i in self._small], torch.device("cpu"))
+            for i, tensor in zip(self._small, small, strict=True):
+                found[i] = tensor
+            small_same = all(map(torch.equal, small, self._small_host))
             differ = [large.differs(found[i]) for i, large in self._large.items()]  # each takes note
         if small_same and not any(differ):
             return None
@@ -111,8 +113,11 @@ class Buffers:
     def replace(self, named: Mapping[str, torch.Tensor]) -> None:
         """Have every pass start from these values."""
         with torch.no_grad():
-            for index, start in zip(self._small, self._small_start, strict=True):
-                start.copy_(named[self._names[index]])
+            values = [named[self._names[index]] for index in self._small]
+            if values:
+                torch._foreach_copy_(self._small_host, values)
+                if self._small_host[0] is not self._small_start[0]:
+                    torch._foreach_copy_(self._small_start, together(values, self._small_start[0].device))
             for index, large in self._large.items():
                 value = named[self._names[index]].to(large.own.device)
                 if not torch.equal(value, large.start):
@@ -136,3 +141,16 @@ def _check_same_kind(name: str, own: torch.Tensor, tensor: torch.Tensor | None) 
 
 def _kind(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def together(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Tensors on another device, all of one type in one copy; the same ones if they are there already."""
+    if all(tensor.device == device for tensor in tensors):
+        return tensors
+    moved: dict[int, torch.Tensor] = {}
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        own = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        flat = torch.cat([tensors[i].reshape(-1) for i in own]).to(device)
+        parts = flat.split([tensors[i].numel() for i in own])  # type: ignore[no-untyped-call]
+        moved.update((i, part.view(tensors[i].shape)) for i, part in zip(own, parts, strict=True))
+    return [moved[i] for i in range(len(tensors))]

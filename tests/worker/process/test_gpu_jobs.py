@@ -245,7 +245,7 @@ def test_a_worker_beside_a_server_on_a_gpu(tmp_path: Path) -> None:
         {"clip": {"norm": 0.1}},
         {"optimizer": {"name": "momentum", "lr": 0.01}},
         {"optimizer": {"name": "rmsprop", "lr": 0.01}},
-        {"precision": "bf16"},
+        {"precision": "bf16", "optimizer": {"name": "sgd", "lr": 0.01}},
     ]
     for number, change in enumerate(changes):
         states = []
@@ -258,3 +258,19 @@ def test_a_worker_beside_a_server_on_a_gpu(tmp_path: Path) -> None:
         tolerance = 3e-2 if "precision" in change else 1e-3
         for name, value in expected.model.items():
             torch.testing.assert_close(states[0].model[name], value, rtol=tolerance, atol=tolerance / 2)
+
+
+@needs_gpu
+def test_buffers_on_a_gpu_are_those_of_the_cpu(tmp_path: Path) -> None:
+    def run(name: str, backend: Any, devices: Any) -> Any:
+        placement = {"device": "cuda", "server_device": "cuda"} if devices else {}
+        changes = {"optimizer": {"name": "sgd", "lr": 0.01}, "data": {"micro_batch": 32}, "placement": placement}
+        config = job_config(tmp_path / name, "tests.support.tasks:deep", steps=6, **changes)
+        return run_here(config, backend, devices)
+
+    there = [run(f"gpu-{i}", backend_of("cuda"), [device_of("cuda")]) for i in range(2)]
+    assert hashes(there[0]) == hashes(there[1])
+    expected = run("cpu", None, [])
+    assert any("running_mean" in name for name in expected.model)
+    for name, value in expected.model.items():
+        torch.testing.assert_close(there[0].model[name], value, rtol=1e-3, atol=1e-4)
