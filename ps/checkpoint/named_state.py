@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -59,6 +59,8 @@ def assemble(
     compression: from `compression_state`.
     """
     named = _named(layout, flat)
+    pairs = {p.name: p.shape for p in model.parameters if p.is_complex}
+    named.update({name: torch.view_as_complex(named[name]) for name in pairs})
     named.update(unpack_buffers(model, buffers))
     named.update(_unpack(model.constants, constants, "constants"))
     for a in model.aliases:
@@ -74,6 +76,7 @@ def assemble(
             shape = shapes[part.parameter] if part.shape is None else part.shape
             states[key] = torch.zeros(shape, dtype=part.values.dtype)
         states[key].view(-1)[part.offset : part.offset + part.values.numel()] = part.values
+    states = {key: torch.view_as_complex(s) if _is_of(key, s, pairs) else s for key, s in states.items()}
     return State(
         standing=standing,
         model={key: named[name] for key, name in shown.items()},
@@ -81,6 +84,11 @@ def assemble(
         extra={name: tensor for name, tensor in named.items() if name not in elsewhere},
         compression=dict(compression or {}),
     )
+
+
+def _is_of(key: str, state: torch.Tensor, pairs: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a tensor of the optimizer has an element for each of a complex parameter's."""
+    return any(key.startswith(f"{name}.") and tuple(state.shape) == shape for name, shape in pairs.items())
 
 
 def compression_state(
@@ -144,6 +152,11 @@ def restore(model: ModelDescription, layout: Layout, state: State) -> Restored:
     by_name: dict[str, torch.Tensor] = dict(state.extra)
     for key, name in model.state_names:
         by_name[name] = state.model[key]
+    pairs = {p.name for p in model.parameters if p.is_complex}
+    by_name.update({name: torch.view_as_real(by_name[name]) for name in pairs & by_name.keys()})
+    if pairs:  # states of complex parameters are complex, too
+        optimizer = {k: torch.view_as_real(s) if s.is_complex() else s for k, s in state.optimizer.items()}
+        state = replace(state, optimizer=optimizer)
 
     def packed(tensors: Iterable[TensorDescription]) -> bytes:
         return pack_buffers(_checked(by_name, t.name, t.shape) for t in tensors)

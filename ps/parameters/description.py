@@ -13,16 +13,26 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class TensorDescription:
-    """One named tensor. `dtype` is torch's name without the prefix, such as "float32"."""
+    """One named tensor. `dtype` is torch's name without the prefix, such as "float32".
+
+    held: of a parameter, the type in which the model holds it, if that is another: a lower precision, of which dtype is
+    the master's, or a complex one, of which shape and dtype are those of pairs of reals.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    held: str = ""
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return prod(self.shape)
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether pairs of its elements are complex numbers."""
+        return self.held.startswith("complex")
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +100,9 @@ class ModelDescription:
         """The inverse of `to_dict`."""
 
         def tensors(key: str) -> tuple[TensorDescription, ...]:
-            return tuple(TensorDescription(t["name"], tuple(t["shape"]), t["dtype"]) for t in raw.get(key, ()))
+            return tuple(
+                TensorDescription(t["name"], tuple(t["shape"]), t["dtype"], t.get("held", "")) for t in raw.get(key, ())
+            )
 
         return ModelDescription(
             parameters=tensors("parameters"),

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from worker.gradients.engine import InPartsError
+from worker.gradients.held import as_real
 from worker.task.state import Alias
 
 SMALL_NUMEL = 1 << 14
@@ -97,7 +98,7 @@ class GradientSink:
     def place(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
         """Where this gradient may be written at once: its place, unless something is there or is to be added to."""
         index = self._indices.get(id(parameter), -1)
-        if index not in self._free:
+        if index not in self._free or self._into[index].dtype != parameter.dtype:
             return None
         self._free.discard(index)
         return self._into[index].detach()
@@ -118,6 +119,7 @@ class GradientSink:
         into = self._into[index]
         if gradient.is_sparse:
             gradient = gradient.to_dense()
+        gradient = as_real(gradient)
         if self._add:
             into.add_(gradient)
         elif gradient.data_ptr() != into.data_ptr():
@@ -137,7 +139,7 @@ class GradientSink:
                 continue
             parameter.grad = None
             targets.append(self._into[index])
-            gradients.append(gradient.to_dense() if gradient.is_sparse else gradient)
+            gradients.append(as_real(gradient.to_dense() if gradient.is_sparse else gradient))
         if not targets:
             return
         with torch.no_grad():

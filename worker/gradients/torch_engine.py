@@ -19,6 +19,7 @@ from worker.gradients.backend import Backend
 from worker.gradients.buffers import Buffers
 from worker.gradients.caches import Caches
 from worker.gradients.engine import LossError, Measured, Pending, Rehearsed, StateError, measure_metrics
+from worker.gradients.held import Held, as_real
 from worker.gradients.linear import write_directly
 from worker.gradients.losses import LossValue, loss_of
 from worker.gradients.modes import Modes
@@ -72,7 +73,8 @@ class TorchEngine:
         self._parameters = [state.parameters[p.name] for p in layout.parameters]
         index = {p.name: i for i, p in enumerate(layout.parameters)}
         self._aliases = [(index[alias.description.of], alias) for alias in aliases]
-        self._initial = [p.detach().cpu().clone() for p in self._parameters]
+        self._initial = [as_real(p.detach().cpu().clone()) for p in self._parameters]
+        self._held = Held([p.dtype for p in self._parameters])
         self._buffers = Buffers({b.name: state.place(task, b.name) for b in model.buffers})
         self.activations: Activations | None = Activations(roots(task))
         self._modes = Modes(modules)
@@ -103,7 +105,7 @@ class TorchEngine:
         self._flat = flat
         self._initial = []  # from here on the servers have them
         self._on_device = self._backend.parameters(flat)
-        views = self._layout.views(self._on_device)
+        views = self._held.over(self._layout.views(self._on_device))
         for parameter, view in zip(self._parameters, views, strict=True):
             parameter.data = view
         for index, alias in self._aliases:
@@ -118,6 +120,7 @@ class TorchEngine:
     def refresh(self) -> None:
         """See Engine."""
         self._backend.refresh(self._on_device, self._flat)
+        self._held.refresh()
 
     def gradient(self, batch: Any, num_samples: int, into: list[torch.Tensor], *, add: bool) -> Measured:
         """See Engine. Raises LossError, StateError, InPartsError."""

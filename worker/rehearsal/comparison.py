@@ -43,6 +43,11 @@ _NOT_COMPARED = (
 Parts = Sequence[NDArray[np.int64]]
 
 
+def _tolerance(passes: Passes) -> float:
+    is_rounded = any(p.held in ("bfloat16", "float16") for p in passes.model.parameters)
+    return TOLERANCE["bf16" if is_rounded else passes.spec.precision]
+
+
 @dataclass
 class Compared:
     """price: how many times as long the micro-batches of a step take as its samples at once; 0: not measured.
@@ -177,7 +182,7 @@ def _compare(passes: Passes, parts: Parts, found: Compared) -> str | None:
     off = _norm(total.sub_(reference))
     if not np.isfinite([mean, whole, off]).all():
         return None  # the job itself says what is not finite
-    tolerance = TOLERANCE[passes.spec.precision]
+    tolerance = _tolerance(passes)
     scale = max(abs(whole), sum(map(abs, losses)) / weight)
     if abs(mean - whole) <= tolerance * scale + 1e-7 and off <= tolerance * size + 1e-7:
         return None
@@ -217,7 +222,7 @@ def _couples(passes: Passes, task: Task, parts: Parts) -> bool:
     if not all(isinstance(outputs, torch.Tensor) for outputs in [whole, *apart]):
         return False
     joined = torch.cat(apart)
-    tolerance = TOLERANCE[passes.spec.precision]
+    tolerance = _tolerance(passes)
     return joined.shape != whole.shape or not torch.allclose(joined, whole, rtol=tolerance, atol=tolerance)
 
 
@@ -232,7 +237,7 @@ def _adds_up(passes: Passes, task: Task, parts: Parts) -> bool:
         together = weighed(whole, sum(sizes))
     mean = sum(v.value.item() * v.factor for v in apart) / sum(v.weight for v in apart)
     expected = together.value.item() * together.factor / together.weight
-    return math.isclose(mean, expected, rel_tol=TOLERANCE[passes.spec.precision])
+    return math.isclose(mean, expected, rel_tol=_tolerance(passes))
 
 
 class _Given(torch.nn.Module):

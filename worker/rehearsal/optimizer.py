@@ -12,6 +12,7 @@ from torch import nn
 
 from ps.numerics.optimizer import leave_out_dynamo
 from ps.numerics.whole_optimizer import OptimizerClassError, class_named, make_group, whole_class
+from ps.parameters.description import ModelDescription
 from ps.parameters.layout import GroupRange, Layout, grouped
 from steepest.optimizer_state import StateKindError, counted, pack_state, unpack_state
 from steepest.spec import TrainingJobSpec
@@ -34,7 +35,7 @@ class _Sample:
     group: GroupRange
 
 
-def check_optimizer(spec: TrainingJobSpec, layout: Layout) -> None:
+def check_optimizer(spec: TrainingJobSpec, model: ModelDescription, layout: Layout) -> None:
     """Take some steps with the job's optimizer, and refuse one that would give another result than plain PyTorch.
 
     Raises TaskError.
@@ -42,6 +43,10 @@ def check_optimizer(spec: TrainingJobSpec, layout: Layout) -> None:
     optimizer = spec.optimizer
     if not optimizer.is_whole:
         return
+    pairs = [p.name for p in model.parameters if p.is_complex]
+    if pairs:
+        problem = f"{optimizer.name} looks at whole parameters, and {pairs[0]} is complex"
+        raise TaskError("optimizer.name", f"{problem}: take adamw or another that works element by element")
     leave_out_dynamo()
     if isinstance(optimizer, ClassSpec):
         with _told("optimizer.name", f"importing {optimizer.name}"):

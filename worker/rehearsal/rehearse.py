@@ -37,6 +37,12 @@ _TOO_LARGE = (
 )
 
 
+_MASTERS = (
+    "the model's {} parameters are rounded from float32 masters, which the optimizer updates and checkpoints hold; "
+    "plain PyTorch would round after every update, and lose small ones"
+)
+
+
 @dataclass
 class Rehearsal:
     """What was found out, some of it in words.
@@ -126,6 +132,9 @@ def _advice(passes: Passes, price: float) -> list[tuple[str, str]]:
     if unreached:
         shown = ", ".join(unreached[:3]) + (f" and {len(unreached) - 3} more" if len(unreached) > 3 else "")
         found.append(("unreached_parameters", f"the loss does not depend on {shown}: not trained"))
+    halves = sorted({p.held for p in passes.model.parameters if p.held and not p.is_complex})
+    if halves:
+        found.append(("float32_masters", _MASTERS.format(" and ".join(halves))))
     if workers > data.num_micro_batches:
         problem = (
             f"a step has {data.num_micro_batches} micro-batches for {workers} workers, so some have nothing to do: set "

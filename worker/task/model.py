@@ -28,6 +28,19 @@ def _describe(name: str, tensor: torch.Tensor) -> TensorDescription:
     return TensorDescription(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
 
+def _describe_parameter(name: str, tensor: torch.Tensor) -> TensorDescription:
+    """A trainable one, as the servers have it."""
+    held = _describe(name, tensor)
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        return TensorDescription(name, held.shape, "float32", held.dtype)
+    if tensor.dtype in _REAL:
+        return TensorDescription(name, (*held.shape, 2), _REAL[tensor.dtype], held.dtype)
+    return held
+
+
+_REAL = {torch.complex64: "float32", torch.complex128: "float64"}
+
+
 @dataclass(frozen=True)
 class Conduct:
     """How tensors behave in a pass, by name.
@@ -55,6 +68,9 @@ def describe_model(task: Task | AnalyticTask, conduct: Conduct | None = None) ->
         if lazy:
             raise TaskError("task.model", f"{lazy[0]} has no shape yet: run one batch through lazy modules in the task")
         description = _describe_state(task, conduct or Conduct())
+    halved = next((p for p in description.parameters if p.dtype == "complex32"), None)
+    if halved is not None:
+        raise TaskError("task.model", f"{halved.name} is complex32; make it complex64 (model.to(torch.complex64))")
     try:
         build_layout(description)
     except ValueError as error:
@@ -114,7 +130,7 @@ def _describe_state(task: Task, conduct: Conduct) -> ModelDescription:
     moving = [(n, t) for n, t in state.constants.items() if n in conduct.moving]
     unreached = [(n, t) for n, t in state.parameters.items() if n in conduct.unreached]
     return ModelDescription(
-        tuple(_describe(n, t) for n, t in state.parameters.items() if n not in conduct.unreached),
+        tuple(_describe_parameter(n, t) for n, t in state.parameters.items() if n not in conduct.unreached),
         tuple(_describe(n, t) for n, t in [*buffers.items(), *moving] if t is not None),
         tuple(shown),
         tuple(_describe(n, t) for n, t in [*state.constants.items(), *unreached] if n not in conduct.moving),
@@ -144,8 +160,9 @@ def check_fits(task: Task | AnalyticTask, model: ModelDescription, precision: st
     if isinstance(task, AnalyticTask):
         problem = f"{precision!r} is not for an AnalyticTask, which computes in NumPy; allowed: full"
         raise TaskError("precision", problem)
-    if any(p.dtype != "float32" for p in model.parameters):
-        problem = f"{precision!r} is for models of float32; this one has float64 parameters; allowed: full"
+    if any(p.dtype != "float32" or p.is_complex for p in model.parameters):
+        found = "complex" if any(p.is_complex for p in model.parameters) else "float64"
+        problem = f"{precision!r} is for models of float32; this one has {found} parameters; allowed: full"
         raise TaskError("precision", problem)
 
 

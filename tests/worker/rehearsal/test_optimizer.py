@@ -13,14 +13,14 @@ from worker.rehearsal.optimizer import check_optimizer
 from worker.task.load import TaskError
 
 OWN = "tests.support.optimizers"
-LAYOUT = build_layout(described([(40, 50), (50,), (3, 4, 5), ()]), decay_biases_and_norms=False, is_whole=True)
+MODEL = described([(40, 50), (50,), (3, 4, 5), ()])
+LAYOUT = build_layout(MODEL, decay_biases_and_norms=False, is_whole=True)
 
 
 def _check(name: str, **raw: Any) -> None:
     optimizer = {"name": name, "lr": 0.01, "decay_biases_and_norms": False, **raw}
-    check_optimizer(
-        spec_from_dict({"task": {"module": "m", "function": "f"}, "steps": 3, "optimizer": optimizer}), LAYOUT
-    )
+    spec = spec_from_dict({"task": {"module": "m", "function": "f"}, "steps": 3, "optimizer": optimizer})
+    check_optimizer(spec, MODEL, LAYOUT)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,6 @@ def _described(model: nn.Module) -> object:
         (nn.ReLU(), "no trainable parameters"),
         (nn.Linear(2, 2).requires_grad_(False), "no trainable parameters"),
         (nn.LazyLinear(3), "has no shape yet"),
-        (nn.Linear(2, 2).half(), "all float32 or all float64"),
         (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double()), "all float32 or all float64"),
         ("no model", "must be a torch.nn.Module"),
     ],
