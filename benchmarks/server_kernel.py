@@ -26,7 +26,7 @@ from ps.numerics.threads import Threads, split
 from ps.numerics.tree import Node
 from ps.parameters.description import ModelDescription, TensorDescription
 from ps.parameters.layout import Shard, build_layout, shards
-from steepest.step_spec import optimizer_spec
+from steepest.optimizer_spec import optimizer_spec
 
 STEP_BYTES, TRIAD_BYTES = 40, 12
 LAYERS = 24

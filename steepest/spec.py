@@ -12,19 +12,22 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, JsonValue, PrivateAttr, ValidationError, field_validator, model_validator
 
 from steepest.errors import SpecError
-from steepest.spec_base import NonNegativeInt, PositiveFloat, PositiveInt, SpecModel
-from steepest.spec_violations import violation
-from steepest.step_spec import (
+from steepest.optimizer_spec import (
     ELEMENTWISE,
     HYPER_PARAMETERS,
     OPTIMIZER_NAMES,
-    SCHEDULE_NAMES,
     AdamwSpec,
     AnyOptimizer,
+    OptimizerSpec,
+)
+from steepest.spec_base import NonNegativeInt, PositiveFloat, PositiveInt, SpecModel
+from steepest.spec_violations import violation
+from steepest.step_spec import (
+    SCHEDULE_NAMES,
     AutoClipSpec,
+    AverageSpec,
     BestSpec,
     ClipSpec,
-    OptimizerSpec,
     ScheduleSpec,
     ZClipSpec,
 )
@@ -35,6 +38,7 @@ __all__ = [
     "ELEMENTWISE",
     "OPTIMIZER_NAMES",
     "SCHEDULE_NAMES",
+    "AverageSpec",
     "BestSpec",
     "HealthSpec",
     "TelemetrySpec",
@@ -290,6 +294,9 @@ class TrainingJobSpec(SpecModel):
     optimizer: AnyOptimizer = Field(default=AdamwSpec(), description="Which optimizer.")
     schedule: ScheduleSpec = Field(default=ScheduleSpec(), description="How the learning rate moves.")
     clip: ClipSpec = Field(default=ClipSpec(), description="Clipping of the aggregated gradient.")
+    average: AverageSpec = Field(
+        default=AverageSpec(), description="A running average of the parameters, kept beside them."
+    )
     sync: SyncSpec = Field(default=SyncSpec(), description="When the servers apply a push.")
     compression: CompressionSpec = Field(default=CompressionSpec(), description="Lossy compression on the network.")
     precision: Literal["full", "bf16"] = Field(

@@ -10,8 +10,8 @@ import pydantic
 from pydantic import BaseModel
 
 from steepest.errors import SpecError, Violation
+from steepest.optimizer_spec import OPTIMIZERS, ClassSpec, OptimizerSpec
 from steepest.spec import TaskReference, TrainingJobSpec
-from steepest.step_spec import OPTIMIZERS, ClassSpec, OptimizerSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from steepest.errors import Violation
-from steepest.step_spec import CLASS, OPTIMIZER_NAMES, OPTIMIZERS, ClassSpec
+from steepest.optimizer_spec import CLASS, OPTIMIZER_NAMES, OPTIMIZERS, ClassSpec
 
 
 def violation(error: dict[str, Any], root: type[BaseModel]) -> Violation:

@@ -2,9 +2,10 @@
 
 A checkpoint is a directory `step-{step:012d}` with model.safetensors (`state_dict` names), optimizer.safetensors
 ("{parameter}.{state}", torch.optim's state names), extra.safetensors when the model has state outside `state_dict`,
-compression.safetensors when the job compresses (see ps.checkpoint.named_state), and manifest.json, which holds the
-SHA-256 of each file; beside them, records.json has the records that the history may not have yet. Everything is written
-under a temporary name, synced and renamed, so a directory with a manifest is whole. It knows nothing of topology.
+average.safetensors when the job averages its parameters (`state_dict` names), compression.safetensors when it
+compresses (see ps.checkpoint.named_state), and manifest.json, which holds the SHA-256 of each file; beside them,
+records.json has the records that the history may not have yet. Everything is written under a temporary name, synced and
+renamed, so a directory with a manifest is whole. It knows nothing of topology.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 EXTRA = "extra.safetensors"
+AVERAGE = "average.safetensors"
 COMPRESSION = "compression.safetensors"
 RECORDS = "records.json"
 FORMAT = 1
@@ -46,7 +48,8 @@ class State:
     """A job's whole training state, as tensors of the parameters' own shapes.
 
     model: `state_dict` name -> tensor. optimizer: "{parameter}.{state}" -> tensor. extra: non-persistent buffers.
-    compression: what a job that compresses has besides, see ps.checkpoint.named_state.
+    average: as model, with the average of the parameters in their place, if there is one. compression: what a job that
+    compresses has besides, see ps.checkpoint.named_state.
     """
 
     standing: Standing
@@ -54,6 +57,7 @@ class State:
     optimizer: dict[str, torch.Tensor]
     extra: dict[str, torch.Tensor]
     compression: dict[str, torch.Tensor] = field(default_factory=dict)
+    average: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -126,6 +130,8 @@ def write_checkpoint(
         files = {MODEL: state.model, OPTIMIZER: state.optimizer}
         if state.extra:
             files[EXTRA] = state.extra
+        if state.average:
+            files[AVERAGE] = state.average
         if state.compression:
             files[COMPRESSION] = state.compression
         for name, tensors in files.items():
@@ -215,7 +221,7 @@ def _verified_manifest(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[Written, State]:
     manifest = _verified_manifest(path)
-    tensors: dict[str, dict[str, torch.Tensor]] = {EXTRA: {}, COMPRESSION: {}}
+    tensors: dict[str, dict[str, torch.Tensor]] = {EXTRA: {}, COMPRESSION: {}, AVERAGE: {}}
     for name in manifest["files"]:
         try:
             tensors[name] = load_file(path / name)
@@ -232,6 +238,7 @@ def _read(path: Path) -> tuple[Written, State]:
         tensors[OPTIMIZER],
         tensors[EXTRA],
         tensors[COMPRESSION],
+        tensors[AVERAGE],
     )
     parameters, whole = state_hashes(state)
     if (parameters, whole) != (manifest["parameters_sha256"], manifest["state_sha256"]):

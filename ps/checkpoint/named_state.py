@@ -50,22 +50,28 @@ def assemble(
     optimizer: Iterable[StatePart],
     *,
     standing: Standing,
+    average: torch.Tensor | None = None,
     compression: Mapping[str, torch.Tensor] | None = None,
 ) -> State:
     """The state of all shards as named tensors. flat: the whole layout, shape (layout.numel,).
 
     extra gets what `state_dict` does not show: buffers that are not persistent, and parameters that it hides.
 
-    compression: from `compression_state`.
+    average: of the parameters, as `flat`. compression: from `compression_state`.
     """
-    named = _named(layout, flat)
+
+    def all_of(flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        named = _named(layout, flat)
+        named.update({name: torch.view_as_complex(named[name]) for name in pairs})
+        named.update(unpacked)
+        for a in model.aliases:
+            base = named[a.of]
+            named[a.name] = base.as_strided(a.shape, a.stride, base.storage_offset() + a.offset)
+        return named
+
     pairs = {p.name: p.shape for p in model.parameters if p.is_complex}
-    named.update({name: torch.view_as_complex(named[name]) for name in pairs})
-    named.update(unpack_buffers(model, buffers))
-    named.update(_unpack(model.constants, constants, "constants"))
-    for a in model.aliases:
-        base = named[a.of]
-        named[a.name] = base.as_strided(a.shape, a.stride, base.storage_offset() + a.offset)
+    unpacked = {**unpack_buffers(model, buffers), **_unpack(model.constants, constants, "constants")}
+    named, averaged = all_of(flat), {} if average is None else all_of(average)
     shown = dict(model.state_names)
     elsewhere = {*shown.values(), *(a.name for a in model.aliases)}
     shapes = {p.name: p.shape for p in model.parameters}
@@ -82,6 +88,7 @@ def assemble(
         model={key: named[name] for key, name in shown.items()},
         optimizer=states,
         extra={name: tensor for name, tensor in named.items() if name not in elsewhere},
+        average={key: averaged[name] for key, name in shown.items()} if averaged else {},
         compression=dict(compression or {}),
     )
 
@@ -139,21 +146,27 @@ def _flat(layout: Layout, named: Mapping[str, torch.Tensor], prefix: str = "") -
 
 @dataclass(frozen=True)
 class Restored:
-    """A checkpoint as servers need it. flat: the parameters, shape (layout.numel,); buffers, constants: packed."""
+    """A checkpoint as servers need it.
+
+    flat: the parameters, shape (layout.numel,); buffers, constants: packed. average: of the parameters, as `flat`.
+    """
 
     state: State
     flat: torch.Tensor
     buffers: bytes
     constants: bytes
+    average: torch.Tensor | None = None
 
 
 def restore(model: ModelDescription, layout: Layout, state: State) -> Restored:
     """The inverse of `assemble`. Raises KeyError for a missing name, ValueError for another shape."""
-    by_name: dict[str, torch.Tensor] = dict(state.extra)
-    for key, name in model.state_names:
-        by_name[name] = state.model[key]
     pairs = {p.name for p in model.parameters if p.is_complex}
-    by_name.update({name: torch.view_as_real(by_name[name]) for name in pairs & by_name.keys()})
+
+    def all_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        by_name = {**state.extra, **{name: tensors[key] for key, name in model.state_names}}
+        return by_name | {name: torch.view_as_real(by_name[name]) for name in pairs & by_name.keys()}
+
+    by_name = all_of(state.model)
     if pairs:  # states of complex parameters are complex, too
         optimizer = {k: torch.view_as_real(s) if s.is_complex() else s for k, s in state.optimizer.items()}
         state = replace(state, optimizer=optimizer)
@@ -161,7 +174,8 @@ def restore(model: ModelDescription, layout: Layout, state: State) -> Restored:
     def packed(tensors: Iterable[TensorDescription]) -> bytes:
         return pack_buffers(_checked(by_name, t.name, t.shape) for t in tensors)
 
-    return Restored(state, _flat(layout, by_name), packed(model.buffers), packed(model.constants))
+    average = _flat(layout, all_of(state.average)) if state.average else None
+    return Restored(state, _flat(layout, by_name), packed(model.buffers), packed(model.constants), average)
 
 
 def _checked(tensors: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -13,8 +13,7 @@ from ps.numerics.tree import Node, maximal_nodes, parts_of_step
 from ps.parameters.layout import Layout, shards
 from ps.step.assignment import Dealer
 from ps.step.parts import redeal
-from steepest.spec import TrainingJobSpec
-from steepest.step_spec import (
+from steepest.optimizer_spec import (
     AdadeltaSpec,
     AdamaxSpec,
     AdamSpec,
@@ -27,6 +26,7 @@ from steepest.step_spec import (
     RpropSpec,
     SgdSpec,
 )
+from steepest.spec import TrainingJobSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ def footprint(spec: TrainingJobSpec, layout: Layout, *, num_hosts: int) -> Footp
     copies = 1 if pull_codec(spec.compression, layout, spec.seed) is None else 2
     servers = _servers(spec, layout, places, sum(worker.pushed for worker in workers), copies)
     residuals = sum(worker.residuals for worker in workers)
-    checkpoint = (copies + state_tensors(spec)) * layout.nbytes + residuals
+    checkpoint = (copies + state_tensors(spec) + spec.average.is_on) * layout.nbytes + residuals
     return Footprint(sum(p.numel for p in layout.parameters), servers, workers, checkpoint)
 
 
@@ -216,7 +216,7 @@ def _servers(
         shared = host in places.homes
         received = sum(count for other, count in sent.items() if other != host) + pushed / layout.nbytes
         elsewhere = layout.nbytes - here[host] if is_home else 0
-        state = state_tensors(spec) * nbytes
+        state = (state_tensors(spec) + spec.average.is_on) * nbytes
         # The parameters are its worker's, too. The initial ones come as a gradient does, and signals are in float64.
         gpu = state
         if places.on_gpus and nbytes:

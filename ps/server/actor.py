@@ -47,7 +47,7 @@ def open_server(config: JobConfig, index: int, bind: str, code: bytes | None) ->
     from ps.job.code import code_directory, put_first, unpack_code
     from ps.memory.gpu import device_of
     from ps.server.parameter_server import ParameterServer
-    from steepest.step_spec import ClassSpec
+    from steepest.optimizer_spec import ClassSpec
 
     torch.set_num_threads(1)
     if code and isinstance(config.spec.optimizer, ClassSpec):

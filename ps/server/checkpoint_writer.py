@@ -14,7 +14,7 @@ from ps.checkpoint.named_state import assemble, compression_state
 from ps.job.config import JobConfig
 from ps.numerics.optimizer import StatePart
 from ps.parameters.layout import Layout
-from ps.server.collection import MASTER
+from ps.server.collection import AVERAGE, MASTER
 from ps.step.best import Standing
 from ps.step.messages import StepRecord
 
@@ -90,5 +90,6 @@ class CheckpointWriter:
             snapshot.constants,
             states,
             standing=snapshot.standing,
+            average=wholes.get(AVERAGE),
             compression=compression_state(self._layout, wholes.get(MASTER), snapshot.residuals),
         )

@@ -13,19 +13,21 @@ from ps.wire.chunks import chunks, place
 from ps.wire.connection import StreamError
 from steepest.v1 import exchange_pb2 as pb
 
-MASTER = "master"
+MASTER, AVERAGE = "master", "average"
 
 
 def parts_of(shard: ShardState) -> list[StatePart]:
     """What one shard has: its parameters (under no name, with their offset in the layout), and its optimizer's state.
 
-    The optimizer's own parameters, if they differ, are there likewise, as the state MASTER.
+    The optimizer's own parameters, if they differ, are there likewise, as the state MASTER; their average as AVERAGE.
     """
     shard.expose()
     start = shard.shard.start
     parts = [StatePart("", "", start, shard.parameters)]
     if shard.is_lossy:
         parts.append(StatePart("", MASTER, start, shard.master))
+    if shard.average is not None:
+        parts.append(StatePart("", AVERAGE, start, shard.average.values.cpu()))
     return [*parts, *shard.optimizer.export_state()]
 
 

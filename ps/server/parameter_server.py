@@ -156,6 +156,7 @@ class ParameterServer:
             pull=config.pull_codec(),
             device=self._device,
             master=None if self.gpu_parameters is None else self.gpu_parameters[here],
+            average=config.spec.average,
             signals_every=config.signals_every,
         )
         if restored is not None:
@@ -163,6 +164,8 @@ class ParameterServer:
             master = master_of(self.layout, restored.state.compression)
             if master is not None:
                 shard.master.copy_(master[here])
+            if shard.average is not None and restored.average is not None:
+                shard.average.restore(restored.average[here])
         return ShardHost(shard, self._device, self._connected), restored
 
     def _connected(self) -> Iterable[Peer]:

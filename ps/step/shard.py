@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ps.compression.codec import Codec
 from ps.memory.gpu import Device
+from ps.numerics.average import RunningAverage
 from ps.numerics.optimizer import ShardOptimizer
 from ps.numerics.reduce_cpu import Reducer
 from ps.numerics.reduce_gpu import DeviceReducer
@@ -24,7 +25,7 @@ from ps.numerics.whole_optimizer import WholeOptimizer
 from ps.parameters.layout import Shard
 from ps.step.messages import Decision, Outcome, Round
 from ps.step.signals import is_measured
-from steepest.spec import OptimizerSpec
+from steepest.spec import AverageSpec, OptimizerSpec
 
 
 class ShardState:
@@ -35,7 +36,7 @@ class ShardState:
     pull: what updates are sent in; the optimizer then has parameters of its own (`master`), and what an update could
     not say stays between the two. device: the GPU to compute on; the optimizer's parameters are there, and `expose`
     brings them to `parameters`. Not together with push or pull. master: memory for them there. signals_every: of the
-    spec's telemetry.
+    spec's telemetry. average: what is kept beside the parameters, if anything is.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class ShardState:
         pull: Codec | None = None,
         device: Device | None = None,
         master: torch.Tensor | None = None,
+        average: AverageSpec | None = None,
         signals_every: int = 0,
     ) -> None:
         self.shard = shard
@@ -70,6 +72,8 @@ class ShardState:
         self.optimizer = optimizer_of(optimizer, shard, self.master, on_gpu=device is not None)
         self.step = step
         self.initialized = initialized
+        is_averaged = average is not None and average.is_on and bool(shard.numel)
+        self.average = RunningAverage(average, self.master, step) if average is not None and is_averaged else None
         self._num_leaves = num_leaves
         self.push_codec, self._pull = push, pull
         self._scratch = torch.empty(0)
@@ -216,6 +220,8 @@ class ShardState:
                     self.update_signals = self._signals.of_update(before, self.master)
                 if self._pull is not None:
                     self._encode_update(self._pull)
+            if self.average is not None:
+                self.average.advance()
             self.step += 1
         self._held.clear()
         self._covered = 0

@@ -28,6 +28,7 @@ MESSAGES = (
     "ClipSpec",
     "SyncSpec",
     "CompressionSpec",
+    "AverageSpec",
     "MemorySpec",
     "HealthSpec",
     "TelemetrySpec",

@@ -14,9 +14,9 @@ from ps.numerics.optimizer import leave_out_dynamo
 from ps.numerics.whole_optimizer import OptimizerClassError, class_named, make_group, whole_class
 from ps.parameters.description import ModelDescription
 from ps.parameters.layout import GroupRange, Layout, grouped
+from steepest.optimizer_spec import ClassSpec, OptimizerSpec
 from steepest.optimizer_state import StateKindError, counted, pack_state, unpack_state
 from steepest.spec import TrainingJobSpec
-from steepest.step_spec import ClassSpec, OptimizerSpec
 from worker.rehearsal.passes import blamed
 from worker.task.load import TaskError
 

@@ -12,8 +12,8 @@ import torch
 from ps.numerics.optimizer import ShardOptimizer, torch_class, torch_options
 from ps.numerics.threads import Threads, split
 from ps.parameters.layout import BLOCK_NUMEL, Shard, build_layout, shards
+from steepest.optimizer_spec import optimizer_spec
 from steepest.spec import ELEMENTWISE, OptimizerSpec
-from steepest.step_spec import optimizer_spec
 from tests.support.models import described
 
 SHAPES = [(40, 50), (50,), (300, 300), (1,), ()]
@@ -185,7 +185,7 @@ import sys
 import torch
 from ps.numerics.optimizer import ShardOptimizer
 from ps.parameters.layout import build_layout, shards
-from steepest.step_spec import ELEMENTWISE, optimizer_spec
+from steepest.optimizer_spec import ELEMENTWISE, optimizer_spec
 from tests.support.models import described
 
 [shard] = shards(build_layout(described([(40, 50)], "float32"), decay_biases_and_norms=True), 1)

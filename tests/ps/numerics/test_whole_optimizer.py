@@ -13,8 +13,8 @@ from ps.numerics.threads import Threads, split
 from ps.numerics.whole_optimizer import OptimizerClassError, WholeOptimizer, class_named, whole_class
 from ps.parameters.layout import BLOCK_NUMEL, Layout, Shard, build_layout, shards
 from ps.step.best import Standing
+from steepest.optimizer_spec import optimizer_spec
 from steepest.spec import OptimizerSpec
-from steepest.step_spec import optimizer_spec
 from tests.support.models import described
 
 SHAPES = [(20, 30), (30,), (48, 48), (1,), (), (6, 3, 3, 3), (20, 24)]

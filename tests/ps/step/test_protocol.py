@@ -21,8 +21,8 @@ from ps.step.leader import Leader
 from ps.step.messages import Assign, LeafResult, Outcome, Push, PushedNode, Round
 from ps.step.plan import Plan
 from ps.step.shard import ShardState
+from steepest.optimizer_spec import optimizer_spec
 from steepest.spec import ScheduleSpec
-from steepest.step_spec import optimizer_spec
 from tests.support.models import described
 
 STEPS, LEAVES = 5, 6

@@ -7,7 +7,7 @@ from ps.numerics.tree import Node
 from ps.parameters.layout import build_layout, shards
 from ps.step.messages import Decision, Outcome, Round
 from ps.step.shard import ShardState
-from steepest.step_spec import optimizer_spec
+from steepest.optimizer_spec import optimizer_spec
 from tests.support.models import described
 from tests.support.stand_in import StandInDevice
 
