@@ -68,7 +68,7 @@ class ParameterGroup:
 class Task:
     """A model, its data and its loss.
 
-    model: trained with its parameters that require gradients: all float64 or complex128, or of any other types of torch.
+    model: trained with its parameters that require gradients; float64 and complex128 do not mix with other types.
     loss: `loss(model(inputs), targets)` -> scalar, the mean over the samples of a batch of pairs (inputs, targets), or
         a vector with the loss of each sample. A batch of more entries is (*inputs, targets). A loss that is a module
         is trained, too.
