@@ -819,7 +819,7 @@ class AverageSpec(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     EVERY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """ema: an exponential moving average; swa: the mean of all (Izmailov et al. 2018); none."""
+    """Average: ema (exponential), swa (the mean of all; Izmailov et al. 2018) or none."""
     decay: _builtins.float
     """Share of the average that stays at each update, for ema."""
     start: _builtins.int
