@@ -318,6 +318,7 @@ class TrainingJobSpec(SpecModel):
         default="fail", description="A loss or gradient that is not finite fails the job, or skips the step."
     )
     placement: PlacementSpec = Field(default=PlacementSpec(), description="Where the job runs.")
+    compile: bool = Field(default=False, description="Compile the model by torch.compile, in every worker.")
     memory: MemorySpec = Field(default=MemorySpec(), description="What is kept in memory, and what is computed again.")
     health: HealthSpec = Field(default=HealthSpec(), description="What becomes of what the health rules find.")
     telemetry: TelemetrySpec = Field(default=TelemetrySpec(), description="What is kept of every step.")

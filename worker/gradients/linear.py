@@ -57,12 +57,12 @@ def _forward_of(module: nn.Linear, place: Place) -> Callable[[torch.Tensor], tor
     def forward(input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # torch's name
         weight = module.weight
         if (
-            torch.is_grad_enabled()
+            not torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
             and weight.requires_grad
             and isinstance(weight, nn.Parameter)
             and not torch.is_autocast_enabled(input.device.type)
             and not torch._C._are_functorch_transforms_active()
-            and not torch.compiler.is_compiling()
             and torch.autograd.forward_ad._current_level < 0
         ):
             return _Linear.apply(input, weight, module.bias, place)  # type: ignore[no-any-return, no-untyped-call]

@@ -23,6 +23,7 @@ from steepest.task import AnalyticTask, Task
 from worker.gradients.analytic import AnalyticEngine
 from worker.gradients.backend import Backend
 from worker.gradients.batches import Batches
+from worker.gradients.compiled import compile_model
 from worker.gradients.compressor import Compressor
 from worker.gradients.compute import Computer, MicroBatchError
 from worker.gradients.engine import Engine, LossError, Rehearsed, StateError
@@ -128,6 +129,8 @@ class WorkerLoop:
             )
             if config.spec.memory.checkpoint_activations:
                 checkpoint_activations(task.model, config.spec.memory.checkpoint_activations)
+            if config.spec.compile:
+                compile_model(task.model)
         self._initial_buffers = self._engine.initial_buffers()
         slots = num_slots(config.spec.data.num_micro_batches)
         self._segment = Segment.create(slots * self._layout.nbytes, f"gradients-{config.job}")

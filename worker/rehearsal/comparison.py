@@ -43,7 +43,8 @@ _NOT_COMPARED = (
 Parts = Sequence[NDArray[np.int64]]
 
 
-def _tolerance(passes: Passes) -> float:
+def tolerance_of(passes: Passes) -> float:
+    """How much sums in another order may differ, relative."""
     is_rounded = any(p.held in ("bfloat16", "float16") for p in passes.model.parameters)
     return TOLERANCE["bf16" if is_rounded else passes.spec.precision]
 
@@ -182,7 +183,7 @@ def _compare(passes: Passes, parts: Parts, found: Compared) -> str | None:
     off = _norm(total.sub_(reference))
     if not np.isfinite([mean, whole, off]).all():
         return None  # the job itself says what is not finite
-    tolerance = _tolerance(passes)
+    tolerance = tolerance_of(passes)
     scale = max(abs(whole), sum(map(abs, losses)) / weight)
     if abs(mean - whole) <= tolerance * scale + 1e-7 and off <= tolerance * size + 1e-7:
         return None
@@ -222,7 +223,7 @@ def _couples(passes: Passes, task: Task, parts: Parts) -> bool:
     if not all(isinstance(outputs, torch.Tensor) for outputs in [whole, *apart]):
         return False
     joined = torch.cat(apart)
-    tolerance = _tolerance(passes)
+    tolerance = tolerance_of(passes)
     return joined.shape != whole.shape or not torch.allclose(joined, whole, rtol=tolerance, atol=tolerance)
 
 
@@ -237,7 +238,7 @@ def _adds_up(passes: Passes, task: Task, parts: Parts) -> bool:
         together = weighed(whole, sum(sizes))
     mean = sum(v.value.item() * v.factor for v in apart) / sum(v.weight for v in apart)
     expected = together.value.item() * together.factor / together.weight
-    return math.isclose(mean, expected, rel_tol=_tolerance(passes))
+    return math.isclose(mean, expected, rel_tol=tolerance_of(passes))
 
 
 class _Given(torch.nn.Module):

@@ -14,11 +14,12 @@ from ps.parameters.description import ModelDescription
 from steepest.spec import TrainingJobSpec
 from steepest.task import AnalyticTask, Task
 from worker.data.sources import source_of
+from worker.gradients.compiled import compile_model
 from worker.gradients.losses import IGNORED
 from worker.gradients.recompute import RecomputeError, checkpoint_activations
 from worker.gradients.seeding import EVALUATE
 from worker.gradients.torch_engine import TorchEngine
-from worker.rehearsal.comparison import choose_counts, compare_parts
+from worker.rehearsal.comparison import choose_counts, compare_parts, tolerance_of
 from worker.rehearsal.conduct import trainable, watch_first_pass
 from worker.rehearsal.hidden_state import differences
 from worker.rehearsal.passes import Passes, blamed
@@ -106,6 +107,7 @@ def rehearse(
     # What passes left behind is a cache, or `_check_repeats` had refused it.
     found.caches = [name for name in differences(fresh, passes.hidden()) if ": " not in name]
     _check_recomputing(passes, indices)
+    _check_compiling(passes, indices)
     return found
 
 
@@ -215,6 +217,27 @@ def _check_recomputing(passes: Passes, indices: NDArray[np.int64]) -> None:
             "generator that is not torch's, or keeps a state: have it draw by torch.rand or nn.Dropout, and keep state "
             "in buffers",
         )
+
+
+def _check_compiling(passes: Passes, indices: NDArray[np.int64]) -> None:
+    """The compiled model gives the same gradient, up to rounding. From here on it is compiled."""
+    task = passes.task
+    if not passes.spec.compile:
+        return
+    if not isinstance(task, Task):
+        raise TaskError("compile", "an AnalyticTask has no model for torch.compile; leave it out")
+    expected, found = passes.gradient("part"), passes.gradient("total")
+    passes.compute(indices, expected)
+    compile_model(task.model)
+    try:
+        passes.compute(indices, found)
+    except TaskError as error:
+        problem = f"the compiled model fails (it needs a C++ compiler where workers run): {error.message}"
+        raise TaskError("compile", problem, error.traceback) from error
+    difference = float(torch.linalg.vector_norm(found - expected))
+    if difference > tolerance_of(passes) * float(torch.linalg.vector_norm(expected)):
+        problem = "the compiled model has another gradient, so torch.compile does not keep what the model does"
+        raise TaskError("compile", f"{problem}: leave compile out, or compile a part of the model in the task")
 
 
 def _check_last_step(passes: Passes) -> None:
