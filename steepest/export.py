@@ -1,14 +1,23 @@
-"""The records of a job for other trackers, each through its own library."""
+"""The records of a job for other trackers, each through its own library: at once, or while the job runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from steepest.errors import SteepestError
-from steepest.records import Records
+from steepest.records import Records, records_of
+
+if TYPE_CHECKING:
+    from steepest.client import Job
+
+Log = Callable[[Records], None]  # takes the records of some more steps
+FOLLOW_SECONDS = 1.0
 
 
 def _scalars(records: Records) -> Iterator[tuple[int, float, dict[str, float]]]:
@@ -21,47 +30,77 @@ def _scalars(records: Records) -> Iterator[tuple[int, float, dict[str, float]]]:
         yield int(step), float(times[row]), numbers
 
 
-def to_tensorboard(records: Records, directory: Path) -> None:
-    """Event files of TensorBoard. Raises SteepestError when it is not installed."""
+@contextmanager
+def tensorboard(directory: Path, run: str) -> Iterator[Log]:
+    """Event files of TensorBoard, in a directory for the run. Raises SteepestError when it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise _missing("TensorBoard", "tensorboard") from None
-    with SummaryWriter(str(directory)) as writer:
-        for step, time, numbers in _scalars(records):
-            for name, value in numbers.items():
-                writer.add_scalar(name, value, step, walltime=time)
+    with SummaryWriter(str(directory / run)) as writer:
+
+        def log(records: Records) -> None:
+            for step, moment, numbers in _scalars(records):
+                for name, value in numbers.items():
+                    writer.add_scalar(name, value, step, walltime=moment)
+            writer.flush()
+
+        yield log
 
 
-def to_mlflow(records: Records, directory: Path, run: str) -> None:
+@contextmanager
+def mlflow(directory: Path, run: str) -> Iterator[Log]:
     """A run in an MLflow store of files. Raises SteepestError when MLflow is not installed."""
     try:
         from mlflow import MlflowClient
         from mlflow.entities import Metric
     except ImportError:
         raise _missing("MLflow", "mlflow-skinny") from None
-    client = MlflowClient(tracking_uri=f"sqlite:///{directory.resolve() / 'mlflow.db'}")
     directory.mkdir(parents=True, exist_ok=True)
+    client = MlflowClient(tracking_uri=f"sqlite:///{directory.resolve() / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("steepest")
     number = client.create_experiment("steepest") if experiment is None else experiment.experiment_id
     made = client.create_run(number, run_name=run)
-    for step, time, numbers in _scalars(records):
-        metrics = [Metric(_word(name), value, round(time * 1000), step) for name, value in numbers.items()]
-        for start in range(0, len(metrics), 1000):
-            client.log_batch(made.info.run_id, metrics=metrics[start : start + 1000])
+
+    def log(records: Records) -> None:
+        for step, moment, numbers in _scalars(records):
+            metrics = [Metric(_word(name), value, round(moment * 1000), step) for name, value in numbers.items()]
+            for start in range(0, len(metrics), 1000):
+                client.log_batch(made.info.run_id, metrics=metrics[start : start + 1000])
+
+    yield log
     client.set_terminated(made.info.run_id)
 
 
-def to_wandb(records: Records, directory: Path, run: str) -> None:
+@contextmanager
+def wandb(directory: Path, run: str) -> Iterator[Log]:
     """A run of Weights & Biases, written offline; `wandb sync` sends it. Raises SteepestError without wandb."""
     try:
-        import wandb
+        import wandb as library
     except ImportError:
         raise _missing("Weights & Biases", "wandb") from None
     directory.mkdir(parents=True, exist_ok=True)
-    with wandb.init(project="steepest", name=run, dir=str(directory), mode="offline") as made:
-        for step, _, numbers in _scalars(records):
-            made.log(numbers, step=step)
+    with library.init(project="steepest", name=run, dir=str(directory), mode="offline") as made:
+
+        def log(records: Records) -> None:
+            for step, _, numbers in _scalars(records):
+                made.log(numbers, step=step)
+
+        yield log
+
+
+def follow(job: Job, log: Log) -> str:
+    """Log the records of a job as they come, each step once, until it has ended; returns its state."""
+    step = 0
+    while True:
+        info = job.get()  # before the records: those of a job that has ended are all there
+        rows = list(job.history(step))
+        if rows:
+            log(records_of(rows))
+            step = rows[-1]["step"] + 1
+        if info.has_ended:
+            return info.state
+        time.sleep(FOLLOW_SECONDS)
 
 
 def _word(name: str) -> str:

@@ -134,7 +134,8 @@ def report(
     _write(output, lambda: output.write_text(text, encoding="utf-8"))
 
 
-FORMATS = ("csv", "parquet", "tensorboard", "mlflow", "wandb")
+TRACKERS = ("tensorboard", "mlflow", "wandb")
+FORMATS = ("csv", "parquet", *TRACKERS)
 
 
 @app.command(rich_help_panel="What is kept")
@@ -142,25 +143,49 @@ def export(
     job: JobOrDirectory,
     output: Annotated[Path, Option(help="File to write; for tensorboard, mlflow and wandb, a directory.")],
     to: Annotated[str, Option("--to", help="csv, parquet, tensorboard, mlflow or wandb; else by the suffix.")] = "",
+    following: Annotated[
+        bool, Option("--follow", help="Go on until the job ends; for tensorboard, mlflow and wandb.")
+    ] = False,
     server: Server = DEFAULT_SERVER,
 ) -> None:
-    """Write the records of a job's steps for other programs."""
+    """Write the records of a job's steps for other programs, at once or while it runs."""
     chosen = to or output.suffix.removeprefix(".").lower()
     if chosen not in FORMATS:
         fail(f"--to {chosen or 'nothing'}: cannot be written; allowed: {', '.join(FORMATS)}")
-    from steepest import export as exporters
+    if following and chosen not in TRACKERS:
+        fail(f"--follow: {chosen} is written at once; allowed: --to {', '.join(TRACKERS)}")
+    if following:
+        _follow(job, output, chosen, server)
+        return
+    from steepest import export as trackers
     from steepest.records import write_csv, write_parquet
 
     title, records, _ = _read(job, server, signals=chosen == "parquet")
-    run = title.removeprefix("trainingJobs/")
-    writers: dict[str, Any] = {
-        "csv": lambda: write_csv(records, output),
-        "parquet": lambda: write_parquet(records, output),
-        "tensorboard": lambda: exporters.to_tensorboard(records, output / run),
-        "mlflow": lambda: exporters.to_mlflow(records, output, run),
-        "wandb": lambda: exporters.to_wandb(records, output, run),
-    }
-    _write(output, writers[chosen])
+
+    def track() -> None:
+        with getattr(trackers, chosen)(output, title.removeprefix("trainingJobs/")) as log:
+            log(records)
+
+    files = {"csv": write_csv, "parquet": write_parquet}
+    _write(output, (lambda: files[chosen](records, output)) if chosen in files else track)
+
+
+def _follow(job: str, output: Path, chosen: str, server: str) -> None:
+    from steepest import export as trackers
+
+    with client_of(server) as client:
+        handle = client.job(job)
+        name = handle.get().job.removeprefix("trainingJobs/")  # before anything is written
+        state = ""
+
+        def track() -> None:
+            nonlocal state
+            with getattr(trackers, chosen)(output, name) as log:
+                state = trackers.follow(handle, log)
+
+        _write(output, track)
+    if state != "SUCCEEDED":
+        raise typer.Exit(EXIT_JOB)
 
 
 def _write(output: Path, write: Any) -> None:

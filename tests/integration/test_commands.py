@@ -123,6 +123,22 @@ def test_what_is_kept_of_a_job(steepest: Callable[..., Ran], submit: Callable[..
     assert "there is no job" in gone.stderr
 
 
+def test_a_job_is_followed_for_a_tracker_while_it_runs(
+    steepest: Callable[..., Ran], submit: Callable[..., Job], tmp_path: Path
+) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    job = submit("slow", arguments={"delay": 0.005}, steps=60)
+    ran = steepest("export", job.name, "--to", "tensorboard", "--output", str(tmp_path), "--follow")
+    assert ran.returncode == 0, ran.stderr
+    assert job.get().state == "SUCCEEDED"
+    events = accumulators.EventAccumulator(str(tmp_path / job.name.removeprefix("trainingJobs/")))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(60))
+    refused = steepest("export", job.name, "--output", str(tmp_path / "a.csv"), "--follow")
+    assert refused.returncode == 2
+    assert "allowed: --to tensorboard" in refused.stderr
+
+
 def test_only_what_has_ended_is_deleted(steepest: Callable[..., Ran], submit: Callable[..., Job]) -> None:
     job = submit("slow", steps=100_000)
     refused = steepest("delete", job.name)

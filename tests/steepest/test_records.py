@@ -14,7 +14,8 @@ from pyarrow import parquet
 
 from steepest.charts import MOST_POINTS, as_svg, layers_figure, training_figure
 from steepest.errors import SpecError, SteepestError
-from steepest.export import to_mlflow, to_tensorboard, to_wandb
+from steepest.export import mlflow as to_mlflow
+from steepest.export import tensorboard, wandb
 from steepest.jobs import Event, Finding, JobInfo
 from steepest.records import Records, read_directory, records_of, write_csv, write_parquet
 from steepest.report import report_html
@@ -130,8 +131,10 @@ def test_a_report_stands_alone_and_escapes_what_it_is_given() -> None:
 
 def test_event_files_of_tensorboard(tmp_path: Path) -> None:
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    to_tensorboard(made(), tmp_path)
-    events = accumulators.EventAccumulator(str(tmp_path))
+    with tensorboard(tmp_path, "a-1") as log:
+        log(made(3))
+        log(records_of([row(step) for step in range(3, 6)]))
+    events = accumulators.EventAccumulator(str(tmp_path / "a-1"))
     events.Reload()
     losses = events.Scalars("loss")
     assert [(e.step, e.wall_time) for e in losses] == [(step, 1e9 + step) for step in range(6)]
@@ -143,7 +146,8 @@ def test_event_files_of_tensorboard(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_run_of_mlflow(tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow")
-    to_mlflow(made(), tmp_path, "a-1")
+    with to_mlflow(tmp_path, "a-1") as log:
+        log(made())
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
     [run] = client.search_runs([client.get_experiment_by_name("steepest").experiment_id])
     assert run.info.run_name == "a-1"
@@ -154,7 +158,8 @@ def test_a_run_of_mlflow(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_an_offline_run_of_wandb(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
-    to_wandb(made(), tmp_path, "a-1")
+    with wandb(tmp_path, "a-1") as log:
+        log(made())
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
