@@ -892,6 +892,8 @@ class TelemetrySpec(_message.Message):
     EVERY_FIELD_NUMBER: _builtins.int
     PARAMETER_NORMS_FIELD_NUMBER: _builtins.int
     SIGNALS_EVERY_FIELD_NUMBER: _builtins.int
+    PROFILE_START_FIELD_NUMBER: _builtins.int
+    PROFILE_STEPS_FIELD_NUMBER: _builtins.int
     every: _builtins.int
     """Keep the record of every so many steps in the history."""
     parameter_norms: _builtins.bool
@@ -900,27 +902,41 @@ class TelemetrySpec(_message.Message):
     """Measure magnitudes, zeros, updates and noise of each parameter in the first 20 steps and every so many steps after
     them; 0: never.
     """
+    profile_start: _builtins.int
+    """First step that torch.profiler records."""
+    profile_steps: _builtins.int
+    """Steps that torch.profiler records in every worker; 0: none."""
     def __init__(
         self,
         *,
         every: _builtins.int | None = ...,
         parameter_norms: _builtins.bool | None = ...,
         signals_every: _builtins.int | None = ...,
+        profile_start: _builtins.int | None = ...,
+        profile_steps: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_every", b"_every", "_parameter_norms", b"_parameter_norms", "_signals_every", b"_signals_every", "every", b"every", "parameter_norms", b"parameter_norms", "signals_every", b"signals_every"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_every", b"_every", "_parameter_norms", b"_parameter_norms", "_profile_start", b"_profile_start", "_profile_steps", b"_profile_steps", "_signals_every", b"_signals_every", "every", b"every", "parameter_norms", b"parameter_norms", "profile_start", b"profile_start", "profile_steps", b"profile_steps", "signals_every", b"signals_every"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_every", b"_every", "_parameter_norms", b"_parameter_norms", "_signals_every", b"_signals_every", "every", b"every", "parameter_norms", b"parameter_norms", "signals_every", b"signals_every"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_every", b"_every", "_parameter_norms", b"_parameter_norms", "_profile_start", b"_profile_start", "_profile_steps", b"_profile_steps", "_signals_every", b"_signals_every", "every", b"every", "parameter_norms", b"parameter_norms", "profile_start", b"profile_start", "profile_steps", b"profile_steps", "signals_every", b"signals_every"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__every: _TypeAlias = _typing.Literal["every"]  # noqa: Y015
     _WhichOneofArgType__every: _TypeAlias = _typing.Literal["_every", b"_every"]  # noqa: Y015
     _WhichOneofReturnType__parameter_norms: _TypeAlias = _typing.Literal["parameter_norms"]  # noqa: Y015
     _WhichOneofArgType__parameter_norms: _TypeAlias = _typing.Literal["_parameter_norms", b"_parameter_norms"]  # noqa: Y015
+    _WhichOneofReturnType__profile_start: _TypeAlias = _typing.Literal["profile_start"]  # noqa: Y015
+    _WhichOneofArgType__profile_start: _TypeAlias = _typing.Literal["_profile_start", b"_profile_start"]  # noqa: Y015
+    _WhichOneofReturnType__profile_steps: _TypeAlias = _typing.Literal["profile_steps"]  # noqa: Y015
+    _WhichOneofArgType__profile_steps: _TypeAlias = _typing.Literal["_profile_steps", b"_profile_steps"]  # noqa: Y015
     _WhichOneofReturnType__signals_every: _TypeAlias = _typing.Literal["signals_every"]  # noqa: Y015
     _WhichOneofArgType__signals_every: _TypeAlias = _typing.Literal["_signals_every", b"_signals_every"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__every) -> _WhichOneofReturnType__every | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__parameter_norms) -> _WhichOneofReturnType__parameter_norms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__profile_start) -> _WhichOneofReturnType__profile_start | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__profile_steps) -> _WhichOneofReturnType__profile_steps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__signals_every) -> _WhichOneofReturnType__signals_every | None: ...
 

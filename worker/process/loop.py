@@ -33,6 +33,7 @@ from worker.gradients.slots import Slots, num_slots
 from worker.gradients.torch_engine import TorchEngine
 from worker.process.exchange import Beside, Exchange
 from worker.process.output import Output
+from worker.process.profile import Profile
 from worker.rehearsal.fingerprint import difference, fingerprint
 from worker.task.load import TaskError, initialize, load_task, user_traceback
 from worker.task.model import conduct_of, describe_model
@@ -176,6 +177,7 @@ class WorkerLoop:
             self._overlap(exchange)
         bound = False
         version = -1
+        profile = Profile(self._config.spec.telemetry, self._worker, self._config.checkpoint_directory)
         try:
             for assign in exchange.assignments():
                 if not bound and assign.kind != "initialize":
@@ -186,8 +188,10 @@ class WorkerLoop:
                 if assign.step != version and bound:
                     self._engine.refresh()
                     version = assign.step
+                profile.begin(assign.step)
                 self._answer(exchange, assign)
         finally:
+            profile.end()
             self._show_output(unfinished=True)
             time.sleep(DISMISSED_GRACE_SECONDS)  # lets a last message out
             exchange.close()
