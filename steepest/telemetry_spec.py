@@ -29,7 +29,7 @@ Rule = Literal[
     "vanishing", "exploding", "dead_units", "saturated", "initialization", "stalled", "diverging", "update_ratio",
     "update_spike", "nonfinite", "overfitting", "straggler", "input_bound",
 ]  # fmt: skip
-Action = Literal["record", "ignore", "pause", "cancel"]
+Action = Literal["record", "ignore", "pause", "cancel", "rollback"]
 
 
 class HealthSpec(SpecModel):
@@ -38,6 +38,12 @@ class HealthSpec(SpecModel):
     actions: dict[Rule, Action] = Field(
         default={},
         description="By the name of a rule: record what it finds, ignore it, or also pause or cancel the job at the "
-        "next step boundary.",
+        "next step boundary, or rollback: return to a checkpoint from before, with a smaller learning rate.",
         json_schema_extra={"default_text": "record"},
+    )
+    rollback_factor: float = Field(
+        default=0.5, gt=0.0, le=1.0, description="What a rollback multiplies the learning rate by."
+    )
+    max_rollbacks: PositiveInt = Field(
+        default=3, le=100, description="Rollbacks after which the next one fails the job."
     )

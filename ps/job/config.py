@@ -22,7 +22,7 @@ class JobConfig:
     evaluates_with_gradients: whether evaluations run with autograd on. caches: attributes in which modules keep what
     they computed. logged_names: what the loss function returns besides. fingerprint: of data and initial parameters, as
     they were when the job was submitted. factors: see Plan. loss_counts: what the mean of the loss is over, see
-    worker.gradients.losses.
+    worker.gradients.losses. lr_scale: what rollbacks have left of the learning rate.
     """
 
     job: str
@@ -41,6 +41,7 @@ class JobConfig:
     fingerprint: tuple[tuple[str, float], ...] = ()
     factors: tuple[float, ...] = ()
     loss_counts: str = ""
+    lr_scale: float = 1.0
 
     def layout(self) -> Layout:
         """The layout of the parameters."""
@@ -68,7 +69,7 @@ class JobConfig:
             num_leaves=spec.data.num_micro_batches,
             num_servers=self.num_servers,
             part_leaves=spec.part_leaves,
-            base_lr=spec.optimizer.base_lr,
+            base_lr=spec.optimizer.base_lr * self.lr_scale,
             schedule=spec.schedule,
             max_norm=spec.clip.norm,
             max_value=spec.clip.value,

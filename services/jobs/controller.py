@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 
 from ps.checkpoint.files import Written, newest_verified, read_records
@@ -26,9 +27,10 @@ from services.jobs.inbox import Asked, Detach, Event, Reported, ServerEnded, Wor
 from services.jobs.job_log import JobLog
 from services.jobs.leader_client import CheckpointReport, LeaderClient, Report
 from services.jobs.ledger import Ledger
+from services.jobs.rollback import discard_after
 from services.jobs.room import Dial, LeaderLink, Room
 from services.jobs.task_probe import TaskDescription
-from services.jobs.team import Team, WorkerState
+from services.jobs.team import Team, WorkerState, server_name
 from services.jobs.totals import Totals
 from services.settings import Settings
 from services.store.history import JobHistory
@@ -83,8 +85,8 @@ class Controller(threading.Thread):
         history = JobHistory(settings.history_of(job.row.id))
         parameters = job.description.layout(job.spec).parameters
         names, shapes = [p.name for p in parameters], [p.shape for p in parameters]
-        health = Health(names, shapes, job.description.fan_in, job.description.activations)
-        self.ledger = Ledger(store, history, health, job.row, job.spec, job.description.num_samples)
+        make_health = partial(Health, names, shapes, job.description.fan_in, job.description.activations)
+        self.ledger = Ledger(store, history, make_health, job.row, job.spec, job.description.num_samples)
         self._description = job.description
         self._code = job.code
         self._settings = settings
@@ -177,6 +179,7 @@ class Controller(threading.Thread):
             **self._description.known,
             num_servers=self.spec.placement.num_servers,
             checkpoint_directory=self._settings.checkpoints_of(self.job),
+            lr_scale=self.spec.health.rollback_factor**self.ledger.result.rollbacks,
         )
         started = self._room.start_servers(
             config, lambda index, end: self._inbox.put(ServerEnded(incarnation, index, end))
@@ -190,15 +193,18 @@ class Controller(threading.Thread):
         """The servers are gone. Returns whether the job starts again from its last checkpoint."""
         self._hang_up()
         self._room.stop_actors()
+        cancelling = self._cancel_deadline is not None
+        goes_back = self.ledger.suspect is not None and not cancelling
+        rollbacks, health = self.ledger.result.rollbacks, self.spec.health
+        if goes_back and rollbacks < health.max_rollbacks:
+            discard_after(self._settings.checkpoints_of(self.job), self.ledger.suspect or 0)
         self._find_checkpoint()
-        written = self._checkpoint
-        decision = policy.on_server_loss(
-            self._patience,
-            what_happened,
-            self.ledger.result.step,
-            None if written is None else written.step,
-            cancelling=self._cancel_deadline is not None,
-        )
+        at, step = self.ledger.result.step, None if self._checkpoint is None else self._checkpoint.step
+        if goes_back:
+            decision = policy.on_rollback(rollbacks, health, what_happened, step)
+            self.ledger.note_rollback()
+        else:
+            decision = policy.on_server_loss(self._patience, what_happened, at, step, cancelling=cancelling)
         if isinstance(decision, policy.End):
             self._end(decision)
             return False
@@ -231,7 +237,7 @@ class Controller(threading.Thread):
             return  # of a life that is over
         match event:
             case ServerEnded(_, index, end):
-                who = named(self._name_of(index), life.servers[index])
+                who = named(server_name(index, self.spec.placement.num_servers), life.servers[index])
                 life.lost = f"{who} {end.message}"
             case WorkerStarted(_, name, generation, started):
                 worker = self._team.current(name, generation)
@@ -258,6 +264,10 @@ class Controller(threading.Thread):
                     self._end(policy.End(JobState.CANCELLED, f"cancelled{while_}"))
                     return
                 self._cancel_deadline = time.time() + self._settings.cancel_grace_seconds
+            case "rollback":
+                if life is not None:
+                    life.lost = self.ledger.result.findings[-1].message
+                return
             case _:
                 self._pause_wanted = asked.verb == "pause"
         if life is not None:
@@ -333,6 +343,8 @@ class Controller(threading.Thread):
             traceback = "" if failure is None else failure.traceback
             if failure is not None and failure.reason.startswith("nonfinite"):
                 self.ledger.note_finding(nonfinite(failure, phase.worker))
+                if self.ledger.suspect is not None:
+                    continue
             state = self.ledger.state
             for decision in policy.on_phase(
                 phase.phase, phase.reason, traceback, state, pause_wanted=self._pause_wanted
@@ -373,14 +385,10 @@ class Controller(threading.Thread):
 
     # -- the store ----------------------------------------------------------------------------------------------------
 
-    def _name_of(self, server: int) -> str:
-        """Servers beyond the number of shards are only homes of their hosts."""
-        shards = self.spec.placement.num_servers
-        return f"server-{server}" if server < shards else f"home-{server - shards}"
-
     def _publish(self) -> None:
         servers = self._life.servers if self._life is not None else []
-        members = [("server", self._name_of(i), s.pid, s.host, "running") for i, s in enumerate(servers)]
+        names = [server_name(i, self.spec.placement.num_servers) for i in range(len(servers))]
+        members = [("server", name, s.pid, s.host, "running") for name, s in zip(names, servers, strict=True)]
         for name, worker in self._team.items():
             started = worker.started or Started(0, "")
             members.append(("worker", name, started.pid, started.host, str(worker.state)))

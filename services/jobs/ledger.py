@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
 from ps.step.messages import StepRecord
 from services.jobs import policy
-from services.jobs.health import Health
+from services.jobs.health import LASTING_STEPS, Health
 from services.store.history import JobHistory
 from services.store.lifecycle import ENDED, JobState
 from services.store.store import JobRow, Store
@@ -29,11 +29,18 @@ MAX_FINDINGS = 50  # of a job; the oldest go first
 class Ledger:
     """Keeps one job's result and writes it down. num_samples: of the job's data.
 
-    wanted: verbs that health rules have asked for, in order, for the controller to take.
+    wanted: verbs that health rules have asked for, in order, for the controller to take. suspect: the first step that
+    may have gone wrong, when a rule wants the job to go back; None otherwise.
     """
 
     def __init__(
-        self, store: Store, history: JobHistory, health: Health, row: JobRow, spec: TrainingJobSpec, num_samples: int
+        self,
+        store: Store,
+        history: JobHistory,
+        make_health: Callable[[], Health],
+        row: JobRow,
+        spec: TrainingJobSpec,
+        num_samples: int,
     ) -> None:
         self.job = row.id
         self.name = row.name
@@ -41,7 +48,9 @@ class Ledger:
         self.record: StepRecord | None = None
         self._store = store
         self._history = history
-        self._health = health
+        self._make_health = make_health
+        self._health = make_health()
+        self.suspect: int | None = None
         self._is_full = False
         self._num_samples = num_samples
         self._global_batch = spec.data.global_batch
@@ -120,10 +129,19 @@ class Ledger:
             return
         self.note_result(findings=(*self.result.findings, finding)[-MAX_FINDINGS:])
         self.say(f"{finding.severity}: {finding.rule}: {finding.message}")
+        if action == "rollback" and self.state == JobState.RUNNING and self.suspect is None:
+            self.suspect = max(0, finding.step - LASTING_STEPS)
+            self.wanted.put(action)
         move = policy.on_finding(finding.rule, finding.message, action, self.state)
         if move is not None:
             self.move(move.state, move.reason)
             self.wanted.put(action)
+
+    def note_rollback(self) -> None:
+        """The job goes back; what is known of its health was of steps that are undone."""
+        self.suspect = None
+        self._health = self._make_health()
+        self.note_result(rollbacks=self.result.rollbacks + 1)
 
     def note_evaluation(self, step: int, metrics: dict[str, float], *, is_best: bool) -> None:
         """An evaluation is done."""

@@ -11,6 +11,7 @@ from ps.step.effects import Phase
 from services.cluster.processes import Exit, ExitKind
 from services.jobs.team import WorkerState
 from services.store.lifecycle import ENDED, JobState
+from steepest.spec import HealthSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,16 @@ def on_worker_exit(patience: Patience, who: str, state: WorkerState, end: Exit, 
             JobState.FAILED, f"{name} keeps dying", f"{who} {end.message} at step {step} ({patience.describe()})"
         )
     return Replace(f"{who} {end.message}; a new process takes its place, and no step is lost")
+
+
+def on_rollback(done: int, health: HealthSpec, what_happened: str, checkpoint_step: int | None) -> Recover | End:
+    """A health rule wants the job to go back. done: rollbacks so far. checkpoint_step: of the one to go back to."""
+    if done >= health.max_rollbacks:
+        problem = f"{what_happened} (after {done} rollbacks; health.max_rollbacks = {health.max_rollbacks})"
+        return End(JobState.FAILED, "rollbacks have not helped", problem)
+    where = "starting again from step 0" if checkpoint_step is None else f"returning to step {checkpoint_step}"
+    left = health.rollback_factor ** (done + 1)
+    return Recover(f"{what_happened}; {where} with {left:g} times the learning rate of the spec")
 
 
 def on_finding(rule: str, message: str, action: str, state: JobState) -> Move | None:

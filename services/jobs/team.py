@@ -67,3 +67,8 @@ class Team(dict[str, Worker]):
     def any_running(self) -> bool:
         """Whether one has joined the servers."""
         return any(worker.state == WorkerState.RUNNING for worker in self.values())
+
+
+def server_name(server: int, shards: int) -> str:
+    """Servers beyond the number of shards are only homes of their hosts."""
+    return f"server-{server}" if server < shards else f"home-{server - shards}"

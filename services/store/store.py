@@ -35,6 +35,7 @@ class Result:
     best_step: int | None = None
     findings: tuple[Finding, ...] = ()
     members: tuple[tuple[str, str, int, str, str], ...] = ()  # (role, id, pid, host, state)
+    rollbacks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

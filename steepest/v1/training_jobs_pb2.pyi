@@ -791,20 +791,37 @@ class HealthSpec(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     ACTIONS_FIELD_NUMBER: _builtins.int
+    ROLLBACK_FACTOR_FIELD_NUMBER: _builtins.int
+    MAX_ROLLBACKS_FIELD_NUMBER: _builtins.int
+    rollback_factor: _builtins.float
+    """What a rollback multiplies the learning rate by."""
+    max_rollbacks: _builtins.int
+    """Rollbacks after which the next one fails the job."""
     @_builtins.property
     def actions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """By the name of a rule: record what it finds, ignore it, or also pause or cancel the job at the next step boundary."""
+        """By the name of a rule: record what it finds, ignore it, or also pause or cancel the job at the next step boundary,
+        or rollback: return to a checkpoint from before, with a smaller learning rate.
+        """
 
     def __init__(
         self,
         *,
         actions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        rollback_factor: _builtins.float | None = ...,
+        max_rollbacks: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_rollbacks", b"_max_rollbacks", "_rollback_factor", b"_rollback_factor", "max_rollbacks", b"max_rollbacks", "rollback_factor", b"rollback_factor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_rollbacks", b"_max_rollbacks", "_rollback_factor", b"_rollback_factor", "actions", b"actions", "max_rollbacks", b"max_rollbacks", "rollback_factor", b"rollback_factor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_rollbacks: _TypeAlias = _typing.Literal["max_rollbacks"]  # noqa: Y015
+    _WhichOneofArgType__max_rollbacks: _TypeAlias = _typing.Literal["_max_rollbacks", b"_max_rollbacks"]  # noqa: Y015
+    _WhichOneofReturnType__rollback_factor: _TypeAlias = _typing.Literal["rollback_factor"]  # noqa: Y015
+    _WhichOneofArgType__rollback_factor: _TypeAlias = _typing.Literal["_rollback_factor", b"_rollback_factor"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_rollbacks) -> _WhichOneofReturnType__max_rollbacks | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rollback_factor) -> _WhichOneofReturnType__rollback_factor | None: ...
 
 Global___HealthSpec: _TypeAlias = HealthSpec  # noqa: Y015
 

@@ -90,6 +90,36 @@ def test_a_rule_acts_as_the_spec_says(client: Client) -> None:
         client.submit(f"{SICK}:healthy", **BASE, health={"actions": {"diverging": "explode"}})
 
 
+def test_a_job_that_diverges_goes_back_with_a_smaller_rate_until_it_does_not(client: Client) -> None:
+    base = {**BASE, "optimizer": {"name": "momentum", "lr": 40.0}, "steps": 400, "checkpoint_every": 20}
+    rules = dict.fromkeys(("diverging", "exploding", "nonfinite", "update_ratio"), "rollback")
+    job = client.submit(
+        f"{SICK}:healthy",
+        **base,
+        schedule={"name": "constant", "warmup_steps": 100},
+        health={"actions": rules, "rollback_factor": 0.05, "max_rollbacks": 4},
+    )
+    info = job.wait()
+    reasons = [event.reason for event in job.events() if event.state == "RECOVERING"]
+    assert reasons
+    assert "with 0.05 times the learning rate of the spec" in reasons[0]
+    records = list(job.history())
+    assert [record["step"] for record in records] == list(range(400))
+    assert records[-1]["lr"] == pytest.approx(40.0 * 0.05 ** len(reasons))
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert info.state == "SUCCEEDED"
+
+
+def test_rollbacks_that_do_not_help_end_the_job(client: Client) -> None:
+    health = {"actions": {"nonfinite": "rollback"}, "max_rollbacks": 2}
+    job = client.submit(f"{SICK}:one_bad_sample", **BASE, health=health)
+    with pytest.raises(JobFailedError, match=r"after 2 rollbacks; health\.max_rollbacks = 2"):
+        job.wait()
+    info = job.get()
+    assert [finding.samples for finding in info.findings] == [(77,)] * 3
+    assert "rollbacks have not helped" in job.events()[-1].reason
+
+
 @pytest.mark.full
 def test_nothing_is_said_of_a_healthy_job(client: Client) -> None:
     job, found = findings(client, "healthy", steps=1500, eval_every=100)
