@@ -46,6 +46,7 @@ class Service:
             stack.callback(self._lock_file.close)
             self.store = Store(settings.database_url)
             stack.callback(self.store.close)
+            self.store.claim()
             access = Access(self.store)
             _check_exposure(settings, access)
             self._http = HttpServer(settings, access)

@@ -12,10 +12,12 @@ class Settings:
 
     http_port, grpc_port: 0 takes any free one. ray_address: an existing Ray cluster; None starts
     Ray in this process tree. num_cpus: of embedded Ray. tls_certificate, tls_key: PEM files, the
-    certificate with its chain; without them neither port is encrypted.
+    certificate with its chain; without them neither port is encrypted. database: URL of a PostgreSQL
+    to keep jobs in; empty: SQLite, beside the rest.
     """
 
     data_directory: Path
+    database: str = ""
     grpc_host: str = "127.0.0.1"
     grpc_port: int = 50051
     http_host: str = "127.0.0.1"
@@ -31,8 +33,8 @@ class Settings:
 
     @property
     def database_url(self) -> str:
-        """SQLite, beside the rest."""
-        return f"sqlite:///{self.data_directory / 'steepest.db'}"
+        """Where jobs, their events and tokens are."""
+        return self.database or f"sqlite:///{self.data_directory / 'steepest.db'}"
 
     def directory_of(self, job: str) -> Path:
         """Where all that is kept of a job lies, but for the database."""

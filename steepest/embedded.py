@@ -91,8 +91,11 @@ def machine_memory() -> int:
 
 
 @contextlib.contextmanager
-def tokens_of(data_directory: Path) -> Iterator[Tokens]:
-    """The tokens of the service that keeps its jobs there, whether it runs or not. Raises ServiceUnavailableError."""
+def tokens_of(data_directory: Path, database: str = "") -> Iterator[Tokens]:
+    """The tokens of the service that keeps its jobs there, whether it runs or not. database: its URL, if it has one.
+
+    Raises ServiceUnavailableError.
+    """
     try:
         from services.settings import Settings
         from services.store.store import Store
@@ -102,7 +105,7 @@ def tokens_of(data_directory: Path) -> Iterator[Tokens]:
         data_directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ServiceUnavailableError(f"cannot use the data directory {data_directory}: {error.strerror}") from error
-    with contextlib.closing(Store(Settings(data_directory=data_directory).database_url)) as store:
+    with contextlib.closing(Store(Settings(data_directory=data_directory, database=database).database_url)) as store:
         yield store.tokens
 
 

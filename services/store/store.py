@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
+from services.store.database import claim, open_database, retried, text
 from services.store.lifecycle import ENDED, JobState, check_move
 from services.store.schema import evaluations, events, jobs
 from services.store.selection import NEWEST, Selection
@@ -78,12 +79,11 @@ class EventRow:
 
 
 class Store:
-    """Jobs in a SQL database. Safe to use from many threads."""
+    """Jobs in a SQL database. Safe to use from many threads. url: see open_database, for what it raises, too."""
 
     def __init__(self, url: str) -> None:
-        self._engine = sa.create_engine(url)
-        if self._engine.dialect.name == "sqlite":
-            sa.event.listen(self._engine, "connect", _configure_sqlite)
+        self._engine = open_database(url)
+        self._claim: sa.Connection | None = None
         self._migrate()
         self._write = threading.Lock()
         self.tokens = Tokens(self._engine, self._write)
@@ -96,8 +96,14 @@ class Store:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
+    def claim(self) -> None:
+        """Hold the database for this service. Raises ServiceUnavailableError when another one uses it."""
+        self._claim = claim(self._engine)
+
     def close(self) -> None:
         """Close all connections."""
+        if self._claim is not None:
+            self._claim.close()
         self._engine.dispose()
 
     def notify(self) -> None:
@@ -107,6 +113,7 @@ class Store:
 
     # -- jobs -------------------------------------------------------------------------------------------------------
 
+    @retried
     def create(self, row: JobRow, notes: Iterable[str] = ()) -> JobRow:
         """Store a new job with its first event, and one for each of the notes; returns `row` itself.
 
@@ -124,11 +131,13 @@ class Store:
         self.notify()
         return row
 
+    @retried
     def of_request(self, request_id: str) -> JobRow | None:
         """The job that a request has created, if any."""
         with self._engine.connect() as connection:
             return _of_request(connection, request_id)
 
+    @retried
     def get(self, job: str) -> JobRow:
         """Raises NotFoundError."""
         with self._engine.connect() as connection:
@@ -137,6 +146,7 @@ class Store:
             raise NotFoundError(f"there is no job trainingJobs/{job}")
         return _job(row)
 
+    @retried
     def page(self, limit: int, selection: Selection = NEWEST, after: str = "") -> tuple[list[JobRow], str]:
         """(up to `limit` jobs, a token for those after them; empty at the end). after: such a token.
 
@@ -147,6 +157,7 @@ class Store:
         token = selection.token(rows[limit - 1]) if len(rows) > limit else ""
         return [_job(row) for row in rows[:limit]], token
 
+    @retried
     def delete(self, job: str) -> None:
         """Forget a job."""
         with self._write, self._engine.begin() as connection:
@@ -154,6 +165,7 @@ class Store:
                 connection.execute(sa.delete(table).where(column == job))
         self.notify()
 
+    @retried
     def in_states(self, states: Iterable[JobState]) -> list[JobRow]:
         """Jobs in some of the states: by priority, the highest first, then the oldest first."""
         order = (jobs.c.priority.desc(), jobs.c.created, jobs.c.id)
@@ -161,17 +173,20 @@ class Store:
         with self._engine.connect() as connection:
             return [_job(row) for row in connection.execute(query)]
 
+    @retried
     def exists(self, job: str) -> bool:
         """Whether there is a job of that id."""
         with self._engine.connect() as connection:
             return connection.execute(sa.select(jobs.c.id).where(jobs.c.id == job)).first() is not None
 
+    @retried
     def count_states(self) -> dict[JobState, int]:
         """How many jobs are in each state."""
         query = sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)
         with self._engine.connect() as connection:
             return {JobState(state): count for state, count in connection.execute(query)}
 
+    @retried
     def move(self, job: str, state: JobState, reason: str, now: float) -> JobRow:
         """Change the state of a job, with an event. Raises ConflictError for a move that is not legal."""
         with self._write, self._engine.begin() as connection:
@@ -186,6 +201,7 @@ class Store:
         self.notify()
         return new
 
+    @retried
     def update(self, job: str, **values: Any) -> None:
         """Change fields of a job other than its state: workers, incarnation, result."""
         if "result" in values:
@@ -198,9 +214,10 @@ class Store:
 
     def _add_event(self, connection: sa.Connection, job: str, now: float, state: JobState, reason: str) -> None:
         last = connection.execute(sa.select(sa.func.max(events.c.sequence)).where(events.c.job == job)).scalar()
-        values = {"job": job, "sequence": (last or 0) + 1, "time": now, "state": state.value, "reason": reason}
+        values = {"job": job, "sequence": (last or 0) + 1, "time": now, "state": state.value, "reason": text(reason)}
         connection.execute(sa.insert(events).values(**values))
 
+    @retried
     def note(self, job: str, reason: str, now: float) -> None:
         """An event without a change of state, such as a worker that was replaced."""
         with self._write, self._engine.begin() as connection:
@@ -208,6 +225,7 @@ class Store:
             self._add_event(connection, job, now, JobState(state), reason)
         self.notify()
 
+    @retried
     def events_after(self, job: str, sequence: int) -> list[EventRow]:
         """The events of a job after a sequence number, in order."""
         query = sa.select(events).where(events.c.job == job, events.c.sequence > sequence).order_by(events.c.sequence)
@@ -217,6 +235,7 @@ class Store:
 
     # -- evaluations ------------------------------------------------------------------------------------------------
 
+    @retried
     def add_evaluation(self, job: str, step: int, metrics: Mapping[str, float]) -> None:
         """Keep the metrics of an evaluation, in the place of an earlier one of the same step."""
         with self._write, self._engine.begin() as connection:
@@ -224,11 +243,13 @@ class Store:
             values = {"job": job, "step": step, "metrics": json.dumps(dict(metrics))}
             connection.execute(sa.insert(evaluations).values(**values))
 
+    @retried
     def rewind(self, job: str, step: int) -> None:
         """Forget the evaluations after `step`: they will be computed again."""
         with self._write, self._engine.begin() as connection:
             connection.execute(sa.delete(evaluations).where(evaluations.c.job == job, evaluations.c.step > step))
 
+    @retried
     def evaluations_of(self, job: str) -> list[tuple[int, dict[str, float]]]:
         """(step, metrics) of every evaluation, in order."""
         query = sa.select(evaluations).where(evaluations.c.job == job).order_by(evaluations.c.step)
@@ -243,14 +264,6 @@ def _of_request(connection: sa.Connection, request_id: str) -> JobRow | None:
     return None if row is None else _job(row)
 
 
-def _configure_sqlite(connection: Any, _: Any) -> None:
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=FULL")
-    cursor.execute("PRAGMA busy_timeout=10000")
-    cursor.close()
-
-
 def _result_json(result: Result) -> str:
     return json.dumps({f.name: getattr(result, f.name) for f in fields(Result)})
 
@@ -263,6 +276,7 @@ def _finding(values: list[Any]) -> Finding:
 def _job_values(row: JobRow) -> dict[str, Any]:
     values = {f.name: getattr(row, f.name) for f in fields(JobRow)}
     values["state"] = row.state.value
+    values["reason"] = text(row.reason)
     values["request_id"] = row.request_id or None
     values["result"] = _result_json(row.result)
     return values

@@ -14,6 +14,7 @@ from enum import StrEnum
 
 import sqlalchemy as sa
 
+from services.store.database import retried
 from services.store.schema import tokens
 from steepest.errors import ConflictError, NotFoundError, SpecError, Violation
 
@@ -46,6 +47,7 @@ class Tokens:
         self._engine = engine
         self._write = write
 
+    @retried
     def create(self, name: str, role: str, now: float) -> str:
         """A new token, which is kept nowhere. Raises SpecError, ConflictError when the name is taken."""
         if not _NAME.fullmatch(name):
@@ -61,11 +63,13 @@ class Tokens:
             connection.execute(sa.insert(tokens).values(**values))
         return token
 
+    @retried
     def all(self) -> list[TokenRow]:
         """All tokens, revoked ones too, oldest first."""
         with self._engine.connect() as connection:
             return [_row(row) for row in connection.execute(sa.select(tokens).order_by(tokens.c.created))]
 
+    @retried
     def revoke(self, name: str, now: float) -> None:
         """End a token; its name stays taken, for jobs bear it. Raises NotFoundError."""
         with self._write, self._engine.begin() as connection:
@@ -73,6 +77,7 @@ class Tokens:
             if not connection.execute(change).rowcount:
                 raise NotFoundError(f"there is no token {name!r} that holds; steepest token list shows all")
 
+    @retried
     def find(self, token: str) -> TokenRow | None:
         """The token that this is, unless it is revoked or none."""
         query = sa.select(tokens).where(tokens.c.hash == _hash(token), tokens.c.revoked.is_(None))
@@ -80,6 +85,7 @@ class Tokens:
             row = connection.execute(query).first()
         return None if row is None else _row(row)
 
+    @retried
     def exist(self) -> bool:
         """Whether there has ever been a token. A service without one is open to all who reach it."""
         with self._engine.connect() as connection:

@@ -112,6 +112,12 @@ def serve(
     port: Annotated[int, Option(min=0, max=65535, help="gRPC port; 0: any free one.")] = 50051,
     http_port: Annotated[int, Option(min=0, max=65535, help="HTTP port: the page, /metrics, /healthz.")] = 8080,
     data_dir: Annotated[Path, Option(help="Where jobs and checkpoints are kept.")] = Path("steepest-data"),
+    database_url: Annotated[
+        str,
+        Option(
+            envvar="STEEPEST_DATABASE_URL", help="postgresql://... to keep jobs in; else SQLite in the data directory."
+        ),
+    ] = "",
     ray_address: Annotated[str | None, Option(help="An existing Ray cluster; else Ray starts embedded.")] = None,
     cpus: Annotated[int | None, Option(min=1, help="CPUs embedded Ray may hand out (default: at least 8).")] = None,
     tls_cert: Annotated[Path | None, Option(help="PEM file: the certificate of both ports, with its chain.")] = None,
@@ -128,6 +134,7 @@ def serve(
     from steepest.embedded import running_service
 
     settings: dict[str, Any] = {"grpc_host": host, "grpc_port": port, "http_host": host, "http_port": http_port}
+    settings["database"] = database_url
     settings |= {"ray_address": ray_address, "num_cpus": cpus, "tls_certificate": tls_cert, "tls_key": tls_key}
     with running_service(data_dir, **settings) as service:
         scheme = "http" if tls_cert is None else "https"

@@ -24,6 +24,9 @@ app.add_typer(token, name="token", rich_help_panel="The service")
 Name = Annotated[str, Argument(metavar="NAME", help="Of a person or program; jobs that it submits bear it.")]
 DataDirectory = Annotated[Path, Option("--data-dir", help="Of the service.")]
 DEFAULT_DIRECTORY = Path("steepest-data")
+Database = Annotated[
+    str, Option("--database-url", envvar="STEEPEST_DATABASE_URL", help="Of the service, if it has one.")
+]
 
 
 @token.command()
@@ -33,12 +36,13 @@ def create(
         str, Option(help="viewer: look; submitter: submit jobs and act on those; admin: act on all jobs.")
     ] = "submitter",
     data_dir: DataDirectory = DEFAULT_DIRECTORY,
+    database_url: Database = "",
     as_json: Json = False,
 ) -> None:
     """Make a token and print it. It is shown this once: the service keeps only a hash of it."""
     from steepest.embedded import tokens_of
 
-    with tokens_of(data_dir) as tokens:
+    with tokens_of(data_dir, database_url) as tokens:
         made = tokens.create(name, role, time.time())
     if as_json:
         sys.stdout.write(json.dumps({"name": name, "role": role, "token": made}) + "\n")
@@ -48,11 +52,13 @@ def create(
 
 
 @token.command("list")
-def list_tokens(data_dir: DataDirectory = DEFAULT_DIRECTORY, as_json: Json = False) -> None:
+def list_tokens(
+    data_dir: DataDirectory = DEFAULT_DIRECTORY, database_url: Database = "", as_json: Json = False
+) -> None:
     """List all tokens, those that were revoked too."""
     from steepest.embedded import tokens_of
 
-    with tokens_of(data_dir) as tokens:
+    with tokens_of(data_dir, database_url) as tokens:
         rows = tokens.all()
     if as_json:
         keys = ("name", "role", "created", "revoked")
@@ -67,10 +73,10 @@ def list_tokens(data_dir: DataDirectory = DEFAULT_DIRECTORY, as_json: Json = Fal
 
 
 @token.command()
-def revoke(name: Name, data_dir: DataDirectory = DEFAULT_DIRECTORY) -> None:
+def revoke(name: Name, data_dir: DataDirectory = DEFAULT_DIRECTORY, database_url: Database = "") -> None:
     """End a token, from its next call on. Its jobs go on."""
     from steepest.embedded import tokens_of
 
-    with tokens_of(data_dir) as tokens:
+    with tokens_of(data_dir, database_url) as tokens:
         tokens.revoke(name, time.time())
     sys.stdout.write(f"{name} is revoked\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +29,8 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    made = Store(f"sqlite:///{tmp_path_factory.mktemp('selection') / 'jobs.db'}")
+def store(new_url: Callable[[], str]) -> Iterator[Store]:
+    made = Store(new_url())
     for row in ROWS:
         made.create(row)
     yield made

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from tests.support.rows import job_row as job
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    made = Store(f"sqlite:///{tmp_path / 'jobs.db'}")
+def store(new_url: Callable[[], str]) -> Iterator[Store]:
+    made = Store(new_url())
     yield made
     made.close()
 
@@ -68,14 +68,25 @@ def test_evaluations_are_kept_until_they_are_computed_again(store: Store) -> Non
     assert [step for step, _ in store.evaluations_of("a")] == [2, 4]
 
 
-def test_what_was_acknowledged_is_there_after_a_restart(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'jobs.db'}"
+def test_what_was_acknowledged_is_there_after_a_restart(new_url: Callable[[], str]) -> None:
+    url = new_url()
     first = Store(url)
     first.create(job("a", "r1"))
     first.close()
     second = Store(url)
     assert second.get("a").id == "a"
     second.close()
+
+
+def test_zero_bytes_in_what_user_code_says_are_shown(store: Store) -> None:
+    store.create(replace(job(), result=replace(Result(), error="a\x00b")))
+    store.note("a", "said \x00 and died", 1.0)
+    assert store.events_after("a", 1)[0].reason == "said \\x00 and died"
+    assert store.get("a").result.error == "a\x00b"
+
+
+def test_sqlite_is_in_wal_mode(tmp_path: Path) -> None:
+    Store(f"sqlite:///{tmp_path / 'jobs.db'}").close()
     mode = sqlite3.connect(tmp_path / "jobs.db").execute("PRAGMA journal_mode").fetchone()
     assert mode == ("wal",)
 

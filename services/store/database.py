@@ -1,0 +1,101 @@
+"""Connections to the database: SQLite in a file of the data directory, or PostgreSQL by its URL."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import sqlalchemy as sa
+
+from steepest.errors import ServiceUnavailableError
+
+RETRY_SECONDS = 30.0  # for a PostgreSQL that starts again; meanwhile jobs go on
+PAUSE_SECONDS = 0.2
+CLAIM = 0x7374656570657374  # the advisory lock of the one service that uses a database: "steepest"
+
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
+
+
+def open_database(url: str) -> sa.Engine:
+    """An engine for a URL (sqlite:///FILE, postgresql://USER:PASSWORD@HOST/NAME). Raises ServiceUnavailableError."""
+    try:
+        parsed = sa.make_url(url)
+    except sa.exc.ArgumentError:
+        raise ServiceUnavailableError("the database URL cannot be read; it is like postgresql://HOST/NAME") from None
+    if parsed.drivername in ("postgres", "postgresql"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
+        raise ServiceUnavailableError(f"a database of {parsed.drivername} cannot be used; allowed: sqlite, postgresql")
+    try:
+        engine = sa.create_engine(parsed, pool_pre_ping=parsed.drivername != "sqlite")
+    except ModuleNotFoundError as error:
+        raise ServiceUnavailableError(
+            f"PostgreSQL needs the package {error.name!r}: pip install 'steepest[postgres]'"
+        ) from None
+    if parsed.drivername == "sqlite":
+        sa.event.listen(engine, "connect", _configure_sqlite)
+        return engine
+    try:
+        with engine.connect():
+            pass
+    except sa.exc.OperationalError as error:
+        shown = parsed.render_as_string(hide_password=True)
+        raise ServiceUnavailableError(f"the database {shown} does not answer: {_said(error)}") from None
+    return engine
+
+
+def claim(engine: sa.Engine) -> sa.Connection | None:
+    """Hold the database for this service alone, for as long as the connection is open; None for SQLite, whose data
+    directory is held. Raises ServiceUnavailableError when another service uses it.
+    """
+    if engine.dialect.name == "sqlite":
+        return None
+    connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+    if not connection.execute(sa.select(sa.func.pg_try_advisory_lock(CLAIM))).scalar():
+        connection.close()
+        raise ServiceUnavailableError("another service uses this database; give each a database of its own")
+    return connection
+
+
+def retried(method: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
+    """Have a whole transaction made again while PostgreSQL does not answer, for RETRY_SECONDS.
+
+    Raises ServiceUnavailableError after that.
+    """
+
+    @functools.wraps(method)
+    def call(*arguments: Parameters.args, **named: Parameters.kwargs) -> Returned:
+        deadline = time.monotonic() + RETRY_SECONDS
+        while True:
+            try:
+                return method(*arguments, **named)
+            except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
+                if time.monotonic() > deadline or _is_sqlite(error):
+                    raise ServiceUnavailableError(f"the database does not answer: {_said(error)}") from error
+            time.sleep(PAUSE_SECONDS)
+
+    return call
+
+
+def text(value: str) -> str:
+    """A text as both databases can hold it: PostgreSQL takes no zero bytes."""
+    return value.replace("\x00", "\\x00")
+
+
+def _is_sqlite(error: sa.exc.DBAPIError) -> bool:
+    return type(error.orig).__module__.startswith("sqlite3")
+
+
+def _said(error: sa.exc.DBAPIError) -> str:
+    return str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error.orig).__name__
+
+
+def _configure_sqlite(connection: Any, _: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA busy_timeout=10000")
+    cursor.close()

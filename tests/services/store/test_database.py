@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from services.store import database
+from services.store.database import claim, open_database
+from services.store.lifecycle import JobState
+from services.store.store import Store
+from services.store.tokens import Role
+from steepest.errors import ServiceUnavailableError
+from tests.support.postgres import Postgres
+from tests.support.rows import job_row
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("nonsense", "cannot be read"),
+        ("mysql://host/name", "a database of mysql cannot be used; allowed: sqlite, postgresql"),
+        ("postgresql://user:secret@127.0.0.1:1/name", r"user:\*\*\*@127.0.0.1:1/name does not answer"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_named_without_its_password(url: str, words: str) -> None:
+    with pytest.raises(ServiceUnavailableError, match=words) as caught:
+        open_database(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_one_service_uses_a_database(postgres: Postgres, tmp_path: Path) -> None:
+    url = postgres.database()
+    first, second = Store(url), Store(url)
+    first.claim()
+    with pytest.raises(ServiceUnavailableError, match="another service uses this database"):
+        second.claim()
+    first.close()
+    second.claim()
+    second.close()
+    assert claim(open_database(f"sqlite:///{tmp_path / 'a.db'}")) is None
+
+
+def test_a_server_that_starts_again_loses_nothing(postgres: Postgres) -> None:
+    store = Store(postgres.database())
+    store.create(job_row("a", "r1"))
+    token = store.tokens.create("ci", Role.ADMIN, 1.0)
+    postgres.stop()
+    done: list[str] = []
+
+    def work() -> None:
+        store.note("a", "while the database was away", 2.0)
+        store.move("a", JobState.STARTING, "there is room", 3.0)
+        done.append(store.get("a").state)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    time.sleep(1.0)
+    assert not done
+    postgres.start()
+    worker.join(20)
+    assert done == ["STARTING"]
+    assert [event.sequence for event in store.events_after("a", 0)] == [1, 2, 3]
+    found = store.tokens.find(token)
+    assert found is not None
+    assert found.name == "ci"
+    store.close()
+
+
+def test_one_that_stays_away_is_an_error_that_says_so(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "RETRY_SECONDS", 0.5)
+    store = Store(postgres.database())
+    postgres.stop()
+    try:
+        with pytest.raises(ServiceUnavailableError, match="the database does not answer"):
+            store.get("a")
+    finally:
+        postgres.start()
+        store.close()
+
+
+def test_migrations_lead_to_the_tables_as_they_are_described(postgres: Postgres) -> None:
+    url = postgres.database()
+    Store(url).close()
+    engine = open_database(url)
+    found = sa.inspect(engine)
+    for name in ("jobs", "events", "evaluations", "tokens"):
+        from services.store.schema import metadata
+
+        assert [column["name"] for column in found.get_columns(name)] == [c.name for c in metadata.tables[name].columns]
+    engine.dispose()
