@@ -46,7 +46,7 @@ class Ledger:
         self.name = row.name
         self.result = row.result
         self.record: StepRecord | None = None
-        self._store = store
+        self._store = store.patient()
         self._history = history
         self._make_health = make_health
         self._health = make_health()

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from steepest.errors import ServiceUnavailableError
 
 RETRY_SECONDS = 30.0  # for a PostgreSQL that starts again; meanwhile jobs go on
+PATIENT_SECONDS = 3600.0
 PAUSE_SECONDS = 0.2
 CLAIM = 0x7374656570657374  # the advisory lock of the one service that uses a database: "steepest"
 
@@ -61,14 +62,14 @@ def claim(engine: sa.Engine) -> sa.Connection | None:
 
 
 def retried(method: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
-    """Have a whole transaction made again while PostgreSQL does not answer, for RETRY_SECONDS.
+    """Have a whole transaction made again while PostgreSQL does not answer, for the object's `retry_seconds`.
 
     Raises ServiceUnavailableError after that.
     """
 
     @functools.wraps(method)
     def call(*arguments: Parameters.args, **named: Parameters.kwargs) -> Returned:
-        deadline = time.monotonic() + RETRY_SECONDS
+        deadline = time.monotonic() + float(arguments[0].retry_seconds)  # type: ignore[attr-defined]
         while True:
             try:
                 return method(*arguments, **named)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
-from services.store.database import claim, open_database, retried, text
+from services.store.database import PATIENT_SECONDS, RETRY_SECONDS, claim, open_database, retried, text
 from services.store.lifecycle import ENDED, JobState, check_move
 from services.store.schema import evaluations, events, jobs
 from services.store.selection import NEWEST, Selection
@@ -82,6 +83,7 @@ class Store:
     """Jobs in a SQL database. Safe to use from many threads. url: see open_database, for what it raises, too."""
 
     def __init__(self, url: str) -> None:
+        self.retry_seconds = RETRY_SECONDS
         self._engine = open_database(url)
         self._claim: sa.Connection | None = None
         self._migrate()
@@ -95,6 +97,12 @@ class Store:
         with self._engine.begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+
+    def patient(self) -> Store:
+        """The same jobs for one who must not give up: who waits an hour for a database that does not answer."""
+        other = copy.copy(self)
+        other.retry_seconds = PATIENT_SECONDS
+        return other
 
     def claim(self) -> None:
         """Hold the database for this service. Raises ServiceUnavailableError when another one uses it."""

@@ -14,7 +14,7 @@ from enum import StrEnum
 
 import sqlalchemy as sa
 
-from services.store.database import retried
+from services.store.database import RETRY_SECONDS, retried
 from services.store.schema import tokens
 from steepest.errors import ConflictError, NotFoundError, SpecError, Violation
 
@@ -44,6 +44,7 @@ class Tokens:
     """The tokens in a store. Safe to use from many threads and processes."""
 
     def __init__(self, engine: sa.Engine, write: threading.Lock) -> None:
+        self.retry_seconds = RETRY_SECONDS
         self._engine = engine
         self._write = write
 

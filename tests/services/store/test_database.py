@@ -70,8 +70,9 @@ def test_a_server_that_starts_again_loses_nothing(postgres: Postgres) -> None:
 
 
 def test_one_that_stays_away_is_an_error_that_says_so(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "RETRY_SECONDS", 0.5)
     store = Store(postgres.database())
+    monkeypatch.setattr(store, "retry_seconds", 0.5)
+    assert store.patient().retry_seconds == database.PATIENT_SECONDS
     postgres.stop()
     try:
         with pytest.raises(ServiceUnavailableError, match="the database does not answer"):
