@@ -71,11 +71,13 @@ class OptimizerSpec(SpecModel):
     default_lr: ClassVar[float] = DEFAULT_LR
     # Whether an update of one element depends on others of its parameter, so that a server must have all of them.
     is_whole: ClassVar[bool] = False
+    # Whether a step is over all samples, and one server has all parameters.
+    is_full_batch: ClassVar[bool] = False
 
     name: str = Field(
         default=DEFAULT_OPTIMIZER,
         description="Optimizer: sgd, momentum, nesterov, adagrad, rmsprop, adam, adamw, adadelta, adamax, nadam, "
-        "radam, rprop, asgd, adafactor or muon; or a class of yours or of a package, as module:Class.",
+        "radam, rprop, asgd, adafactor, muon or lbfgs; or a class of yours or of a package, as module:Class.",
     )
     lr: PositiveFloat | None = Field(
         default=None,
@@ -298,6 +300,28 @@ class MuonSpec(OptimizerSpec):
     betas: Betas = None
 
 
+class LbfgsSpec(OptimizerSpec):
+    """L-BFGS with a strong Wolfe line search, over all samples at once: each step of the job is one evaluation."""
+
+    default_lr = 1.0
+    is_whole = True
+    is_full_batch = True
+    name: Literal["lbfgs"] = "lbfgs"
+    history_size: PositiveInt | None = Field(
+        default=None, le=1000, description="Pairs of differences that are kept, for lbfgs.", json_schema_extra=_TORCH
+    )
+    tolerance_grad: NonNegativeFloat | None = Field(
+        default=None,
+        description="Largest gradient element at which it stays where it is, for lbfgs.",
+        json_schema_extra=_TORCH,
+    )
+    tolerance_change: NonNegativeFloat | None = Field(
+        default=None,
+        description="Smallest change of parameters or loss that it goes on for, for lbfgs.",
+        json_schema_extra=_TORCH,
+    )
+
+
 class ClassSpec(OptimizerSpec):
     """Any subclass of torch.optim.Optimizer that updates each parameter by itself."""
 
@@ -354,6 +378,7 @@ _BY_NAME: tuple[type[OptimizerSpec], ...] = (
     AsgdSpec,
     AdafactorSpec,
     MuonSpec,
+    LbfgsSpec,
 )
 OPTIMIZERS: Mapping[str, type[OptimizerSpec]] = {str(kind.model_fields["name"].default): kind for kind in _BY_NAME}
 OPTIMIZER_NAMES = tuple(OPTIMIZERS)

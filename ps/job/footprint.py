@@ -19,6 +19,7 @@ from steepest.optimizer_spec import (
     AdamSpec,
     AdamwSpec,
     ClassSpec,
+    LbfgsSpec,
     MuonSpec,
     NadamSpec,
     RadamSpec,
@@ -119,6 +120,9 @@ def explain_refusal(needed: Footprint, available: int) -> str:
     )
 
 
+LBFGS_PAIRS = 100  # torch.optim's
+
+
 def state_tensors(spec: TrainingJobSpec) -> int:
     """How many tensors of a parameter's size the optimizer keeps for it."""
     match spec.optimizer:
@@ -128,6 +132,8 @@ def state_tensors(spec: TrainingJobSpec) -> int:
             return 1 + bool(momentum) + bool(centered)
         case SgdSpec(momentum=momentum):
             return int(bool(momentum))
+        case LbfgsSpec(history_size=pairs):
+            return 2 * (pairs or LBFGS_PAIRS) + 8  # differences, and what its line search knows
         case MuonSpec() | ClassSpec():
             return 2  # AdamW's, of the parameters that Muon leaves to it; assumed, for a class
         case AdadeltaSpec() | AdamaxSpec() | NadamSpec() | RadamSpec() | RpropSpec():

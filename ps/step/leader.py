@@ -343,8 +343,8 @@ class Leader:
         if not current.is_finite and not self.plan.skip_nonfinite:
             # Name the micro-batch: have the step computed again, and looked at.
             return self._begin(Round.DIAGNOSE, self.plan.num_leaves, now)
-        current.decision = decision
-        return [Decide(decision)]
+        current.decision = decision._replace(last=self.step + 1 >= self.plan.total_steps)
+        return [Decide(current.decision)]
 
     def _commit(self, current: RoundState, now: float) -> list[Effect]:
         """All shards have applied: the next version is visible everywhere."""

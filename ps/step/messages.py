@@ -129,7 +129,10 @@ class Failure:
 
 
 class Decision(NamedTuple):
-    """One decision for all shards: apply sum / divisor * coefficient as the gradient, with `lr`, or nothing."""
+    """One decision for all shards: apply sum / divisor * coefficient as the gradient, with `lr`, or nothing.
+
+    loss: the mean. last: whether the job ends with this step.
+    """
 
     step: int
     kind: Round
@@ -137,6 +140,8 @@ class Decision(NamedTuple):
     divisor: float = 1.0
     coefficient: float = 1.0
     lr: float = 0.0
+    loss: float = 0.0
+    last: bool = False
 
 
 class StepRecord(NamedTuple):

@@ -166,7 +166,8 @@ class RoundState:
         self.norm = math.sqrt(total) / weight
         if policy is not None:
             max_norm = policy.max_norm(self.norm)
-        return Decision(self.step, self.kind, True, weight, clip_coefficient(self.norm, max_norm), lr)
+        coefficient = clip_coefficient(self.norm, max_norm)
+        return Decision(self.step, self.kind, True, weight, coefficient, lr, self.loss)
 
     def completed(
         self, workers: int, now: float, *, clips_by_value: bool, slowest: tuple[int, float] = (-1, 1.0)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ps.compression.codec import Codec
 from ps.memory.gpu import Device
 from ps.numerics.average import RunningAverage
+from ps.numerics.lbfgs import LbfgsOptimizer
 from ps.numerics.optimizer import ShardOptimizer
 from ps.numerics.reduce_cpu import Reducer
 from ps.numerics.reduce_gpu import DeviceReducer
@@ -25,7 +26,8 @@ from ps.numerics.whole_optimizer import WholeOptimizer
 from ps.parameters.layout import Shard
 from ps.step.messages import Decision, Outcome, Round
 from ps.step.signals import is_measured
-from steepest.spec import AverageSpec, OptimizerSpec
+from steepest.optimizer_spec import LbfgsSpec, OptimizerSpec
+from steepest.spec import AverageSpec
 
 
 class ShardState:
@@ -100,7 +102,8 @@ class ShardState:
         threads = Threads(len(ranges))
         self._reducer = Reducer(self.shard, threads, ranges)
         self._signals = CpuSignals(self.shard, threads, ranges)
-        self.optimizer.use_threads(threads, ranges, num_threads)
+        if not isinstance(self.optimizer, LbfgsOptimizer):
+            self.optimizer.use_threads(threads, ranges, num_threads)
 
     @property
     def _root(self) -> Node:
@@ -208,13 +211,7 @@ class ShardState:
             self.update_signals = None
             if decision.apply and self._sum is not None:
                 before = self.master.clone() if self._measures else None
-                clamped = self.optimizer.step(
-                    self._sum,
-                    lr=decision.lr,
-                    divisor=decision.divisor,
-                    coefficient=decision.coefficient,
-                    max_value=self._max_value,
-                )
+                clamped = self._update(self._sum, decision)
                 self._is_exposed = False
                 if before is not None:
                     self.update_signals = self._signals.of_update(before, self.master)
@@ -228,6 +225,16 @@ class ShardState:
         self._sum = None
         self._reduced = False
         return clamped
+
+    def _update(self, gradient: torch.Tensor, decision: Decision) -> float:
+        """Step the optimizer; see `apply` for the result."""
+        lr, divisor = decision.lr, decision.divisor
+        if isinstance(self.optimizer, LbfgsOptimizer):
+            self.optimizer.step(gradient, lr=lr, divisor=divisor, loss=decision.loss, last=decision.last)
+            return 0.0
+        return self.optimizer.step(
+            gradient, lr=lr, divisor=divisor, coefficient=decision.coefficient, max_value=self._max_value
+        )
 
     def expose(self) -> None:
         """Have the present version in `parameters`, for processes that are not on the shard's GPU."""
@@ -245,8 +252,10 @@ class ShardState:
 
 def optimizer_of(
     spec: OptimizerSpec, shard: Shard, parameters: torch.Tensor, *, on_gpu: bool
-) -> ShardOptimizer | WholeOptimizer:
+) -> ShardOptimizer | WholeOptimizer | LbfgsOptimizer:
     """The optimizer of a shard; see ShardOptimizer for the arguments."""
+    if isinstance(spec, LbfgsSpec):
+        return LbfgsOptimizer(spec, shard, parameters)
     if spec.is_whole:
         return WholeOptimizer(spec, shard, parameters)
     return ShardOptimizer(spec, shard, parameters, on_gpu=on_gpu)

@@ -194,6 +194,8 @@ def decision_to_proto(decision: Decision) -> pb.Decision:
         divisor=decision.divisor,
         coefficient=decision.coefficient,
         lr=decision.lr,
+        loss=decision.loss,
+        last=decision.last,
     )
 
 
@@ -206,6 +208,8 @@ def decision_from_proto(message: pb.Decision) -> Decision:
         divisor=message.divisor,
         coefficient=message.coefficient,
         lr=message.lr,
+        loss=message.loss,
+        last=message.last,
     )
 
 

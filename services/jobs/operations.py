@@ -136,7 +136,8 @@ class Operations:
         """The spec with a number of servers. Raises SpecError for a job that cannot fit the cluster."""
         layout = description.layout(spec)
         num_hosts = self._capacity.num_hosts()
-        servers = spec.placement.servers or choose_num_servers(layout, min(num_hosts, spec.placement.workers))
+        most = 1 if spec.optimizer.is_full_batch else min(num_hosts, spec.placement.workers)
+        servers = spec.placement.servers or choose_num_servers(layout, most)
         spec = spec.model_copy(update={"placement": spec.placement.model_copy(update={"servers": servers})})
         needed = footprint(spec, layout, num_hosts=num_hosts)
         problem = explain_refusal(needed, int(self._capacity.totals().get("memory", 0)))

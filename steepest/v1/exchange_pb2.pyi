@@ -841,12 +841,16 @@ class Decision(_message.Message):
     COEFFICIENT_FIELD_NUMBER: _builtins.int
     LR_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     apply: _builtins.bool
     divisor: _builtins.float
     coefficient: _builtins.float
     lr: _builtins.float
     kind: _builtins.str
+    loss: _builtins.float
+    last: _builtins.bool
     def __init__(
         self,
         *,
@@ -856,10 +860,12 @@ class Decision(_message.Message):
         coefficient: _builtins.float = ...,
         lr: _builtins.float = ...,
         kind: _builtins.str = ...,
+        loss: _builtins.float = ...,
+        last: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply", b"apply", "coefficient", b"coefficient", "divisor", b"divisor", "kind", b"kind", "lr", b"lr", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply", b"apply", "coefficient", b"coefficient", "divisor", b"divisor", "kind", b"kind", "last", b"last", "loss", b"loss", "lr", b"lr", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

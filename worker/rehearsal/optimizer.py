@@ -16,7 +16,7 @@ from ps.parameters.description import ModelDescription
 from ps.parameters.layout import GroupRange, Layout, grouped
 from steepest.optimizer_spec import ClassSpec, OptimizerSpec
 from steepest.optimizer_state import StateKindError, counted, pack_state, unpack_state
-from steepest.spec import TrainingJobSpec
+from steepest.spec import ClipSpec, TrainingJobSpec
 from worker.rehearsal.passes import blamed
 from worker.task.load import TaskError
 
@@ -35,11 +35,14 @@ class _Sample:
     group: GroupRange
 
 
-def check_optimizer(spec: TrainingJobSpec, model: ModelDescription, layout: Layout) -> None:
+def check_optimizer(spec: TrainingJobSpec, model: ModelDescription, layout: Layout, num_samples: int) -> None:
     """Take some steps with the job's optimizer, and refuse one that would give another result than plain PyTorch.
 
     Raises TaskError.
     """
+    if spec.optimizer.is_full_batch:
+        _check_full_batch(spec, layout, num_samples)
+        return
     optimizer = spec.optimizer
     if not optimizer.is_whole:
         return
@@ -60,6 +63,24 @@ def check_optimizer(spec: TrainingJobSpec, model: ModelDescription, layout: Layo
     _check_repeats(optimizer, alone, spec, layout)
     _check_state(optimizer, alone, spec, layout)
     _check_independence(optimizer, samples, spec)
+
+
+def _check_full_batch(spec: TrainingJobSpec, layout: Layout, num_samples: int) -> None:
+    """Raises TaskError for what does not go with one function of the parameters that is to be minimized."""
+    name = spec.optimizer.name
+    problems = {
+        "data.global_batch": spec.data.global_batch < num_samples
+        and f"{name} needs all {num_samples} samples in every step, and has {spec.data.global_batch}: set it to that",
+        "clip": spec.clip != ClipSpec() and f"a clipped gradient is not the loss's, and {name} trusts it: leave it out",
+        "optimizer.weight_decay": bool(spec.optimizer.weight_decay) and f"{name} takes none: add it to the loss",
+        "on_nonfinite": spec.on_nonfinite != "fail" and f"{name} cannot skip a step; allowed: fail",
+        "placement.servers": spec.placement.num_servers > 1 and f"{name} needs all parameters in one place; allowed: 1",
+        "task.parameter_groups": any((g.lr_scale, g.weight_decay) != (1.0, None) for g in layout.groups)
+        and f"{name} updates all parameters alike: groups may only freeze some",
+    }
+    for field, problem in problems.items():
+        if problem:
+            raise TaskError(field, problem)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
             raise TaskError("data.drop_last", problem)
         evaluation = 0 if task.eval_data is None else num_samples(task.eval_data, "eval_data")
         factors = factors_of(task, spec, samples)
-        check_optimizer(spec, model, layout_of(model, spec))
+        check_optimizer(spec, model, layout_of(model, spec), samples)
         seen = fingerprint(task)
         fans = fan_in(task)
         activations = Activations(roots(task)).names if isinstance(task, Task) else ()

@@ -20,7 +20,7 @@ LAYOUT = build_layout(MODEL, decay_biases_and_norms=False, is_whole=True)
 def _check(name: str, **raw: Any) -> None:
     optimizer = {"name": name, "lr": 0.01, "decay_biases_and_norms": False, **raw}
     spec = spec_from_dict({"task": {"module": "m", "function": "f"}, "steps": 3, "optimizer": optimizer})
-    check_optimizer(spec, MODEL, LAYOUT)
+    check_optimizer(spec, MODEL, LAYOUT, 64)
 
 
 @pytest.mark.parametrize(

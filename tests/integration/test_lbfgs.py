@@ -1,0 +1,116 @@
+"""L-BFGS over all samples, a step for each evaluation, against torch.optim's own and SciPy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from harness.local_job import hashes, run_here, run_processes
+from ps.checkpoint.files import State
+from steepest.spec import TaskReference
+from tests.support.submission import RefusedError, rehearsed, submitted
+from worker.task.load import load_task
+
+pytestmark = pytest.mark.cluster
+
+TASK = "tests.support.logistic"
+SIZE = 569  # of the breast cancer data
+OPTIMIZER = {"name": "lbfgs", "tolerance_grad": 1e-12, "tolerance_change": 1e-16, "history_size": 50}
+BASE: dict[str, Any] = {"optimizer": OPTIMIZER, "data": {"global_batch": SIZE, "micro_batch": 72}}
+
+
+def _config(directory: Path, steps: int, **raw: Any) -> Any:
+    return submitted(directory, f"{TASK}:breast_cancer", steps=steps, **{**BASE, **raw})
+
+
+def _task() -> Any:
+    return load_task(TaskReference(module=TASK, function="breast_cancer"), None, 0)
+
+
+def _gradient(model: dict[str, torch.Tensor]) -> float:
+    task = _task()
+    task.model.load_state_dict(model)
+    task.batch_loss(task.model, task.train_data[:]).backward()
+    return float(torch.cat([p.grad.reshape(-1) for p in task.model.parameters()]).norm())
+
+
+def _vector(model: dict[str, torch.Tensor]) -> np.ndarray[Any, Any]:
+    return torch.cat([model[name].reshape(-1) for name in ("weight", "bias")]).numpy()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> State:
+    return run_here(_config(tmp_path_factory.mktemp("here"), 99))
+
+
+def test_it_reaches_the_optimum_that_scipy_finds(trained: State) -> None:
+    from scipy.optimize import minimize
+
+    task = _task()
+    start = torch.cat([p.detach().reshape(-1) for p in task.model.parameters()]).numpy()
+
+    def loss(values: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
+        with torch.no_grad():
+            task.model.weight.copy_(torch.from_numpy(values[:-1]).view(1, -1))
+            task.model.bias.copy_(torch.from_numpy(values[-1:]))
+        task.model.zero_grad()
+        value = task.batch_loss(task.model, task.train_data[:])
+        value.backward()
+        gradient = torch.cat([p.grad.reshape(-1) for p in task.model.parameters()])
+        return value.item(), gradient.numpy()
+
+    best = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-16, "gtol": 1e-10})
+    assert _gradient(trained.model) <= 1e-8
+    np.testing.assert_allclose(_vector(trained.model), best.x, atol=1e-6)
+
+
+def test_it_goes_the_way_of_torchs_own(tmp_path: Path) -> None:
+    task = _task()
+    evaluations = 0
+    own = torch.optim.LBFGS(
+        task.model.parameters(), lr=1.0, max_iter=1, max_eval=26, line_search_fn="strong_wolfe",
+        tolerance_grad=1e-12, tolerance_change=1e-16, history_size=50,
+    )  # fmt: skip
+
+    def closure() -> torch.Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        own.zero_grad()
+        value: torch.Tensor = task.batch_loss(task.model, task.train_data[:])
+        value.backward()
+        return value
+
+    iterations = 6
+    for _ in range(iterations):
+        own.step(closure)
+    steps = evaluations - iterations + 1  # torch evaluates the point that it begins at, which is known here
+    state = run_here(_config(tmp_path, steps))
+    for name, value in task.model.state_dict().items():
+        torch.testing.assert_close(state.model[name], value, rtol=1e-8, atol=1e-10)
+
+
+def test_the_bits_are_the_same_at_any_placement_and_after_a_restart(trained: State, tmp_path: Path) -> None:
+    assert hashes(run_processes(_config(tmp_path / "three", 99), 3)) == hashes(trained)
+    for cut in (1, 2, 7, 23):
+        run_here(_config(tmp_path / f"{cut}", cut))
+        assert hashes(run_here(_config(tmp_path / f"{cut}", 99)))[0] == hashes(trained)[0]
+
+
+@pytest.mark.parametrize(
+    ("field", "raw"),
+    [
+        ("data.global_batch", {"data": {"global_batch": 64}}),
+        ("clip", {"clip": {"norm": 1.0}}),
+        ("optimizer.weight_decay", {"optimizer": {**OPTIMIZER, "weight_decay": 0.1}}),
+        ("on_nonfinite", {"on_nonfinite": "skip"}),
+        ("placement.servers", {"placement": {"servers": 2}}),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(field: str, raw: dict[str, Any]) -> None:
+    with pytest.raises(RefusedError, match="lbfgs") as caught:
+        rehearsed(f"{TASK}:breast_cancer", steps=5, **{**BASE, **raw})
+    assert caught.value.field == field
