@@ -42,6 +42,7 @@ check: $(INSTALLED)  ## lint, types, import contracts, proto
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	@! wc -l $$(find ps worker services steepest harness tests benchmarks -name '*.py' -not -path '*/v1/*') | awk '$$2 != "total" && $$1 > 400 {print $$2 " has more than 400 lines"}' | grep .
 	cd proto && ../$(BIN)/buf lint
 	$(BIN)/python -m steepest.cli.reference --check
 	@rm -rf build/stubs && mkdir -p build/stubs

@@ -283,9 +283,7 @@ class MuonSpec(OptimizerSpec):
         default=None, description="Look ahead along the momentum, for muon.", json_schema_extra=_TORCH
     )
     ns_steps: Annotated[PositiveInt, Field(lt=100)] | None = Field(
-        default=None,
-        description="Newton-Schulz steps of an update, for muon.",
-        json_schema_extra=_TORCH,
+        default=None, description="Newton-Schulz steps of an update, for muon.", json_schema_extra=_TORCH
     )
     adjust_lr_fn: Literal["original", "match_rms_adamw"] = Field(
         default="match_rms_adamw",
