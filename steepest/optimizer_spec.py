@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union
 
 from pydantic import (
     BeforeValidator,
@@ -16,11 +16,10 @@ from pydantic import (
     model_validator,
 )
 
-from steepest.spec_base import NonNegativeFloat, PositiveFloat, PositiveInt, SpecModel, UnitFloat
+from steepest.full_batch_spec import LbfgsSpec, NewtonCgSpec
+from steepest.optimizer_base import DEFAULT_OPTIMIZER, TORCH, OptimizerSpec
+from steepest.spec_base import NonNegativeFloat, PositiveFloat, PositiveInt, UnitFloat
 
-DEFAULT_OPTIMIZER = "adamw"
-DEFAULT_LR = 1e-3
-_TORCH: dict[str, JsonValue] = {"default_text": "torch.optim's"}
 CLASS = "class"  # the kind of an optimizer that is named by its class
 
 # Hyper-parameters that several optimizers share: torch.optim's own names.
@@ -33,76 +32,33 @@ Momentum = Annotated[
 ]
 Dampening = Annotated[
     NonNegativeFloat | None,
-    Field(description="Dampening of the momentum, for sgd and momentum.", json_schema_extra=_TORCH),
+    Field(description="Dampening of the momentum, for sgd and momentum.", json_schema_extra=TORCH),
 ]
 Eps = Annotated[
     PositiveFloat | None,
     Field(
         description="Term added to the denominator, for adagrad, adadelta, rmsprop and the kinds of Adam.",
-        json_schema_extra=_TORCH,
+        json_schema_extra=TORCH,
     ),
 ]
 Betas = Annotated[
     tuple[UnitFloat, UnitFloat] | None,
     Field(
         description="Decay rates of the two moment estimates, for adam, adamw, adamax, nadam, radam, and muon's AdamW.",
-        json_schema_extra=_TORCH,
+        json_schema_extra=TORCH,
     ),
 ]
 Decoupled = Annotated[
     bool | None,
-    Field(description="Decouple weight decay as adamw does, for nadam and radam.", json_schema_extra=_TORCH),
+    Field(description="Decouple weight decay as adamw does, for nadam and radam.", json_schema_extra=TORCH),
 ]
 Alpha = Annotated[
     UnitFloat | None,
     Field(
         description="Smoothing constant of the squared gradient, for rmsprop; power of the rate's decay, for asgd.",
-        json_schema_extra=_TORCH,
+        json_schema_extra=TORCH,
     ),
 ]
-
-
-class OptimizerSpec(SpecModel):
-    """Which optimizer, with its hyper-parameters; absent ones are torch.optim's defaults.
-
-    Each optimizer is a subclass with the hyper-parameters that it takes.
-    """
-
-    default_lr: ClassVar[float] = DEFAULT_LR
-    # Whether an update of one element depends on others of its parameter, so that a server must have all of them.
-    is_whole: ClassVar[bool] = False
-    # Whether a step is over all samples, and one server has all parameters.
-    is_full_batch: ClassVar[bool] = False
-
-    name: str = Field(
-        default=DEFAULT_OPTIMIZER,
-        description="Optimizer: sgd, momentum, nesterov, adagrad, rmsprop, adam, adamw, adadelta, adamax, nadam, "
-        "radam, rprop, asgd, adafactor, muon or lbfgs; or a class of yours or of a package, as module:Class.",
-    )
-    lr: PositiveFloat | None = Field(
-        default=None,
-        description="Learning rate before the schedule.",
-        json_schema_extra={"default_text": "torch.optim's; 0.001 for sgd, momentum and nesterov; none for a class"},
-    )
-    weight_decay: NonNegativeFloat | None = Field(
-        default=None,
-        description="Weight decay; decoupled for adamw, adafactor and muon, an L2 penalty for the others.",
-        json_schema_extra=_TORCH,
-    )
-    decay_biases_and_norms: bool = Field(
-        default=True, description="Apply weight decay to parameters of fewer than two dimensions too."
-    )
-
-    @property
-    def base_lr(self) -> float:
-        """The learning rate before any schedule."""
-        return self.lr if self.lr is not None else self.default_lr
-
-    @property
-    def hyper_parameters(self) -> dict[str, Any]:
-        """Those that are given, besides the learning rate, under torch.optim's names."""
-        own = self.model_dump(exclude={"name", "lr", "decay_biases_and_norms"}, exclude_none=True)
-        return dict(own)
 
 
 class SgdSpec(OptimizerSpec):
@@ -138,10 +94,10 @@ class AdagradSpec(OptimizerSpec):
     default_lr = 1e-2
     name: Literal["adagrad"] = "adagrad"
     lr_decay: NonNegativeFloat | None = Field(
-        default=None, description="Decay of the learning rate with the updates, for adagrad.", json_schema_extra=_TORCH
+        default=None, description="Decay of the learning rate with the updates, for adagrad.", json_schema_extra=TORCH
     )
     initial_accumulator_value: NonNegativeFloat | None = Field(
-        default=None, description="Initial sum of squared gradients, for adagrad.", json_schema_extra=_TORCH
+        default=None, description="Initial sum of squared gradients, for adagrad.", json_schema_extra=TORCH
     )
     eps: Eps = None
 
@@ -157,7 +113,7 @@ class RmspropSpec(OptimizerSpec):
     centered: bool | None = Field(
         default=None,
         description="Normalize by the estimated variance of the gradient, for rmsprop.",
-        json_schema_extra=_TORCH,
+        json_schema_extra=TORCH,
     )
 
 
@@ -165,7 +121,7 @@ class _Adam(OptimizerSpec):
     betas: Betas = None
     eps: Eps = None
     amsgrad: bool | None = Field(
-        default=None, description="Use the AMSGrad variant, for adam and adamw.", json_schema_extra=_TORCH
+        default=None, description="Use the AMSGrad variant, for adam and adamw.", json_schema_extra=TORCH
     )
 
 
@@ -187,7 +143,7 @@ class AdadeltaSpec(OptimizerSpec):
     default_lr = 1.0
     name: Literal["adadelta"] = "adadelta"
     rho: UnitFloat | None = Field(
-        default=None, description="Decay rate of the two averages, for adadelta.", json_schema_extra=_TORCH
+        default=None, description="Decay rate of the two averages, for adadelta.", json_schema_extra=TORCH
     )
     eps: Eps = None
 
@@ -209,7 +165,7 @@ class NadamSpec(OptimizerSpec):
     betas: Betas = None
     eps: Eps = None
     momentum_decay: NonNegativeFloat | None = Field(
-        default=None, description="Decay of the momentum, for nadam.", json_schema_extra=_TORCH
+        default=None, description="Decay of the momentum, for nadam.", json_schema_extra=TORCH
     )
     decoupled_weight_decay: Decoupled = None
 
@@ -229,10 +185,10 @@ class RpropSpec(OptimizerSpec):
     default_lr = 1e-2
     name: Literal["rprop"] = "rprop"
     etas: tuple[PositiveFloat, PositiveFloat] | None = Field(
-        default=None, description="By what step sizes shrink and grow, for rprop.", json_schema_extra=_TORCH
+        default=None, description="By what step sizes shrink and grow, for rprop.", json_schema_extra=TORCH
     )
     step_sizes: tuple[PositiveFloat, PositiveFloat] | None = Field(
-        default=None, description="Least and largest step size, for rprop.", json_schema_extra=_TORCH
+        default=None, description="Least and largest step size, for rprop.", json_schema_extra=TORCH
     )
 
     @model_validator(mode="after")
@@ -252,10 +208,10 @@ class AsgdSpec(OptimizerSpec):
 
     default_lr = 1e-2
     name: Literal["asgd"] = "asgd"
-    lambd: NonNegativeFloat | None = Field(default=None, description="Decay term, for asgd.", json_schema_extra=_TORCH)
+    lambd: NonNegativeFloat | None = Field(default=None, description="Decay term, for asgd.", json_schema_extra=TORCH)
     alpha: Alpha = None
     t0: PositiveFloat | None = Field(
-        default=None, description="Updates after which averaging begins, for asgd.", json_schema_extra=_TORCH
+        default=None, description="Updates after which averaging begins, for asgd.", json_schema_extra=TORCH
     )
 
 
@@ -266,10 +222,10 @@ class AdafactorSpec(OptimizerSpec):
     is_whole = True
     name: Literal["adafactor"] = "adafactor"
     beta2_decay: Annotated[float, Field(lt=0, allow_inf_nan=False)] | None = Field(
-        default=None, description="Power by which the decay rate approaches 1, for adafactor.", json_schema_extra=_TORCH
+        default=None, description="Power by which the decay rate approaches 1, for adafactor.", json_schema_extra=TORCH
     )
     d: Annotated[PositiveFloat, Field(ge=1)] | None = Field(
-        default=None, description="Largest root mean square of an update, for adafactor.", json_schema_extra=_TORCH
+        default=None, description="Largest root mean square of an update, for adafactor.", json_schema_extra=TORCH
     )
 
 
@@ -280,10 +236,10 @@ class MuonSpec(OptimizerSpec):
     name: Literal["muon"] = "muon"
     momentum: Momentum = None
     nesterov: bool | None = Field(
-        default=None, description="Look ahead along the momentum, for muon.", json_schema_extra=_TORCH
+        default=None, description="Look ahead along the momentum, for muon.", json_schema_extra=TORCH
     )
     ns_steps: Annotated[PositiveInt, Field(lt=100)] | None = Field(
-        default=None, description="Newton-Schulz steps of an update, for muon.", json_schema_extra=_TORCH
+        default=None, description="Newton-Schulz steps of an update, for muon.", json_schema_extra=TORCH
     )
     adjust_lr_fn: Literal["original", "match_rms_adamw"] = Field(
         default="match_rms_adamw",
@@ -296,28 +252,6 @@ class MuonSpec(OptimizerSpec):
         json_schema_extra={"default_text": "none"},
     )
     betas: Betas = None
-
-
-class LbfgsSpec(OptimizerSpec):
-    """L-BFGS with a strong Wolfe line search, over all samples at once: each step of the job is one evaluation."""
-
-    default_lr = 1.0
-    is_whole = True
-    is_full_batch = True
-    name: Literal["lbfgs"] = "lbfgs"
-    history_size: PositiveInt | None = Field(
-        default=None, le=1000, description="Pairs of differences that are kept, for lbfgs.", json_schema_extra=_TORCH
-    )
-    tolerance_grad: NonNegativeFloat | None = Field(
-        default=None,
-        description="Largest gradient element at which it stays where it is, for lbfgs.",
-        json_schema_extra=_TORCH,
-    )
-    tolerance_change: NonNegativeFloat | None = Field(
-        default=None,
-        description="Smallest change of parameters or loss that it goes on for, for lbfgs.",
-        json_schema_extra=_TORCH,
-    )
 
 
 class ClassSpec(OptimizerSpec):
@@ -377,6 +311,7 @@ _BY_NAME: tuple[type[OptimizerSpec], ...] = (
     AdafactorSpec,
     MuonSpec,
     LbfgsSpec,
+    NewtonCgSpec,
 )
 OPTIMIZERS: Mapping[str, type[OptimizerSpec]] = {str(kind.model_fields["name"].default): kind for kind in _BY_NAME}
 OPTIMIZER_NAMES = tuple(OPTIMIZERS)

@@ -12,14 +12,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, JsonValue, PrivateAttr, ValidationError, field_validator, model_validator
 
 from steepest.errors import SpecError
-from steepest.optimizer_spec import (
-    ELEMENTWISE,
-    HYPER_PARAMETERS,
-    OPTIMIZER_NAMES,
-    AdamwSpec,
-    AnyOptimizer,
-    OptimizerSpec,
-)
+from steepest.optimizer_base import OptimizerSpec
+from steepest.optimizer_spec import ELEMENTWISE, HYPER_PARAMETERS, OPTIMIZER_NAMES, AdamwSpec, AnyOptimizer
 from steepest.spec_base import NonNegativeInt, PositiveFloat, PositiveInt, SpecModel
 from steepest.spec_violations import violation
 from steepest.step_spec import (

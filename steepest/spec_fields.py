@@ -10,7 +10,8 @@ import pydantic
 from pydantic import BaseModel
 
 from steepest.errors import SpecError, Violation
-from steepest.optimizer_spec import OPTIMIZERS, ClassSpec, OptimizerSpec
+from steepest.optimizer_base import OptimizerSpec
+from steepest.optimizer_spec import OPTIMIZERS, ClassSpec
 from steepest.spec import TaskReference, TrainingJobSpec
 
 

@@ -13,13 +13,13 @@ from ps.numerics.tree import Node, maximal_nodes, parts_of_step
 from ps.parameters.layout import Layout, shards
 from ps.step.assignment import Dealer
 from ps.step.parts import redeal
+from steepest.full_batch_spec import LbfgsSpec
 from steepest.optimizer_spec import (
     AdadeltaSpec,
     AdamaxSpec,
     AdamSpec,
     AdamwSpec,
     ClassSpec,
-    LbfgsSpec,
     MuonSpec,
     NadamSpec,
     RadamSpec,

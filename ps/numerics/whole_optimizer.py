@@ -21,7 +21,8 @@ from torch import nn
 from ps.numerics.optimizer import StatePart, leave_out_dynamo, scale_gradient
 from ps.numerics.threads import Threads
 from ps.parameters.layout import GroupRange, Placed, Shard, grouped
-from steepest.optimizer_spec import AdafactorSpec, ClassSpec, MuonSpec, OptimizerSpec
+from steepest.optimizer_base import OptimizerSpec
+from steepest.optimizer_spec import AdafactorSpec, ClassSpec, MuonSpec
 from steepest.optimizer_state import counted, pack_state, unpack_state
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ps.compression.codec import Codec
 from ps.memory.gpu import Device
 from ps.numerics.average import RunningAverage
-from ps.numerics.lbfgs import LbfgsOptimizer
+from ps.numerics.full_batch import FullBatchOptimizer
 from ps.numerics.optimizer import ShardOptimizer
 from ps.numerics.reduce_cpu import Reducer
 from ps.numerics.reduce_gpu import DeviceReducer
@@ -26,7 +26,7 @@ from ps.numerics.whole_optimizer import WholeOptimizer
 from ps.parameters.layout import Shard
 from ps.step.messages import Decision, Outcome, Round
 from ps.step.signals import is_measured
-from steepest.optimizer_spec import LbfgsSpec, OptimizerSpec
+from steepest.optimizer_base import OptimizerSpec
 from steepest.spec import AverageSpec
 
 
@@ -102,7 +102,7 @@ class ShardState:
         threads = Threads(len(ranges))
         self._reducer = Reducer(self.shard, threads, ranges)
         self._signals = CpuSignals(self.shard, threads, ranges)
-        if not isinstance(self.optimizer, LbfgsOptimizer):
+        if not isinstance(self.optimizer, FullBatchOptimizer):
             self.optimizer.use_threads(threads, ranges, num_threads)
 
     @property
@@ -229,7 +229,7 @@ class ShardState:
     def _update(self, gradient: torch.Tensor, decision: Decision) -> float:
         """Step the optimizer; see `apply` for the result."""
         lr, divisor = decision.lr, decision.divisor
-        if isinstance(self.optimizer, LbfgsOptimizer):
+        if isinstance(self.optimizer, FullBatchOptimizer):
             self.optimizer.step(gradient, lr=lr, divisor=divisor, loss=decision.loss, last=decision.last)
             return 0.0
         return self.optimizer.step(
@@ -252,10 +252,10 @@ class ShardState:
 
 def optimizer_of(
     spec: OptimizerSpec, shard: Shard, parameters: torch.Tensor, *, on_gpu: bool
-) -> ShardOptimizer | WholeOptimizer | LbfgsOptimizer:
+) -> ShardOptimizer | WholeOptimizer | FullBatchOptimizer:
     """The optimizer of a shard; see ShardOptimizer for the arguments."""
-    if isinstance(spec, LbfgsSpec):
-        return LbfgsOptimizer(spec, shard, parameters)
+    if spec.is_full_batch:
+        return FullBatchOptimizer(spec, shard, parameters)
     if spec.is_whole:
         return WholeOptimizer(spec, shard, parameters)
     return ShardOptimizer(spec, shard, parameters, on_gpu=on_gpu)

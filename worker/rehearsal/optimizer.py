@@ -14,7 +14,9 @@ from ps.numerics.optimizer import leave_out_dynamo
 from ps.numerics.whole_optimizer import OptimizerClassError, class_named, make_group, whole_class
 from ps.parameters.description import ModelDescription
 from ps.parameters.layout import GroupRange, Layout, grouped
-from steepest.optimizer_spec import ClassSpec, OptimizerSpec
+from steepest.full_batch_spec import NewtonCgSpec
+from steepest.optimizer_base import OptimizerSpec
+from steepest.optimizer_spec import ClassSpec
 from steepest.optimizer_state import StateKindError, counted, pack_state, unpack_state
 from steepest.spec import ClipSpec, TrainingJobSpec
 from worker.rehearsal.passes import blamed
@@ -68,11 +70,16 @@ def check_optimizer(spec: TrainingJobSpec, model: ModelDescription, layout: Layo
 def _check_full_batch(spec: TrainingJobSpec, layout: Layout, num_samples: int) -> None:
     """Raises TaskError for what does not go with one function of the parameters that is to be minimized."""
     name = spec.optimizer.name
+    is_newton = isinstance(spec.optimizer, NewtonCgSpec)
     problems = {
         "data.global_batch": spec.data.global_batch < num_samples
         and f"{name} needs all {num_samples} samples in every step, and has {spec.data.global_batch}: set it to that",
         "clip": spec.clip != ClipSpec() and f"a clipped gradient is not the loss's, and {name} trusts it: leave it out",
         "optimizer.weight_decay": bool(spec.optimizer.weight_decay) and f"{name} takes none: add it to the loss",
+        "optimizer.lr": is_newton and spec.optimizer.lr is not None and f"{name} finds its steps itself: leave it out",
+        "task.model": is_newton
+        and layout.dtype != torch.float64
+        and f"{name} takes differences of gradients, for which float32 is too coarse: use float64 (model.double())",
         "on_nonfinite": spec.on_nonfinite != "fail" and f"{name} cannot skip a step; allowed: fail",
         "placement.servers": spec.placement.num_servers > 1 and f"{name} needs all parameters in one place; allowed: 1",
         "task.parameter_groups": any((g.lr_scale, g.weight_decay) != (1.0, None) for g in layout.groups)

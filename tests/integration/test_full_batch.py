@@ -1,4 +1,4 @@
-"""L-BFGS over all samples, a step for each evaluation, against torch.optim's own and SciPy."""
+"""L-BFGS and Newton-CG over all samples, a step for each evaluation, against torch.optim's own and SciPy."""
 
 from __future__ import annotations
 
@@ -42,9 +42,14 @@ def _vector(model: dict[str, torch.Tensor]) -> np.ndarray[Any, Any]:
     return torch.cat([model[name].reshape(-1) for name in ("weight", "bias")]).numpy()
 
 
+@pytest.fixture(scope="module", params=["lbfgs", "newton_cg"])
+def raw(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return {"optimizer": OPTIMIZER if request.param == "lbfgs" else {"name": "newton_cg"}}
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> State:
-    return run_here(_config(tmp_path_factory.mktemp("here"), 99))
+def trained(raw: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> State:
+    return run_here(_config(tmp_path_factory.mktemp("here"), 99, **raw))
 
 
 def test_it_reaches_the_optimum_that_scipy_finds(trained: State) -> None:
@@ -93,24 +98,34 @@ def test_it_goes_the_way_of_torchs_own(tmp_path: Path) -> None:
         torch.testing.assert_close(state.model[name], value, rtol=1e-8, atol=1e-10)
 
 
-def test_the_bits_are_the_same_at_any_placement_and_after_a_restart(trained: State, tmp_path: Path) -> None:
-    assert hashes(run_processes(_config(tmp_path / "three", 99), 3)) == hashes(trained)
+def test_the_bits_are_the_same_at_any_placement_and_after_a_restart(
+    raw: dict[str, Any], trained: State, tmp_path: Path
+) -> None:
+    assert hashes(run_processes(_config(tmp_path / "three", 99, **raw), 3)) == hashes(trained)
     for cut in (1, 2, 7, 23):
-        run_here(_config(tmp_path / f"{cut}", cut))
-        assert hashes(run_here(_config(tmp_path / f"{cut}", 99)))[0] == hashes(trained)[0]
+        run_here(_config(tmp_path / f"{cut}", cut, **raw))
+        assert hashes(run_here(_config(tmp_path / f"{cut}", 99, **raw)))[0] == hashes(trained)[0]
 
 
 @pytest.mark.parametrize(
-    ("field", "raw"),
+    ("field", "changes"),
     [
         ("data.global_batch", {"data": {"global_batch": 64}}),
         ("clip", {"clip": {"norm": 1.0}}),
         ("optimizer.weight_decay", {"optimizer": {**OPTIMIZER, "weight_decay": 0.1}}),
         ("on_nonfinite", {"on_nonfinite": "skip"}),
         ("placement.servers", {"placement": {"servers": 2}}),
+        ("optimizer.lr", {"optimizer": {"name": "newton_cg", "lr": 0.1}}),
     ],
 )
-def test_what_does_not_go_with_it_is_refused(field: str, raw: dict[str, Any]) -> None:
-    with pytest.raises(RefusedError, match="lbfgs") as caught:
-        rehearsed(f"{TASK}:breast_cancer", steps=5, **{**BASE, **raw})
+def test_what_does_not_go_with_it_is_refused(field: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(RefusedError, match=r"lbfgs|newton_cg") as caught:
+        rehearsed(f"{TASK}:breast_cancer", steps=5, **{**BASE, **changes})
     assert caught.value.field == field
+
+
+def test_newton_cg_needs_double_precision() -> None:
+    with pytest.raises(RefusedError, match=r"model\.double\(\)"):
+        rehearsed(
+            "tests.support.tasks:regression", steps=5, optimizer={"name": "newton_cg"}, data={"global_batch": 101}
+        )
