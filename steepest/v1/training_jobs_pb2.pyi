@@ -257,7 +257,7 @@ class OptimizerSpec(_message.Message):
     OPTIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Optimizer: sgd, momentum, nesterov, adagrad, rmsprop, adam, adamw, adadelta, adamax, nadam, radam, rprop, asgd,
-    adafactor, muon or lbfgs; or a class of yours or of a package, as module:Class.
+    adafactor, muon, lbfgs, newton_cg, or a class of yours or of a package, as module:Class.
     """
     lr: _builtins.float
     """Learning rate before the schedule."""
