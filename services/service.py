@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
+import signal
 import ssl
 import threading
 from pathlib import Path
@@ -44,9 +46,8 @@ class Service:
         registry = CollectorRegistry()
         with contextlib.ExitStack() as stack:  # undone if a port is taken
             stack.callback(self._lock_file.close)
-            self.store = Store(settings.database_url)
+            self.store = Store(settings.database_url, lost=lambda: os.kill(os.getpid(), signal.SIGTERM))
             stack.callback(self.store.close)
-            self.store.claim()
             access = Access(self.store)
             _check_exposure(settings, access)
             self._http = HttpServer(settings, access)

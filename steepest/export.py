@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from steepest.errors import SteepestError
+from steepest.errors import ServiceUnavailableError, SteepestError
 from steepest.records import Records, records_of
 
 if TYPE_CHECKING:
     from steepest.client import Job
 
 Log = Callable[[Records], None]  # takes the records of some more steps
-FOLLOW_SECONDS = 1.0
+FOLLOW_SECONDS, AWAY_SECONDS = 1.0, 60.0
 
 
 def _scalars(records: Records) -> Iterator[tuple[int, float, dict[str, float]]]:
@@ -68,8 +68,12 @@ def mlflow(directory: Path, run: str) -> Iterator[Log]:
             for start in range(0, len(metrics), 1000):
                 client.log_batch(made.info.run_id, metrics=metrics[start : start + 1000])
 
-    yield log
-    client.set_terminated(made.info.run_id)
+    status = "KILLED"
+    try:
+        yield log
+        status = "FINISHED"
+    finally:
+        client.set_terminated(made.info.run_id, status)
 
 
 @contextmanager
@@ -90,11 +94,24 @@ def wandb(directory: Path, run: str) -> Iterator[Log]:
 
 
 def follow(job: Job, log: Log) -> str:
-    """Log the records of a job as they come, each step once, until it has ended; returns its state."""
-    step = 0
+    """Log the records of a job as they come until it has ended; returns its state.
+
+    Steps that are made again, after a rollback say, are logged again. Raises ServiceUnavailableError when the service
+    is away for AWAY_SECONDS.
+    """
+    step, done, seen = 0, 0, time.monotonic()
     while True:
-        info = job.get()  # before the records: those of a job that has ended are all there
-        rows = list(job.history(step))
+        try:
+            info = job.get()  # before the records: those of a job that has ended are all there
+            if info.step < done:  # it went back
+                step = min(step, info.step)
+            rows = list(job.history(step))
+        except ServiceUnavailableError:
+            if time.monotonic() - seen > AWAY_SECONDS:
+                raise
+            time.sleep(FOLLOW_SECONDS)
+            continue
+        done, seen = info.step, time.monotonic()
         if rows:
             log(records_of(rows))
             step = rows[-1]["step"] + 1

@@ -14,6 +14,8 @@ from ps.parameters.description import ModelDescription, TensorDescription
 from ps.parameters.layout import Layout
 from ps.step.best import Standing
 
+AVERAGED = "average."  # before the name of a parameter that `state_dict` does not show
+
 
 def pack_buffers(tensors: Iterable[torch.Tensor]) -> bytes:
     """Buffers one after another, raw little-endian."""
@@ -87,7 +89,8 @@ def assemble(
         standing=standing,
         model={key: named[name] for key, name in shown.items()},
         optimizer=states,
-        extra={name: tensor for name, tensor in named.items() if name not in elsewhere},
+        extra={name: tensor for name, tensor in named.items() if name not in elsewhere}
+        | {AVERAGED + p.name: averaged[p.name] for p in model.parameters if averaged and p.name not in elsewhere},
         average={key: averaged[name] for key, name in shown.items()} if averaged else {},
         compression=dict(compression or {}),
     )
@@ -174,7 +177,11 @@ def restore(model: ModelDescription, layout: Layout, state: State) -> Restored:
     def packed(tensors: Iterable[TensorDescription]) -> bytes:
         return pack_buffers(_checked(by_name, t.name, t.shape) for t in tensors)
 
-    average = _flat(layout, all_of(state.average)) if state.average else None
+    average = None
+    if state.average:
+        hidden = {k.removeprefix(AVERAGED): v for k, v in all_of(state.model).items() if k.startswith(AVERAGED)}
+        hidden = {k: torch.view_as_real(v) if k in pairs else v for k, v in hidden.items()}
+        average = _flat(layout, all_of(state.average) | hidden)
     return Restored(state, _flat(layout, by_name), packed(model.buffers), packed(model.constants), average)
 
 

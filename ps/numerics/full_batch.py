@@ -164,7 +164,7 @@ class FullBatchOptimizer:
         self._point = nn.Parameter(parameters)
         self._kind: _Kind = _Lbfgs(spec, self._point) if isinstance(spec, LbfgsSpec) else _NewtonCg(self._point)
         self._evaluations: list[_Evaluation] = []  # since the iteration began
-        self._began: tuple[torch.Tensor, dict[str, Any]] = (parameters.clone(), {})  # the point, and torch's state
+        self._began: tuple[torch.Tensor, dict[str, Any], float] = (parameters, {}, spec.base_lr)  # point, state, lr
         self._found: SimpleQueue[_Evaluation] = SimpleQueue()
         self._wanted: SimpleQueue[BaseException | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -172,8 +172,9 @@ class FullBatchOptimizer:
     def step(self, gradient: torch.Tensor, *, lr: float, divisor: float, loss: float, last: bool) -> None:
         """Go on from the mean loss and the *sum* `gradient` at the present point."""
         if self._thread is None:
+            self._kind.lr = lr
             self._start()
-        self._kind.lr = lr
+        self._kind.lr = lr  # of the next iteration
         point = self._point.detach()
         self._go_on(_Evaluation(point.clone(), loss, gradient / divisor))
         if last and self._evaluations:
@@ -212,7 +213,7 @@ class FullBatchOptimizer:
         """An iteration begins: keep what is needed to make it again."""
         point = self._point.detach()
         self._evaluations = [known for known in self._evaluations if torch.equal(known.point, point)]
-        self._began = point.clone(), self._kind.state()
+        self._began = point.clone(), self._kind.state(), self._kind.lr
 
     def _evaluate(self) -> _Evaluation:
         """Loss and gradient at the present point; waits for a step of the job if they are not known."""
@@ -231,9 +232,9 @@ class FullBatchOptimizer:
 
     def export_state(self) -> Iterator[StatePart]:
         """All of it, under the name of the first parameter, as torch.optim.LBFGS keeps its own."""
-        point, state = self._began
+        point, state, lr = self._began
         found = [[known.loss, known.gradient] for known in self._evaluations]
-        whole = {"point": point, "state": state, "found": found}
+        whole = {"point": point, "state": state, "lr": lr, "found": found}
         for name, value in pack_state(whole, {}).items():
             yield StatePart(self._name, name, 0, value.detach().reshape(-1).cpu(), tuple(value.shape))
 
@@ -247,6 +248,7 @@ class FullBatchOptimizer:
         device = self._point.device
         self._point.detach().copy_(whole["point"])
         self._kind.restore(_on(whole["state"], device))
+        self._kind.lr = whole["lr"]
         self._start()
         for loss, gradient in whole["found"]:
             self._go_on(_Evaluation(self._point.detach().clone(), loss, gradient.to(device)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ from worker.process.actor import GpuActor, WorkerActor
 
 log = logging.getLogger(__name__)
 
+STOPPING_SECONDS = 10.0
 PLACING_SECONDS = 1.0  # more than it takes where there is room
 # A server holds its shard's parameters, two moments of each, and scratch.
 SERVER_COPIES = 4
@@ -99,6 +101,7 @@ class JobRoom:
         self._spare: list[PlacementGroup] = []
         self._workers: dict[str, _Process] = {}
         self._servers: list[_Process] = []
+        self._stopping: list[_Process] = []
         self._code: Any = None
 
     def add_group(self) -> None:
@@ -264,7 +267,13 @@ class JobRoom:
             server.stop()
         for worker in list(self._workers):
             self.stop_worker(worker, keep_room=True)
-        self._servers = []
+        self._stopping, self._servers = self._servers, []
+
+    def wait_stopped(self) -> None:
+        """See services.jobs.room.Room."""
+        deadline = time.monotonic() + STOPPING_SECONDS
+        while any(not server.ended for server in self._stopping) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def release(self) -> None:
         """Kill everything and give back the room."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
@@ -119,16 +120,17 @@ class Admission:
         room = self._landlord.reserve(spec, row.workers, layout_bytes)
         if room is None:
             return _no_room(spec.placement)
-        with self._running.lock:
+        with self._running.lock, contextlib.ExitStack() as stack:
+            stack.callback(room.release)  # if the database is away, or the job was cancelled meanwhile
             row = self._store.get(row.id)
-            if row.state in ENDED:  # cancelled meanwhile
-                room.release()
+            if row.state in ENDED:
                 return ""
             if row.state == JobState.QUEUED:
                 self._store.move(row.id, JobState.STARTING, "starting servers and workers", time.time())
             job = Assignment(row, spec, description, code)
             controller = Controller(job, self._store, self._settings, room, self._on_end)
             self._running.add(controller)
+            stack.pop_all()
         controller.start()
         return ""
 

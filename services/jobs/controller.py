@@ -18,7 +18,6 @@ from queue import Empty, SimpleQueue
 
 from ps.checkpoint.files import Written, newest_verified, read_records
 from ps.job.config import JobConfig
-from ps.step.messages import Printed
 from ps.wire.address import ServerAddress
 from services.cluster.processes import Exit, ExitKind, Started, named
 from services.jobs import policy
@@ -197,6 +196,7 @@ class Controller(threading.Thread):
         goes_back = self.ledger.suspect is not None and not cancelling
         rollbacks, health = self.ledger.result.rollbacks, self.spec.health
         if goes_back and rollbacks < health.max_rollbacks:
+            self._room.wait_stopped()  # or a checkpoint could still be written
             discard_after(self._settings.checkpoints_of(self.job), self.ledger.suspect or 0)
         self._find_checkpoint()
         at, step = self.ledger.result.step, None if self._checkpoint is None else self._checkpoint.step
@@ -265,7 +265,7 @@ class Controller(threading.Thread):
                     return
                 self._cancel_deadline = time.time() + self._settings.cancel_grace_seconds
             case "rollback":
-                if life is not None:
+                if life is not None and not self.ledger.has_ended:
                     life.lost = self.ledger.result.findings[-1].message
                 return
             case _:
@@ -302,6 +302,8 @@ class Controller(threading.Thread):
             worker.state = WorkerState.RETIRING
             self._life.leader.send("retire", name)
             return
+        if self._room.has_server(name):  # not to be killed alone: it retires once it has joined
+            return
         del self._team[name]
         self._room.stop_worker(name, keep_room=False)
 
@@ -333,7 +335,7 @@ class Controller(threading.Thread):
         for step, metrics, is_best in report.evaluations:
             self.ledger.note_evaluation(step, metrics, is_best=is_best)
         if report.printed:
-            self._keep_printed(report.printed)
+            self._log.append(report.printed)
         for checkpoint in report.checkpoints:
             self._on_checkpoint(checkpoint)
         for worker, change in report.members:
@@ -358,12 +360,6 @@ class Controller(threading.Thread):
         if self.ledger.is_stale or report.members or report.evaluations or report.phases:
             self._publish()
 
-    def _keep_printed(self, lines: list[Printed]) -> None:
-        try:
-            self._log.append(lines)
-        except OSError as error:  # a full disk must not end the job
-            log.warning("what %s printed cannot be kept: %s", self.job_name, error)
-
     def _on_checkpoint(self, checkpoint: CheckpointReport) -> None:
         if checkpoint.problem:
             self.ledger.say(checkpoint.problem)
@@ -381,7 +377,10 @@ class Controller(threading.Thread):
         elif change == "hung" and worker.state != WorkerState.STARTING:  # else it is the successor of the one that hung
             seconds = self.spec.placement.worker_timeout_seconds
             message = f"did not answer within {seconds:g} s (placement.worker_timeout_seconds) and was killed"
-            self._worker_ended(name, Exit(ExitKind.DIED, message))
+            if self._room.has_server(name) and self._life is not None:  # the server in its process is killed with it
+                self._life.lost = f"{named(name, worker.started)} {message}"
+            else:
+                self._worker_ended(name, Exit(ExitKind.DIED, message))
 
     # -- the store ----------------------------------------------------------------------------------------------------
 

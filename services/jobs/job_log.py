@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from ps.step.messages import Printed
+
+log = logging.getLogger(__name__)
 
 READ_BYTES = 1 << 20
 
@@ -29,17 +32,23 @@ class JobLog:
         self._lock = threading.Lock()
 
     def append(self, lines: Iterable[Printed]) -> None:
-        """Add lines. Those beyond the limit are left out, and the last line says so. Raises OSError."""
-        with self._lock:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab") as file:
-                for line in lines:
-                    if file.tell() > self._max_bytes:
-                        return
-                    file.write(_to_bytes(line))
-                    if file.tell() > self._max_bytes:
-                        full = f"(the log is full: {self._max_bytes} bytes; what is printed from here on is left out)"
-                        file.write(_to_bytes(line._replace(stream="stderr", text=full)))
+        """Add lines. Those beyond the limit are left out, and the last line says so; so are those of a full disk."""
+        try:
+            with self._lock:
+                self._append(lines)
+        except OSError as error:  # which must not end the job
+            log.warning("what user code printed cannot be kept: %s", error)
+
+    def _append(self, lines: Iterable[Printed]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab") as file:
+            for line in lines:
+                if file.tell() > self._max_bytes:
+                    return
+                file.write(_to_bytes(line))
+                if file.tell() > self._max_bytes:
+                    full = f"(the log is full: {self._max_bytes} bytes; what is printed from here on is left out)"
+                    file.write(_to_bytes(line._replace(stream="stderr", text=full)))
 
     def read(self, offset: int) -> list[StoredLine]:
         """Some lines from `offset` on, which is 0 or that of a line; none at the end."""

@@ -94,6 +94,8 @@ class Ledger:
         except OSError as error:
             self._on_full(error)
         self._store.rewind(self.job, step)
+        if self.result.best_step is not None and self.result.best_step > step:
+            self.note_result(best_step=None)  # it comes again, or another one
         self.note_step(step)
 
     def append(self, incarnation: int, records: list[StepRecord], newest: StepRecord | None) -> bool:
@@ -129,7 +131,7 @@ class Ledger:
             return
         self.note_result(findings=(*self.result.findings, finding)[-MAX_FINDINGS:])
         self.say(f"{finding.severity}: {finding.rule}: {finding.message}")
-        if action == "rollback" and self.state == JobState.RUNNING and self.suspect is None:
+        if action == "rollback" and self.suspect is None and self.state in (JobState.RUNNING, JobState.PAUSING):
             self.suspect = max(0, finding.step - LASTING_STEPS)
             self.wanted.put(action)
         move = policy.on_finding(finding.rule, finding.message, action, self.state)

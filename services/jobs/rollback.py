@@ -12,4 +12,4 @@ def discard_after(directory: Path, step: int) -> None:
     """Remove the checkpoints of later steps than that, for those steps are undone."""
     for path in checkpoints(directory):
         if step_of(path) > step:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # a server may have been removing it, too

@@ -42,6 +42,9 @@ class Room(Protocol):
     def stop_actors(self) -> None:
         """Kill all processes, but keep the room."""
 
+    def wait_stopped(self) -> None:
+        """Return when the servers that `stop_actors` has killed are gone, or after some seconds."""
+
     def release(self) -> None:
         """Kill all processes and give the room back."""
 

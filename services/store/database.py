@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -11,8 +14,19 @@ import sqlalchemy as sa
 
 from steepest.errors import ServiceUnavailableError
 
+log = logging.getLogger(__name__)
+
 RETRY_SECONDS = 30.0  # for a PostgreSQL that starts again; meanwhile jobs go on
 PATIENT_SECONDS = 3600.0
+# A host that is gone without a word is found out after so many seconds (of libpq: the last in milliseconds).
+PATIENCE = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 2,
+    "tcp_user_timeout": 15_000,
+}
+CHECK_SECONDS = 2.0
 PAUSE_SECONDS = 0.2
 CLAIM = 0x7374656570657374  # the advisory lock of the one service that uses a database: "steepest"
 
@@ -31,7 +45,8 @@ def open_database(url: str) -> sa.Engine:
     if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
         raise ServiceUnavailableError(f"a database of {parsed.drivername} cannot be used; allowed: sqlite, postgresql")
     try:
-        engine = sa.create_engine(parsed, pool_pre_ping=parsed.drivername != "sqlite")
+        is_sqlite = parsed.drivername == "sqlite"
+        engine = sa.create_engine(parsed, pool_pre_ping=not is_sqlite, connect_args={} if is_sqlite else PATIENCE)
     except ModuleNotFoundError as error:
         raise ServiceUnavailableError(
             f"PostgreSQL needs the package {error.name!r}: pip install 'steepest[postgres]'"
@@ -48,17 +63,56 @@ def open_database(url: str) -> sa.Engine:
     return engine
 
 
-def claim(engine: sa.Engine) -> sa.Connection | None:
-    """Hold the database for this service alone, for as long as the connection is open; None for SQLite, whose data
-    directory is held. Raises ServiceUnavailableError when another service uses it.
+class Claim:
+    """Holds a PostgreSQL database for this service alone, by an advisory lock of one connection.
+
+    lost: called when another service has taken the database while it was away. Raises ServiceUnavailableError when
+    another service uses it.
     """
-    if engine.dialect.name == "sqlite":
-        return None
-    connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-    if not connection.execute(sa.select(sa.func.pg_try_advisory_lock(CLAIM))).scalar():
+
+    def __init__(self, engine: sa.Engine, lost: Callable[[], None]) -> None:
+        self._engine = engine
+        self._lost = lost
+        self._ended = threading.Event()
+        connection = self._take()
+        if connection is None:
+            raise ServiceUnavailableError("another service uses this database; give each a database of its own")
+        self._connection = connection
+        threading.Thread(target=self._watch, name="claim", daemon=True).start()
+
+    def _take(self) -> sa.Connection | None:
+        connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        if connection.execute(sa.select(sa.func.pg_try_advisory_lock(CLAIM))).scalar():
+            return connection
         connection.close()
-        raise ServiceUnavailableError("another service uses this database; give each a database of its own")
-    return connection
+        return None
+
+    def _watch(self) -> None:
+        """The lock goes with the connection: take it again when the database is back."""
+        is_held = True
+        while not self._ended.wait(CHECK_SECONDS):
+            if is_held:
+                try:
+                    self._connection.execute(sa.select(1))
+                    continue
+                except sa.exc.DBAPIError:
+                    is_held = False  # never to be asked again: it would connect anew, without the lock
+                    self._connection.close()
+            try:
+                connection = self._take()
+            except sa.exc.DBAPIError:
+                continue  # it is still away
+            if connection is None:
+                log.critical("another service has taken the database while it was away; this one stops")
+                self._lost()
+                return
+            self._connection, is_held = connection, True
+
+    def close(self) -> None:
+        """Give the database free."""
+        self._ended.set()
+        with contextlib.suppress(sa.exc.DBAPIError):
+            self._connection.close()
 
 
 def retried(method: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from typing import Any
@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
-from services.store.database import PATIENT_SECONDS, RETRY_SECONDS, claim, open_database, retried, text
+from services.store.database import PATIENT_SECONDS, RETRY_SECONDS, Claim, open_database, retried, text
 from services.store.lifecycle import ENDED, JobState, check_move
 from services.store.schema import evaluations, events, jobs
 from services.store.selection import NEWEST, Selection
@@ -80,12 +80,18 @@ class EventRow:
 
 
 class Store:
-    """Jobs in a SQL database. Safe to use from many threads. url: see open_database, for what it raises, too."""
+    """Jobs in a SQL database. Safe to use from many threads. url: see open_database, for what it raises, too.
 
-    def __init__(self, url: str) -> None:
+    lost: given by the one service that is to use the database; see Claim, for what it raises, too. SQLite needs none:
+    its data directory is locked.
+    """
+
+    def __init__(self, url: str, lost: Callable[[], None] | None = None) -> None:
         self.retry_seconds = RETRY_SECONDS
         self._engine = open_database(url)
-        self._claim: sa.Connection | None = None
+        self._claim: Claim | None = None
+        if lost is not None and self._engine.dialect.name != "sqlite":
+            self._claim = Claim(self._engine, lost)
         self._migrate()
         self._write = threading.Lock()
         self.tokens = Tokens(self._engine, self._write)
@@ -103,10 +109,6 @@ class Store:
         other = copy.copy(self)
         other.retry_seconds = PATIENT_SECONDS
         return other
-
-    def claim(self) -> None:
-        """Hold the database for this service. Raises ServiceUnavailableError when another one uses it."""
-        self._claim = claim(self._engine)
 
     def close(self) -> None:
         """Close all connections."""

@@ -73,3 +73,17 @@ def test_it_is_the_same_at_any_placement_and_after_a_restart(average: dict[str, 
     assert same(here, run_processes(_config(tmp_path / "two", average, data=data), 2))
     run_here(_config(tmp_path / "cut", average, data=data, steps=5))
     assert same(here, run_here(_config(tmp_path / "cut", average, data=data)))
+
+
+def test_the_average_of_a_parameter_that_state_dict_hides_goes_on_too(tmp_path: Path) -> None:
+    def run(name: str, steps: int) -> State:
+        spec = {"steps": steps, "optimizer": {"name": "adamw", "lr": LR}, "average": AVERAGES[0]}
+        return run_here(submitted(tmp_path / name, "tests.support.brought:hidden_parameter", **spec))
+
+    whole = run("whole", 8)
+    hidden = [name for name in whole.extra if name.startswith("average.")]
+    assert hidden
+    run("cut", 5)
+    again = run("cut", 8)
+    assert all(torch.equal(again.extra[name], whole.extra[name]) for name in hidden)
+    assert all(torch.equal(again.average[name], value) for name, value in whole.average.items())

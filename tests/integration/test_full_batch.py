@@ -129,3 +129,11 @@ def test_newton_cg_needs_double_precision() -> None:
         rehearsed(
             "tests.support.tasks:regression", steps=5, optimizer={"name": "newton_cg"}, data={"global_batch": 101}
         )
+
+
+def test_a_rate_that_moves_is_that_of_the_line_search_after_a_restart(tmp_path: Path) -> None:
+    schedule = {"schedule": {"name": "exponential", "gamma": 0.97}}
+    expected = run_here(_config(tmp_path / "whole", 20, **schedule))
+    for cut in (2, 3, 9):
+        run_here(_config(tmp_path / f"{cut}", cut, **schedule))
+        assert hashes(run_here(_config(tmp_path / f"{cut}", 20, **schedule)))[0] == hashes(expected)[0]

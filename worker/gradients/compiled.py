@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-MOST_SHAPES = 64  # of one module; more are computed without compiled code
+MOST_SHAPES = 256  # of one module; a job with more fails, for which of them are compiled would depend on their order
 
 
 def compile_model(model: nn.Module) -> None:
@@ -18,5 +18,6 @@ def compile_model(model: nn.Module) -> None:
 
     torch._inductor.config.fallback_random = True
     torch._inductor.config.compile_threads = 1  # each worker compiles for itself, or finds it compiled on disk
-    torch._dynamo.config.recompile_limit = MOST_SHAPES
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MOST_SHAPES
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     model.compile(dynamic=False)

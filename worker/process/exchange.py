@@ -101,6 +101,7 @@ class Exchange:
             contacts([address.host for address in addresses], host, len(cut), inline=inline).items()
         ):
             self._links.insert(0, self._open(server, contact, cut.get(server), addresses[server], hello, slots))
+        self._beside = None  # else what sends from another thread would keep this worker's memory
         self._leader = self._links[0]
         numel, dtype = layout.numel, layout.dtype
         self.parameters = torch.zeros(numel, dtype=dtype) if self._shared is None else self._shared.tensor(dtype, numel)

@@ -195,6 +195,8 @@ class WorkerLoop:
             self._show_output(unfinished=True)
             time.sleep(DISMISSED_GRACE_SECONDS)  # lets a last message out
             exchange.close()
+            if self._output is not None:
+                self._output.close()
 
     def _overlap(self, exchange: Exchange) -> None:
         """Have sums leave this process while they are completed, if they have to travel."""

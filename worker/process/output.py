@@ -27,6 +27,8 @@ class Output:
         self._dropped = 0
         self._lock = threading.Lock()
         self._send: Callable[[list[Printed]], None] | None = None
+        self._ended = threading.Event()
+        self._before = sys.stdout, sys.stderr
         sys.stdout = _Tee(sys.stdout, lambda text: self._take("stdout", text))
         sys.stderr = _Tee(sys.stderr, lambda text: self._take("stderr", text))
 
@@ -51,9 +53,14 @@ class Output:
                 self._dropped += 1
 
     def _flush_often(self) -> None:
-        while True:
-            time.sleep(FLUSH_SECONDS)
+        while not self._ended.wait(FLUSH_SECONDS):
             self.flush(unfinished=False)
+
+    def close(self) -> None:
+        """Leave the streams as they were; the process may have another worker."""
+        self._ended.set()
+        sys.stdout, sys.stderr = self._before
+        self._send = None
 
     def _flush(self) -> None:
         if self._send is None:

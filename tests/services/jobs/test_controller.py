@@ -71,6 +71,9 @@ class StandInRoom:
     def stop_actors(self) -> None:
         self.stopped.append(("everything", True))
 
+    def wait_stopped(self) -> None:
+        self.stopped.append(("waited", True))
+
     def release(self) -> None:
         self.released = True
 

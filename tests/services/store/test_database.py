@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from services.store import database
-from services.store.database import claim, open_database
+from services.store.database import open_database
 from services.store.lifecycle import JobState
 from services.store.store import Store
 from services.store.tokens import Role
@@ -33,14 +33,39 @@ def test_a_database_that_cannot_be_used_is_named_without_its_password(url: str, 
 
 def test_one_service_uses_a_database(postgres: Postgres, tmp_path: Path) -> None:
     url = postgres.database()
-    first, second = Store(url), Store(url)
-    first.claim()
+    lost: list[str] = []
+    first = Store(url, lost=lambda: lost.append("first"))
     with pytest.raises(ServiceUnavailableError, match="another service uses this database"):
-        second.claim()
+        Store(url, lost=lambda: None)
+    tokens_only = Store(url)  # as `steepest token` opens it
+    tokens_only.close()
     first.close()
-    second.claim()
+    second = Store(url, lost=lambda: None)
     second.close()
-    assert claim(open_database(f"sqlite:///{tmp_path / 'a.db'}")) is None
+    for _ in range(2):
+        Store(f"sqlite:///{tmp_path / 'a.db'}", lost=lambda: None).close()
+    assert not lost
+
+
+@pytest.mark.parametrize("other_comes_first", [True, False])
+def test_a_database_that_was_away_is_claimed_again(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch, *, other_comes_first: bool
+) -> None:
+    monkeypatch.setattr(database, "CHECK_SECONDS", 3.0 if other_comes_first else 0.1)
+    url, lost = postgres.database(), threading.Event()
+    first = Store(url, lost=lost.set)
+    postgres.stop()
+    postgres.start()
+    if other_comes_first:
+        other = Store(url, lost=lambda: None)
+        assert lost.wait(10)
+        other.close()
+    else:
+        time.sleep(1.0)
+        with pytest.raises(ServiceUnavailableError, match="another service uses this database"):
+            Store(url, lost=lambda: None)
+        assert not lost.is_set()
+    first.close()
 
 
 def test_a_server_that_starts_again_loses_nothing(postgres: Postgres) -> None:
