@@ -90,6 +90,7 @@ def test_a_rule_acts_as_the_spec_says(client: Client) -> None:
         client.submit(f"{SICK}:healthy", **BASE, health={"actions": {"diverging": "explode"}})
 
 
+@pytest.mark.full
 def test_a_job_that_diverges_goes_back_with_a_smaller_rate_until_it_does_not(client: Client) -> None:
     base = {**BASE, "optimizer": {"name": "momentum", "lr": 40.0}, "steps": 400, "checkpoint_every": 20}
     rules = dict.fromkeys(("diverging", "exploding", "nonfinite", "update_ratio"), "rollback")

@@ -77,7 +77,7 @@ def test_complex_parameters_are_trained_as_torch_does(optimizer: str, tmp_path: 
                 torch.testing.assert_close(got, value, rtol=2e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("function", ["complex_layer", "half_model"])
+@pytest.mark.parametrize("function", ["complex_layer", full("half_model")])
 def test_a_job_goes_on_from_its_checkpoint(function: str, tmp_path: Path) -> None:
     expected = run_here(_config(tmp_path / "whole", function, "adamw"))
     run_here(_config(tmp_path / "cut", function, "adamw", steps=3))
@@ -104,7 +104,7 @@ def _with_masters(function: str, dtype: str) -> tuple[Any, dict[str, torch.Tenso
     return task, masters
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", full("float16")])
 def test_models_in_half_precision_have_float32_masters(dtype: str, tmp_path: Path) -> None:
     def run(name: str, workers: int, **raw: Any) -> State:
         raw = {"arguments": {"dtype": dtype}, **raw}

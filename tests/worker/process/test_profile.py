@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from harness.local_job import hashes, job_config, run_here
+from tests.support.choices import full
 
 pytestmark = pytest.mark.cluster
 
 
-@pytest.mark.parametrize(("start", "steps", "last"), [(2, 2, 3), (4, 10, 13)])
+@pytest.mark.parametrize(("start", "steps", "last"), [(2, 2, 3), full(4, 10, 13)])
 def test_steps_are_recorded_and_no_bit_changes(
     start: int, steps: int, last: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
