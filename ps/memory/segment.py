@@ -8,6 +8,7 @@ does not apply. Pages that nobody touched take no memory.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 import secrets
@@ -20,6 +21,7 @@ import torch
 
 HEADER_BYTES = mmap.PAGESIZE
 NONCE_BYTES = 16
+FILLED_AT = NONCE_BYTES  # a byte of the header: whether the constant part has been written
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,27 @@ class Segment:
         if not numel:
             return torch.empty(0, dtype=dtype)  # frombuffer refuses an empty range
         return torch.frombuffer(self._map, dtype=dtype, count=numel, offset=HEADER_BYTES + offset * dtype.itemsize)
+
+    def constant(self, start: int, fill: Callable[[memoryview], None]) -> memoryview:
+        """The bytes from `start` on, a multiple of the page size, which the first process to ask for them fills.
+
+        They lie in memory once, however many processes have them; what one writes to them is its own from then on.
+        Raises OSError when the process that created the segment is gone.
+        """
+        r = self.reference
+        descriptor = os.open(f"/proc/{r.pid}/fd/{r.descriptor}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # a process that is killed gives it up, too
+            try:
+                if os.pread(descriptor, 1, FILLED_AT) == b"\0":
+                    fill(memoryview(self._map)[HEADER_BYTES + start :])
+                    os.pwrite(descriptor, b"\1", FILLED_AT)
+            finally:
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # here, since a mapping keeps the descriptor
+            size = r.size - HEADER_BYTES - start
+            return memoryview(mmap.mmap(descriptor, size, mmap.MAP_PRIVATE, offset=HEADER_BYTES + start))
+        finally:
+            os.close(descriptor)
 
     def close(self) -> None:
         """Give up the descriptor. The mapping goes with the last tensor over it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -78,6 +79,11 @@ class ModelDescription:
     constants: tuple[TensorDescription, ...] = ()
     aliases: tuple[AliasDescription, ...] = ()
     groups: tuple[GroupDescription, ...] = ()
+
+    def constant_places(self) -> tuple[tuple[int, ...], int]:
+        """(where each constant begins in a memory they share, the bytes of them all), both multiples of 64."""
+        ends = list(accumulate((-(-constant.nbytes // 64) * 64 for constant in self.constants), initial=0))
+        return tuple(ends[:-1]), ends[-1]
 
     def is_same_as(self, other: ModelDescription) -> bool:
         """Whether both have the same tensors, in whatever order they are registered."""

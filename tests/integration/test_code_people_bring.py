@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.local_job import hashes, run_here, run_processes
+from harness.local_job import hashes, run_here, run_processes, running
 from ps.checkpoint.files import State, newest_valid
 from ps.numerics.schedule import learning_rate
 from steepest.spec import TaskReference
@@ -223,6 +223,32 @@ def test_frozen_parameters_are_in_the_checkpoint_and_stay_what_they_were(tmp_pat
     task = load_task(TaskReference(module=BROUGHT, function="frozen_backbone"), None, 0)
     assert isinstance(task, Task)
     assert torch.equal(state.model["0.weight"], task.model.state_dict()["0.weight"])
+
+
+def test_the_workers_of_a_host_have_frozen_parameters_in_memory_once(tmp_path: Path) -> None:
+    """20 MiB of them: little of what two workers have mapped there is of their own."""
+    config = submitted(tmp_path, f"{BROUGHT}:frozen_backbone", **{**SPEC, "steps": 4000}, arguments={"width": 1 << 20})
+    nbytes = (1 << 20) * (brought.WIDTH + 1) * 4
+    assert sum(constant.nbytes for constant in config.model.constants) == nbytes
+    with running(config, 2) as job:
+        job.wait_for_step(3)
+        for process in job.workers.values():
+            mapped = _of_mappings(process.pid, "steepest-parameters")
+            assert mapped["Rss"] >= nbytes
+            assert mapped["Anonymous"] < nbytes / 8
+
+
+def _of_mappings(pid: int, label: str) -> dict[str, int]:
+    """Bytes of a process's mappings of that name, by what smaps calls them."""
+    found: dict[str, int] = {}
+    counts = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        what, *rest = line.split()
+        if not what.endswith(":"):
+            counts = label in line
+        elif counts and rest[-1] == "kB":
+            found[what[:-1]] = found.get(what[:-1], 0) + int(rest[0]) * 1024
+    return found
 
 
 @pytest.mark.parametrize(

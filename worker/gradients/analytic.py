@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ps.memory.segment import Segment
 from ps.parameters.layout import Layout
 from steepest.task import AnalyticTask
 from worker.data.sources import ArraySource, Source
@@ -93,3 +94,6 @@ class AnalyticEngine:
     def constants(self) -> bytes:
         """See Engine."""
         return b""
+
+    def share_constants(self, memory: Segment) -> None:
+        """See Engine."""

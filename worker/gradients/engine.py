@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from ps.memory.segment import Segment
 from ps.parameters.layout import Layout
 from worker.data.sources import Source
 from worker.gradients.activations import Activations
@@ -103,6 +104,9 @@ class Engine(Protocol):
 
     def constants(self) -> bytes:
         """The frozen parameters that the task came with."""
+
+    def share_constants(self, memory: Segment) -> None:
+        """Have the frozen parameters where other workers of this host have them, too: behind the parameters."""
 
 
 def measure_metrics(

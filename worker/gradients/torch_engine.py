@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ps.checkpoint.named_state import pack_buffers, unpack_buffers
+from ps.memory.segment import HEADER_BYTES, Segment
 from ps.parameters.description import ModelDescription
-from ps.parameters.layout import Layout
+from ps.parameters.layout import Layout, align
 from steepest.task import Task
 from worker.data.sources import Source, source_of
 from worker.gradients.activations import Activations
@@ -209,6 +210,24 @@ class TorchEngine:
     def constants(self) -> bytes:
         """See Engine."""
         return pack_buffers(constant.detach().cpu() for constant in self._constants)
+
+    def share_constants(self, memory: Segment) -> None:
+        """See Engine. One that is not laid out in order stays where it is, as all do on a GPU."""
+        places, num_bytes = self._description.constant_places()
+        if not num_bytes or not self._is_on_host:
+            return
+        placed = [(at, c) for at, c in zip(places, self._constants, strict=True) if c.numel() and c.is_contiguous()]
+
+        def tensors(room: memoryview) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for at, constant in placed:
+                yield constant, torch.frombuffer(room, dtype=constant.dtype, count=constant.numel(), offset=at)
+
+        def fill(room: memoryview) -> None:
+            for constant, place in tensors(room):
+                place.copy_(constant.detach().reshape(-1))
+
+        for constant, place in tensors(memory.constant(align(self._layout.nbytes, HEADER_BYTES), fill)):
+            constant.data = place.view(constant.shape)
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:

@@ -95,7 +95,7 @@ class Exchange:
         )
         inline = config.spec.is_inline
         cut = dict(enumerate(shards(layout, config.num_servers)))
-        self._shared: Segment | None = None
+        self._shared: Segment | None = None  # the host's parameters
         self._links: list[_Link] = []
         for server, contact in reversed(
             contacts([address.host for address in addresses], host, len(cut), inline=inline).items()
@@ -267,6 +267,11 @@ class Exchange:
             self._arrival.wait_for(lambda: link.is_gone or is_there(link))
         if not is_there(link):
             raise ConnectionError(f"server {link.server} is gone")
+
+    @property
+    def memory(self) -> Segment | None:
+        """What processes of this job share on this host, if a server is on it: the parameters, then the constants."""
+        return self._shared
 
     @property
     def has_network(self) -> bool:

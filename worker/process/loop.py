@@ -181,6 +181,8 @@ class WorkerLoop:
         try:
             for assign in exchange.assignments():
                 if not bound and assign.kind != "initialize":
+                    if exchange.memory is not None:
+                        self._engine.share_constants(exchange.memory)
                     self._engine.bind(exchange.parameters)
                     # From here on, for the task's own initial parameters are gone.
                     (return_freed_memory if self._config.spec.memory.checkpoint_activations else keep_freed_memory)()

@@ -55,5 +55,52 @@ def test_nothing_is_left_when_the_last_tensor_goes() -> None:
     assert segments() == 0
 
 
+SHARER = """
+import sys, torch
+from pathlib import Path
+from ps.memory.segment import Segment, SegmentReference
+pid, descriptor, size, nonce = sys.argv[1:]
+segment = Segment.open(SegmentReference(int(pid), int(descriptor), int(size), bytes.fromhex(nonce)))
+room = segment.constant(4096, lambda room: sys.exit("it was filled already"))
+tensor = torch.frombuffer(room, dtype=torch.uint8)
+assert bool((tensor == 7).all()), tensor
+del segment
+
+def private() -> int:
+    own, here = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        here = "steepest-shared" in line if "-" in line.split()[0] else here
+        own += int(line.split()[1]) if here and line.startswith(("Private_Dirty", "Anonymous")) else 0
+    return own
+
+assert private() == 0, private()
+tensor[: 1 << 20] = 1
+assert private() >= 1024, private()
+"""
+
+
+def test_constants_lie_in_memory_once_and_what_one_process_writes_is_its_own() -> None:
+    segment = Segment.create(4096 + (8 << 20), "shared")
+
+    def fill(room: memoryview) -> None:
+        torch.frombuffer(room, dtype=torch.uint8).fill_(7)
+
+    room = torch.frombuffer(segment.constant(4096, fill), dtype=torch.uint8)
+    r = segment.reference
+    arguments = [str(r.pid), str(r.descriptor), str(r.size), r.nonce.hex()]
+    subprocess.run([sys.executable, "-c", SHARER, *arguments], check=True)
+    assert bool((room == 7).all())
+
+
+def test_constants_half_filled_by_a_process_that_died_are_filled_again() -> None:
+    segment = Segment.create(4096 + 64, "shared")
+    r = segment.reference
+    dying = SHARER.replace('lambda room: sys.exit("it was filled already")', "lambda room: __import__('os').abort()")
+    arguments = [str(r.pid), str(r.descriptor), str(r.size), r.nonce.hex()]
+    assert subprocess.run([sys.executable, "-c", dying, *arguments], check=False).returncode < 0
+    room = segment.constant(4096, lambda room: torch.frombuffer(room, dtype=torch.uint8).fill_(3))
+    assert bytes(room) == b"\3" * 64
+
+
 def test_an_empty_range_is_an_empty_tensor() -> None:
     assert Segment.create(0, "empty").tensor(torch.float32, 0).numel() == 0
