@@ -46,11 +46,15 @@ def training_figure(records: Records, title: str, findings: Sequence[Finding] = 
 
 
 def draw_loss(axis: Axes, records: Records) -> None:
-    """The training loss, as it was and smoothed."""
+    """The training loss, as it was and smoothed, and that of the evaluations."""
     loss = records.column("loss")
     _line(axis, records, loss, BLUE, "of the step", faint=True)
     _line(axis, records, _running_mean(loss, _window(records)), BLUE, f"mean of {_window(records)} steps")
-    _finish(axis, "Training loss", loss)
+    if records.evaluations:
+        points = [(e.step, e.metrics.get("loss", np.nan)) for e in records.evaluations]
+        axis.plot(*zip(*points, strict=True), color=ORANGE, marker="o", markersize=3, linewidth=1, label="evaluation")
+        loss = np.append(loss, [value for _, value in points])
+    _finish(axis, "Loss", loss)
 
 
 def draw_norms(axis: Axes, records: Records) -> None:

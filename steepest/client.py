@@ -15,7 +15,6 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from steepest import contexts
-from steepest.bundle import MAX_DATA_BYTES, Bundle, bundle_task
 from steepest.channel import open_channel, with_token
 from steepest.convert import spec_to_proto
 from steepest.errors import (
@@ -29,10 +28,12 @@ from steepest.errors import (
     UnauthenticatedError,
     Violation,
 )
+from steepest.follow import news_of
 from steepest.jobs import (
     MAX_PRIORITY,
     Checkpoint,
     Curvature,
+    Evaluation,
     Event,
     JobInfo,
     LogLine,
@@ -43,8 +44,9 @@ from steepest.jobs import (
     job_from_proto,
     line_from_proto,
     progress_from_proto,
+    record_from_proto,
 )
-from steepest.spec import TrainingJobSpec, spec_from_dict
+from steepest.submission import check_submission, left_out
 from steepest.v1 import training_jobs_pb2 as pb
 from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
 
@@ -52,31 +54,7 @@ CONNECT_SECONDS = 5.0
 CALL_SECONDS = 30.0
 CREATE_SECONDS = 900.0  # the service loads the task meanwhile
 RECONNECT_SECONDS = 60.0
-RETRY_SECONDS = 0.5
-CHUNK_BYTES = 1 << 20
-
-
-def check_submission(
-    task: str, arguments: Mapping[str, Any], spec: Mapping[str, Any]
-) -> tuple[Bundle, TrainingJobSpec]:
-    """All that can be told of a submission without a service. Raises SpecError."""
-    optimizer = spec.get("optimizer")
-    name = str(optimizer.get("name", "")) if isinstance(optimizer, Mapping) else ""
-    bundle = bundle_task(task, also=name.partition(":")[0] if ":" in name else "")
-    reference = {"module": bundle.module, "function": bundle.function, "arguments": dict(arguments)}
-    checked = spec_from_dict({**spec, "task": reference})
-    if checked.init_from and Path(checked.init_from).is_file():
-        checked = checked.model_copy(update={"init_from": str(Path(checked.init_from).resolve())})
-    return bundle, checked
-
-
-def left_out(bundle: Bundle) -> list[str]:
-    """A sentence for each file or folder that the task's code names and that does not go along."""
-    return [
-        f"{name} is named in the task and not sent along, for files beside a task go with it up to "
-        f"{MAX_DATA_BYTES >> 20} MiB in all: put it where every host finds it, and give the task its full path"
-        for name in bundle.left_out
-    ]
+RETRY_SECONDS, CHUNK_BYTES = 0.5, 1 << 20
 
 
 class Client:
@@ -271,14 +249,39 @@ class Job:
         time.sleep(RETRY_SECONDS)
         return since
 
-    def wait(self) -> JobInfo:
-        """Wait for the end. Raises JobFailedError unless the job succeeded."""
-        for update in self.watch():
-            if isinstance(update, JobInfo):
-                if update.state != "SUCCEEDED":
-                    raise JobFailedError(f"{self.name} {update.state}: {update.error or update.reason}")
-                return update
-        raise ServiceUnavailableError(f"the watch of {self.name} ended before the job did")
+    def wait(
+        self,
+        *,
+        on_step: Callable[[dict[str, Any]], None] | None = None,
+        on_evaluation: Callable[[Evaluation], None] | None = None,
+        on_checkpoint: Callable[[Checkpoint], None] | None = None,
+    ) -> JobInfo:
+        """Wait for the end, and call these in the meantime, here and never in the way of the training.
+
+        on_step: with each record that `history` gives, in order. on_evaluation, on_checkpoint: with each, in order.
+        They lag by a second; what a job does again, after a rollback say, is told again. A checkpoint that has made
+        room for newer ones within the second is not.
+
+        Raises JobFailedError unless the job succeeded, and what the callbacks raise: the job goes on then.
+        """
+        info = self._told(on_step, on_evaluation, on_checkpoint)
+        if info.state == "SUCCEEDED":
+            return info
+        raise JobFailedError(f"{self.name} {info.state}: {info.error or info.reason}")
+
+    def _told(self, *callbacks: Callable[[Any], None] | None) -> JobInfo:
+        """Tell these of records, evaluations and checkpoints until the job ends."""
+        if not any(callbacks):
+            for update in self.watch():
+                if isinstance(update, JobInfo):
+                    return update
+            raise ServiceUnavailableError(f"the watch of {self.name} ended before the job did")
+        for news in news_of(self, *(callback is not None for callback in callbacks)):
+            all_found: tuple[list[Any], ...] = news.records, news.evaluations, news.checkpoints
+            for callback, found in zip(callbacks, all_found, strict=True):
+                for item in found if callback is not None else ():
+                    callback(item)  # type: ignore[misc]
+        return news.info
 
     def cancel(self) -> JobInfo:
         """Stop at the next step boundary, keeping a checkpoint."""
@@ -311,9 +314,16 @@ class Job:
         request = pb.ListEventsRequest(name=self.name, after_sequence=after)
         return [event_from_proto(event) for event in self._call(self._stub.ListEvents, request).events]
 
-    def checkpoints(self) -> list[Checkpoint]:
-        """The checkpoints that there are, newest first, each verified."""
-        found = self._call(self._stub.ListCheckpoints, pb.ListCheckpointsRequest(name=self.name))
+    def evaluations(self, after: int = -1) -> list[Evaluation]:
+        """The evaluations so far, in order. after: the step of the last one seen."""
+        request = pb.ListEvaluationsRequest(name=self.name, after_step=after)
+        found = self._call(self._stub.ListEvaluations, request).evaluations
+        return [Evaluation(message.step, dict(message.metrics)) for message in found]
+
+    def checkpoints(self, after: int | None = None) -> list[Checkpoint]:
+        """The checkpoints that there are, newest first, each verified. after: only those of later steps."""
+        request = pb.ListCheckpointsRequest(name=self.name, after_step=after)
+        found = self._call(self._stub.ListCheckpoints, request)
         return [checkpoint_from_proto(message) for message in found.checkpoints]
 
     def delete(self) -> None:
@@ -358,13 +368,7 @@ class Job:
             if not page.records:
                 return
             for record in page.records:
-                values = {f.name: getattr(record, f.name) for f in record.DESCRIPTOR.fields}
-                norms = dict(zip(page.parameter_names, record.parameter_norms))  # noqa: B905
-                measured = {
-                    signal: dict(zip(page.parameter_names, own.values, strict=True))
-                    for signal, own in record.signals.items()
-                }
-                yield {**values, "parameter_norms": norms, "logged": dict(record.logged), "signals": measured}
+                yield record_from_proto(record, page.parameter_names)
             first_step = page.records[-1].step + 1
 
     def download(self, directory: str | Path, *, step: int | None = None, best: bool = False) -> Path:

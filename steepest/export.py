@@ -10,24 +10,29 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from steepest.errors import ServiceUnavailableError, SteepestError
+from steepest.errors import SteepestError
+from steepest.follow import news_of
 from steepest.records import Records, records_of
 
 if TYPE_CHECKING:
     from steepest.client import Job
 
 Log = Callable[[Records], None]  # takes the records of some more steps
-FOLLOW_SECONDS, AWAY_SECONDS = 1.0, 60.0
 
 
 def _scalars(records: Records) -> Iterator[tuple[int, float, dict[str, float]]]:
-    """(step, time, numbers by name) of each step; those that are not finite are left out."""
+    """(step, time, numbers by name) of each step, then of each evaluation; those not finite are left out."""
     columns = {name: values for name, values in records.columns.items() if name not in ("step", "time")}
     columns |= {f"norm/{name}": values for name, values in records.norms.items()}
     steps, times = records.columns["step"], records.column("time")
     for row, step in enumerate(steps.tolist()):
         numbers = {name: float(values[row]) for name, values in columns.items() if np.isfinite(values[row])}
         yield int(step), float(times[row]), numbers
+    for evaluation in records.evaluations:
+        row = int(np.searchsorted(steps, evaluation.step))
+        moment = float(times[min(row, len(times) - 1)]) if len(times) else time.time()
+        numbers = {f"evaluation/{name}": value for name, value in evaluation.metrics.items() if np.isfinite(value)}
+        yield evaluation.step, moment, numbers
 
 
 @contextmanager
@@ -85,39 +90,26 @@ def wandb(directory: Path, run: str) -> Iterator[Log]:
         raise _missing("Weights & Biases", "wandb") from None
     directory.mkdir(parents=True, exist_ok=True)
     with library.init(project="steepest", name=run, dir=str(directory), mode="offline") as made:
+        made.define_metric("evaluation/*", step_metric="evaluation/step")  # it comes after later steps, perhaps
 
         def log(records: Records) -> None:
             for step, _, numbers in _scalars(records):
-                made.log(numbers, step=step)
+                is_step = not any(name.startswith("evaluation/") for name in numbers)
+                made.log(numbers, step=step) if is_step else made.log({**numbers, "evaluation/step": step})
 
         yield log
 
 
 def follow(job: Job, log: Log) -> str:
-    """Log the records of a job as they come until it has ended; returns its state.
+    """Log what there is of a job as it comes until it has ended; returns its state.
 
     Steps that are made again, after a rollback say, are logged again. Raises ServiceUnavailableError when the service
-    is away for AWAY_SECONDS.
+    is away for a minute.
     """
-    step, done, seen = 0, 0, time.monotonic()
-    while True:
-        try:
-            info = job.get()  # before the records: those of a job that has ended are all there
-            if info.step < done:  # it went back
-                step = min(step, info.step)
-            rows = list(job.history(step))
-        except ServiceUnavailableError:
-            if time.monotonic() - seen > AWAY_SECONDS:
-                raise
-            time.sleep(FOLLOW_SECONDS)
-            continue
-        done, seen = info.step, time.monotonic()
-        if rows:
-            log(records_of(rows))
-            step = rows[-1]["step"] + 1
-        if info.has_ended:
-            return info.state
-        time.sleep(FOLLOW_SECONDS)
+    for news in news_of(job, records=True, evaluations=True):
+        if news.records or news.evaluations:
+            log(records_of(news.records, news.evaluations))
+    return news.info.state
 
 
 def _word(name: str) -> str:

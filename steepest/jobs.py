@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -191,6 +192,14 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What an evaluation found. step: how many were done. metrics: by name, the mean loss as "loss" among them."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint that the service keeps.
 
@@ -284,6 +293,14 @@ def line_from_proto(message: pb.LogLine) -> LogLine:
 def event_from_proto(message: pb.Event) -> Event:
     """An event, from the wire."""
     return Event(message.sequence, message.time.ToNanoseconds() / 1e9, state_from_proto(message.state), message.reason)
+
+
+def record_from_proto(message: pb.StepRecord, parameters: Sequence[str]) -> dict[str, Any]:
+    """A step record with all there is in it, from the wire. parameters: their names, in order."""
+    values = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
+    norms = dict(zip(parameters, message.parameter_norms))  # noqa: B905  # there may be none
+    measured = {signal: dict(zip(parameters, own.values, strict=True)) for signal, own in message.signals.items()}
+    return {**values, "parameter_norms": norms, "logged": dict(message.logged), "signals": measured}
 
 
 def progress_from_proto(message: pb.StepRecord) -> Progress:

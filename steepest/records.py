@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steepest.errors import SpecError, Violation
+from steepest.jobs import Evaluation
 
 HISTORY, SIGNALS = "history.parquet", "signals.parquet"
 
@@ -20,12 +21,13 @@ class Records:
     """One job's. columns: a number of each step, shape (steps,), by name, "step" among them.
 
     norms: of each parameter's gradient, by name. signals: of each parameter, in the steps that they are measured in: a
-    row for each step and parameter, with the keys "step" and "parameter".
+    row for each step and parameter, with the keys "step" and "parameter". evaluations: in order.
     """
 
     columns: Mapping[str, NDArray[np.float64]]
     norms: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     signals: tuple[Mapping[str, Any], ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
 
     def __len__(self) -> int:
         return len(self.columns["step"])
@@ -36,8 +38,8 @@ class Records:
         return np.full(len(self), np.nan) if found is None else found
 
 
-def records_of(rows: Iterable[Mapping[str, Any]]) -> Records:
-    """Those of `Job.history`."""
+def records_of(rows: Iterable[Mapping[str, Any]], evaluations: Iterable[Evaluation] = ()) -> Records:
+    """Those of `Job.history` and `Job.evaluations`."""
     kept = list(rows)
     names = [name for name in kept[0] if name not in _NESTED] if kept else ["step"]
     logged = dict.fromkeys(name for row in kept for name in row["logged"])
@@ -48,7 +50,7 @@ def records_of(rows: Iterable[Mapping[str, Any]]) -> Records:
     norms = {
         name: np.array([row["parameter_norms"].get(name, np.nan) for row in kept], np.float64) for name in parameters
     }
-    return Records(columns, norms, tuple(signal for row in kept for signal in signal_rows(row)))
+    return Records(columns, norms, tuple(signal for row in kept for signal in signal_rows(row)), tuple(evaluations))
 
 
 _NESTED = ("parameter_norms", "logged", "signals")

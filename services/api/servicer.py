@@ -214,14 +214,24 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         found = self._store.events_after(self._row(request.name).id, request.after_sequence)
         return pb.ListEventsResponse(events=map(event_to_proto, found))
 
+    def ListEvaluations(  # noqa: N802
+        self, request: pb.ListEvaluationsRequest, context: grpc.ServicerContext
+    ) -> pb.ListEvaluationsResponse:
+        """See the .proto file."""
+        found = self._store.evaluations_of(self._row(request.name).id, request.after_step)
+        shown = [pb.StepEvaluation(step=step, metrics=metrics) for step, metrics in found]
+        return pb.ListEvaluationsResponse(evaluations=shown)
+
     def ListCheckpoints(  # noqa: N802
         self, request: pb.ListCheckpointsRequest, context: grpc.ServicerContext
     ) -> pb.ListCheckpointsResponse:
         """See the .proto file."""
         directory = self._settings.checkpoints_of(self._row(request.name).id)
-        best = best_verified(directory)
+        after = request.after_step if request.HasField("after_step") else -1
+        wanted = [path for path in checkpoints(directory) if step_of(path) > after]
+        best = best_verified(directory) if wanted else None
         found = []
-        for path in checkpoints(directory):
+        for path in wanted:
             with contextlib.suppress(FileNotFoundError):  # pruned since
                 found.append(checkpoint_to_proto(path, None if best is None else best.path))
         return pb.ListCheckpointsResponse(checkpoints=found)

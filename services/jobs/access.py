@@ -36,6 +36,7 @@ NEEDS = {
     "StreamLogs": Need.LOOK,
     "QueryHistory": Need.LOOK,
     "ListEvents": Need.LOOK,
+    "ListEvaluations": Need.LOOK,
     "ListCheckpoints": Need.LOOK,
     "DownloadCheckpoint": Need.LOOK,
     "CancelTrainingJob": Need.OWN,

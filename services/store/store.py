@@ -260,9 +260,10 @@ class Store:
             connection.execute(sa.delete(evaluations).where(evaluations.c.job == job, evaluations.c.step > step))
 
     @retried
-    def evaluations_of(self, job: str) -> list[tuple[int, dict[str, float]]]:
-        """(step, metrics) of every evaluation, in order."""
-        query = sa.select(evaluations).where(evaluations.c.job == job).order_by(evaluations.c.step)
+    def evaluations_of(self, job: str, after: int = -1) -> list[tuple[int, dict[str, float]]]:
+        """(step, metrics) of every evaluation after a step, in order."""
+        wanted = (evaluations.c.job == job, evaluations.c.step > after)
+        query = sa.select(evaluations).where(*wanted).order_by(evaluations.c.step)
         with self._engine.connect() as connection:
             return [(row.step, json.loads(row.metrics)) for row in connection.execute(query)]
 

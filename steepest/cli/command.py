@@ -159,7 +159,7 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Submit a job to a service and print its name."""
-    from steepest.client import check_submission
+    from steepest.submission import check_submission
 
     request = submission(task, options)
     check_submission(request.task, request.arguments, request.spec)

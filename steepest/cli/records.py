@@ -96,7 +96,7 @@ def _read(job: str, server: str, *, signals: bool = False) -> tuple[str, Records
     with client_of(server) as client:
         handle = client.job(job)
         info = handle.get()
-        return info.job, records_of(handle.history(signals=signals)), info.findings
+        return info.job, records_of(handle.history(signals=signals), handle.evaluations()), info.findings
 
 
 @app.command(rich_help_panel="What is kept")
@@ -130,7 +130,9 @@ def report(
     with client_of(server) as client:
         handle = client.job(job)
         info = handle.get()
-        text = report_html(info, records_of(handle.history()), handle.events(), version("steepest"))
+        text = report_html(
+            info, records_of(handle.history(), handle.evaluations()), handle.events(), version("steepest")
+        )
     _write(output, lambda: output.write_text(text, encoding="utf-8"))
 
 

@@ -39,8 +39,8 @@ def check_gradients(
     for name, method in (("--got", got), ("--expected", expected)):
         if method not in METHODS:
             fail(f"{name} {method}: there is no such way to a gradient; allowed: {', '.join(METHODS)}")
-    from steepest.client import check_submission
     from steepest.embedded import check_gradients as check
+    from steepest.submission import check_submission
 
     request = submission(task, options)
     length = {} if {"steps", "epochs"} & request.spec.keys() else {"epochs": 1}

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from steepest.cli.console import show, show_plan
 from steepest.cli.options import Submission
-from steepest.client import Client, check_submission
+from steepest.client import Client
 from steepest.embedded import describe_task, plan_job, running_service
 from steepest.errors import SpecError, Violation
 from steepest.jobs import JobInfo
 from steepest.records import records_of, write_parquet
+from steepest.submission import check_submission
 
 if TYPE_CHECKING:
     from ps.job.footprint import Footprint

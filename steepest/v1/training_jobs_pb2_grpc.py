@@ -100,6 +100,11 @@ class TrainingJobServiceStub:
                 request_serializer=steepest_dot_v1_dot_training__jobs__pb2.ListEventsRequest.SerializeToString,
                 response_deserializer=steepest_dot_v1_dot_training__jobs__pb2.ListEventsResponse.FromString,
                 _registered_method=True)
+        self.ListEvaluations = channel.unary_unary(
+                '/steepest.v1.TrainingJobService/ListEvaluations',
+                request_serializer=steepest_dot_v1_dot_training__jobs__pb2.ListEvaluationsRequest.SerializeToString,
+                response_deserializer=steepest_dot_v1_dot_training__jobs__pb2.ListEvaluationsResponse.FromString,
+                _registered_method=True)
         self.ListCheckpoints = channel.unary_unary(
                 '/steepest.v1.TrainingJobService/ListCheckpoints',
                 request_serializer=steepest_dot_v1_dot_training__jobs__pb2.ListCheckpointsRequest.SerializeToString,
@@ -217,6 +222,13 @@ class TrainingJobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListEvaluations(self, request, context):
+        """Returns what the evaluations of a job found.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListCheckpoints(self, request, context):
         """Returns what checkpoints a job has, newest first.
         """
@@ -312,6 +324,11 @@ def add_TrainingJobServiceServicer_to_server(servicer, server):
                     servicer.ListEvents,
                     request_deserializer=steepest_dot_v1_dot_training__jobs__pb2.ListEventsRequest.FromString,
                     response_serializer=steepest_dot_v1_dot_training__jobs__pb2.ListEventsResponse.SerializeToString,
+            ),
+            'ListEvaluations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEvaluations,
+                    request_deserializer=steepest_dot_v1_dot_training__jobs__pb2.ListEvaluationsRequest.FromString,
+                    response_serializer=steepest_dot_v1_dot_training__jobs__pb2.ListEvaluationsResponse.SerializeToString,
             ),
             'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
                     servicer.ListCheckpoints,
@@ -686,6 +703,33 @@ class TrainingJobService:
             '/steepest.v1.TrainingJobService/ListEvents',
             steepest_dot_v1_dot_training__jobs__pb2.ListEventsRequest.SerializeToString,
             steepest_dot_v1_dot_training__jobs__pb2.ListEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEvaluations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steepest.v1.TrainingJobService/ListEvaluations',
+            steepest_dot_v1_dot_training__jobs__pb2.ListEvaluationsRequest.SerializeToString,
+            steepest_dot_v1_dot_training__jobs__pb2.ListEvaluationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -69,6 +69,30 @@ def test_records_of_every_third_step(submit: Callable[..., Job]) -> None:
     assert all(not r["parameter_norms"] for r in job.history())
 
 
+def test_callbacks_are_told_of_every_step_evaluation_and_checkpoint(submit: Callable[..., Job]) -> None:
+    told: dict[str, list[int]] = {"steps": [], "evaluations": [], "checkpoints": []}
+    job = submit("evaluated", arguments={"delay": 0.003}, steps=120, eval_every=40, checkpoint_every=60)
+    info = job.wait(
+        on_step=lambda record: told["steps"].append(record["step"]),
+        on_evaluation=lambda evaluation: told["evaluations"].append(evaluation.step),
+        on_checkpoint=lambda checkpoint: told["checkpoints"].append(checkpoint.step),
+    )
+    assert told == {"steps": list(range(120)), "evaluations": [40, 80, 120], "checkpoints": [60, 120]}
+    assert job.evaluations(after=80)[0].metrics == info.metrics
+    assert [checkpoint.step for checkpoint in job.checkpoints(after=60)] == [120]
+
+
+def test_what_a_callback_raises_ends_the_wait_and_not_the_job(submit: Callable[..., Job]) -> None:
+    job = submit("regression", steps=8)
+
+    def fails(record: dict[str, Any]) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        job.wait(on_step=fails)
+    assert job.wait().state == "SUCCEEDED"
+
+
 @pytest.mark.full
 def test_a_download_goes_on_while_checkpoints_are_pruned(
     stub: Any, service: Service, submit: Callable[..., Job]

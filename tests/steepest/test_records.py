@@ -16,7 +16,7 @@ from steepest.charts import MOST_POINTS, as_svg, layers_figure, training_figure
 from steepest.errors import SpecError, SteepestError
 from steepest.export import mlflow as to_mlflow
 from steepest.export import tensorboard, wandb
-from steepest.jobs import Event, Finding, JobInfo
+from steepest.jobs import Evaluation, Event, Finding, JobInfo
 from steepest.records import Records, read_directory, records_of, write_csv, write_parquet
 from steepest.report import report_html
 from steepest.spec import spec_from_dict
@@ -90,7 +90,7 @@ def test_a_picture_has_what_it_should(tmp_path: Path) -> None:
     finding = Finding("exploding", "critical", 3, "large")
     figure = training_figure(made(), "a job", [finding])
     titles = [axis.get_title(loc="left") for axis in figure.axes]
-    assert titles == ["Training loss", "Gradient norm", "Steps that were clipped, %", "Samples a second"]
+    assert titles == ["Loss", "Gradient norm", "Steps that were clipped, %", "Samples a second"]
     assert as_svg(figure) == as_svg(training_figure(made(), "a job", [finding]))
     figure.savefig(tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -133,13 +133,15 @@ def test_event_files_of_tensorboard(tmp_path: Path) -> None:
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with tensorboard(tmp_path, "a-1") as log:
         log(made(3))
-        log(records_of([row(step) for step in range(3, 6)]))
+        log(records_of([row(step) for step in range(3, 6)], [Evaluation(4, {"loss": 0.5, "accuracy": math.nan})]))
     events = accumulators.EventAccumulator(str(tmp_path / "a-1"))
     events.Reload()
     losses = events.Scalars("loss")
     assert [(e.step, e.wall_time) for e in losses] == [(step, 1e9 + step) for step in range(6)]
     assert [e.value for e in losses] == pytest.approx([2.0 / (1 + step) for step in range(6)])
     assert len(events.Scalars("norm/a.weight")) == 6
+    assert [(e.step, e.wall_time, e.value) for e in events.Scalars("evaluation/loss")] == [(4, 1e9 + 4, 0.5)]
+    assert "evaluation/accuracy" not in events.Tags()["scalars"]
 
 
 @pytest.mark.full

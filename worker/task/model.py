@@ -172,6 +172,12 @@ def num_samples(data: Any, field: str, most: int | None = None) -> int:
     Raises TaskError when it cannot be used, or when it is empty.
     """
     inner = data.dataset if isinstance(data, LoaderData) else data
+    if type(inner).__module__.startswith("ray.data."):
+        raise TaskError(
+            f"task.{field}",
+            f"{field} is a data set of Ray Data, whose rows have no fixed order: write it once, with "
+            "ray.data.Dataset.write_parquet(folder), and give steepest.ParquetData(folder)",
+        )
     try:
         length = count(inner, most) if is_stream(inner) else len(data)
     except DataError as error:
