@@ -130,6 +130,7 @@ class Connection(Generic[Received]):
                 return
             with self._lock:
                 self._backlog.popleft()
+            del part  # it may be large, and the next one long in coming
 
     def __iter__(self) -> Iterator[Received]:
         while (message := self.next_message()) is not None:
