@@ -18,12 +18,10 @@ from steepest.spec_base import NonNegativeInt, PositiveFloat, PositiveInt, SpecM
 from steepest.spec_violations import violation
 from steepest.step_spec import (
     SCHEDULE_NAMES,
-    AutoClipSpec,
     AverageSpec,
     BestSpec,
     ClipSpec,
     ScheduleSpec,
-    ZClipSpec,
 )
 from steepest.telemetry_spec import HealthSpec, TelemetrySpec
 
@@ -36,11 +34,9 @@ __all__ = [
     "BestSpec",
     "HealthSpec",
     "TelemetrySpec",
-    "AutoClipSpec",
     "ClipSpec",
     "OptimizerSpec",
     "ScheduleSpec",
-    "ZClipSpec",
 ]
 
 DEFAULT_MAX_WORKERS = 2
@@ -360,13 +356,20 @@ class TrainingJobSpec(SpecModel):
 
     @model_validator(mode="after")
     def _whole_tensors_are_exact(self) -> Self:
-        if self.compression.is_on and self.optimizer.is_whole:
+        if self.compression.is_on and self.needs_whole_parameters:
             raise ValueError(
-                f"compression.name = {self.compression.name!r} with optimizer.name = {self.optimizer.name!r}: what is "
-                "compressed is cut in blocks, and this optimizer needs whole parameters; allowed: compression.name = "
-                f"none, or one of {', '.join(ELEMENTWISE)}"
+                f"compression.name = {self.compression.name!r} with {self.needs_whole_parameters}, which needs whole "
+                "parameters, and what is compressed is cut in blocks; allowed: compression.name = none, or without "
+                f"clip.agc one of {', '.join(ELEMENTWISE)}"
             )
         return self
+
+    @property
+    def needs_whole_parameters(self) -> str:
+        """What of the job needs shards that are cut between parameters only; empty when nothing does."""
+        if self.optimizer.is_whole:
+            return f"optimizer.name = {self.optimizer.name!r}"
+        return "" if self.clip.agc is None else "clip.agc"
 
     @property
     def is_inline(self) -> bool:

@@ -48,6 +48,35 @@ class ZClipSpec(SpecModel):
     )
 
 
+class AdaGcSpec(SpecModel):
+    """Scale down a parameter's gradient where it is far above its own running norm (Wang et al. 2025)."""
+
+    relative: PositiveFloat = Field(
+        default=1.05, description="Largest norm of a parameter's gradient, times the running mean of its norms."
+    )
+    absolute: PositiveFloat = Field(default=1.0, description="Largest global norm during the warm-up.")
+    decay: float = Field(default=0.98, gt=0.0, lt=1.0, description="Of the running means, a step.")
+    warmup_steps: PositiveInt = Field(
+        default=100,
+        le=100_000,
+        description="Steps with a global clip; a parameter's least norm begins its mean.",
+    )
+
+
+class AgcSpec(SpecModel):
+    """Scale down a unit's gradient where it is large against the unit's weights (Brock et al. 2021)."""
+
+    clipping: PositiveFloat = Field(
+        default=0.01, description="Largest norm of a unit's gradient, times the norm of its weights."
+    )
+    eps: PositiveFloat = Field(default=1e-3, description="Weights of a smaller norm count as of this norm.")
+    exclude: tuple[str, ...] = Field(
+        default=(),
+        description="Names of parameters that are left alone, with * and ?, as the last layer's.",
+        json_schema_extra={"default_text": "none"},
+    )
+
+
 class ClipSpec(SpecModel):
     """Clipping of the aggregated gradient: at most one of these."""
 
@@ -58,14 +87,24 @@ class ClipSpec(SpecModel):
         default=None, description="Largest magnitude of a gradient element; others are set to it."
     )
 
+    parameter_norm: PositiveFloat | None = Field(
+        default=None, description="Largest L2 norm of each parameter's gradient; a longer one is scaled down."
+    )
     autoclip: AutoClipSpec | None = Field(default=None, description="A largest norm that follows the gradient's own.")
     zclip: ZClipSpec | None = Field(default=None, description="Scale down norms far above their running mean.")
+    adagc: AdaGcSpec | None = Field(
+        default=None, description="Scale down the gradient of a parameter above the running mean of its norms."
+    )
+    agc: AgcSpec | None = Field(
+        default=None, description="Scale down the gradient of units where it is large against their weights."
+    )
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) > 1:
-            said = [f"{name} = {getattr(self, name)}" if name in ("norm", "value") else name for name in given]
+            numbers = ("norm", "value", "parameter_norm")
+            said = [f"{name} = {getattr(self, name)}" if name in numbers else name for name in given]
             raise ValueError(f"{' and '.join(said)} are both given; allowed: at most one")
         return self
 
@@ -73,6 +112,11 @@ class ClipSpec(SpecModel):
     def policy(self) -> AutoClipSpec | ZClipSpec | None:
         """What sets the largest norm anew at each step, if anything does."""
         return self.autoclip or self.zclip
+
+    @property
+    def is_by_parameter(self) -> bool:
+        """Whether every parameter's gradient is scaled by itself, by its norm."""
+        return self.parameter_norm is not None or self.adagc is not None
 
 
 class AverageSpec(SpecModel):

@@ -71,9 +71,8 @@ class JobConfig:
             part_leaves=spec.part_leaves,
             base_lr=spec.optimizer.base_lr * self.lr_scale,
             schedule=spec.schedule,
-            max_norm=spec.clip.norm,
-            max_value=spec.clip.value,
-            clip=spec.clip.policy,
+            clip=spec.clip,
+            segment_owners=tuple(self.layout().segment_owners.tolist()) if spec.clip.is_by_parameter else (),
             evaluation_leaves=-(-self.num_evaluation_samples // spec.data.evaluation_batch),
             metric_names=self.metric_names,
             eval_every=spec.eval_every,
@@ -88,8 +87,9 @@ class JobConfig:
 
 def layout_of(model: ModelDescription, spec: TrainingJobSpec) -> Layout:
     """How the parameters of a job lie. Raises ValueError, see build_layout."""
-    optimizer = spec.optimizer
-    return build_layout(model, decay_biases_and_norms=optimizer.decay_biases_and_norms, is_whole=optimizer.is_whole)
+    return build_layout(
+        model, decay_biases_and_norms=spec.optimizer.decay_biases_and_norms, is_whole=bool(spec.needs_whole_parameters)
+    )
 
 
 def _aim(best: BestSpec) -> Aim | None:

@@ -150,7 +150,7 @@ class ParameterServer:
             parameters,
             config.spec.optimizer,
             num_leaves=plan.num_leaves,
-            max_value=plan.max_value,
+            clip=plan.clip,
             step=0 if restored is None else restored.state.step,
             initialized=restored is not None,
             num_threads=num_threads,

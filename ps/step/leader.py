@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ps.numerics.clip import clip_policy
 from ps.numerics.ranges import bits_of, leaves_of, ranges
 from ps.numerics.tree import parts_of_step
 from ps.step.agenda import Agenda
 from ps.step.assignment import Dealer
 from ps.step.best import Standing
 from ps.step.blame import blame
+from ps.step.clipping import Clipping
 from ps.step.effects import (
     ENDED,
     Decide,
@@ -69,7 +69,7 @@ class Leader:
         self._initialized = initialized
         self._round: RoundState | None = None
         self._agenda = Agenda(plan, since.step if initialized else -1, since.best)
-        self._clip = clip_policy(plan.clip, since.clip)
+        self._clip = Clipping(plan.clip, plan.segment_owners, since.clip)
         self._pause = False
         self._cancel = False
         self._served_seconds = 0.0  # that the servers took for the last step
@@ -79,7 +79,7 @@ class Leader:
     @property
     def standing(self) -> Standing:
         """Where the training stands, for a checkpoint."""
-        return Standing(self.step, self.updates, self._agenda.best, self._clip.state if self._clip else ())
+        return Standing(self.step, self.updates, self._agenda.best, self._clip.state)
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
@@ -339,7 +339,7 @@ class Leader:
 
     def _decide(self, current: RoundState, now: float) -> list[Effect]:
         """One decision for all shards: clip and apply, or skip."""
-        decision = current.decide(self.plan.learning_rate(self.updates), self.plan.max_norm, self._clip)
+        decision = current.decide(self.plan.learning_rate(self.updates), self._clip)
         if not current.is_finite and not self.plan.skip_nonfinite:
             # Name the micro-batch: have the step computed again, and looked at.
             return self._begin(Round.DIAGNOSE, self.plan.num_leaves, now)
@@ -355,8 +355,8 @@ class Leader:
             self.constants = current.constants or b""
             self._initialized = True
             return self._next_round(now)
-        by_value = self.plan.max_value is not None
-        completed = current.completed(len(self.members), now, clips_by_value=by_value, slowest=self.members.slowest())
+        in_shards = self.plan.clips_in_shards
+        completed = current.completed(len(self.members), now, clips_in_shards=in_shards, slowest=self.members.slowest())
         self._served_seconds = completed.committed - completed.collected
         self.members.favour_idle()
         self.step += 1

@@ -131,7 +131,8 @@ class Failure:
 class Decision(NamedTuple):
     """One decision for all shards: apply sum / divisor * coefficient as the gradient, with `lr`, or nothing.
 
-    loss: the mean. last: whether the job ends with this step.
+    loss: the mean. last: whether the job ends with this step. coefficients: for each parameter besides, if every one is
+    clipped by itself; float64, little-endian.
     """
 
     step: int
@@ -142,6 +143,7 @@ class Decision(NamedTuple):
     lr: float = 0.0
     loss: float = 0.0
     last: bool = False
+    coefficients: bytes = b""
 
 
 class StepRecord(NamedTuple):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ps.numerics.schedule import learning_rate
 from ps.step.best import Aim
 from steepest.spec import ScheduleSpec
-from steepest.step_spec import AutoClipSpec, ZClipSpec
+from steepest.step_spec import ClipSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class Plan:
     """What a job does, as far as the leader needs to know it. evaluation_leaves: 0 without evaluation data.
 
     factors: of the learning rate at each update, if the task has a schedule of its own.
-    clip: what sets the largest norm anew at each step, in place of max_norm.
+    segment_owners: see Layout; of jobs that clip every parameter by itself.
     aim: what the best evaluation is, if that matters.
     part_leaves: micro-batches that are compressed together, with a residual that stays at the worker; 0: nothing is.
     """
@@ -25,9 +25,8 @@ class Plan:
     num_servers: int
     base_lr: float
     schedule: ScheduleSpec
-    max_norm: float | None = None
-    max_value: float | None = None
-    clip: AutoClipSpec | ZClipSpec | None = None
+    clip: ClipSpec = ClipSpec()  # noqa: RUF009  # immutable
+    segment_owners: tuple[int, ...] = ()
     part_leaves: int = 0
     evaluation_leaves: int = 0
     metric_names: tuple[str, ...] = ()
@@ -38,6 +37,11 @@ class Plan:
     worker_timeout_seconds: float = 300.0
     factors: tuple[float, ...] = ()
     aim: Aim | None = None
+
+    @property
+    def clips_in_shards(self) -> bool:
+        """Whether only the shards know what a clip leaves of the gradient."""
+        return self.clip.value is not None or self.clip.agc is not None
 
     def learning_rate(self, update: int) -> float:
         """Of the update of that number, from 0."""

@@ -15,10 +15,10 @@ from ps.step.signals import StepSignals, parameter_signals
 
 
 class CompletedStep(NamedTuple):
-    """What the leader knew when all shards had applied its decision. Norm and loss are of the mean.
+    """What the leader knew when all shards had applied its decision. Norms and loss are of the mean.
 
     segment_sums: of squares of the summed gradient, for each segment of the layout.
-    clipped_sum: of squares of the gradient after a clip by value; None without one.
+    clipped_norm: after the clip; clipped_sum: of its squares, where the shards clip; else None.
     logged: means of what the loss function returned besides. data_seconds, slowest_worker, slowest_ratio: see
     StepRecord. signals: None in a step that they are not measured in. activations: see StepRecord.
     began, collected, reported, committed: when the round began, all pushes were there, all shards had reduced, applied.
@@ -31,6 +31,7 @@ class CompletedStep(NamedTuple):
     samples: int
     workers: int
     segment_sums: NDArray[np.float64]
+    clipped_norm: float
     clipped_sum: float | None
     began: float
     collected: float
@@ -46,7 +47,7 @@ class CompletedStep(NamedTuple):
     def record(self, parameter_norms: bytes = b"", signals: bytes = b"") -> StepRecord:
         """The record of the step."""
         decision, norm = self.decision, self.norm
-        clipped_norm = norm * decision.coefficient
+        clipped_norm = self.clipped_norm
         if self.clipped_sum is not None and decision.apply:
             clipped_norm = math.sqrt(self.clipped_sum)
         return StepRecord(

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ps.numerics.clip import ClipPolicy, clip_coefficient
 from ps.numerics.ranges import leaves_of
+from ps.step.clipping import Clipping
 from ps.step.messages import Decision, LeafResult, Outcome, Push, Round
 from ps.step.record import CompletedStep
 from ps.step.signals import StepSignals
@@ -148,10 +148,8 @@ class RoundState:
         """Whether gradient, loss and weight are; known once `decide` has been called."""
         return math.isfinite(self.weight)
 
-    def decide(self, lr: float, max_norm: float | None, policy: ClipPolicy | None = None) -> Decision:
-        """Clip by the global norm and apply, or skip a step that is not finite or weighs nothing.
-
-        policy: what sets the largest norm instead of `max_norm`, and learns from this one.
+    def decide(self, lr: float, clipping: Clipping) -> Decision:
+        """Clip and apply, or skip a step that is not finite or weighs nothing.
 
         Also sets loss, norm and weight, which are of the mean gradient.
         """
@@ -160,17 +158,18 @@ class RoundState:
         finite = math.isfinite(total) and math.isfinite(loss) and math.isfinite(weight)
         self.weight = weight if finite else math.nan
         if not finite or weight <= 0.0:
-            self.loss = self.norm = math.nan
+            self.loss = self.norm = self.clipped_norm = math.nan
             return Decision(self.step, self.kind, apply=False, lr=lr)
         self.loss = loss / weight
         self.norm = math.sqrt(total) / weight
-        if policy is not None:
-            max_norm = policy.max_norm(self.norm)
-        coefficient = clip_coefficient(self.norm, max_norm)
-        return Decision(self.step, self.kind, True, weight, coefficient, lr, self.loss)
+        clip = clipping(self.norm, self.segment_sums(), weight)
+        self.clipped_norm = clip.norm
+        return Decision(
+            self.step, self.kind, True, weight, clip.coefficient, lr, self.loss, coefficients=clip.coefficients
+        )
 
     def completed(
-        self, workers: int, now: float, *, clips_by_value: bool, slowest: tuple[int, float] = (-1, 1.0)
+        self, workers: int, now: float, *, clips_in_shards: bool, slowest: tuple[int, float] = (-1, 1.0)
     ) -> CompletedStep:
         """What is told of the step, when all shards have applied the decision. slowest: see Members."""
         assert self.decision is not None  # noqa: S101  # a step is complete when it is decided and applied
@@ -182,7 +181,8 @@ class RoundState:
             samples=self.total_samples(),
             workers=workers,
             segment_sums=self.segment_sums(),
-            clipped_sum=math.fsum(self._applied.values()) if clips_by_value else None,
+            clipped_norm=self.clipped_norm,
+            clipped_sum=math.fsum(self._applied.values()) if clips_in_shards else None,
             began=self.began,
             collected=self.collected,
             reported=self.reported,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ps.compression.codec import Codec
 from ps.memory.gpu import Device
 from ps.numerics.average import RunningAverage
+from ps.numerics.clip_parameters import Agc, scale_parameters
 from ps.numerics.full_batch import FullBatchOptimizer
 from ps.numerics.optimizer import ShardOptimizer
 from ps.numerics.reduce_cpu import Reducer
@@ -27,7 +28,7 @@ from ps.parameters.layout import Shard
 from ps.step.messages import Decision, Outcome, Round
 from ps.step.signals import is_measured
 from steepest.optimizer_base import OptimizerSpec
-from steepest.spec import AverageSpec
+from steepest.step_spec import AverageSpec, ClipSpec
 
 
 class ShardState:
@@ -48,7 +49,7 @@ class ShardState:
         optimizer: OptimizerSpec,
         *,
         num_leaves: int,
-        max_value: float | None,
+        clip: ClipSpec = ClipSpec(),  # noqa: B008  # immutable
         step: int = 0,
         initialized: bool = False,
         num_threads: int = 1,
@@ -79,7 +80,7 @@ class ShardState:
         self._num_leaves = num_leaves
         self.push_codec, self._pull = push, pull
         self._scratch = torch.empty(0)
-        self._max_value = max_value
+        self._clip = clip
         self._signals_every = signals_every
         self.gradient_signals: NDArray[np.float64] | None = None  # of the round, once it is reduced
         self.update_signals: NDArray[np.float64] | None = None  # of the last decision
@@ -97,11 +98,13 @@ class ShardState:
         if self._device is not None:
             self._reducer: Reducer | DeviceReducer = DeviceReducer(self.shard, self._device.torch_device)
             self._signals: Signals = DeviceSignals(self.shard, self._device.torch_device)
+            self._agc = None if self._clip.agc is None else Agc(self._clip.agc, self.shard)
             return
         ranges = split(self.shard, num_threads)
         threads = Threads(len(ranges))
         self._reducer = Reducer(self.shard, threads, ranges)
         self._signals = CpuSignals(self.shard, threads, ranges)
+        self._agc = None if self._clip.agc is None else Agc(self._clip.agc, self.shard, threads, ranges)
         if not isinstance(self.optimizer, FullBatchOptimizer):
             self.optimizer.use_threads(threads, ranges, num_threads)
 
@@ -192,8 +195,8 @@ class ShardState:
     def apply(self, decision: Decision) -> float:
         """Carry out the leader's decision and end the round.
 
-        Returns the sum of squares of the gradient after a clip by value, else 0.0. Raises ValueError for a decision of
-        another round: that is a fault of the leader, and nothing is applied.
+        Returns the sum of squares of the gradient after a clip by value or agc, else 0.0. Raises ValueError for a
+        decision of another round: that is a fault of the leader, and nothing is applied.
         """
         if not self._is_current(decision.step, decision.kind) or not self._reduced:
             raise ValueError(f"shard {self.shard.index} at step {self.step} cannot apply {decision}")
@@ -232,8 +235,13 @@ class ShardState:
         if isinstance(self.optimizer, FullBatchOptimizer):
             self.optimizer.step(gradient, lr=lr, divisor=divisor, loss=decision.loss, last=decision.last)
             return 0.0
-        return self.optimizer.step(
-            gradient, lr=lr, divisor=divisor, coefficient=decision.coefficient, max_value=self._max_value
+        clipped = 0.0
+        if decision.coefficients:
+            scale_parameters(gradient, self.shard, np.frombuffer(decision.coefficients, "<f8"))
+        if self._agc is not None:
+            clipped = self._agc(gradient, self.master, divisor)
+        return clipped + self.optimizer.step(
+            gradient, lr=lr, divisor=divisor, coefficient=decision.coefficient, max_value=self._clip.value
         )
 
     def expose(self) -> None:

@@ -196,6 +196,7 @@ def decision_to_proto(decision: Decision) -> pb.Decision:
         lr=decision.lr,
         loss=decision.loss,
         last=decision.last,
+        coefficients=decision.coefficients,
     )
 
 
@@ -210,6 +211,7 @@ def decision_from_proto(message: pb.Decision) -> Decision:
         lr=message.lr,
         loss=message.loss,
         last=message.last,
+        coefficients=message.coefficients,
     )
 
 

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Protocol
 
 from ps.checkpoint.files import MODEL, newest_verified
@@ -86,6 +87,7 @@ class Operations:
         _check_messages(description)
         _check_best(spec, description)
         _check_decay(spec, description)
+        _check_names(spec, description)
         self._check_device(spec)
         problem = compression_problem(spec.compression, description.layout(spec))
         if problem:
@@ -231,6 +233,16 @@ def _check_decay(spec: TrainingJobSpec, description: TaskDescription) -> None:
     if spec.optimizer.name == "rprop" and any(group.weight_decay for group in description.model.groups):
         problem = "'rprop' has no weight decay, and a parameter group of the task sets one"
         raise SpecError([Violation("optimizer.name", problem)])
+
+
+def _check_names(spec: TrainingJobSpec, description: TaskDescription) -> None:
+    """Raises SpecError for a pattern that no parameter has a name of."""
+    names = [p.name for p in description.model.parameters]
+    for pattern in spec.clip.agc.exclude if spec.clip.agc is not None else ():
+        if not any(fnmatchcase(name, pattern) for name in names):
+            shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+            problem = f"{pattern!r} is the name of no parameter; there are: {shown}"
+            raise SpecError([Violation("clip.agc.exclude", problem)])
 
 
 def _check_messages(description: TaskDescription) -> None:

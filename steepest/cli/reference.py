@@ -11,7 +11,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from steepest import spec
+from steepest import spec, step_spec
 from steepest.cli.options import FLAG_OF_PATH
 from steepest.spec_fields import describe_fields
 
@@ -25,6 +25,8 @@ MESSAGES = (
     "ScheduleSpec",
     "AutoClipSpec",
     "ZClipSpec",
+    "AdaGcSpec",
+    "AgcSpec",
     "ClipSpec",
     "SyncSpec",
     "CompressionSpec",
@@ -65,7 +67,8 @@ def proto(text: str) -> str:
         if found is None:
             raise ValueError(f"{PROTO} has no message {name}")
         fields = descriptions.get(name) or {
-            field: info.description or "" for field, info in getattr(spec, name).model_fields.items()
+            field: info.description or ""
+            for field, info in (getattr(spec, name, None) or getattr(step_spec, name)).model_fields.items()
         }
         lines = []
         for line in found[1].splitlines():

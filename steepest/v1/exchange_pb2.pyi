@@ -843,6 +843,7 @@ class Decision(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
+    COEFFICIENTS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     apply: _builtins.bool
     divisor: _builtins.float
@@ -851,6 +852,8 @@ class Decision(_message.Message):
     kind: _builtins.str
     loss: _builtins.float
     last: _builtins.bool
+    coefficients: _builtins.bytes
+    """For each parameter, float64, little-endian; empty unless every one is clipped by itself."""
     def __init__(
         self,
         *,
@@ -862,10 +865,11 @@ class Decision(_message.Message):
         kind: _builtins.str = ...,
         loss: _builtins.float = ...,
         last: _builtins.bool = ...,
+        coefficients: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply", b"apply", "coefficient", b"coefficient", "divisor", b"divisor", "kind", b"kind", "last", b"last", "loss", b"loss", "lr", b"lr", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply", b"apply", "coefficient", b"coefficient", "coefficients", b"coefficients", "divisor", b"divisor", "kind", b"kind", "last", b"last", "loss", b"loss", "lr", b"lr", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

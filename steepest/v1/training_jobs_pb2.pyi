@@ -581,6 +581,94 @@ class ZClipSpec(_message.Message):
 Global___ZClipSpec: _TypeAlias = ZClipSpec  # noqa: Y015
 
 @_typing.final
+class AdaGcSpec(_message.Message):
+    """Scale down a parameter's gradient where it is far above its own running norm."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RELATIVE_FIELD_NUMBER: _builtins.int
+    ABSOLUTE_FIELD_NUMBER: _builtins.int
+    DECAY_FIELD_NUMBER: _builtins.int
+    WARMUP_STEPS_FIELD_NUMBER: _builtins.int
+    relative: _builtins.float
+    """Largest norm of a parameter's gradient, times the running mean of its norms."""
+    absolute: _builtins.float
+    """Largest global norm during the warm-up."""
+    decay: _builtins.float
+    """Of the running means, a step."""
+    warmup_steps: _builtins.int
+    """Steps with a global clip; a parameter's least norm begins its mean."""
+    def __init__(
+        self,
+        *,
+        relative: _builtins.float | None = ...,
+        absolute: _builtins.float | None = ...,
+        decay: _builtins.float | None = ...,
+        warmup_steps: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_absolute", b"_absolute", "_decay", b"_decay", "_relative", b"_relative", "_warmup_steps", b"_warmup_steps", "absolute", b"absolute", "decay", b"decay", "relative", b"relative", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_absolute", b"_absolute", "_decay", b"_decay", "_relative", b"_relative", "_warmup_steps", b"_warmup_steps", "absolute", b"absolute", "decay", b"decay", "relative", b"relative", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__absolute: _TypeAlias = _typing.Literal["absolute"]  # noqa: Y015
+    _WhichOneofArgType__absolute: _TypeAlias = _typing.Literal["_absolute", b"_absolute"]  # noqa: Y015
+    _WhichOneofReturnType__decay: _TypeAlias = _typing.Literal["decay"]  # noqa: Y015
+    _WhichOneofArgType__decay: _TypeAlias = _typing.Literal["_decay", b"_decay"]  # noqa: Y015
+    _WhichOneofReturnType__relative: _TypeAlias = _typing.Literal["relative"]  # noqa: Y015
+    _WhichOneofArgType__relative: _TypeAlias = _typing.Literal["_relative", b"_relative"]  # noqa: Y015
+    _WhichOneofReturnType__warmup_steps: _TypeAlias = _typing.Literal["warmup_steps"]  # noqa: Y015
+    _WhichOneofArgType__warmup_steps: _TypeAlias = _typing.Literal["_warmup_steps", b"_warmup_steps"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__absolute) -> _WhichOneofReturnType__absolute | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decay) -> _WhichOneofReturnType__decay | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__relative) -> _WhichOneofReturnType__relative | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__warmup_steps) -> _WhichOneofReturnType__warmup_steps | None: ...
+
+Global___AdaGcSpec: _TypeAlias = AdaGcSpec  # noqa: Y015
+
+@_typing.final
+class AgcSpec(_message.Message):
+    """Scale down a unit's gradient where it is large against the unit's weights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIPPING_FIELD_NUMBER: _builtins.int
+    EPS_FIELD_NUMBER: _builtins.int
+    EXCLUDE_FIELD_NUMBER: _builtins.int
+    clipping: _builtins.float
+    """Largest norm of a unit's gradient, times the norm of its weights."""
+    eps: _builtins.float
+    """Weights of a smaller norm count as of this norm."""
+    @_builtins.property
+    def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of parameters that are left alone, with * and ?, as the last layer's."""
+
+    def __init__(
+        self,
+        *,
+        clipping: _builtins.float | None = ...,
+        eps: _builtins.float | None = ...,
+        exclude: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clipping", b"_clipping", "_eps", b"_eps", "clipping", b"clipping", "eps", b"eps"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clipping", b"_clipping", "_eps", b"_eps", "clipping", b"clipping", "eps", b"eps", "exclude", b"exclude"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__clipping: _TypeAlias = _typing.Literal["clipping"]  # noqa: Y015
+    _WhichOneofArgType__clipping: _TypeAlias = _typing.Literal["_clipping", b"_clipping"]  # noqa: Y015
+    _WhichOneofReturnType__eps: _TypeAlias = _typing.Literal["eps"]  # noqa: Y015
+    _WhichOneofArgType__eps: _TypeAlias = _typing.Literal["_eps", b"_eps"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clipping) -> _WhichOneofReturnType__clipping | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__eps) -> _WhichOneofReturnType__eps | None: ...
+
+Global___AgcSpec: _TypeAlias = AgcSpec  # noqa: Y015
+
+@_typing.final
 class ClipSpec(_message.Message):
     """Gradient clipping: at most one of these."""
 
@@ -590,10 +678,15 @@ class ClipSpec(_message.Message):
     VALUE_FIELD_NUMBER: _builtins.int
     AUTOCLIP_FIELD_NUMBER: _builtins.int
     ZCLIP_FIELD_NUMBER: _builtins.int
+    PARAMETER_NORM_FIELD_NUMBER: _builtins.int
+    ADAGC_FIELD_NUMBER: _builtins.int
+    AGC_FIELD_NUMBER: _builtins.int
     norm: _builtins.float
     """Largest global L2 norm of the gradient; a longer one is scaled down."""
     value: _builtins.float
     """Largest magnitude of a gradient element; others are set to it."""
+    parameter_norm: _builtins.float
+    """Largest L2 norm of each parameter's gradient; a longer one is scaled down."""
     @_builtins.property
     def autoclip(self) -> Global___AutoClipSpec:
         """A largest norm that follows the gradient's own."""
@@ -602,6 +695,14 @@ class ClipSpec(_message.Message):
     def zclip(self) -> Global___ZClipSpec:
         """Scale down norms far above their running mean."""
 
+    @_builtins.property
+    def adagc(self) -> Global___AdaGcSpec:
+        """Scale down the gradient of a parameter above the running mean of its norms."""
+
+    @_builtins.property
+    def agc(self) -> Global___AgcSpec:
+        """Scale down the gradient of units where it is large against their weights."""
+
     def __init__(
         self,
         *,
@@ -609,17 +710,24 @@ class ClipSpec(_message.Message):
         value: _builtins.float | None = ...,
         autoclip: Global___AutoClipSpec | None = ...,
         zclip: Global___ZClipSpec | None = ...,
+        parameter_norm: _builtins.float | None = ...,
+        adagc: Global___AdaGcSpec | None = ...,
+        agc: Global___AgcSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_norm", b"_norm", "_value", b"_value", "autoclip", b"autoclip", "norm", b"norm", "value", b"value", "zclip", b"zclip"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_norm", b"_norm", "_parameter_norm", b"_parameter_norm", "_value", b"_value", "adagc", b"adagc", "agc", b"agc", "autoclip", b"autoclip", "norm", b"norm", "parameter_norm", b"parameter_norm", "value", b"value", "zclip", b"zclip"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_norm", b"_norm", "_value", b"_value", "autoclip", b"autoclip", "norm", b"norm", "value", b"value", "zclip", b"zclip"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_norm", b"_norm", "_parameter_norm", b"_parameter_norm", "_value", b"_value", "adagc", b"adagc", "agc", b"agc", "autoclip", b"autoclip", "norm", b"norm", "parameter_norm", b"parameter_norm", "value", b"value", "zclip", b"zclip"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__norm: _TypeAlias = _typing.Literal["norm"]  # noqa: Y015
     _WhichOneofArgType__norm: _TypeAlias = _typing.Literal["_norm", b"_norm"]  # noqa: Y015
+    _WhichOneofReturnType__parameter_norm: _TypeAlias = _typing.Literal["parameter_norm"]  # noqa: Y015
+    _WhichOneofArgType__parameter_norm: _TypeAlias = _typing.Literal["_parameter_norm", b"_parameter_norm"]  # noqa: Y015
     _WhichOneofReturnType__value: _TypeAlias = _typing.Literal["value"]  # noqa: Y015
     _WhichOneofArgType__value: _TypeAlias = _typing.Literal["_value", b"_value"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__norm) -> _WhichOneofReturnType__norm | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__parameter_norm) -> _WhichOneofReturnType__parameter_norm | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__value) -> _WhichOneofReturnType__value | None: ...
 

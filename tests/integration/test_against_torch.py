@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.utils import clip_grad_norm_
 
 from harness.local_job import job_config, run_here
 from ps.job.config import JobConfig
@@ -15,6 +16,7 @@ from ps.numerics.optimizer import torch_class, torch_options
 from ps.numerics.schedule import learning_rate
 from steepest.interop import load_optimizer_state
 from steepest.spec import ELEMENTWISE
+from steepest.step_spec import AdaGcSpec, AgcSpec
 from tests.support.choices import pairwise_first
 from worker.data.sampler import Sampler
 from worker.task.load import load_task
@@ -40,6 +42,7 @@ class Reference:
             self.task.model.parameters(), **torch_options(config.spec.optimizer)
         )
         self.norms: list[float] = []
+        self.means: dict[Any, float] = {}
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         parts = [self.sampler.indices(step, m) for m in range(self.config.spec.data.num_micro_batches)]
@@ -56,10 +59,41 @@ class Reference:
             self.optimizer.zero_grad()
             self.task.loss(self.task.model(inputs), targets).backward()
             if spec.clip.norm is not None:
-                self.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, spec.clip.norm)))
+                self.norms.append(float(clip_grad_norm_(parameters, spec.clip.norm)))
             if spec.clip.value is not None:
                 torch.nn.utils.clip_grad_value_(parameters, spec.clip.value)
+            if spec.clip.parameter_norm is not None:
+                self.norms += [float(clip_grad_norm_([p], spec.clip.parameter_norm)) for p in parameters]
+            if spec.clip.agc is not None:
+                self._clip_units(spec.clip.agc)
+            if spec.clip.adagc is not None:
+                self._clip_by_means(spec.clip.adagc, step)
             self.optimizer.step()
+
+    def _clip_units(self, agc: AgcSpec) -> None:
+        """Equation 3 of Brock et al. 2021, a unit at a time."""
+        for name, p in self.task.model.named_parameters():
+            if name == agc.exclude[0]:
+                continue
+            for weights, gradient in zip(p, p.grad, strict=True) if p.ndim > 1 else [(p, p.grad)]:
+                limit = agc.clipping * max(float(weights.detach().norm()), agc.eps)
+                self.norms.append(float(gradient.norm()) - limit)
+                if gradient.norm() > limit:
+                    gradient.mul_(limit / gradient.norm())
+
+    def _clip_by_means(self, adagc: AdaGcSpec, step: int) -> None:
+        """Algorithm 1 of Wang et al. 2025."""
+        parameters = list(self.task.model.parameters())
+        whole = float(torch.stack([p.grad.norm() for p in parameters]).norm())
+        for p in parameters:
+            if step < adagc.warmup_steps:
+                p.grad.mul_(min(adagc.absolute / whole, 1.0))
+                self.means[p] = min(self.means.get(p, torch.inf), float(p.grad.norm()))
+                continue
+            limit = adagc.relative * self.means[p]
+            self.norms.append(float(p.grad.norm()) - limit)
+            p.grad.mul_(min(limit / float(p.grad.norm()), 1.0))
+            self.means[p] = adagc.decay * self.means[p] + (1 - adagc.decay) * float(p.grad.norm())
 
 
 def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -92,6 +126,33 @@ def test_a_hundred_steps_agree(optimizer: str, clip: str, dtype: str, tmp_path: 
     assert largest_difference(state.model, theirs) <= BOUNDS[dtype]
     if clip == "norm":
         assert any(norm > 0.02 for norm in reference.norms), "the clip never acted"
+
+
+BY_PARAMETER: dict[str, dict[str, Any]] = {
+    "parameter_norm": {"parameter_norm": 0.1},
+    "agc": {"agc": {"clipping": 0.02, "exclude": ["2.bias"]}},
+    "adagc": {"adagc": {"warmup_steps": 10, "absolute": 0.5}},
+}
+
+
+@pytest.mark.parametrize("clip", BY_PARAMETER)
+def test_a_hundred_steps_with_every_parameter_clipped_by_itself(clip: str, tmp_path: Path) -> None:
+    config = job_config(
+        tmp_path,
+        "tests.support.tasks:regression",
+        arguments={"dtype": "float64"},
+        steps=100,
+        data={"global_batch": 32},
+        optimizer={"name": "adamw", "lr": 0.01},
+        clip=BY_PARAMETER[clip],
+        placement={"servers": 2},
+    )
+    state = run_here(config)
+    reference = Reference(config)
+    reference.train(0, 100)
+    assert largest_difference(state.model, reference.task.model.state_dict()) <= 1e-10
+    limit = BY_PARAMETER[clip].get("parameter_norm", 0.0)
+    assert 0.05 < sum(norm > limit for norm in reference.norms) / len(reference.norms) < 0.95
 
 
 @pytest.mark.parametrize("optimizer", ELEMENTWISE)

@@ -65,6 +65,21 @@ JOBS: dict[str, dict[str, Any]] = {
         "data": {"micro_batch": 8},
         "optimizer": {"name": "tests.support.optimizers:RowSigns", "lr": 0.01, "options": {"warmup": 3}},
     },
+    "clipped unit by unit": {
+        "task": "tests.support.tasks:regression",
+        "arguments": {"hidden": 400},
+        "epochs": 2,
+        "data": {"global_batch": 37, "micro_batch": 5},
+        "clip": {"agc": {"clipping": 0.001, "exclude": ["2.*"]}},
+    },
+    "clipped by the means of each parameter": {
+        "task": "tests.support.tasks:regression",
+        "arguments": {"hidden": 20_000},
+        "epochs": 3,
+        "data": {"global_batch": 37, "micro_batch": 5},
+        "clip": {"adagc": {"warmup_steps": 2, "absolute": 0.01}},
+        "optimizer": {"name": "adam", "decay_biases_and_norms": False, "weight_decay": 0.1},
+    },
     "analytic": {
         "task": "tests.support.tasks:least_squares",
         "epochs": 2,

@@ -12,7 +12,7 @@ from ps.step.effects import Decide, Dismiss, Hung, Phase, PhaseChanged, Save, Se
 from ps.step.leader import Leader
 from ps.step.messages import Assign, Failure, LeafResult, Outcome, Push, PushedNode, Round
 from ps.step.plan import Plan
-from steepest.spec import ScheduleSpec
+from steepest.spec import ClipSpec, ScheduleSpec
 
 
 def leader(**changes: Any) -> Leader:
@@ -46,7 +46,7 @@ def finish_step(it: Leader, assigns: list[Send], sums: float = 64.0) -> list[Any
 
 
 def test_one_step() -> None:
-    it = leader(max_norm=0.5)
+    it = leader(clip=ClipSpec(norm=0.5))
     sends = of_kind(it.join("a", 0.0), Send)
     assert sends == [Send("a", Assign(0, Round.TRAIN, ((0, 4),)))]
     effects = finish_step(it, sends)

@@ -22,7 +22,7 @@ from ps.step.messages import Assign, LeafResult, Outcome, Push, PushedNode, Roun
 from ps.step.plan import Plan
 from ps.step.shard import ShardState
 from steepest.optimizer_spec import optimizer_spec
-from steepest.spec import ScheduleSpec
+from steepest.spec import ClipSpec, ScheduleSpec
 from tests.support.models import described
 
 STEPS, LEAVES = 5, 6
@@ -57,8 +57,7 @@ class World:
     def __init__(self, num_servers: int, evaluation_leaves: int = 0) -> None:
         self.flat = torch.zeros(LAYOUT.numel)
         self.shards = [
-            ShardState(s, self.flat[s.start : s.stop], SPEC, num_leaves=LEAVES, max_value=None)
-            for s in shards(LAYOUT, num_servers)
+            ShardState(s, self.flat[s.start : s.stop], SPEC, num_leaves=LEAVES) for s in shards(LAYOUT, num_servers)
         ]
         plan = Plan(
             total_steps=STEPS,
@@ -66,7 +65,7 @@ class World:
             num_servers=num_servers,
             base_lr=0.1,
             schedule=ScheduleSpec(name="linear"),
-            max_norm=1.0,
+            clip=ClipSpec(norm=1.0),
             evaluation_leaves=evaluation_leaves,
             metric_names=("accuracy",),
             eval_every=2,

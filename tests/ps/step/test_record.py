@@ -14,7 +14,7 @@ from tests.support.models import described
 def completed(**changes: object) -> CompletedStep:
     values = {
         "decision": Decision(4, Round.TRAIN, True, 2.0, 0.5, 0.1),
-        "loss": 3.0, "norm": 5.0, "weight": 2.0, "samples": 8, "workers": 2,
+        "loss": 3.0, "norm": 5.0, "clipped_norm": 2.5, "weight": 2.0, "samples": 8, "workers": 2,
         "segment_sums": np.array([36.0, 64.0]), "clipped_sum": None,
         "began": 10.0, "collected": 11.0, "reported": 11.5, "committed": 12.0,
     } | changes  # fmt: skip

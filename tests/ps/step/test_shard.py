@@ -20,7 +20,6 @@ def shard() -> ShardState:
         torch.zeros(whole.numel),
         optimizer_spec(name="sgd", lr=1.0),
         num_leaves=2,
-        max_value=None,
         initialized=True,
     )
 
@@ -87,7 +86,6 @@ def test_on_a_gpu_what_lies_in_the_hosts_memory_is_copied() -> None:
         torch.zeros(shard.numel),
         optimizer_spec(name="rmsprop"),
         num_leaves=2,
-        max_value=None,
         initialized=True,
         device=device,
     )
