@@ -124,10 +124,15 @@ def time_figure(records: Records) -> Figure:
     """Where the time of steps goes."""
     figure = _figure((11, 3))
     axis = figure.subplots()
-    data = np.minimum(records.column("data_seconds"), records.column("compute_seconds"))
+    computing = records.column("compute_seconds")
+    busy = np.fmin(
+        np.where(records.column("worker_seconds") > 0, records.column("worker_seconds"), computing), computing
+    )
+    data = np.minimum(records.column("data_seconds"), busy)
     parts = {
         "waiting for data": (data, GREY),
-        "forward and backward": (records.column("compute_seconds") - data, BLUE),
+        "forward and backward": (busy - data, BLUE),
+        "messages": (computing - busy, RED),
         "reduce": (records.column("reduce_seconds"), ORANGE),
         "apply": (records.column("apply_seconds"), GREEN),
     }

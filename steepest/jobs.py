@@ -172,11 +172,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The newest step of a running job.
-
-    data_seconds: that the worker which waited longest spent waiting for samples. logged: what the loss function
-    returned besides.
-    """
+    """The newest step of a running job. Seconds: see docs/watching.md. logged: what the loss returned besides."""
 
     step: int
     loss: float
@@ -189,6 +185,11 @@ class Progress:
     step_seconds: float
     data_seconds: float
     logged: dict[str, float]
+    compute_seconds: float = 0.0
+    reduce_seconds: float = 0.0
+    apply_seconds: float = 0.0
+    worker_seconds: float = 0.0
+    mean_worker_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,4 +318,9 @@ def progress_from_proto(message: pb.StepRecord) -> Progress:
         message.step_seconds,
         message.data_seconds,
         dict(message.logged),
+        message.compute_seconds,
+        message.reduce_seconds,
+        message.apply_seconds,
+        message.worker_seconds,
+        message.mean_worker_seconds,
     )

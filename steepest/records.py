@@ -32,6 +32,15 @@ class Records:
     def __len__(self) -> int:
         return len(self.columns["step"])
 
+    def between(self, first: int, last: int | None) -> Records:
+        """Those of the steps from `first` to `last`, without signals and evaluations."""
+        steps = self.columns["step"]
+        chosen = (steps >= first) & (steps <= (np.inf if last is None else last))
+        columns, norms = (
+            {name: values[chosen] for name, values in found.items()} for found in (self.columns, self.norms)
+        )
+        return Records(columns, norms)
+
     def column(self, name: str) -> NDArray[np.float64]:
         """A column; not a number where there is none of that name."""
         found = self.columns.get(name)

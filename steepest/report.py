@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
+from steepest.bottleneck import COLUMNS, RECENT_STEPS, bottleneck
 from steepest.charts import as_svg, layers_figure, time_figure, training_figure
 from steepest.errors import SteepestError
 from steepest.jobs import Event, JobInfo
@@ -21,18 +22,20 @@ def report_html(info: JobInfo, records: Records, events: Sequence[Event], versio
         from markupsafe import Markup
     except ImportError:
         raise SteepestError("reports are made with Jinja, which is not there: pip install jinja2 matplotlib") from None
-    pictures = []
+    pictures, facts = [], _facts(info)
     if len(records):
         pictures.append(("Training", training_figure(records, "", info.findings)))
         layers = layers_figure(records)
         if layers is not None:
             pictures.append(("Layers", layers))
         pictures.append(("Time", time_figure(records)))
+        held = bottleneck({name: records.column(name)[-RECENT_STEPS:] for name in COLUMNS})
+        facts += [] if held is None else [("A step is", f"{held.word}, {1e3 * held.seconds:.3g} ms")]
     source = files("steepest").joinpath("report.html.jinja").read_text(encoding="utf-8")
     template = Environment(autoescape=True).from_string(source)
     return template.render(
         info=info,
-        facts=_facts(info),
+        facts=facts,
         # The pictures are Matplotlib's own, which escapes what it writes.
         pictures=[(title, Markup(as_svg(figure))) for title, figure in pictures],  # noqa: S704
         events=events,

@@ -150,6 +150,8 @@ class StepRecord(NamedTuple):
     """What the leader saw in one step. Norms are of the mean gradient; times are in seconds.
 
     data_seconds: of the worker that waited longest for samples; reading beside the servers' work is no waiting.
+    worker_seconds: that the worker with most to do spent on its micro-batches, reading included; mean_worker_seconds:
+    of all that had something to do.
     slowest_worker: the number of the one that took longest for a micro-batch, and slowest_ratio: its time to the median
     of the others'; -1 and 1 where there are no others.
     parameter_norms: of each parameter's gradient before the clip, in the layout's order; logged: means of what the loss
@@ -182,6 +184,8 @@ class StepRecord(NamedTuple):
     slowest_ratio: float = 1.0
     signals: bytes = b""
     activations: bytes = b""
+    worker_seconds: float = 0.0
+    mean_worker_seconds: float = 0.0
 
 
 RECORD_BYTES = ("parameter_norms", "logged", "signals", "activations")  # those fields of a StepRecord

@@ -21,6 +21,7 @@ class CompletedStep(NamedTuple):
     clipped_norm: after the clip; clipped_sum: of its squares, where the shards clip; else None.
     logged: means of what the loss function returned besides. data_seconds, slowest_worker, slowest_ratio: see
     StepRecord. signals: None in a step that they are not measured in. activations: see StepRecord.
+    worker_seconds: that each worker spent on its micro-batches.
     began, collected, reported, committed: when the round began, all pushes were there, all shards had reduced, applied.
     """
 
@@ -43,6 +44,7 @@ class CompletedStep(NamedTuple):
     slowest_ratio: float = 1.0
     signals: StepSignals | None = None
     activations: bytes = b""
+    worker_seconds: tuple[float, ...] = ()
 
     def record(self, parameter_norms: bytes = b"", signals: bytes = b"") -> StepRecord:
         """The record of the step."""
@@ -74,6 +76,8 @@ class CompletedStep(NamedTuple):
             slowest_ratio=self.slowest_ratio,
             signals=signals,
             activations=self.activations,
+            worker_seconds=max(self.worker_seconds, default=0.0),
+            mean_worker_seconds=sum(self.worker_seconds) / max(1, len(self.worker_seconds)),
         )
 
 

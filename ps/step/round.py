@@ -40,6 +40,7 @@ class RoundState:
         self._missing = self._everything
         self._by = [""] * num_leaves
         self._data_seconds: dict[str, float] = {}  # by worker
+        self._worker_seconds: dict[str, float] = {}
         self._served_seconds = served_seconds
         self._reports: dict[int, NDArray[np.float64]] = {}
         self._sums: NDArray[np.float64] | None = None
@@ -107,6 +108,7 @@ class RoundState:
                 self.results[result.leaf] = result
                 self._by[result.leaf] = worker
         outcome = Outcome.ACCEPTED if delivered & self._missing else Outcome.DUPLICATE
+        self._worker_seconds[worker] = self._worker_seconds.get(worker, 0.0) + push.seconds
         if push.data_seconds:
             self._data_seconds[worker] = self._data_seconds.get(worker, 0.0) + push.data_seconds
         self._missing &= ~delivered
@@ -189,6 +191,7 @@ class RoundState:
             committed=now,
             logged=self.mean_logged(),
             data_seconds=self._waiting_seconds(),
+            worker_seconds=tuple(self._worker_seconds.values()),
             slowest_worker=slowest[0],
             slowest_ratio=slowest[1],
             signals=self._signals(),

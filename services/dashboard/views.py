@@ -21,15 +21,14 @@ from services.store.history import SCALARS, JobHistory
 from services.store.lifecycle import ENDED, JobState
 from services.store.series import bucket_starts, downsample, largest
 from services.store.store import JobRow, Store
+from steepest.bottleneck import COLUMNS, RECENT_STEPS, bottleneck
 from steepest.errors import SpecError, Violation
 from steepest.spec import TrainingJobSpec, spec_from_dict
 
 SPARK_POINTS, MAX_POINTS = 40, 5000
-RECENT_STEPS = 200  # over which speed and shares of a step's time are measured
 LIVE_RECORDS, LIVE_LINES = 1000, 500
 GRADIENT_NORM, UPDATE_RATIO = "gradient_norm", "update_ratio"
 LAYER_SIGNALS = (GRADIENT_NORM, UPDATE_RATIO, *NAMES)
-INPUT_BOUND, SERVER_BOUND = 0.3, 0.4  # shares of a step's time from which on it is called so
 
 
 class Cursor(NamedTuple):
@@ -199,7 +198,7 @@ class Views:
     def _summarize(self, row: JobRow) -> dict[str, Any]:
         result, history = row.result, self._history(row.id)
         recent = history.columns(
-            ["time", "step_seconds", "data_seconds", "compute_seconds", "reduce_seconds", "apply_seconds"],
+            ["time", *COLUMNS],
             max(0, result.step - RECENT_STEPS),
         )
         spark = downsample(history.columns(["loss"]), SPARK_POINTS)
@@ -264,23 +263,14 @@ def _eta(row: JobRow, recent: dict[str, NDArray[Any]]) -> float | None:
 
 
 def _shares(recent: dict[str, NDArray[Any]]) -> dict[str, Any] | None:
-    """Where a step's time goes: medians of the last steps, as shares, and one word for it."""
-    if not len(recent["step"]):
+    """Where a step's time goes: shares of the last steps, one word for it, and what to try."""
+    found = bottleneck(recent)
+    if found is None:
         return None
-    medians = {name: float(np.median(values)) for name, values in recent.items() if name.endswith("_seconds")}
-    whole = medians["step_seconds"]
-    if not whole > 0:
-        return None
-    data = min(medians["data_seconds"], medians["compute_seconds"])
-    shares = {
-        "data": data / whole,
-        "compute": (medians["compute_seconds"] - data) / whole,
-        "reduce": medians["reduce_seconds"] / whole,
-        "apply": medians["apply_seconds"] / whole,
+    return {
+        **found.shares,
+        "step_seconds": found.seconds,
+        "word": found.word,
+        "saves_seconds": found.saves,
+        "remedy": found.remedy,
     }
-    word, seconds = "compute-bound", 0.0
-    if shares["data"] > INPUT_BOUND:
-        word, seconds = "input-bound", data
-    elif shares["reduce"] + shares["apply"] > SERVER_BOUND:
-        word, seconds = "server-bound", medians["reduce_seconds"] + medians["apply_seconds"]
-    return {**shares, "step_seconds": whole, "word": word, "saves_seconds": seconds}

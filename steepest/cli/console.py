@@ -5,21 +5,25 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from steepest.bottleneck import COLUMNS, bottleneck
 from steepest.jobs import SUBMISSION, Event, JobInfo, LogLine
 from steepest.jobs import Progress as StepProgress
 
 if TYPE_CHECKING:
     from ps.job.footprint import Footprint
 
-NOTABLE_WAITING = 0.1  # of a step
+SPARK_STEPS = 20  # that the line of losses shows, and that are looked at for what holds steps up
+BARS = "▁▂▃▄▅▆▇█"
 LINE_SECONDS = 2.0  # between lines of progress where stderr is no terminal
 
 
@@ -35,6 +39,7 @@ class JobDisplay:
         self._last_line = 0.0
         self._seen: tuple[float, int] | None = None
         self._rate = 0.0
+        self._recent: deque[StepProgress] = deque(maxlen=SPARK_STEPS)
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -79,9 +84,11 @@ class JobDisplay:
         samples = f"{self._rate * progress.samples:,.0f} samples/s" if self._rate else ""
         clipped = "" if math.isclose(progress.clipped_norm, progress.gradient_norm) else f"→{progress.clipped_norm:.3g}"
         logged = "".join(f"  {name} {value:.4g}" for name, value in progress.logged.items())
-        waiting = progress.data_seconds / progress.step_seconds if progress.step_seconds > 0 else 0.0
-        waits = f"  {waiting:.0%} waiting for data" if waiting > NOTABLE_WAITING else ""
-        numbers = f"loss {progress.loss:.4g}{logged}  |g| {progress.gradient_norm:.3g}{clipped}  {samples}{waits}"
+        self._recent.append(progress)
+        found = bottleneck({name: np.array([getattr(p, name) for p in self._recent]) for name in COLUMNS})
+        held = "" if found is None or found.word == "compute-bound" else f"  {found.word}, {found.saves_share:.0%}"
+        loss = f"{spark([p.loss for p in self._recent])} {progress.loss:.4g}"
+        numbers = f"loss {loss}{logged}  |g| {progress.gradient_norm:.3g}{clipped}  {samples}{held}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=progress.step, numbers=numbers)
             return
@@ -90,6 +97,14 @@ class JobDisplay:
         self._last_line = time.monotonic()
         left = f"  ETA {(self._total - progress.step) / self._rate:.0f} s" if self._rate else ""
         self.say(f"step {progress.step}/{self._total}  {numbers}{left}")
+
+
+def spark(values: Sequence[float]) -> str:
+    """Numbers as a line of bars, the least the lowest; what is not finite is a gap."""
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((v - low) * scale)] if math.isfinite(v) else " " for v in values)
 
 
 def log_line(line: LogLine) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -134,6 +135,26 @@ def report(
             info, records_of(handle.history(), handle.evaluations()), handle.events(), version("steepest")
         )
     _write(output, lambda: output.write_text(text, encoding="utf-8"))
+
+
+@app.command(rich_help_panel="What is kept")
+def trace(
+    job: JobOrDirectory,
+    output: Annotated[Path, Option(help="JSON file to write, for https://ui.perfetto.dev or chrome://tracing.")],
+    steps: Annotated[str, Option(help="FIRST:LAST, as 100:200; all without it.")] = ":",
+    server: Server = DEFAULT_SERVER,
+) -> None:
+    """Write where the time of a job's steps went as a trace."""
+    found = re.fullmatch(r"(\d*):(\d*)", steps)
+    if found is None:
+        fail(f"--steps {steps!r}: must be FIRST:LAST, as 100:200, either of which may be left out")
+    from steepest.trace import write_trace
+
+    title, records, _ = _read(job, server)
+    chosen = records.between(int(found[1] or 0), int(found[2]) if found[2] else None)
+    if not len(chosen):
+        fail(f"--steps {steps}: the job has no record of such a step")
+    _write(output, lambda: write_trace(chosen, output, title))
 
 
 TRACKERS = ("tensorboard", "mlflow", "wandb")

@@ -2617,6 +2617,8 @@ class StepRecord(_message.Message):
     SLOWEST_WORKER_FIELD_NUMBER: _builtins.int
     SLOWEST_RATIO_FIELD_NUMBER: _builtins.int
     SIGNALS_FIELD_NUMBER: _builtins.int
+    WORKER_SECONDS_FIELD_NUMBER: _builtins.int
+    MEAN_WORKER_SECONDS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     time: _builtins.float
     loss: _builtins.float
@@ -2640,6 +2642,9 @@ class StepRecord(_message.Message):
     where there are no others.
     """
     slowest_ratio: _builtins.float
+    worker_seconds: _builtins.float
+    """That the worker with most to do spent on its micro-batches, and the mean of all that had something to do."""
+    mean_worker_seconds: _builtins.float
     @_builtins.property
     def parameter_norms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Before the clip, in the order of QueryHistoryResponse.parameter_names; empty when the job does not keep them."""
@@ -2677,10 +2682,12 @@ class StepRecord(_message.Message):
         slowest_worker: _builtins.int = ...,
         slowest_ratio: _builtins.float = ...,
         signals: _abc.Mapping[_builtins.str, Global___ParameterSignals] | None = ...,
+        worker_seconds: _builtins.float = ...,
+        mean_worker_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "data_seconds", b"data_seconds", "gradient_norm", b"gradient_norm", "logged", b"logged", "loss", b"loss", "lr", b"lr", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "signals", b"signals", "skipped", b"skipped", "slowest_ratio", b"slowest_ratio", "slowest_worker", b"slowest_worker", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "data_seconds", b"data_seconds", "gradient_norm", b"gradient_norm", "logged", b"logged", "loss", b"loss", "lr", b"lr", "mean_worker_seconds", b"mean_worker_seconds", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "signals", b"signals", "skipped", b"skipped", "slowest_ratio", b"slowest_ratio", "slowest_worker", b"slowest_worker", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "worker_seconds", b"worker_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

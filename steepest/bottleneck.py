@@ -1,0 +1,81 @@
+"""What holds a job's steps up, in one word, and how much sooner they would be over without it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+COLUMNS = (
+    "step_seconds", "data_seconds", "compute_seconds", "reduce_seconds", "apply_seconds", "worker_seconds",
+    "mean_worker_seconds", "workers",
+)  # fmt: skip
+NOTABLE = 0.25  # share of a step from which on something other than computing holds it up
+RECENT_STEPS = 200
+REMEDIES = {
+    "input-bound": "read ahead in processes of their own (data.readers), or keep the data nearer",
+    "straggler-bound": "look at what else runs on the slowest worker's host, or use more and smaller micro-batches",
+    "network-bound": "compress the exchange (compression.name), use larger steps, or fewer hosts",
+    "server-bound": "use more servers (placement.servers), or leave the servers more cores",
+    "compute-bound": "use more workers, or bf16",
+}
+
+
+class Bottleneck(NamedTuple):
+    """Of a job's last steps. word: input-, straggler-, network-, server- or compute-bound.
+
+    seconds: of a step, medians. saves: of them, what a step would be shorter by without what it is bound by; for
+    compute-bound, with one worker more. shares: of a step: data, compute, straggler, network, reduce, apply.
+    """
+
+    word: str
+    seconds: float
+    saves: float
+    shares: dict[str, float]
+
+    @property
+    def saves_share(self) -> float:
+        """`saves` as a share of a step."""
+        return self.saves / self.seconds
+
+    @property
+    def remedy(self) -> str:
+        """What to try."""
+        return REMEDIES[self.word]
+
+
+def bottleneck(columns: Mapping[str, NDArray[Any]]) -> Bottleneck | None:
+    """Of the records of some steps; None when there are none. columns: those of COLUMNS, by name."""
+    if not len(columns["step_seconds"]):
+        return None
+    medians = {
+        name: float(np.nanmedian(columns[name])) if np.isfinite(columns[name]).any() else 0.0 for name in COLUMNS
+    }
+    whole = medians["step_seconds"]
+    if not whole > 0:
+        return None
+    computing = medians["compute_seconds"]
+    # Of a version that did not measure it, all is taken for the workers' own.
+    busy = min(medians["worker_seconds"], computing) or computing
+    data = min(medians["data_seconds"], busy)
+    waits = max(0.0, busy - medians["mean_worker_seconds"]) if medians["mean_worker_seconds"] else 0.0
+    parts = {
+        "data": data,
+        "compute": max(0.0, busy - data - waits),
+        "straggler": min(waits, busy - data),
+        "network": computing - busy,
+        "reduce": medians["reduce_seconds"],
+        "apply": medians["apply_seconds"],
+    }
+    saves = {
+        "input-bound": parts["data"],
+        "straggler-bound": parts["straggler"],
+        "network-bound": parts["network"],
+        "server-bound": parts["reduce"] + parts["apply"],
+    }
+    word, most = max(saves.items(), key=lambda item: item[1])
+    if most < NOTABLE * whole:
+        word, most = "compute-bound", parts["compute"] / (medians["workers"] + 1)
+    return Bottleneck(word, whole, most, {name: seconds / whole for name, seconds in parts.items()})
