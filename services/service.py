@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import IO
 
+from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.registry import CollectorRegistry
 
 from services.api.server import GrpcServer
@@ -27,6 +28,7 @@ from services.jobs.running import Running
 from services.jobs.task_probe import TaskProbe
 from services.settings import Settings
 from services.store.store import Store
+from services.telemetry.calls import CallMetrics
 from services.telemetry.http import HttpServer, metrics_routes
 from services.telemetry.metrics import JobCollector
 
@@ -52,7 +54,7 @@ class Service:
             _check_exposure(settings, access)
             self._http = HttpServer(settings, access)
             stack.callback(self._http.stop)
-            self._grpc = GrpcServer(settings, access)
+            self._grpc = GrpcServer(settings, access, CallMetrics(registry))
             stack.pop_all()
         self._forks = forks
         forks.start_early()
@@ -63,6 +65,8 @@ class Service:
         probe = TaskProbe(forks)
         operations = Operations(self.store, bundles, probe, self.cluster, self.running, settings, wake)
         self._admission = Admission(self.store, bundles, self.cluster, self.running, settings, wake)
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):  # of this process, as is usual
+            collector(registry=registry)
         registry.register(JobCollector(self.running.all, self.store.count_states))
         self._admission.start()
         analyses = Analyses(bundles, settings)

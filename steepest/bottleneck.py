@@ -27,7 +27,7 @@ class Bottleneck(NamedTuple):
     """Of a job's last steps. word: input-, straggler-, network-, server- or compute-bound.
 
     seconds: of a step, medians. saves: of them, what a step would be shorter by without what it is bound by; for
-    compute-bound, with one worker more. shares: of a step: data, compute, straggler, network, reduce, apply.
+    compute-bound, with one worker more. shares: of a step, by `step_parts`.
     """
 
     word: str
@@ -46,6 +46,27 @@ class Bottleneck(NamedTuple):
         return REMEDIES[self.word]
 
 
+def step_parts(columns: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
+    """The parts of steps in seconds, one after another. columns: those of COLUMNS, by name, arrays or numbers.
+
+    data: waiting for samples; compute; straggler: waiting for the worker with most to do; network: messages, gradients
+    and parameters on their way; reduce; apply. Where the workers' own time was not measured, all is taken for theirs.
+    """
+    computing = np.nan_to_num(columns["compute_seconds"])
+    worker, mean = np.nan_to_num(columns["worker_seconds"]), np.nan_to_num(columns["mean_worker_seconds"])
+    busy = np.where(worker > 0, np.minimum(worker, computing), computing)
+    data = np.minimum(np.nan_to_num(columns["data_seconds"]), busy)
+    waits = np.where(mean > 0, np.clip(busy - mean, 0.0, busy - data), 0.0)
+    return {
+        "data": data,
+        "compute": busy - data - waits,
+        "straggler": waits,
+        "network": computing - busy,
+        "reduce": np.nan_to_num(columns["reduce_seconds"]),
+        "apply": np.nan_to_num(columns["apply_seconds"]),
+    }
+
+
 def bottleneck(columns: Mapping[str, NDArray[Any]]) -> Bottleneck | None:
     """Of the records of some steps; None when there are none. columns: those of COLUMNS, by name."""
     if not len(columns["step_seconds"]):
@@ -56,19 +77,7 @@ def bottleneck(columns: Mapping[str, NDArray[Any]]) -> Bottleneck | None:
     whole = medians["step_seconds"]
     if not whole > 0:
         return None
-    computing = medians["compute_seconds"]
-    # Of a version that did not measure it, all is taken for the workers' own.
-    busy = min(medians["worker_seconds"], computing) or computing
-    data = min(medians["data_seconds"], busy)
-    waits = max(0.0, busy - medians["mean_worker_seconds"]) if medians["mean_worker_seconds"] else 0.0
-    parts = {
-        "data": data,
-        "compute": max(0.0, busy - data - waits),
-        "straggler": min(waits, busy - data),
-        "network": computing - busy,
-        "reduce": medians["reduce_seconds"],
-        "apply": medians["apply_seconds"],
-    }
+    parts = {name: float(seconds) for name, seconds in step_parts(medians).items()}
     saves = {
         "input-bound": parts["data"],
         "straggler-bound": parts["straggler"],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from steepest.bottleneck import COLUMNS, step_parts
 from steepest.errors import SteepestError
 from steepest.jobs import Finding
 from steepest.records import Records
@@ -124,17 +125,13 @@ def time_figure(records: Records) -> Figure:
     """Where the time of steps goes."""
     figure = _figure((11, 3))
     axis = figure.subplots()
-    computing = records.column("compute_seconds")
-    busy = np.fmin(
-        np.where(records.column("worker_seconds") > 0, records.column("worker_seconds"), computing), computing
-    )
-    data = np.minimum(records.column("data_seconds"), busy)
+    found = step_parts({name: records.column(name) for name in COLUMNS})
     parts = {
-        "waiting for data": (data, GREY),
-        "forward and backward": (busy - data, BLUE),
-        "messages": (computing - busy, RED),
-        "reduce": (records.column("reduce_seconds"), ORANGE),
-        "apply": (records.column("apply_seconds"), GREEN),
+        "waiting for data": (found["data"], GREY),
+        "forward and backward": (found["compute"] + found["straggler"], BLUE),
+        "messages": (found["network"], RED),
+        "reduce": (found["reduce"], ORANGE),
+        "apply": (found["apply"], GREEN),
     }
     steps = records.columns["step"]
     means = [1e3 * _running_mean(values, _window(records)) for values, _ in parts.values()]

@@ -8,10 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from steepest.bottleneck import COLUMNS, step_parts
 from steepest.records import Records
 
 STEPS, WORKERS, SERVERS = 1, 2, 3
-LANES = {STEPS: "steps", WORKERS: "workers (the one with most to do)", SERVERS: "servers"}
+PARTS = {
+    "data": (WORKERS, "waiting for data"),
+    "compute": (WORKERS, "forward and backward"),
+    "straggler": (WORKERS, "waiting for the slowest"),
+    "network": (WORKERS, "messages"),
+    "reduce": (SERVERS, "reduce"),
+    "apply": (SERVERS, "apply"),
+}
+LANES = {STEPS: "steps", WORKERS: "workers", SERVERS: "servers"}
 
 
 def trace_events(records: Records, title: str) -> list[dict[str, Any]]:
@@ -22,34 +31,24 @@ def trace_events(records: Records, title: str) -> list[dict[str, Any]]:
     """
     events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": 1, "args": {"name": title}}]
     events += [{"ph": "M", "name": "thread_name", "pid": 1, "tid": t, "args": {"name": n}} for t, n in LANES.items()]
-    names = (
-        "time",
-        "step_seconds",
-        "data_seconds",
-        "compute_seconds",
-        "worker_seconds",
-        "reduce_seconds",
-        "apply_seconds",
-    )
-    columns = [np.nan_to_num(records.column(name)) for name in names]
-    numbers = {name: values for name, values in records.columns.items() if name not in names}
-    origin = float(columns[0][0] - columns[1][0]) if len(records) else 0.0
+    times, wholes = records.column("time"), np.nan_to_num(records.column("step_seconds"))
+    parts = step_parts({name: records.column(name) for name in COLUMNS})
+    numbers = {name: v for name, v in records.columns.items() if name != "time" and name not in COLUMNS}
+    origin = float(times[0] - wholes[0]) if len(records) else 0.0
 
-    def part(lane: int, name: str, start: float, seconds: float, **shown: Any) -> None:
+    def add(lane: int, name: str, start: float, seconds: float, **shown: Any) -> float:
+        """An event, unless it takes no time; when it ends."""
         if seconds > 0 or lane == STEPS:
             place = {"pid": 1, "tid": lane, "ts": round(1e6 * (start - origin), 3), "dur": round(1e6 * seconds, 3)}
             events.append({"ph": "X", "name": name, **place, "args": shown})
+        return start + seconds
 
-    for row, (end, whole, data, computing, worker, reduce, apply) in enumerate(zip(*columns, strict=True)):
-        began = end - whole
+    for row, (end, whole) in enumerate(zip(times.tolist(), wholes.tolist(), strict=True)):
         shown = {name: float(values[row]) for name, values in numbers.items() if np.isfinite(values[row])}
-        busy = min(worker, computing) or computing
-        part(STEPS, f"step {int(records.columns['step'][row])}", began, whole, **shown)
-        part(WORKERS, "waiting for data", began, min(data, busy))
-        part(WORKERS, "forward and backward", began + min(data, busy), busy - min(data, busy))
-        part(WORKERS, "messages", began + busy, computing - busy)
-        part(SERVERS, "reduce", began + computing, reduce)
-        part(SERVERS, "apply", began + computing + reduce, apply)
+        now = end - whole
+        add(STEPS, f"step {int(records.columns['step'][row])}", now, whole, **shown)
+        for name, (lane, text) in PARTS.items():
+            now = add(lane, text, now, float(parts[name][row]))
     return events
 
 

@@ -12,6 +12,7 @@ from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from services.telemetry.calls import CallMetrics
 from steepest.errors import (
     ConflictError,
     NotFoundError,
@@ -81,14 +82,22 @@ def _packed(detail: Any) -> any_pb2.Any:
 
 
 class ErrorInterceptor(grpc.ServerInterceptor):
-    """Turns exceptions of the servicers into statuses."""
+    """Turns exceptions of the servicers into statuses, and counts them."""
+
+    def __init__(self, metrics: CallMetrics) -> None:
+        self._metrics = metrics
 
     def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
         """Wrap the handler, whichever kind it is."""
         handler = continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith("/steepest."):
             return handler
-        return rewrapped(handler, _single, _stream)
+        method = handler_call_details.method.rpartition("/")[2]
+        return rewrapped(
+            handler,
+            lambda behaviour: self._metrics.single(method, _single(behaviour)),
+            lambda behaviour: self._metrics.stream(method, _stream(behaviour)),
+        )
 
 
 def rewrapped(handler: Any, single: Callable[..., Any], stream: Callable[..., Any]) -> Any:

@@ -13,6 +13,7 @@ from services.api.errors import ErrorInterceptor
 from services.api.servicer import TrainingJobServicer
 from services.jobs.access import Access
 from services.settings import Settings
+from services.telemetry.calls import CallMetrics
 from steepest.v1 import training_jobs_pb2 as pb
 from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
 
@@ -24,10 +25,10 @@ STOP_SECONDS = 1.0
 class GrpcServer:
     """Holds the port from construction on, and serves from `start` to `stop`. Raises OSError when the port is taken."""
 
-    def __init__(self, settings: Settings, access: Access) -> None:
+    def __init__(self, settings: Settings, access: Access, metrics: CallMetrics) -> None:
         self._server = grpc.server(
             futures.ThreadPoolExecutor(MAX_CALLS),
-            interceptors=[ErrorInterceptor(), AccessInterceptor(access)],
+            interceptors=[ErrorInterceptor(metrics), AccessInterceptor(access)],
             options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_REQUEST_BYTES)],
         )
         address = f"{settings.grpc_host}:{settings.grpc_port}"

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from ps.step.messages import StepRecord
 from services.jobs.histogram import Histogram
+from steepest.bottleneck import COLUMNS, step_parts
 
 
 @dataclass
 class Totals:
-    """Counts since the service last began to run the job."""
+    """Counts since the service last began to run the job. parts: seconds of steps, by part."""
 
     steps: int = 0
     samples: int = 0
     clipped: int = 0
     skipped: int = 0
     replaced_workers: int = 0
+    parts: dict[str, float] = field(default_factory=dict)
     step_seconds: Histogram = field(default_factory=Histogram)
 
     def count(self, records: list[StepRecord]) -> None:
@@ -25,5 +29,9 @@ class Totals:
         self.samples += sum(r.samples for r in records)
         self.clipped += sum(r.clipped for r in records)
         self.skipped += sum(r.skipped for r in records)
+        if records:
+            columns = {name: np.array([getattr(record, name) for record in records]) for name in COLUMNS}
+            for part, seconds in step_parts(columns).items():
+                self.parts[part] = self.parts.get(part, 0.0) + float(seconds.sum())
         for record in records:
             self.step_seconds.observe(record.step_seconds)

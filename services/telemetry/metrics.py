@@ -71,6 +71,17 @@ class JobCollector(Collector):
             for controller in controllers:
                 counter.add_metric([controller.job], getattr(controller.totals, attribute))
             yield counter
+        parts = CounterMetricFamily(
+            "steepest_job_step_part_seconds",
+            "Seconds of steps by part: data, compute, straggler, network, reduce, apply.",
+            labels=["job", "part"],
+        )
+        rollbacks = CounterMetricFamily("steepest_job_rollbacks", "Times that a rule sent it back.", labels=["job"])
+        for controller in controllers:
+            for part, value in controller.totals.parts.items():
+                parts.add_metric([controller.job, part], value)
+            rollbacks.add_metric([controller.job], controller.ledger.result.rollbacks)
+        yield from (parts, rollbacks)
         layers = GaugeMetricFamily(
             "steepest_job_layer_gradient_norm",
             "L2 norm of the last step's gradient before the clip, by group of neighbouring parameters: at most 16.",

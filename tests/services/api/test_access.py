@@ -10,12 +10,14 @@ from typing import Any
 
 import grpc
 import pytest
+from prometheus_client.registry import CollectorRegistry
 
 from services.api.server import GrpcServer
 from services.jobs.access import NEEDS, Access, Need
 from services.settings import Settings
 from services.store.store import Store
 from services.store.tokens import Role
+from services.telemetry.calls import CallMetrics
 from steepest.channel import open_channel, with_token
 from steepest.v1 import training_jobs_pb2 as pb
 from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
@@ -52,7 +54,7 @@ class _Served:
         if tls:
             self.authority, certificate, key = certificates(directory)
             settings = replace(settings, tls_certificate=certificate, tls_key=key)
-        self.server = GrpcServer(settings, Access(self.store))
+        self.server = GrpcServer(settings, Access(self.store), CallMetrics(CollectorRegistry()))
         self.server.start(_Answers())  # type: ignore[arg-type]
         self.channels: list[grpc.Channel] = []
 

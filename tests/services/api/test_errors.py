@@ -11,8 +11,10 @@ from urllib.parse import quote
 import grpc
 import pytest
 from google.rpc import code_pb2, error_details_pb2
+from prometheus_client.registry import CollectorRegistry
 
 from services.api.errors import CATALOGUE, ErrorInterceptor, shortened, status_of
+from services.telemetry.calls import CallMetrics
 from steepest import errors
 from steepest.errors import ConflictError, NotFoundError, SpecError, SteepestError, Violation
 from steepest.v1 import training_jobs_pb2 as pb
@@ -65,6 +67,9 @@ def test_an_unexpected_error_keeps_its_traceback_in_the_log(caplog: pytest.LogCa
     assert info.metadata["reference"] in caplog.text
 
 
+HANDLED = "grpc_server_handled_total"
+
+
 class _Broken(pb_grpc.TrainingJobServiceServicer):
     """Fails in ways that no servicer should."""
 
@@ -84,8 +89,13 @@ class _Broken(pb_grpc.TrainingJobServiceServicer):
 
 
 @pytest.fixture
-def stub() -> Iterator[pb_grpc.TrainingJobServiceStub]:
-    server = grpc.server(futures.ThreadPoolExecutor(2), interceptors=[ErrorInterceptor()])
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def stub(registry: CollectorRegistry) -> Iterator[pb_grpc.TrainingJobServiceStub]:
+    server = grpc.server(futures.ThreadPoolExecutor(2), interceptors=[ErrorInterceptor(CallMetrics(registry))])
     pb_grpc.add_TrainingJobServiceServicer_to_server(_Broken(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -105,11 +115,16 @@ def stub() -> Iterator[pb_grpc.TrainingJobServiceStub]:
     ids=["unexpected", "unary", "client stream", "server stream"],
 )
 def test_the_interceptor_turns_errors_into_statuses(
-    stub: Any, call: Any, code: grpc.StatusCode, words: str, caplog: pytest.LogCaptureFixture
-) -> None:
+    stub: Any, registry: CollectorRegistry, call: Any, code: grpc.StatusCode, words: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     with pytest.raises(grpc.RpcError) as caught:
         call(stub)
     assert caught.value.code() == code
     assert words in caught.value.details()
     assert "secret" not in caught.value.details()
     assert ("secret detail" in caplog.text) == (code == grpc.StatusCode.INTERNAL)
+    counted = {s.labels["grpc_code"]: s.value for m in registry.collect() for s in m.samples if s.name == HANDLED}
+    assert counted == {code.name: 1.0}
+    streams = [s.value for m in registry.collect() for s in m.samples if s.name == "grpc_server_open_streams"]
+    assert sum(streams) == 0
