@@ -3,6 +3,7 @@ residual network and a transformer."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -141,3 +142,17 @@ def convnet(width: int, layers: int) -> steepest.Task:
 def transformer(width: int, layers: int) -> steepest.Task:
     """A transformer, as the service trains it."""
     return _task("transformer", width, layers)
+
+
+SLEEP_SECONDS = 0.1
+
+
+def waiting() -> steepest.Task:
+    """A small model, each of whose steps waits, as for a device that computes."""
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        time.sleep(SLEEP_SECONDS)
+        return model(batch).square().mean()
+
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+    return steepest.Task(model=model, batch_loss=loss, train_data=steepest.ArrayData(torch.randn(256, 16)))

@@ -71,9 +71,8 @@ def bottleneck(columns: Mapping[str, NDArray[Any]]) -> Bottleneck | None:
     """Of the records of some steps; None when there are none. columns: those of COLUMNS, by name."""
     if not len(columns["step_seconds"]):
         return None
-    medians = {
-        name: float(np.nanmedian(columns[name])) if np.isfinite(columns[name]).any() else 0.0 for name in COLUMNS
-    }
+    table = np.nan_to_num([columns[name] for name in COLUMNS])
+    medians = dict(zip(COLUMNS, np.median(table, axis=1).tolist(), strict=True))
     whole = medians["step_seconds"]
     if not whole > 0:
         return None

@@ -44,7 +44,7 @@ class Live:
             elif time.monotonic() - said > QUIET_SECONDS:
                 said = time.monotonic()
                 yield b": still here\n\n"
-            await asyncio.sleep(TICK_SECONDS)
+            await _next_tick(TICK_SECONDS)
 
     async def jobs(self, is_disconnected: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
         """All jobs, whenever they have changed."""
@@ -58,14 +58,14 @@ class Live:
             elif time.monotonic() - said > QUIET_SECONDS:
                 said = time.monotonic()
                 yield b": still here\n\n"
-            await asyncio.sleep(2 * TICK_SECONDS)
+            await _next_tick(2 * TICK_SECONDS)
 
     async def _share(self, job: str, cursor: Cursor, read: Callable[[], _News]) -> _News:
-        """Read once for all pages that ask for the same within a tick."""
+        """Read once for all pages that ask for the same at a tick."""
         now = time.monotonic()
-        self._shared = {key: kept for key, kept in self._shared.items() if now - kept[0] < TICK_SECONDS}
         kept = self._shared.get((job, cursor))
-        if kept is None:
+        if kept is None or now - kept[0] >= TICK_SECONDS / 2:
+            self._shared = {key: each for key, each in self._shared.items() if now - each[0] < TICK_SECONDS / 2}
             kept = self._shared[job, cursor] = now, asyncio.ensure_future(run_in_threadpool(read))
         return await asyncio.shield(kept[1])
 
@@ -76,3 +76,8 @@ class Live:
 
     def _read_jobs(self) -> _News:
         return orjson.dumps(self._views.jobs()["jobs"], option=OPTIONS), Cursor(), False
+
+
+async def _next_tick(seconds: float) -> None:
+    """Wait for the next multiple of so many seconds: pages that have seen the same then ask at the same time."""
+    await asyncio.sleep(seconds - time.monotonic() % seconds)

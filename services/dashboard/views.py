@@ -26,6 +26,7 @@ from steepest.errors import SpecError, Violation
 from steepest.spec import TrainingJobSpec, spec_from_dict
 
 SPARK_POINTS, MAX_POINTS = 40, 5000
+FRESH_SECONDS = 0.25  # for which pages share the summary of a job that has not changed
 LIVE_RECORDS, LIVE_LINES = 1000, 500
 GRADIENT_NORM, UPDATE_RATIO = "gradient_norm", "update_ratio"
 LAYER_SIGNALS = (GRADIENT_NORM, UPDATE_RATIO, *NAMES)
@@ -46,6 +47,7 @@ class Views:
         self._store = store
         self._settings = settings
         self._of_ended: dict[str, dict[str, Any]] = {}  # summaries that do not change any more
+        self._of_live: dict[str, tuple[float, JobRow, dict[str, Any]]] = {}  # those of the last moment
 
     def jobs(self) -> dict[str, Any]:
         """All jobs, newest first."""
@@ -190,7 +192,12 @@ class Views:
 
     def _summary(self, row: JobRow) -> dict[str, Any]:
         if row.state not in ENDED:
-            return self._summarize(row)
+            now = time.monotonic()
+            kept = self._of_live.get(row.id)
+            if kept is None or now - kept[0] > FRESH_SECONDS or kept[1] != row:
+                kept = self._of_live[row.id] = now, row, self._summarize(row)
+            return kept[2]
+        self._of_live.pop(row.id, None)
         if row.id not in self._of_ended:
             self._of_ended[row.id] = self._summarize(row)
         return self._of_ended[row.id]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -229,9 +230,8 @@ class JobHistory:
             count = min(count, _size(folder / NORMS) // (8 * width))
         if not count:
             return _Part(np.empty(0, row), np.empty((0, width)))
-        rows = np.memmap(folder / ROWS, row, "r", shape=(count,))
-        norms = np.memmap(folder / NORMS, "<f8", "r", shape=(count, width)) if width else np.empty((count, 0))
-        return _Part(rows, norms)
+        norms = _mapped(folder / NORMS, np.dtype(("<f8", (width,))), count) if width else np.empty((count, 0))
+        return _Part(_mapped(folder / ROWS, row, count), norms)
 
     def _visible(self) -> Iterator[tuple[int, _Layout, int | None]]:
         """The incarnations that have rows, in order, each with the first of its steps that is hidden."""
@@ -285,10 +285,15 @@ def _to_records(part: _Part) -> list[StepRecord]:
     ]
 
 
-def _mapped(path: Path, row: np.dtype[Any]) -> NDArray[Any]:
-    """All whole rows of a file."""
-    count = _size(path) // row.itemsize if row.itemsize else 0
-    return np.memmap(path, row, "r", shape=(count,)) if count else np.empty(0, row)
+def _mapped(path: Path, row: np.dtype[Any], count: int | None = None) -> NDArray[Any]:
+    """The whole rows of a file, as it is now: the first ones, or all."""
+    if count is None:
+        count = _size(path) // row.itemsize if row.itemsize else 0
+    if not count:
+        return np.empty(0, row)
+    with path.open("rb") as file:  # not np.memmap, which takes several times as long to make and to cut
+        mapped = mmap.mmap(file.fileno(), count * row.itemsize, access=mmap.ACCESS_READ)
+    return np.ndarray((count,), row, mapped)
 
 
 def _size(path: Path) -> int:
