@@ -144,7 +144,7 @@ def transformer(width: int, layers: int) -> steepest.Task:
     return _task("transformer", width, layers)
 
 
-SLEEP_SECONDS = 0.1
+SLEEP_SECONDS = 0.25
 
 
 def waiting() -> steepest.Task:

@@ -1,6 +1,6 @@
 """What people who look on cost: many jobs train, with and without many pages open on them.
 
-`python -m benchmarks.viewers [--jobs 50] [--viewers 500]`. Each job has one worker, whose steps take a tenth of a
+`python -m benchmarks.viewers [--jobs 50] [--viewers 500]`. Each job has one worker, whose steps take a quarter of a
 second on some other device (they sleep), so that processors are left for the pages; a tenth of the pages show all jobs,
 the others one each. The pages are streams of a process of their own. Rounds with and without them take turns; a figure
 is the steps of all jobs in a second, a ratio the median over pairs of rounds.
@@ -18,16 +18,17 @@ import socket
 import statistics
 import tempfile
 import time
-import urllib.request
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
 
+import numpy as np
 import psutil
 
 import steepest
 from benchmarks.report import RESULTS, write_report
+from services.store.history import JobHistory
 from steepest.embedded import running_service
 
 
@@ -45,13 +46,6 @@ def _look(port: int, paths: Sequence[str], pipe: Connection) -> None:
             assert isinstance(key.fileobj, socket.socket)
             received[key.fileobj] += len(key.fileobj.recv(1 << 16))
     pipe.send((sum(received.values()), sum(count > 1000 for count in received.values())))
-
-
-def _steps(port: int) -> float:
-    """That all jobs have made, as the service counts them."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
-        text = reply.read().decode()
-    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith("steepest_job_steps_total{"))
 
 
 def main() -> None:
@@ -79,11 +73,11 @@ def main() -> None:
                 for number in range(options.viewers)
             ]
             me = psutil.Process()
-            rates: dict[str, list[float]] = {"alone": [], "watched": []}
+            spans: dict[str, list[tuple[float, float]]] = {"alone": [], "watched": []}
             used: dict[str, list[float]] = {"alone": [], "watched": []}
             streams, num_bytes = 0, 0
             for number in range(options.rounds):
-                for side in list(rates)[:: 1 if number % 2 else -1]:
+                for side in list(spans)[:: 1 if number % 2 else -1]:
                     ours, theirs = multiprocessing.Pipe()
                     viewer = multiprocessing.get_context("spawn").Process(
                         target=_look, args=(service.http_port, paths, theirs)
@@ -91,17 +85,22 @@ def main() -> None:
                     if side == "watched":
                         viewer.start()
                         time.sleep(5.0)  # all pages have caught up
-                    first, began = _steps(service.http_port), time.perf_counter()
+                    began = time.time()
                     cpu = sum(me.cpu_times()[:2])
                     time.sleep(options.seconds)
-                    done, seconds = _steps(service.http_port) - first, time.perf_counter() - began
-                    rates[side].append(done / seconds)
-                    used[side].append((sum(me.cpu_times()[:2]) - cpu) / seconds)
+                    spans[side].append((began, time.time()))
+                    used[side].append((sum(me.cpu_times()[:2]) - cpu) / (time.time() - began))
                     if side == "watched":
                         ours.send("end")
                         num_bytes, streams = ours.recv()
                         viewer.join()
             memory = me.memory_info().rss
+            histories = [JobHistory(service.settings.history_of(name)) for name in ids]
+            ends = np.concatenate([history.columns(["time"])["time"] for history in histories])
+            rates = {
+                side: [float(((ends > began) & (ends <= ended)).sum() / (ended - began)) for began, ended in own]
+                for side, own in spans.items()
+            }
             for job in jobs:
                 job.cancel()
     ratio = statistics.median(w / a for w, a in zip(rates["watched"], rates["alone"], strict=True))

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from steepest.spec_base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SpecModel
 
+LOOKAHEAD_STEPS = 5
 SCHEDULE_NAMES = ("constant", "linear", "cosine", "step", "exponential")
 
 
@@ -122,15 +123,36 @@ class ClipSpec(SpecModel):
 class AverageSpec(SpecModel):
     """A running average of the parameters over the steps, which often evaluates better than the parameters."""
 
-    name: Literal["none", "ema", "swa"] = Field(
+    name: Literal["none", "ema", "swa", "lookahead"] = Field(
         default="none",
-        description="Average: ema (exponential), swa (the mean of all; Izmailov et al. 2018) or none.",
+        description="Average: ema (exponential), swa (the mean of all; Izmailov et al. 2018), lookahead (parameters go "
+        "back to it; Zhang et al. 2019) or none.",
     )
     decay: float = Field(
         default=0.999, gt=0.0, lt=1.0, description="Share of the average that stays at each update, for ema."
     )
     start: NonNegativeInt = Field(default=0, description="The average begins with the parameters after this step.")
-    every: PositiveInt = Field(default=1, description="Steps between two updates of the average.")
+    every: PositiveInt = Field(
+        default=1,
+        description="Steps between two updates of the average.",
+        json_schema_extra={"default_text": "1, for lookahead 5"},
+    )
+    pull: float = Field(
+        default=0.5, gt=0.0, le=1.0, description="How far the average goes towards the parameters, for lookahead."
+    )
+
+    @model_validator(mode="after")
+    def _lookahead_begins_at_once(self) -> Self:
+        if self.is_lookahead and self.start:
+            raise ValueError(f"start = {self.start} with lookahead, which begins with the first step; allowed: 0")
+        if self.is_lookahead and "every" not in self.model_fields_set:
+            self.__dict__["every"] = LOOKAHEAD_STEPS  # the model is frozen, and this is its default
+        return self
+
+    @property
+    def is_lookahead(self) -> bool:
+        """Whether the parameters go back to the average whenever it is updated."""
+        return self.name == "lookahead"
 
     @property
     def is_on(self) -> bool:

@@ -1,6 +1,8 @@
-"""A running average of a shard's parameters: exponential (EMA), or the mean of versions (SWA, Izmailov et al. 2018).
+"""A running average of a shard's parameters: exponential (EMA), the mean of versions (SWA, Izmailov et al. 2018), or
+the slow parameters of Lookahead (Zhang, Lucas, Hinton, Ba 2019), to which the others go back whenever it is updated.
 
-As torch.optim.swa_utils has it, but for the last bits: each operation here rounds alike wherever a shard is cut.
+As torch.optim.swa_utils has the first two, but for the last bits: each operation here rounds alike wherever a shard is
+cut.
 """
 
 from __future__ import annotations
@@ -28,23 +30,37 @@ class RunningAverage:
     @property
     def values(self) -> torch.Tensor:
         """The average, shape (shard.numel,); the parameters until it begins."""
-        return self._values if self._spec.updates(self._step - 1) else self._parameters
+        begun = self._spec.is_lookahead or self._spec.updates(self._step - 1)
+        return self._values if begun else self._parameters
+
+    def begin(self) -> None:
+        """The parameters have their initial values."""
+        self._values.copy_(self._parameters)
 
     def restore(self, values: torch.Tensor) -> None:
         """Go on from an average of a checkpoint."""
         self._values.copy_(values)
 
-    def advance(self) -> None:
-        """Another step is done."""
+    def advance(self) -> bool:
+        """Another step is done. Returns whether the parameters were changed."""
+        if self._spec.is_lookahead:
+            self._step += 1
+            is_due = self._step % self._spec.every == 0
+            if is_due:
+                self._move(self._spec.pull)
+                self._parameters.copy_(self._values)
+            return is_due
         spec, count = self._spec, self._spec.updates(self._step)
         is_due = count > self._spec.updates(self._step - 1)
         self._step += 1
-        if not is_due:
-            return
-        if count == 1:
+        if is_due and count == 1:
             self._values.copy_(self._parameters)
-            return
-        weight = 1.0 / count if spec.name == "swa" else 1.0 - spec.decay
+        elif is_due:
+            self._move(1.0 / count if spec.name == "swa" else 1.0 - spec.decay)
+        return False
+
+    def _move(self, weight: float) -> None:
+        """Bring the average this share of the way to the parameters."""
         for parameters, values in self._pieces:
             difference = torch.sub(parameters, values, out=self._scratch[: len(values)])
             values.add_(difference.mul_(weight))

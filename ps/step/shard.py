@@ -200,34 +200,43 @@ class ShardState:
         """
         if not self._is_current(decision.step, decision.kind) or not self._reduced:
             raise ValueError(f"shard {self.shard.index} at step {self.step} cannot apply {decision}")
-        clamped = 0.0
+        clipped = 0.0
         if decision.kind == Round.INITIALIZE:
             if self._sum is None:
                 raise ValueError("the initial parameters are absent")
             self.parameters.copy_(self._sum)
             if self.master is not self.parameters:
                 self.master.copy_(self._sum)
+            if self.average is not None:
+                self.average.begin()
             self._is_exposed = True
             self.initialized = True
         else:
             self.update = None if self._pull is None else torch.empty(0, dtype=torch.uint8)
             self.update_signals = None
-            if decision.apply and self._sum is not None:
-                before = self.master.clone() if self._measures else None
-                clamped = self._update(self._sum, decision)
-                self._is_exposed = False
-                if before is not None:
-                    self.update_signals = self._signals.of_update(before, self.master)
-                if self._pull is not None:
-                    self._encode_update(self._pull)
-            if self.average is not None:
-                self.average.advance()
+            clipped = self._step(self._sum, decision)
             self.step += 1
         self._held.clear()
         self._covered = 0
         self._sum = None
         self._reduced = False
-        return clamped
+        return clipped
+
+    def _step(self, gradient: torch.Tensor | None, decision: Decision) -> float:
+        """Make the next version of the parameters; see `apply` for the result."""
+        applies = decision.apply and gradient is not None
+        before = self.master.clone() if applies and self._measures else None
+        clipped = self._update(gradient, decision) if applies and gradient is not None else 0.0
+        moved = False
+        if self.average is not None:
+            moved = self.average.advance()
+        if applies or moved:
+            self._is_exposed = False
+            if before is not None:
+                self.update_signals = self._signals.of_update(before, self.master)
+            if self._pull is not None:
+                self._encode_update(self._pull)
+        return clipped
 
     def _update(self, gradient: torch.Tensor, decision: Decision) -> float:
         """Step the optimizer; see `apply` for the result."""

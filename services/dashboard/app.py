@@ -119,7 +119,7 @@ class Page:
         return self._answer(lambda: self._views.noise(_job(request), *_range(request)))
 
     async def _live_jobs(self, request: Request) -> Response:
-        return _stream(self._live.jobs(request.is_disconnected))
+        return _stream(self._live.jobs())
 
     async def _live_job(self, request: Request) -> Response:
         job = _job(request)
@@ -131,7 +131,7 @@ class Page:
         except SteepestError as error:
             return _refused(error)
         cursor = Cursor(*map(int, seen.split(":")))
-        return _stream(self._live.job(job, cursor, request.is_disconnected))
+        return _stream(self._live.job(job, cursor))
 
     async def _act(self, request: Request) -> Response:
         raw = await request.body()

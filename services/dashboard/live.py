@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 
 import orjson
@@ -13,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from services.dashboard.views import Cursor, Views
 
 TICK_SECONDS = 0.5
+PAGES_A_TICK, MOST_SLOWER = 100, 4  # from so many open pages on, ticks are twice as long, and so on
 QUIET_SECONDS = 15.0  # after which a comment shows that the stream is alive
 OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 
@@ -25,40 +27,57 @@ class Live:
     def __init__(self, views: Views, is_closing: Callable[[], bool]) -> None:
         self._views = views
         self._is_closing = is_closing
+        self._num_open = 0
         self._shared: dict[tuple[str, Cursor], tuple[float, asyncio.Future[_News]]] = {}
 
-    async def job(
-        self, job: str, cursor: Cursor, is_disconnected: Callable[[], Awaitable[bool]]
-    ) -> AsyncIterator[bytes]:
-        """What is new of one job, until it has ended or the page is closed."""
+    async def job(self, job: str, cursor: Cursor) -> AsyncIterator[bytes]:
+        """What is new of one job, until it has ended; Starlette ends it when the page is closed."""
         before = b""
         said = time.monotonic()
-        while not self._is_closing() and not await is_disconnected():
-            data, cursor, is_over = await self._share(job, cursor, partial(self._read, job, cursor))
-            if data != before:
-                before, said = data, time.monotonic()
-                yield b"id: " + ":".join(map(str, cursor)).encode() + b"\ndata: " + data + b"\n\n"
-            elif is_over:
-                yield b"event: end\ndata: {}\n\n"
-                return
-            elif time.monotonic() - said > QUIET_SECONDS:
-                said = time.monotonic()
-                yield b": still here\n\n"
-            await _next_tick(TICK_SECONDS)
+        with self._opened():
+            while not self._is_closing():
+                data, cursor, is_over = await self._share(job, cursor, partial(self._read, job, cursor))
+                if data != before:
+                    before, said = data, time.monotonic()
+                    yield b"id: " + ":".join(map(str, cursor)).encode() + b"\ndata: " + data + b"\n\n"
+                elif is_over:
+                    yield b"event: end\ndata: {}\n\n"
+                    return
+                elif time.monotonic() - said > QUIET_SECONDS:
+                    said = time.monotonic()
+                    yield b": still here\n\n"
+                await self._next_tick()
 
-    async def jobs(self, is_disconnected: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
-        """All jobs, whenever they have changed."""
+    async def jobs(self) -> AsyncIterator[bytes]:
+        """All jobs, whenever they have changed, until the page is closed."""
         before = b""
         said = time.monotonic()
-        while not self._is_closing() and not await is_disconnected():
-            data, _, _ = await self._share("", Cursor(), self._read_jobs)
-            if data != before:
-                before, said = data, time.monotonic()
-                yield b"data: " + data + b"\n\n"
-            elif time.monotonic() - said > QUIET_SECONDS:
-                said = time.monotonic()
-                yield b": still here\n\n"
-            await _next_tick(2 * TICK_SECONDS)
+        with self._opened():
+            while not self._is_closing():
+                data, _, _ = await self._share("", Cursor(), self._read_jobs)
+                if data != before:
+                    before, said = data, time.monotonic()
+                    yield b"data: " + data + b"\n\n"
+                elif time.monotonic() - said > QUIET_SECONDS:
+                    said = time.monotonic()
+                    yield b": still here\n\n"
+                await self._next_tick(2)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[None]:
+        self._num_open += 1
+        try:
+            yield
+        finally:
+            self._num_open -= 1
+
+    async def _next_tick(self, ticks: int = 1) -> None:
+        """Wait for the next multiple of a tick: pages that have seen the same then ask at the same time.
+
+        The more pages are open, the longer a tick is, so that they cost the service no more than a part of a core.
+        """
+        seconds = ticks * TICK_SECONDS * min(MOST_SLOWER, 1 + self._num_open // PAGES_A_TICK)
+        await asyncio.sleep(seconds - time.monotonic() % seconds)
 
     async def _share(self, job: str, cursor: Cursor, read: Callable[[], _News]) -> _News:
         """Read once for all pages that ask for the same at a tick."""
@@ -76,8 +95,3 @@ class Live:
 
     def _read_jobs(self) -> _News:
         return orjson.dumps(self._views.jobs()["jobs"], option=OPTIONS), Cursor(), False
-
-
-async def _next_tick(seconds: float) -> None:
-    """Wait for the next multiple of so many seconds: pages that have seen the same then ask at the same time."""
-    await asyncio.sleep(seconds - time.monotonic() % seconds)

@@ -943,14 +943,19 @@ class AverageSpec(_message.Message):
     DECAY_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
     EVERY_FIELD_NUMBER: _builtins.int
+    PULL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Average: ema (exponential), swa (the mean of all; Izmailov et al. 2018) or none."""
+    """Average: ema (exponential), swa (the mean of all; Izmailov et al. 2018), lookahead (parameters go back to it; Zhang
+    et al. 2019) or none.
+    """
     decay: _builtins.float
     """Share of the average that stays at each update, for ema."""
     start: _builtins.int
     """The average begins with the parameters after this step."""
     every: _builtins.int
     """Steps between two updates of the average."""
+    pull: _builtins.float
+    """How far the average goes towards the parameters, for lookahead."""
     def __init__(
         self,
         *,
@@ -958,10 +963,11 @@ class AverageSpec(_message.Message):
         decay: _builtins.float | None = ...,
         start: _builtins.int | None = ...,
         every: _builtins.int | None = ...,
+        pull: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_decay", b"_decay", "_every", b"_every", "_name", b"_name", "_start", b"_start", "decay", b"decay", "every", b"every", "name", b"name", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_decay", b"_decay", "_every", b"_every", "_name", b"_name", "_pull", b"_pull", "_start", b"_start", "decay", b"decay", "every", b"every", "name", b"name", "pull", b"pull", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decay", b"_decay", "_every", b"_every", "_name", b"_name", "_start", b"_start", "decay", b"decay", "every", b"every", "name", b"name", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decay", b"_decay", "_every", b"_every", "_name", b"_name", "_pull", b"_pull", "_start", b"_start", "decay", b"decay", "every", b"every", "name", b"name", "pull", b"pull", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__decay: _TypeAlias = _typing.Literal["decay"]  # noqa: Y015
     _WhichOneofArgType__decay: _TypeAlias = _typing.Literal["_decay", b"_decay"]  # noqa: Y015
@@ -969,6 +975,8 @@ class AverageSpec(_message.Message):
     _WhichOneofArgType__every: _TypeAlias = _typing.Literal["_every", b"_every"]  # noqa: Y015
     _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
     _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
+    _WhichOneofReturnType__pull: _TypeAlias = _typing.Literal["pull"]  # noqa: Y015
+    _WhichOneofArgType__pull: _TypeAlias = _typing.Literal["_pull", b"_pull"]  # noqa: Y015
     _WhichOneofReturnType__start: _TypeAlias = _typing.Literal["start"]  # noqa: Y015
     _WhichOneofArgType__start: _TypeAlias = _typing.Literal["_start", b"_start"]  # noqa: Y015
     @_typing.overload
@@ -977,6 +985,8 @@ class AverageSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__every) -> _WhichOneofReturnType__every | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__name) -> _WhichOneofReturnType__name | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pull) -> _WhichOneofReturnType__pull | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__start) -> _WhichOneofReturnType__start | None: ...
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from harness.local_job import hashes, run_here, run_processes
 from ps.checkpoint.files import State, checkpoints, files_of
 from steepest.spec import DataSpec, TaskReference
+from steepest.step_spec import AverageSpec
 from tests.support import brought
 from tests.support.submission import submitted
 from worker.data.sampler import Sampler
@@ -73,6 +75,46 @@ def test_it_is_the_same_at_any_placement_and_after_a_restart(average: dict[str, 
     assert same(here, run_processes(_config(tmp_path / "two", average, data=data), 2))
     run_here(_config(tmp_path / "cut", average, data=data, steps=5))
     assert same(here, run_here(_config(tmp_path / "cut", average, data=data)))
+
+
+def _slow_and_fast(pull: float, every: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Algorithm 1 of Zhang et al. 2019, with AdamW inside: (slow, fast) parameters."""
+    task: Any = load_task(TaskReference(module="tests.support.brought", function="rebound_buffer"), None, 0)
+    slow = {name: p.detach().clone() for name, p in task.model.named_parameters()}
+    optimizer = torch.optim.AdamW(task.model.parameters(), lr=LR)
+    source, sampler = source_of(task.train_data), Sampler(SIZE, DataSpec(global_batch=SIZE, micro_batch=SIZE), 0)
+    for step in range(1, STEPS + 1):
+        x, y = source.batch(sampler.indices(step - 1, 0))
+        optimizer.zero_grad()
+        task.loss(task.model(x), y).backward()
+        optimizer.step()
+        if step % every == 0:
+            for name, p in task.model.named_parameters():
+                slow[name] += pull * (p.detach() - slow[name])
+                p.data.copy_(slow[name])
+    return slow, {name: p.detach() for name, p in task.model.named_parameters()}
+
+
+def test_lookahead_is_that_of_the_paper_at_any_placement_and_after_a_restart(tmp_path: Path) -> None:
+    average = {"name": "lookahead", "every": 3, "pull": 0.3}
+    state = run_here(_config(tmp_path / "here", average))
+    slow, fast = _slow_and_fast(0.3, 3)
+    for name, value in fast.items():
+        torch.testing.assert_close(state.model[name], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(state.average[name], slow[name], rtol=1e-5, atol=1e-6)
+        assert not torch.equal(slow[name], value)
+    data = {"micro_batch": 16}
+    here = hashes(run_here(_config(tmp_path / "whole", average, data=data)))
+    assert hashes(run_processes(_config(tmp_path / "two", average, data=data, placement={"servers": 2}), 2)) == here
+    run_here(_config(tmp_path / "cut", average, data=data, steps=4))
+    assert hashes(run_here(_config(tmp_path / "cut", average, data=data))) == here
+
+
+def test_lookahead_has_a_default_of_its_own_and_no_start() -> None:
+    assert AverageSpec(name="lookahead").every == 5
+    assert AverageSpec(name="lookahead", every=1).every == 1
+    with pytest.raises(ValidationError, match="begins with the first step"):
+        AverageSpec(name="lookahead", start=3)
 
 
 def test_the_average_of_a_parameter_that_state_dict_hides_goes_on_too(tmp_path: Path) -> None:
