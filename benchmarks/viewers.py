@@ -108,15 +108,8 @@ def main() -> None:
     for side, own in rates.items():
         print(f"| {side} | {statistics.median(own):.1f} | {statistics.median(used[side]):.2f} |")
     print(f"ratio {ratio:.3f}; {streams} streams were served, {num_bytes / 1e6:.1f} MB; resident {memory >> 20} MiB")
-    write_report(
-        options.json,
-        rates=rates,
-        cores=used,
-        ratio=ratio,
-        streams=streams,
-        resident=memory,
-        **vars(options) | {"json": ""},
-    )
+    shape = {"jobs": options.jobs, "viewers": options.viewers, "streams": streams}
+    write_report(options.json, **shape, rates=rates, cores=used, ratio=ratio, resident=memory)
 
 
 if __name__ == "__main__":
