@@ -12,6 +12,7 @@ COLUMNS = (
     "step_seconds", "data_seconds", "compute_seconds", "reduce_seconds", "apply_seconds", "worker_seconds",
     "mean_worker_seconds", "workers",
 )  # fmt: skip
+PARTS = ("data", "compute", "straggler", "network", "reduce", "apply")
 NOTABLE = 0.25  # share of a step from which on something other than computing holds it up
 RECENT_STEPS = 200
 REMEDIES = {
@@ -47,24 +48,20 @@ class Bottleneck(NamedTuple):
 
 
 def step_parts(columns: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
-    """The parts of steps in seconds, one after another. columns: those of COLUMNS, by name, arrays or numbers.
+    """The parts of steps in seconds, one after another, by PARTS. columns: those of COLUMNS, arrays or numbers.
 
     data: waiting for samples; compute; straggler: waiting for the worker with most to do; network: messages, gradients
-    and parameters on their way; reduce; apply. Where the workers' own time was not measured, all is taken for theirs.
+    and parameters on their way; reduce; apply. Reading may be part of the workers' own time, or have gone before it.
+    Where that time was not measured, all is taken for theirs.
     """
     computing = np.nan_to_num(columns["compute_seconds"])
     worker, mean = np.nan_to_num(columns["worker_seconds"]), np.nan_to_num(columns["mean_worker_seconds"])
-    busy = np.where(worker > 0, np.minimum(worker, computing), computing)
-    data = np.minimum(np.nan_to_num(columns["data_seconds"]), busy)
-    waits = np.where(mean > 0, np.clip(busy - mean, 0.0, busy - data), 0.0)
-    return {
-        "data": data,
-        "compute": busy - data - waits,
-        "straggler": waits,
-        "network": computing - busy,
-        "reduce": np.nan_to_num(columns["reduce_seconds"]),
-        "apply": np.nan_to_num(columns["apply_seconds"]),
-    }
+    data = np.minimum(np.nan_to_num(columns["data_seconds"]), computing)
+    rest = computing - data
+    busy = np.where(worker > 0, np.minimum(worker, rest), rest)
+    waits = np.where(mean > 0, np.clip(worker - mean, 0.0, busy), 0.0)
+    servers = (np.nan_to_num(columns[name]) for name in ("reduce_seconds", "apply_seconds"))
+    return dict(zip(PARTS, (data, busy - waits, waits, rest - busy, *servers), strict=True))
 
 
 def bottleneck(columns: Mapping[str, NDArray[Any]]) -> Bottleneck | None:

@@ -90,12 +90,11 @@ def wandb(directory: Path, run: str) -> Iterator[Log]:
         raise _missing("Weights & Biases", "wandb") from None
     directory.mkdir(parents=True, exist_ok=True)
     with library.init(project="steepest", name=run, dir=str(directory), mode="offline") as made:
-        made.define_metric("evaluation/*", step_metric="evaluation/step")  # it comes after later steps, perhaps
+        made.define_metric("*", step_metric="step")  # W&B's own steps only grow, and evaluations come late
 
         def log(records: Records) -> None:
             for step, _, numbers in _scalars(records):
-                is_step = not any(name.startswith("evaluation/") for name in numbers)
-                made.log(numbers, step=step) if is_step else made.log({**numbers, "evaluation/step": step})
+                made.log({**numbers, "step": step})
 
         yield log
 

@@ -31,13 +31,13 @@ def news_of(job: Job, records: bool, evaluations: bool = False, checkpoints: boo
     for AWAY_SECONDS.
     """
     recorded = evaluated = saved = -1  # up to which step
-    done, seen = 0, time.monotonic()
+    incarnation, seen = 0, time.monotonic()
     while True:
         try:
             info = job.get()  # first: all of a job that has ended is there
-            if info.step < done:  # it went back
-                recorded = min(recorded, info.step - 1)
-                evaluated, saved = min(evaluated, info.step), min(saved, info.step)
+            if info.incarnation != incarnation:  # it went back
+                recorded = min(recorded, info.began_at_step - 1)
+                evaluated, saved = min(evaluated, info.began_at_step), min(saved, info.began_at_step)
             news = News(
                 info,
                 list(job.history(recorded + 1)) if records else [],
@@ -49,7 +49,7 @@ def news_of(job: Job, records: bool, evaluations: bool = False, checkpoints: boo
                 raise
             time.sleep(FOLLOW_SECONDS)
             continue
-        done, seen = info.step, time.monotonic()
+        incarnation, seen = info.incarnation, time.monotonic()
         recorded = news.records[-1]["step"] if news.records else recorded
         evaluated = news.evaluations[-1].step if news.evaluations else evaluated
         saved = news.checkpoints[-1].step if news.checkpoints else saved

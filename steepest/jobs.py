@@ -65,7 +65,8 @@ def _finding_from_proto(message: pb.Finding) -> Finding:
 class JobInfo:
     """A job at one moment. loss: of the last step; metrics: of the last evaluation; error: None unless FAILED.
 
-    owner: the name of the token that created it; empty if none was needed.
+    owner: the name of the token that created it; empty if none was needed. incarnation: one more whenever the job goes
+    back to a checkpoint, at began_at_step.
     """
 
     job: str
@@ -89,6 +90,8 @@ class JobInfo:
     findings: tuple[Finding, ...] = ()
     priority: int = 0
     owner: str = ""
+    incarnation: int = 0
+    began_at_step: int = 0
 
     @property
     def has_ended(self) -> bool:
@@ -157,6 +160,8 @@ def job_from_proto(message: pb.TrainingJob) -> JobInfo:
         findings=tuple(map(_finding_from_proto, status.findings)),
         priority=status.priority,
         owner=message.owner,
+        incarnation=status.incarnation,
+        began_at_step=status.began_at_step,
     )
 
 

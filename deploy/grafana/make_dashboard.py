@@ -84,13 +84,14 @@ def board(uid: str, title: str, *, by_job: bool) -> dashboards.Dashboard:
     made = dashboards.Dashboard(title).uid(uid).refresh("5s").time("now-30m", "now").readonly().tags(["steepest"])
     made = made.with_variable(dashboards.DatasourceVariable("datasource").label("Data source").type("prometheus"))
     if by_job:
+        found = f"steepest_job_findings{JOB}"
         jobs = dashboards.QueryVariable("job").label("Job").datasource(SOURCE)
         jobs = jobs.query({"query": "label_values(steepest_job_step, job)", "refId": "job"})
         made = made.with_variable(jobs.refresh(VariableRefresh.ON_TIME_RANGE_CHANGED).multi(True).include_all(True))
         made = made.annotation(
             dashboards.AnnotationQuery()
             .name("Findings").datasource(SOURCE).enable(True).icon_color("red")
-            .expr(f"changes(steepest_job_findings{JOB}[1m]) > 0")
+            .expr(f"({found} unless {found} offset 1m) or changes({found}[1m]) > 0")
         )  # fmt: skip
     return made
 

@@ -81,18 +81,26 @@ class Segment:
     @classmethod
     def open(cls, reference: SegmentReference) -> Self | None:
         """Map a peer's segment, or None when it is not on this host."""
+        descriptor = cls._opened(reference)
+        if descriptor is None:
+            return None
+        try:
+            return cls(reference, descriptor, owned=False)
+        finally:
+            os.close(descriptor)
+
+    @staticmethod
+    def _opened(reference: SegmentReference) -> int | None:
+        """A descriptor of a segment, or None for what is no segment, or another."""
         try:
             descriptor = os.open(f"/proc/{reference.pid}/fd/{reference.descriptor}", os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             return None
-        try:
-            if os.fstat(descriptor).st_size != reference.size:
-                return None
-            if os.pread(descriptor, NONCE_BYTES, 0) != reference.nonce:
-                return None
-            return cls(reference, descriptor, owned=False)
-        finally:
-            os.close(descriptor)
+        is_it = os.fstat(descriptor).st_size == reference.size
+        if is_it and os.pread(descriptor, NONCE_BYTES, 0) == reference.nonce:
+            return descriptor
+        os.close(descriptor)
+        return None
 
     def tensor(self, dtype: torch.dtype, numel: int, *, offset: int = 0) -> torch.Tensor:
         """A flat tensor over the region. offset: in elements."""
@@ -104,10 +112,12 @@ class Segment:
         """The bytes from `start` on, a multiple of the page size, which the first process to ask for them fills.
 
         They lie in memory once, however many processes have them; what one writes to them is its own from then on.
-        Raises OSError when the process that created the segment is gone.
+        Raises ConnectionError when the process that created the segment has ended.
         """
         r = self.reference
-        descriptor = os.open(f"/proc/{r.pid}/fd/{r.descriptor}", os.O_RDWR | os.O_CLOEXEC)
+        descriptor = self._opened(r)
+        if descriptor is None:
+            raise ConnectionError("the process that shares its memory here is gone")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # a process that is killed gives it up, too
             try:

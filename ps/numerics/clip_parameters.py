@@ -129,7 +129,7 @@ class Agc:
         return np.stack([starts, starts + p.numel // count], 1)
 
     def __call__(self, gradient: torch.Tensor, parameters: torch.Tensor, divisor: float) -> float:
-        """Clip a gradient in place; the sum of squares of the mean gradient after that.
+        """Clip a gradient in place; the squares of the mean gradient that are gone: 0 exactly where nothing was.
 
         gradient, parameters: of the shard; the mean gradient is gradient / divisor.
         """
@@ -142,7 +142,7 @@ class Agc:
                 start = p.offset - self._start
                 rows = gradient[start : start + p.numel].view(last - first, -1)
                 rows.mul_(torch.from_numpy(own).to(gradient).unsqueeze(1))
-        return float(((norms * found) ** 2).sum())
+        return float((norms**2 * (1.0 - found**2)).sum())
 
     def _squares(self, values: torch.Tensor) -> NDArray[np.float64]:
         """The sum of squares of each unit."""

@@ -355,8 +355,8 @@ class Leader:
             self.constants = current.constants or b""
             self._initialized = True
             return self._next_round(now)
-        in_shards = self.plan.clips_in_shards
-        completed = current.completed(len(self.members), now, clips_in_shards=in_shards, slowest=self.members.slowest())
+        clip, slowest = self.plan.clip, self.members.slowest()
+        completed = current.completed(len(self.members), now, clip=clip, slowest=slowest)
         self._served_seconds = completed.committed - completed.collected
         self.members.favour_idle()
         self.step += 1

@@ -150,7 +150,7 @@ class StepRecord(NamedTuple):
     """What the leader saw in one step. Norms are of the mean gradient; times are in seconds.
 
     data_seconds: of the worker that waited longest for samples; reading beside the servers' work is no waiting.
-    worker_seconds: that the worker with most to do spent on its micro-batches, reading included; mean_worker_seconds:
+    worker_seconds: that the worker with most to do spent on its micro-batches; mean_worker_seconds:
     of all that had something to do.
     slowest_worker: the number of the one that took longest for a micro-batch, and slowest_ratio: its time to the median
     of the others'; -1 and 1 where there are no others.

@@ -38,11 +38,6 @@ class Plan:
     factors: tuple[float, ...] = ()
     aim: Aim | None = None
 
-    @property
-    def clips_in_shards(self) -> bool:
-        """Whether only the shards know what a clip leaves of the gradient."""
-        return self.clip.value is not None or self.clip.agc is not None
-
     def learning_rate(self, update: int) -> float:
         """Of the update of that number, from 0."""
         if self.factors:

@@ -13,6 +13,7 @@ from ps.step.clipping import Clipping
 from ps.step.messages import Decision, LeafResult, Outcome, Push, Round
 from ps.step.record import CompletedStep
 from ps.step.signals import StepSignals
+from steepest.step_spec import ClipSpec
 
 _NOTHING = LeafResult(-1, 0.0, 0.0, 0)
 
@@ -171,7 +172,7 @@ class RoundState:
         )
 
     def completed(
-        self, workers: int, now: float, *, clips_in_shards: bool, slowest: tuple[int, float] = (-1, 1.0)
+        self, workers: int, now: float, *, clip: ClipSpec, slowest: tuple[int, float] = (-1, 1.0)
     ) -> CompletedStep:
         """What is told of the step, when all shards have applied the decision. slowest: see Members."""
         assert self.decision is not None  # noqa: S101  # a step is complete when it is decided and applied
@@ -184,7 +185,7 @@ class RoundState:
             workers=workers,
             segment_sums=self.segment_sums(),
             clipped_norm=self.clipped_norm,
-            clipped_sum=math.fsum(self._applied.values()) if clips_in_shards else None,
+            clipped_sum=self._clipped_sum(clip),
             began=self.began,
             collected=self.collected,
             reported=self.reported,
@@ -197,6 +198,13 @@ class RoundState:
             signals=self._signals(),
             activations=self.activations or b"",
         )
+
+    def _clipped_sum(self, clip: ClipSpec) -> float | None:
+        """Squares of the mean gradient after a clip that only the shards know the outcome of."""
+        total = math.fsum(self._applied.values())
+        if clip.agc is not None:
+            return max(0.0, self.norm**2 - total)
+        return None if clip.value is None else total
 
     # -- totals -------------------------------------------------------------------------------------------------------
 

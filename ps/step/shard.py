@@ -195,8 +195,8 @@ class ShardState:
     def apply(self, decision: Decision) -> float:
         """Carry out the leader's decision and end the round.
 
-        Returns the sum of squares of the gradient after a clip by value or agc, else 0.0. Raises ValueError for a
-        decision of another round: that is a fault of the leader, and nothing is applied.
+        Returns the sum of squares of the gradient after a clip by value, or those that agc took away, else 0.0. Raises
+        ValueError for a decision of another round: that is a fault of the leader, and nothing is applied.
         """
         if not self._is_current(decision.step, decision.kind) or not self._reduced:
             raise ValueError(f"shard {self.shard.index} at step {self.step} cannot apply {decision}")

@@ -51,6 +51,7 @@ def job_to_proto(row: JobRow, settings: Settings, samples_per_second: float | No
         error=result.error,
         checkpoint_directory=str(settings.checkpoints_of(row.id)),
         incarnation=row.incarnation,
+        began_at_step=row.result.began_at,
         best_step=result.best_step,
         priority=row.priority,
     )

@@ -11,7 +11,7 @@ from functools import partial
 import orjson
 from starlette.concurrency import run_in_threadpool
 
-from services.dashboard.views import Cursor, Views
+from services.dashboard.views import LIVE_RECORDS, Cursor, Views
 
 TICK_SECONDS = 0.5
 PAGES_A_TICK, MOST_SLOWER = 100, 4  # from so many open pages on, ticks are twice as long, and so on
@@ -36,6 +36,7 @@ class Live:
         said = time.monotonic()
         with self._opened():
             while not self._is_closing():
+                seen = cursor.step
                 data, cursor, is_over = await self._share(job, cursor, partial(self._read, job, cursor))
                 if data != before:
                     before, said = data, time.monotonic()
@@ -46,7 +47,8 @@ class Live:
                 elif time.monotonic() - said > QUIET_SECONDS:
                     said = time.monotonic()
                     yield b": still here\n\n"
-                await self._next_tick()
+                if cursor.step - seen < LIVE_RECORDS:  # else there is more than was sent
+                    await self._next_tick()
 
     async def jobs(self) -> AsyncIterator[bytes]:
         """All jobs, whenever they have changed, until the page is closed."""

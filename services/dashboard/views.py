@@ -46,7 +46,7 @@ class Views:
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
         self._settings = settings
-        self._of_ended: dict[str, dict[str, Any]] = {}  # summaries that do not change any more
+        self._of_ended: dict[tuple[str, float], dict[str, Any]] = {}  # by id and creation; they do not change any more
         self._of_live: dict[str, tuple[float, JobRow, dict[str, Any]]] = {}  # those of the last moment
 
     def jobs(self) -> dict[str, Any]:
@@ -198,9 +198,10 @@ class Views:
                 kept = self._of_live[row.id] = now, row, self._summarize(row)
             return kept[2]
         self._of_live.pop(row.id, None)
-        if row.id not in self._of_ended:
-            self._of_ended[row.id] = self._summarize(row)
-        return self._of_ended[row.id]
+        key = row.id, row.created
+        if key not in self._of_ended:
+            self._of_ended[key] = self._summarize(row)
+        return self._of_ended[key]
 
     def _summarize(self, row: JobRow) -> dict[str, Any]:
         result, history = row.result, self._history(row.id)

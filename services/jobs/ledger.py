@@ -87,13 +87,15 @@ class Ledger:
 
     def begin_life(self, incarnation: int, step: int, records: Iterable[StepRecord], of_incarnation: int) -> None:
         """Begin an incarnation at `step`. records: of the one before, which had no time to report them."""
-        self._store.update(self.job, incarnation=incarnation)
         try:
             self._history.append(of_incarnation, list(records))
             self._history.begin(incarnation, step)
         except OSError as error:
             self._on_full(error)
         self._store.rewind(self.job, step)
+        self.note_result(began_at=step)
+        # After all that: who sees the new incarnation finds nothing of the old one's later steps any more.
+        self._store.update(self.job, incarnation=incarnation, result=self.result)
         if self.result.best_step is not None and self.result.best_step > step:
             self.note_result(best_step=None)  # it comes again, or another one
         self.note_step(step)

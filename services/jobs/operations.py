@@ -236,7 +236,9 @@ def _check_decay(spec: TrainingJobSpec, description: TaskDescription) -> None:
 
 
 def _check_names(spec: TrainingJobSpec, description: TaskDescription) -> None:
-    """Raises SpecError for a pattern that no parameter has a name of."""
+    """Raises SpecError for a pattern that no parameter has a name of, and for parameters that agc does not know."""
+    if spec.clip.agc is not None and any(p.is_complex for p in description.model.parameters):
+        raise SpecError([Violation("clip.agc", "the model has complex parameters, whose units it does not know")])
     names = [p.name for p in description.model.parameters]
     for pattern in spec.clip.agc.exclude if spec.clip.agc is not None else ():
         if not any(fnmatchcase(name, pattern) for name in names):

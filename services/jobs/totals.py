@@ -8,7 +8,7 @@ import numpy as np
 
 from ps.step.messages import StepRecord
 from services.jobs.histogram import Histogram
-from steepest.bottleneck import COLUMNS, step_parts
+from steepest.bottleneck import COLUMNS, PARTS, step_parts
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Totals:
     clipped: int = 0
     skipped: int = 0
     replaced_workers: int = 0
-    parts: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     step_seconds: Histogram = field(default_factory=Histogram)
 
     def count(self, records: list[StepRecord]) -> None:
@@ -32,6 +32,6 @@ class Totals:
         if records:
             columns = {name: np.array([getattr(record, name) for record in records]) for name in COLUMNS}
             for part, seconds in step_parts(columns).items():
-                self.parts[part] = self.parts.get(part, 0.0) + float(seconds.sum())
+                self.parts[part] += float(seconds.sum())
         for record in records:
             self.step_seconds.observe(record.step_seconds)

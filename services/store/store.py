@@ -38,6 +38,7 @@ class Result:
     findings: tuple[Finding, ...] = ()
     members: tuple[tuple[str, str, int, str, str], ...] = ()  # (role, id, pid, host, state)
     rollbacks: int = 0
+    began_at: int = 0  # the step at which this incarnation began
 
 
 @dataclass(frozen=True, slots=True)

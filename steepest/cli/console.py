@@ -103,8 +103,10 @@ def spark(values: Sequence[float]) -> str:
     """Numbers as a line of bars, the least the lowest; what is not finite is a gap."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
-    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BARS[round((v - low) * scale)] if math.isfinite(v) else " " for v in values)
+    width = high / 2 - low / 2 or 1.0  # halves, for the range of numbers is twice the largest
+    return "".join(
+        BARS[round((len(BARS) - 1) * ((v / 2 - low / 2) / width))] if math.isfinite(v) else " " for v in values
+    )
 
 
 def log_line(line: LogLine) -> str:

@@ -1421,6 +1421,7 @@ class TrainingJobStatus(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     CHECKPOINT_DIRECTORY_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    BEGAN_AT_STEP_FIELD_NUMBER: _builtins.int
     BEST_STEP_FIELD_NUMBER: _builtins.int
     FINDINGS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
@@ -1439,6 +1440,8 @@ class TrainingJobStatus(_message.Message):
     checkpoint_directory: _builtins.str
     """Where the service keeps the job's checkpoints."""
     incarnation: _builtins.int
+    began_at_step: _builtins.int
+    """The step at which this incarnation began."""
     best_step: _builtins.int
     """Steps before the best evaluation so far, of a job that asks for it."""
     priority: _builtins.int
@@ -1472,13 +1475,14 @@ class TrainingJobStatus(_message.Message):
         error: _builtins.str = ...,
         checkpoint_directory: _builtins.str = ...,
         incarnation: _builtins.int = ...,
+        began_at_step: _builtins.int = ...,
         best_step: _builtins.int | None = ...,
         findings: _abc.Iterable[Global___Finding] | None = ...,
         priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_best_step", b"_best_step", "_loss", b"_loss", "_samples_per_second", b"_samples_per_second", "best_step", b"best_step", "loss", b"loss", "samples_per_second", b"samples_per_second"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_step", b"_best_step", "_loss", b"_loss", "_samples_per_second", b"_samples_per_second", "best_step", b"best_step", "checkpoint_directory", b"checkpoint_directory", "error", b"error", "findings", b"findings", "incarnation", b"incarnation", "loss", b"loss", "metrics", b"metrics", "parameters_sha256", b"parameters_sha256", "priority", b"priority", "reason", b"reason", "samples", b"samples", "samples_per_second", b"samples_per_second", "servers", b"servers", "state", b"state", "state_sha256", b"state_sha256", "step", b"step", "total_steps", b"total_steps", "wall_seconds", b"wall_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_step", b"_best_step", "_loss", b"_loss", "_samples_per_second", b"_samples_per_second", "began_at_step", b"began_at_step", "best_step", b"best_step", "checkpoint_directory", b"checkpoint_directory", "error", b"error", "findings", b"findings", "incarnation", b"incarnation", "loss", b"loss", "metrics", b"metrics", "parameters_sha256", b"parameters_sha256", "priority", b"priority", "reason", b"reason", "samples", b"samples", "samples_per_second", b"samples_per_second", "servers", b"servers", "state", b"state", "state_sha256", b"state_sha256", "step", b"step", "total_steps", b"total_steps", "wall_seconds", b"wall_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_step: _TypeAlias = _typing.Literal["best_step"]  # noqa: Y015
     _WhichOneofArgType__best_step: _TypeAlias = _typing.Literal["_best_step", b"_best_step"]  # noqa: Y015

@@ -37,6 +37,8 @@ def columns(steps: int = 9, **values: float) -> dict[str, np.ndarray]:
             0.05,
         ),
         ({"data_seconds": 0.03, "worker_seconds": 0.08, "mean_worker_seconds": 0.05}, "input-bound", 0.03),
+        # Read ahead of the workers' own time, as without readers.
+        ({"data_seconds": 0.06, "worker_seconds": 0.02, "mean_worker_seconds": 0.02}, "input-bound", 0.06),
         ({"worker_seconds": math.nan, "mean_worker_seconds": math.nan}, "compute-bound", 0.08 / 3),
     ],
 )
@@ -55,7 +57,7 @@ def test_no_steps_have_no_bottleneck() -> None:
 
 
 def test_a_trace_has_every_step_and_its_parts_one_after_another(tmp_path: Path) -> None:
-    table = columns(3, data_seconds=0.02, worker_seconds=0.07)
+    table = columns(3, data_seconds=0.02, worker_seconds=0.05, mean_worker_seconds=0.05)
     table |= {
         "step": np.array([4.0, 5.0, 6.0]),
         "time": 1e9 + 0.1 * np.arange(1, 4),
@@ -82,3 +84,5 @@ def test_a_line_of_bars() -> None:
     assert spark([0.0, 7.0, math.nan, 3.5]) == BARS[0] + BARS[7] + " " + BARS[4]
     assert spark([2.0, 2.0]) == BARS[0] * 2
     assert spark([]) == ""
+    assert spark([1e-310, 0.0]) == BARS[7] + BARS[0]
+    assert spark([1e308, -1e308, 0.0]) == BARS[7] + BARS[0] + BARS[4]

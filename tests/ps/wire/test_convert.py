@@ -78,7 +78,7 @@ def test_failure(it: Failure) -> None:
     assert convert.failure_from_proto(convert.failure_to_proto(it)) == it
 
 
-@given(st.builds(Decision, STEP, KIND, st.booleans(), REAL, REAL, REAL))
+@given(st.builds(Decision, STEP, KIND, st.booleans(), *[REAL] * 4, st.booleans(), st.binary(max_size=16)))
 def test_decision(it: Decision) -> None:
     assert convert.decision_from_proto(convert.decision_to_proto(it)) == it
 
@@ -92,6 +92,8 @@ RECORDS = st.builds(
     REAL,
     SIGNALS,
     NORMS,
+    REAL,
+    REAL,
 )
 
 
