@@ -162,7 +162,9 @@ def test_a_run_of_mlflow(tmp_path: Path) -> None:
 def test_an_offline_run_of_wandb(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     with wandb(tmp_path, "a-1") as log:
-        log(made())
+        log(made(3))
+        log(records_of([row(3), row(4)], [Evaluation(1, {"loss": 0.5}), Evaluation(2, {"loss": 0.4})]))
+        log(records_of([row(5)]))
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
