@@ -18,7 +18,7 @@ RECENT_STEPS = 200
 REMEDIES = {
     "input-bound": "read ahead in processes of their own (data.readers), or keep the data nearer",
     "straggler-bound": "look at what else runs on the slowest worker's host, or use more and smaller micro-batches",
-    "network-bound": "compress the exchange (compression.name), use larger steps, or fewer hosts",
+    "network-bound": "use larger steps (data.global_batch), fewer hosts, or compressed messages (compression.name)",
     "server-bound": "use more servers (placement.servers), or leave the servers more cores",
     "compute-bound": "use more workers, or bf16",
 }

@@ -228,7 +228,7 @@ export function showJob(main, id) {
         const bar = h("div", { class: "shares", role: "img", "aria-label": parts.map(([key, text]) => `${text} ${Math.round(100 * found[key])} %`).join(", ") });
         for (const [key] of parts) { const part = h("i", { class: `c-${key}` }); part.style.width = `${100 * found[key]}%`; bar.append(part); }
         const without = found.word === "compute-bound" ? "With a worker more" : "Without what holds it up";
-        const saves = ` ${without}, a step would take ${duration(found.step_seconds - found.saves_seconds)}: ${found.remedy}.`;
+        const saves = ` ${without}, a step would be ${Math.round(100 * found.saves_seconds / found.step_seconds)} % shorter: ${found.remedy}.`;
         shares.replaceChildren(bar, h("ul", { class: "legend" }, parts.map(([key, text]) => h("li", {}, h("b", { class: `c-${key}` }), `${text} ${(100 * found[key]).toFixed(0)} %`))),
           h("p", { class: "muted" }, `The last steps took ${duration(found.step_seconds)} each; the job is ${found.word}.${saves}`));
       } else shares.replaceChildren(h("p", { class: "empty" }, "No step yet."));
