@@ -24,6 +24,11 @@ NONCE_BYTES = 16
 FILLED_AT = NONCE_BYTES  # a byte of the header: whether the constant part has been written
 
 
+def constant_start(nbytes: int) -> int:
+    """Where the constant part of a segment begins, behind so many bytes that change."""
+    return -(-nbytes // HEADER_BYTES) * HEADER_BYTES
+
+
 @dataclass(frozen=True, slots=True)
 class SegmentReference:
     """What a peer on the same host needs to map a segment. size: bytes, header included."""
@@ -109,7 +114,7 @@ class Segment:
         return torch.frombuffer(self._map, dtype=dtype, count=numel, offset=HEADER_BYTES + offset * dtype.itemsize)
 
     def constant(self, start: int, fill: Callable[[memoryview], None]) -> memoryview:
-        """The bytes from `start` on, a multiple of the page size, which the first process to ask for them fills.
+        """The bytes from `start` on, see constant_start, which the first process to ask for them fills.
 
         They lie in memory once, however many processes have them; what one writes to them is its own from then on.
         Raises ConnectionError when the process that created the segment has ended.

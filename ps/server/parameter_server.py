@@ -21,8 +21,8 @@ from ps.job.config import JobConfig
 from ps.job.topology import home_of
 from ps.memory.gpu import Device
 from ps.memory.host import host_identity
-from ps.memory.segment import HEADER_BYTES, Segment
-from ps.parameters.layout import align, shards
+from ps.memory.segment import Segment, constant_start
+from ps.parameters.layout import shards
 from ps.server.checkpoint_writer import CheckpointWriter
 from ps.server.control_port import ControlPort
 from ps.server.doorman import Doorman
@@ -68,7 +68,7 @@ class ParameterServer:
         self._doorman = Doorman(config)
         self._peers, self._relays = Peers(), Peers()  # workers, and homes of other hosts
         # Workers share their frozen parameters behind the others; where there are none, that takes no memory.
-        room = align(self.layout.nbytes, HEADER_BYTES) + config.model.constant_places()[1]
+        room = constant_start(self.layout.nbytes) + config.model.constant_places()[1]
         self._segment = Segment.create(room, f"parameters-{config.job}")
         self._closers: list[Any] = []  # everything with a `close`, in the order in which they are to end
         control = ""

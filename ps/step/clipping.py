@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ps.numerics.clip import clip_coefficient, clip_policy
 from ps.numerics.clip_parameters import parameter_clip_policy
+from ps.step.signals import parameter_norms
 from steepest.step_spec import ClipSpec
 
 
@@ -40,8 +41,7 @@ class Clipping:
     def __call__(self, norm: float, segment_sums: NDArray[np.float64], weight: float) -> Clip:
         """For a step. norm: of the mean gradient. segment_sums: of squares of the sum. weight: of the sum."""
         if self._by_parameter is not None:
-            # bincount adds in order, so the bits are the same for any number of shards.
-            norms = np.sqrt(np.bincount(self._owners, segment_sums)) / weight
+            norms = parameter_norms(self._owners, segment_sums, weight)
             found = self._by_parameter.coefficients(norms)
             after = math.sqrt(math.fsum(((norms * found) ** 2).tolist()))
             return Clip(1.0, found.astype("<f8", copy=False).tobytes(), min(after, norm))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ps.parameters.layout import Layout
 from ps.step.messages import Decision, StepRecord
-from ps.step.signals import StepSignals, parameter_signals
+from ps.step.signals import StepSignals, parameter_norms, parameter_signals
 
 
 class CompletedStep(NamedTuple):
@@ -88,9 +88,7 @@ def records_of(steps: Sequence[CompletedStep], layout: Layout | None) -> list[St
     owners, num_parameters = layout.segment_owners, len(layout.parameters)
     records = []
     for step in steps:
-        # bincount adds in order, so a parameter's norm has the same bits for any number of shards.
-        sums = np.bincount(owners, step.segment_sums, num_parameters)
-        norms = np.sqrt(sums) / step.weight
+        norms = parameter_norms(owners, step.segment_sums, step.weight, num_parameters)
         signals = b""
         if step.signals is not None:
             measured = parameter_signals(step.signals, norms**2, step.weight, layout)

@@ -48,6 +48,13 @@ def has_own_gradient(leaf: int) -> bool:
     return leaf % 2 == 0
 
 
+def parameter_norms(owners: NDArray[np.int64], sums: Sums, weight: float, count: int = 0) -> NDArray[np.float64]:
+    """The norm of each parameter's mean gradient. owners: see Layout. sums: of squares of segments. count: at least."""
+    # bincount adds in order, so a parameter's norm has the same bits for any number of shards.
+    found: NDArray[np.float64] = np.sqrt(np.bincount(owners, sums, count)) / weight
+    return found
+
+
 def parameter_signals(
     signals: StepSignals, squares: NDArray[np.float64], weight: float, layout: Layout
 ) -> NDArray[np.float64]:

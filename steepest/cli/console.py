@@ -10,12 +10,10 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from steepest.bottleneck import COLUMNS, bottleneck
 from steepest.jobs import SUBMISSION, Event, JobInfo, LogLine
 from steepest.jobs import Progress as StepProgress
 
@@ -84,6 +82,10 @@ class JobDisplay:
         samples = f"{self._rate * progress.samples:,.0f} samples/s" if self._rate else ""
         clipped = "" if math.isclose(progress.clipped_norm, progress.gradient_norm) else f"→{progress.clipped_norm:.3g}"
         logged = "".join(f"  {name} {value:.4g}" for name, value in progress.logged.items())
+        import numpy as np  # here, for commands that show no progress start sooner without it
+
+        from steepest.bottleneck import COLUMNS, bottleneck
+
         self._recent.append(progress)
         found = bottleneck({name: np.array([getattr(p, name) for p in self._recent]) for name in COLUMNS})
         held = "" if found is None or found.word == "compute-bound" else f"  {found.word}, {found.saves_share:.0%}"

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ps.checkpoint.named_state import pack_buffers, unpack_buffers
-from ps.memory.segment import HEADER_BYTES, Segment
+from ps.memory.segment import Segment, constant_start
 from ps.parameters.description import ModelDescription
-from ps.parameters.layout import Layout, align
+from ps.parameters.layout import Layout
 from steepest.task import Task
 from worker.data.sources import Source, source_of
 from worker.gradients.activations import Activations
@@ -226,7 +226,7 @@ class TorchEngine:
             for constant, place in tensors(room):
                 place.copy_(constant.detach().reshape(-1))
 
-        for constant, place in tensors(memory.constant(align(self._layout.nbytes, HEADER_BYTES), fill)):
+        for constant, place in tensors(memory.constant(constant_start(self._layout.nbytes), fill)):
             constant.data = place.view(constant.shape)
 
     @contextlib.contextmanager
