@@ -10,7 +10,7 @@ PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS)
 endef
 
-.PHONY: reference help demo test test-full test-core coverage check format proto bench bench-full clean
+.PHONY: reference help demo gallery test test-full test-core coverage check format proto bench bench-full clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -23,6 +23,9 @@ $(INSTALLED): constraints.txt pyproject.toml
 
 demo: $(INSTALLED)  ## train the digits through a service of its own
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
+
+gallery: $(INSTALLED)  ## run what docs/gallery.md shows, and rebuild the page (five minutes)
+	$(BIN)/python examples/gallery/make.py
 
 test: $(INSTALLED)  ## the tests, without those that repeat others at more placements or run for long
 	$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile --no-loadscope-reorder --durations 10

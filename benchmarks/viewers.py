@@ -96,6 +96,9 @@ def main() -> None:
                         viewer.join()
             memory = me.memory_info().rss
             histories = [JobHistory(service.settings.history_of(name)) for name in ids]
+            last = max(ended for own in spans.values() for _, ended in own)
+            while any(history.columns(["time"])["time"][-1] < last for history in histories):
+                time.sleep(0.5)  # steps are reported a while after they were made
             ends = np.concatenate([history.columns(["time"])["time"] for history in histories])
             rates = {
                 side: [float(((ends > began) & (ends <= ended)).sum() / (ended - began)) for began, ended in own]

@@ -15,11 +15,10 @@ from ps.step.effects import PhaseChanged
 from ps.step.messages import StepRecord
 from ps.step.record import CompletedStep, records_of
 from ps.wire import convert
-from ps.wire.address import GRPC_OPTIONS
+from ps.wire.address import GRPC_OPTIONS, REPORT_SECONDS
 from steepest.v1 import exchange_pb2 as pb
 from steepest.v1 import exchange_pb2_grpc as pb_grpc
 
-REPORT_SECONDS = 0.25  # between reports of steps; all else is told at once
 MAX_STREAMS = 4
 MAX_PRINTED = 20_000  # lines kept while no controller is there to take them
 MAX_UNSTORED = 100_000  # records kept while no controller is there to take them
@@ -42,6 +41,7 @@ class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
         self._news = threading.Condition()
         self._report = pb.SupervisionMessage()
         self._is_urgent = False
+        self._pause = REPORT_SECONDS
         self._completed: list[CompletedStep] = []  # for the history, and not told yet
         self._newest: CompletedStep | None = None
         self._unstored: deque[StepRecord] = deque(maxlen=MAX_UNSTORED)
@@ -66,7 +66,7 @@ class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
         threading.Thread(target=self._obey, args=(request_iterator,), daemon=True).start()
         while context.is_active() and not self._stopped:
             with self._news:
-                self._news.wait_for(lambda: self._stopped or self._is_urgent, timeout=REPORT_SECONDS)
+                self._news.wait_for(lambda: self._stopped or self._is_urgent, timeout=self._pause)
                 report = self._take_report()
             if report.ByteSize():
                 yield report
@@ -90,9 +90,10 @@ class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
     def _obey(self, messages: Iterable[pb.ControllerMessage]) -> None:
         try:
             for message in messages:
+                self._pause = message.report_seconds or self._pause
                 if message.WhichOneof("message") == "stored":
                     self._forget(message.stored)
-                else:
+                elif message.HasField("command"):
                     self._obey_command(message.command.verb, message.command.worker)
         except grpc.RpcError:
             pass  # the controller is gone; the job goes on

@@ -96,13 +96,32 @@ def noise_scale(signals: NDArray[np.float64], memory: int = 20) -> NDArray[np.fl
     signals: shape (steps, len(NAMES), parameters). memory: how many measured steps the running means reach back, each
     of both estimates by itself. Not a number before the first one, and while the estimate of |G|^2 is not positive.
     """
+    signal, trace = _running_means(signals, memory)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(signal > 0, np.maximum(trace, 0.0) / signal, np.nan)
+
+
+def cosine(signals: NDArray[np.float64], weight: float, memory: int = 20) -> NDArray[np.float64]:
+    """How much the gradients of two micro-batches point the same way, of the whole network, shape (steps,).
+
+    It is E[g . h] / E|g|^2 for the mean gradients g, h of two micro-batches: |G|^2 / (|G|^2 + tr(S) / weight), the
+    cosine of the angle between them where their norms are alike. weight: of a micro-batch, in the units of the noise
+    scale. signals, memory: as there. Can be a little below 0, as the estimate of |G|^2 can.
+    """
+    signal, trace = _running_means(signals, memory)
+    total = signal + trace / weight
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(total > 0, signal / total, np.nan)
+
+
+def _running_means(signals: NDArray[np.float64], memory: int) -> NDArray[np.float64]:
+    """Running means of both estimates, shape (2, steps); not a number before the first measurement."""
     totals = signals[:, [NAMES.index("noise_signal"), NAMES.index("noise_trace")]].sum(axis=2)
-    out = np.full(len(totals), np.nan)
+    out = np.full((2, len(totals)), np.nan)
     mean = None
-    for step, (signal, trace) in enumerate(totals):
-        if np.isfinite(signal) and np.isfinite(trace):
-            new = np.array([signal, trace])
+    for step, new in enumerate(totals):
+        if np.isfinite(new).all():
             mean = new if mean is None else mean + (new - mean) / min(step + 1, memory)
-        if mean is not None and mean[0] > 0:
-            out[step] = max(mean[1], 0.0) / mean[0]
+        if mean is not None:
+            out[:, step] = mean
     return out

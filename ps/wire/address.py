@@ -17,6 +17,7 @@ GRPC_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),
 )
 CHUNK_BYTES = 4 << 20
+REPORT_SECONDS = 0.25  # between reports of steps, unless the controller wants fewer; all else is told at once
 
 
 @dataclass(frozen=True, slots=True)

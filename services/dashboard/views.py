@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ps.checkpoint.files import checkpoints, step_of
 from ps.step.messages import StepRecord
-from ps.step.signals import NAMES, noise_scale
+from ps.step.signals import NAMES, cosine, noise_scale
 from services.jobs.job_log import JobLog
 from services.jobs.task_probe import TaskDescription
 from services.settings import Settings
@@ -130,13 +130,28 @@ class Views:
         return steps, values[:, NAMES.index(signal)]
 
     def noise(self, job: str, first: int, last: int | None, points: int) -> dict[str, Any]:
-        """The gradient noise scale of the whole network, in samples: a running mean. Raises NotFoundError."""
-        self._store.get(job)
-        steps, values = self._history(job).signals(0, last)
-        scales = noise_scale(values)
+        """The gradient noise scale of the whole network, in samples, and the cosine between its micro-batches.
+
+        Both from running means. Raises NotFoundError.
+        """
+        data = spec_from_dict(json.loads(self._store.get(job).spec)).data
+        history = self._history(job)
+        steps, values = history.signals(0, last)
+        newest = history.last()
+        weight = (
+            (data.micro_batch or data.global_batch) * newest.weight / newest.samples
+            if newest is not None and newest.samples
+            else 1.0
+        )
         low = int(np.searchsorted(steps, first))
-        found = downsample({"step": steps[low:], "noise": scales[low:]}, min(points, MAX_POINTS))
-        return {"steps": found.steps, **dict(zip(("min", "max", "mean"), found.series["noise"], strict=True))}
+        raw = {"step": steps[low:], "noise": noise_scale(values)[low:], "cosine": cosine(values, weight)[low:]}
+        found = downsample(raw, min(points, MAX_POINTS))
+        return {
+            "steps": found.steps,
+            **{
+                name: dict(zip(("min", "max", "mean"), found.series[name], strict=True)) for name in ("noise", "cosine")
+            },
+        }
 
     def layer(
         self, job: str, name: str, first: int, last: int | None, points: int, signal: str = GRADIENT_NORM

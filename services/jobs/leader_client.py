@@ -6,15 +6,18 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import ClassVar
 
 import grpc
 
 from ps.job.config import JobConfig
 from ps.step.messages import Failure, Printed, StepRecord
 from ps.wire import convert
-from ps.wire.address import GRPC_OPTIONS
+from ps.wire.address import GRPC_OPTIONS, REPORT_SECONDS
 from steepest.v1 import exchange_pb2 as pb
 from steepest.v1 import exchange_pb2_grpc as pb_grpc
+
+REPORTS_A_SECOND = 50  # of all jobs together: so many cost the service a fifth of a core
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,12 @@ def report_from_proto(message: pb.SupervisionMessage) -> Report:
 
 
 class LeaderClient:
-    """Supervises one life of a job. on_report is called in a thread of its own."""
+    """Supervises one life of a job. on_report is called in a thread of its own.
+
+    The more jobs a process supervises, the less often each of their leaders reports steps.
+    """
+
+    _all: ClassVar[set[LeaderClient]] = set()
 
     def __init__(self, address: str, config: JobConfig, on_report: Callable[[Report], None]) -> None:
         self._channel = grpc.insecure_channel(address, options=GRPC_OPTIONS)
@@ -91,14 +99,23 @@ class LeaderClient:
         stub = pb_grpc.ParameterExchangeServiceStub(self._channel)
         self._replies = stub.Supervise(iter(self._outbox.get, None))
         self._on_report = on_report
+        self._pause = 0.0
+        self._all.add(self)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         try:
             for message in self._replies:
+                self._set_pace()
                 self._on_report(report_from_proto(message))
         except grpc.RpcError:
             pass  # the leader is gone: its actor's end says so
+
+    def _set_pace(self) -> None:
+        pause = max(REPORT_SECONDS, len(self._all) / REPORTS_A_SECOND)
+        if pause != self._pause:
+            self._pause = pause
+            self._outbox.put(pb.ControllerMessage(report_seconds=pause))
 
     def send(self, verb: str, worker: str = "") -> None:
         """A command: pause, resume, cancel, or retire a worker."""
@@ -110,5 +127,6 @@ class LeaderClient:
 
     def close(self) -> None:
         """Hang up."""
+        self._all.discard(self)
         self._outbox.put(None)
         self._channel.close()

@@ -28,6 +28,7 @@ PATIENCE = {
 }
 CHECK_SECONDS = 2.0
 PAUSE_SECONDS = 0.2
+MOST_CONNECTIONS = 24  # all of them kept: to open one costs more than most of what it is opened for
 CLAIM = 0x7374656570657374  # the advisory lock of the one service that uses a database: "steepest"
 
 Parameters = ParamSpec("Parameters")
@@ -46,7 +47,13 @@ def open_database(url: str) -> sa.Engine:
         raise ServiceUnavailableError(f"a database of {parsed.drivername} cannot be used; allowed: sqlite, postgresql")
     try:
         is_sqlite = parsed.drivername == "sqlite"
-        engine = sa.create_engine(parsed, pool_pre_ping=not is_sqlite, connect_args={} if is_sqlite else PATIENCE)
+        engine = sa.create_engine(
+            parsed,
+            pool_pre_ping=not is_sqlite,
+            connect_args={} if is_sqlite else PATIENCE,
+            pool_size=MOST_CONNECTIONS,
+            max_overflow=0,
+        )
     except ModuleNotFoundError as error:
         raise ServiceUnavailableError(
             f"PostgreSQL needs the package {error.name!r}: pip install 'steepest[postgres]'"
@@ -130,6 +137,9 @@ def retried(method: Callable[Parameters, Returned]) -> Callable[Parameters, Retu
             except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
                 if time.monotonic() > deadline or _is_sqlite(error):
                     raise ServiceUnavailableError(f"the database does not answer: {_said(error)}") from error
+            except sa.exc.TimeoutError as error:  # of the pool
+                if time.monotonic() > deadline:
+                    raise ServiceUnavailableError("the database is too busy to answer") from error
             time.sleep(PAUSE_SECONDS)
 
     return call

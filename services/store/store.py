@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from typing import Any
@@ -15,6 +16,7 @@ from alembic import command
 from alembic.config import Config
 
 from services.store.database import PATIENT_SECONDS, RETRY_SECONDS, Claim, open_database, retried, text
+from services.store.known import Known
 from services.store.lifecycle import ENDED, JobState, check_move
 from services.store.schema import evaluations, events, jobs
 from services.store.selection import NEWEST, Selection
@@ -95,6 +97,7 @@ class Store:
             self._claim = Claim(self._engine, lost)
         self._migrate()
         self._write = threading.Lock()
+        self._known = Known[JobRow]()
         self.tokens = Tokens(self._engine, self._write)
         self.changed = threading.Condition()  # notified whenever a job or its progress changes
 
@@ -121,6 +124,15 @@ class Store:
         """Wake those who wait for `changed`."""
         with self.changed:
             self.changed.notify_all()
+
+    @contextmanager
+    def _writing(self, job: str) -> Iterator[sa.Connection]:
+        """A transaction that changes a job."""
+        try:
+            with self._write, self._engine.begin() as connection:
+                yield connection
+        finally:
+            self._known.written(job)
 
     # -- jobs -------------------------------------------------------------------------------------------------------
 
@@ -151,11 +163,17 @@ class Store:
     @retried
     def get(self, job: str) -> JobRow:
         """Raises NotFoundError."""
+        known = self._known.get(job)
+        if known is not None:
+            return known
+        reading = self._known.reading
         with self._engine.connect() as connection:
-            row = connection.execute(sa.select(jobs).where(jobs.c.id == job)).first()
-        if row is None:
+            found = connection.execute(sa.select(jobs).where(jobs.c.id == job)).first()
+        if found is None:
             raise NotFoundError(f"there is no job trainingJobs/{job}")
-        return _job(row)
+        row = _job(found)
+        self._known.keep(job, row, reading)
+        return row
 
     @retried
     def page(self, limit: int, selection: Selection = NEWEST, after: str = "") -> tuple[list[JobRow], str]:
@@ -171,7 +189,7 @@ class Store:
     @retried
     def delete(self, job: str) -> None:
         """Forget a job."""
-        with self._write, self._engine.begin() as connection:
+        with self._writing(job) as connection:
             for table, column in ((evaluations, evaluations.c.job), (events, events.c.job), (jobs, jobs.c.id)):
                 connection.execute(sa.delete(table).where(column == job))
         self.notify()
@@ -200,7 +218,7 @@ class Store:
     @retried
     def move(self, job: str, state: JobState, reason: str, now: float) -> JobRow:
         """Change the state of a job, with an event. Raises ConflictError for a move that is not legal."""
-        with self._write, self._engine.begin() as connection:
+        with self._writing(job) as connection:
             row = _job(connection.execute(sa.select(jobs).where(jobs.c.id == job)).one())
             if row.state == state and row.reason == reason:
                 return row
@@ -217,7 +235,7 @@ class Store:
         """Change fields of a job other than its state: workers, incarnation, result."""
         if "result" in values:
             values["result"] = _result_json(values["result"])
-        with self._write, self._engine.begin() as connection:
+        with self._writing(job) as connection:
             connection.execute(sa.update(jobs).where(jobs.c.id == job).values(**values))
         self.notify()
 

@@ -47,6 +47,7 @@ class Tokens:
         self.retry_seconds = RETRY_SECONDS
         self._engine = engine
         self._write = write
+        self._is_any = False
 
     @retried
     def create(self, name: str, role: str, now: float) -> str:
@@ -89,8 +90,10 @@ class Tokens:
     @retried
     def exist(self) -> bool:
         """Whether there has ever been a token. A service without one is open to all who reach it."""
-        with self._engine.connect() as connection:
-            return connection.execute(sa.select(tokens.c.name).limit(1)).first() is not None
+        if not self._is_any:  # else there always will be: a revoked one stays
+            with self._engine.connect() as connection:
+                self._is_any = connection.execute(sa.select(tokens.c.name).limit(1)).first() is not None
+        return self._is_any
 
 
 def _hash(token: str) -> str:

@@ -962,8 +962,11 @@ class ControllerMessage(_message.Message):
     COMMAND_FIELD_NUMBER: _builtins.int
     HELLO_FIELD_NUMBER: _builtins.int
     STORED_FIELD_NUMBER: _builtins.int
+    REPORT_SECONDS_FIELD_NUMBER: _builtins.int
     stored: _builtins.int
     """Step records up to this step are stored."""
+    report_seconds: _builtins.float
+    """How long to wait between reports of steps, in seconds; 0: as before."""
     @_builtins.property
     def command(self) -> Global___Command: ...
     @_builtins.property
@@ -976,10 +979,11 @@ class ControllerMessage(_message.Message):
         command: Global___Command | None = ...,
         hello: Global___Hello | None = ...,
         stored: _builtins.int = ...,
+        report_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "hello", b"hello", "message", b"message", "stored", b"stored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "hello", b"hello", "message", b"message", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "hello", b"hello", "message", b"message", "report_seconds", b"report_seconds", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["command", "hello", "stored"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015

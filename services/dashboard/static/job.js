@@ -187,21 +187,29 @@ export function showJob(main, id) {
     });
     const noiseHolder = h("div", { class: "chart", "data-chart": "noise" });
     const noiseChart = new Chart(noiseHolder, [["noise", "tr(Σ) / ‖G‖², in samples", 2]], { settings, height: 220 }, zoom);
-    closers.push(() => noiseChart.destroy());
-    const noiseCard = h("section", { class: "card span-12", hidden: true, "aria-label": "Gradient noise scale" },
+    const cosineHolder = h("div", { class: "chart", "data-chart": "cosine" });
+    const cosineChart = new Chart(cosineHolder, [["cosine", "E[g·h] / E‖g‖²", 1]], { settings, height: 220 }, zoom);
+    closers.push(() => noiseChart.destroy(), () => cosineChart.destroy());
+    const cosineCard = h("section", { class: "card span-6", hidden: true, "aria-label": "Cosine between micro-batches" },
+      h("header", {}, h("h2", {}, "Cosine between micro-batches")),
+      h("p", { class: "muted" }, "1: all say the same, and a smaller batch would do; 0: each is mostly noise, and a larger batch helps."), cosineHolder);
+    const noiseCard = h("section", { class: "card span-6", hidden: true, "aria-label": "Gradient noise scale" },
       h("header", {}, h("h2", {}, "Gradient noise scale")),
       h("p", { class: "muted" }, "Batches much smaller than this average noise away almost for nothing; much larger ones bring little more."), noiseHolder);
 
     async function readNoise() {
       const range = series.last === null ? `first=${series.first}` : `first=${series.first}&last=${series.last}`;
       const found = await get(`${path}/noise?${range}`);
-      noiseCard.hidden = !found.mean.some((value) => value !== null);
-      if (!noiseCard.hidden) noiseChart.draw({ steps: found.steps, values: { noise: found } });
+      const { steps, noise, cosine } = found;
+      noiseCard.hidden = !noise.mean.some((value) => value !== null);
+      if (!noiseCard.hidden) noiseChart.draw({ steps, values: { noise } });
+      cosineCard.hidden = !cosine.mean.some((value) => value !== null);
+      if (!cosineCard.hidden) cosineChart.draw({ steps, values: { cosine } });
     }
 
     grid.append(
       h("section", { class: "card span-12", "aria-label": "Gradients of all layers" }, h("header", {}, h("h2", {}, "Gradients of all layers"), h("span", { class: "grow" }), signal), heatHolder, layerTitle, layerHolder),
-      noiseCard);
+      noiseCard, cosineCard);
 
     // -- where the time goes, processes, events, log ---------------------------------------------------------------
     const shares = h("div");

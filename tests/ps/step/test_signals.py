@@ -5,7 +5,7 @@ import pytest
 
 from ps.parameters.description import ModelDescription, TensorDescription
 from ps.parameters.layout import Layout, build_layout
-from ps.step.signals import FIRST_STEPS, NAMES, StepSignals, is_measured, noise_scale, parameter_signals
+from ps.step.signals import FIRST_STEPS, NAMES, StepSignals, cosine, is_measured, noise_scale, parameter_signals
 
 
 def layout() -> Layout:
@@ -27,14 +27,17 @@ def test_segments_become_parameters() -> None:
     assert np.isnan(found["noise_trace"]).all()
 
 
-def test_the_noise_scale_is_what_brute_force_says() -> None:
+def test_noise_scale_and_cosine_are_what_brute_force_says() -> None:
     """Gradients of single samples are drawn; their covariance and mean are known."""
     whole, generator = layout(), np.random.default_rng(0)
     mean, spread = np.array([0.5, -0.2, 0.1, 0.4]), np.array([1.0, 2.0, 0.5, 3.0])
     micro_batch, leaves, rows = 8, 4, []
+    inner, squared = [], []  # products of neighbouring micro-batches' gradients, and their own squares
     empty = np.zeros((4, 3)), np.zeros((4, 2))
     for _ in range(4000):
         sums = generator.normal(mean, spread, (leaves, micro_batch, 4)).sum(axis=1)
+        inner.append(sums[0] @ sums[1])
+        squared.append(sums[0] @ sums[0])
         whole_mean = sums.sum(axis=0) / (leaves * micro_batch)
         own = [(float(micro_batch), np.array([(sums[i] ** 2).sum(), 0.0]).tobytes()) for i in (0, 2)]
         squares = np.array([(whole_mean**2).sum(), 0.0])
@@ -45,11 +48,13 @@ def test_the_noise_scale_is_what_brute_force_says() -> None:
         assert abs(estimate.mean() - truth) < 4 * estimate.std() / np.sqrt(len(estimate))
     scales = noise_scale(found, memory=4000)
     assert scales[-1] == pytest.approx((spread**2).sum() / (mean**2).sum(), rel=0.1)
+    assert cosine(found, micro_batch, memory=4000)[-1] == pytest.approx(np.mean(inner) / np.mean(squared), abs=0.03)
 
 
 def test_one_size_of_batch_says_nothing_of_noise() -> None:
     row = np.full((3, len(NAMES), 2), np.nan)
     assert np.isnan(noise_scale(row)).all()
+    assert np.isnan(cosine(row, 8.0)).all()
 
 
 def test_which_steps_are_measured() -> None:
