@@ -24,6 +24,7 @@ from services.jobs.admission import Admission
 from services.jobs.analysis import Analyses
 from services.jobs.code_bundles import CodeStore
 from services.jobs.operations import Operations
+from services.jobs.retention import Retention
 from services.jobs.running import Running
 from services.jobs.task_probe import TaskProbe
 from services.settings import Settings
@@ -69,6 +70,8 @@ class Service:
             collector(registry=registry)
         registry.register(JobCollector(self.running.all, self.store.count_states))
         self._admission.start()
+        self._retention = Retention(self.store, operations, settings.retention_days)
+        self._retention.start()
         analyses = Analyses(bundles, settings)
         self._grpc.start(TrainingJobServicer(operations, self.store, settings, analyses, self._closing))
         page = Page(operations, self.store, settings, access, self._closing.is_set)
@@ -93,6 +96,7 @@ class Service:
         self._closing.set()
         self._grpc.stop()
         self._http.stop()
+        self._retention.stop()
         self._admission.stop()
         self.cluster.stop()
         self._forks.close()

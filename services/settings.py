@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from steepest.telemetry_spec import Action, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +16,8 @@ class Settings:
     http_port, grpc_port: 0 takes any free one. ray_address: an existing Ray cluster; None starts
     Ray in this process tree. num_cpus: of embedded Ray. tls_certificate, tls_key: PEM files, the
     certificate with its chain; without them neither port is encrypted. database: URL of a PostgreSQL
-    to keep jobs in; empty: SQLite, beside the rest.
+    to keep jobs in; empty: SQLite, beside the rest. retention_days: how long jobs are kept after they
+    ended; 0: until they are deleted. health_actions: by rule, of jobs whose spec does not name it.
     """
 
     data_directory: Path
@@ -30,6 +34,8 @@ class Settings:
     cancel_grace_seconds: float = 20.0
     max_code_bytes: int = 256 << 20
     max_log_bytes: int = 64 << 20
+    retention_days: float = 0.0
+    health_actions: Mapping[Rule, Action] = field(default_factory=dict)
 
     @property
     def database_url(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from services.service import Service
     from services.store.tokens import Tokens
     from steepest.bundle import Bundle
+    from steepest.serve_settings import ServeSettings
     from steepest.spec import TrainingJobSpec
 
 
@@ -107,6 +108,15 @@ def tokens_of(data_directory: Path, database: str = "") -> Iterator[Tokens]:
         raise ServiceUnavailableError(f"cannot use the data directory {data_directory}: {error.strerror}") from error
     with contextlib.closing(Store(Settings(data_directory=data_directory, database=database).database_url)) as store:
         yield store.tokens
+
+
+def serve_settings(config: Path | None, given: Mapping[str, Any]) -> ServeSettings:
+    """See steepest.serve_settings. Raises ServiceUnavailableError, too."""
+    try:
+        from steepest.serve_settings import read_settings
+    except ModuleNotFoundError as error:
+        raise _without(error) from error
+    return read_settings(config, dict(given))
 
 
 def _without(error: ModuleNotFoundError) -> ServiceUnavailableError:

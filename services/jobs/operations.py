@@ -79,7 +79,7 @@ class Operations:
             return known
         if self._store.exists(job):
             raise ConflictError(f"training_job_id: {job!r} is taken; choose another --name")
-        spec = self._with_weights(spec)
+        spec = self._with_rules(self._with_weights(spec))
         description = self._probe.describe(
             spec, self._bundles.unpacked(spec.task.code_bundle), self._settings.probe_timeout_seconds
         )
@@ -128,6 +128,11 @@ class Operations:
         if written is None:
             raise SpecError([Violation("init_from", f"{spec.init_from} has no checkpoint here")])
         return spec.model_copy(update={"init_from": str(written.path / MODEL)})
+
+    def _with_rules(self, spec: TrainingJobSpec) -> TrainingJobSpec:
+        """The spec with what the service's settings say of health rules that it does not name."""
+        actions = {**self._settings.health_actions, **spec.health.actions}
+        return spec.model_copy(update={"health": spec.health.model_copy(update={"actions": actions})})
 
     def _check_device(self, spec: TrainingJobSpec) -> None:
         if spec.placement.device == "cuda" and not self._capacity.totals().get("GPU"):

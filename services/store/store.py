@@ -203,6 +203,13 @@ class Store:
             return [_job(row) for row in connection.execute(query)]
 
     @retried
+    def ended_before(self, time: float, most: int = 1000) -> list[str]:
+        """The ids of jobs that had ended by then, those that ended first before the others."""
+        query = sa.select(jobs.c.id).where(jobs.c.ended < time).order_by(jobs.c.ended).limit(most)
+        with self._engine.connect() as connection:
+            return list(connection.execute(query).scalars())
+
+    @retried
     def exists(self, job: str) -> bool:
         """Whether there is a job of that id."""
         with self._engine.connect() as connection:

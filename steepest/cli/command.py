@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import os
 import signal
 import sys
 import warnings
@@ -24,6 +22,7 @@ from steepest.cli.common import (
     client_of,
     exit_for,
     fail,
+    prepare_for_embedded_ray,
     report,
     show_until_end,
 )
@@ -56,11 +55,6 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _prepare_for_embedded_ray() -> None:
-    """Ray forks while gRPC's threads run; gRPC's own fork handlers crash such children. Before gRPC is imported."""
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-
-
 @app.command(rich_help_panel="Train")
 @takes_job_options
 def train(
@@ -75,7 +69,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train here: start Ray and the service in this process tree, submit, show progress, wait, stop."""
-    _prepare_for_embedded_ray()
+    prepare_for_embedded_ray()
     from steepest.cli.train import plan as plan_job
     from steepest.cli.train import train_embedded
 
@@ -104,49 +98,6 @@ def check(task: Task, options: JobOptions, as_json: Json = False) -> None:
         sys.stdout.write(json.dumps(checked) + "\n")
     else:
         show_check(checked)
-
-
-@app.command(rich_help_panel="The service")
-def serve(
-    host: Annotated[str, Option(help="Address of both ports.")] = "127.0.0.1",
-    port: Annotated[int, Option(min=0, max=65535, help="gRPC port; 0: any free one.")] = 50051,
-    http_port: Annotated[int, Option(min=0, max=65535, help="HTTP port: the page, /metrics, /healthz.")] = 8080,
-    data_dir: Annotated[Path, Option(help="Where jobs and checkpoints are kept.")] = Path("steepest-data"),
-    database_url: Annotated[
-        str,
-        Option(
-            envvar="STEEPEST_DATABASE_URL", help="postgresql://... to keep jobs in; else SQLite in the data directory."
-        ),
-    ] = "",
-    ray_address: Annotated[str | None, Option(help="An existing Ray cluster; else Ray starts embedded.")] = None,
-    cpus: Annotated[int | None, Option(min=1, help="CPUs embedded Ray may hand out (default: at least 8).")] = None,
-    tls_cert: Annotated[Path | None, Option(help="PEM file: the certificate of both ports, with its chain.")] = None,
-    tls_key: Annotated[Path | None, Option(help="PEM file: the certificate's private key.")] = None,
-) -> None:
-    """Run the service: gRPC for jobs, HTTP for the page and Prometheus.
-
-    On loopback it is open to all on this machine until there is a token (steepest token create). On any other address
-    it takes TLS and a token.
-    """
-    _prepare_for_embedded_ray()
-    import threading
-
-    from steepest.embedded import running_service
-
-    settings: dict[str, Any] = {"grpc_host": host, "grpc_port": port, "http_host": host, "http_port": http_port}
-    settings["database"] = database_url
-    settings |= {"ray_address": ray_address, "num_cpus": cpus, "tls_certificate": tls_cert, "tls_key": tls_key}
-    with running_service(data_dir, **settings) as service:
-        scheme = "http" if tls_cert is None else "https"
-        ports = f"gRPC {host}:{service.grpc_port}  HTTP {scheme}://{host}:{service.http_port}"
-        sys.stderr.write(f"{ports}  data {data_dir}\n")
-        sys.stderr.flush()
-        service.cluster.wait_ready()
-        sys.stderr.write("ready\n")
-        sys.stderr.flush()
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
-        sys.stderr.write("stopping; jobs that run go on from their last checkpoint at the next start\n")
 
 
 @app.command(rich_help_panel="Train")

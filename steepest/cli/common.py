@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,7 +90,6 @@ class _App(typer.Typer):
 
 app = _App(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Distributed training whose result never depends on placement.\n\n"
@@ -154,3 +154,8 @@ def show_until_end(job: Job) -> JobInfo:
 
     end = show(job.name, job.get().total_steps, job.watch(logs=True))
     return end or job.get()
+
+
+def prepare_for_embedded_ray() -> None:
+    """Ray forks while gRPC's threads run; gRPC's own fork handlers crash such children. Before gRPC is imported."""
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

@@ -181,3 +181,27 @@ def test_tokens_are_made_listed_and_revoked(tmp_path: Path) -> None:
     assert run("token", "revoke", "eve", *data).returncode == 2
     [row] = json.loads(run("token", "list", *data, "--json").stdout)["tokens"]
     assert (row["name"], row["role"], row["revoked"] is not None) == ("eve", "submitter", True)
+
+
+@pytest.mark.full
+def test_a_service_takes_its_settings_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "steepest.toml").write_text(
+        'port = 0\nhttp_port = 0\ndata_dir = "kept"\n[health_actions]\nupdate_ratio = "cancel"\n'
+    )
+    command = [*COMMAND, "serve", "--config", "steepest.toml"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert line.strip().endswith("data kept")
+        address = line.split()[1]
+        with Client(address) as client:
+            task = f"{Path(__file__).parents[1] / 'support' / 'sick.py'}:healthy"
+            job = client.submit(task, steps=100_000, optimizer={"name": "sgd", "lr": 5e-6})
+            for _ in job.watch():
+                pass
+            assert job.get().state == "CANCELLED"
+            assert job.get().spec["health"]["actions"] == {"update_ratio": "cancel"}
+    finally:
+        process.terminate()
+        process.wait(timeout=30)

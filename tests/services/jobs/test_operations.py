@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from ps.parameters.description import ModelDescription, TensorDescription
-from services.jobs.operations import _check_messages
+from services.jobs.operations import Operations, _check_messages
 from services.jobs.task_probe import TaskDescription
+from services.settings import Settings
 from steepest.errors import SpecError
+from steepest.spec import spec_from_dict
 
 
 def _described(**tensors: int) -> TaskDescription:
@@ -23,3 +28,13 @@ def test_what_does_not_fit_a_message_is_refused(field: str, what: str) -> None:
     _check_messages(_described(**{field: 250 << 20}))
     with pytest.raises(SpecError, match=rf"its {what} are 1\.2 GiB; at most 1 GiB"):
         _check_messages(_described(**{field: 300 << 20}))
+
+
+def test_a_services_rules_hold_where_a_spec_does_not_name_them(tmp_path: Path) -> None:
+    settings = Settings(data_directory=tmp_path, health_actions={"diverging": "pause", "stalled": "cancel"})
+    unused: Any = None
+    operations = Operations(unused, unused, unused, unused, unused, settings, unused)
+    spec = spec_from_dict(
+        {"task": {"module": "t", "function": "f"}, "steps": 1, "health": {"actions": {"stalled": "ignore"}}}
+    )
+    assert operations._with_rules(spec).health.actions == {"diverging": "pause", "stalled": "ignore"}

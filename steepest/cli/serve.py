@@ -1,0 +1,94 @@
+"""The command that runs the service, and its settings: of flags, the environment and a file, in this order."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from steepest.cli.common import app, prepare_for_embedded_ray
+from steepest.errors import SpecError, Violation
+
+
+@app.command(rich_help_panel="The service")
+def serve(
+    config: Annotated[
+        Path | None,
+        Option(envvar="STEEPEST_CONFIG", help="TOML file of settings, by the names of these flags: http_port = 8081."),
+    ] = None,
+    host: Annotated[str | None, Option(help="Address of both ports.", show_default="127.0.0.1")] = None,
+    port: Annotated[
+        int | None, Option(min=0, max=65535, help="gRPC port; 0: any free one.", show_default="50051")
+    ] = None,
+    http_port: Annotated[
+        int | None,
+        Option(min=0, max=65535, help="HTTP port: the page, /metrics, /healthz.", show_default="8080"),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, Option(help="Where jobs and checkpoints are kept.", show_default="steepest-data")
+    ] = None,
+    database_url: Annotated[
+        str | None, Option(help="postgresql://... to keep jobs in; else SQLite in the data directory.")
+    ] = None,
+    ray_address: Annotated[str | None, Option(help="An existing Ray cluster; else Ray starts embedded.")] = None,
+    cpus: Annotated[int | None, Option(min=1, help="CPUs embedded Ray may hand out (default: at least 8).")] = None,
+    tls_cert: Annotated[Path | None, Option(help="PEM file: the certificate of both ports, with its chain.")] = None,
+    tls_key: Annotated[Path | None, Option(help="PEM file: the certificate's private key.")] = None,
+    retention_days: Annotated[
+        float | None, Option(min=0.0, help="Delete jobs so many days after they ended; 0: never.", show_default="0")
+    ] = None,
+    health_action: Annotated[
+        list[str] | None,
+        Option(metavar="RULE=ACTION", help="What a health rule does in jobs that do not say so; repeatable."),
+    ] = None,
+) -> None:
+    """Run the service: gRPC for jobs, HTTP for the page and Prometheus.
+
+    On loopback it is open to all on this machine until there is a token (steepest token create). On any other address
+    it takes TLS and a token. Every flag is also a setting: STEEPEST_HTTP_PORT=8081 in the environment, http_port = 8081
+    in the file of --config; a flag comes before the environment, and that before the file.
+    """
+    given = {
+        "host": host,
+        "port": port,
+        "http_port": http_port,
+        "data_dir": data_dir,
+        "database_url": database_url,
+        "ray_address": ray_address,
+        "cpus": cpus,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+        "retention_days": retention_days,
+        "health_actions": _actions(health_action or []) or None,
+    }
+    prepare_for_embedded_ray()
+    import threading
+
+    from steepest.embedded import running_service, serve_settings
+
+    settings = serve_settings(config, {name: value for name, value in given.items() if value is not None})
+    with running_service(settings.data_dir, **settings.of_service()) as service:
+        scheme = "http" if settings.tls_cert is None else "https"
+        ports = f"gRPC {settings.host}:{service.grpc_port}  HTTP {scheme}://{settings.host}:{service.http_port}"
+        sys.stderr.write(f"{ports}  data {settings.data_dir}\n")
+        sys.stderr.flush()
+        service.cluster.wait_ready()
+        sys.stderr.write("ready\n")
+        sys.stderr.flush()
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+        sys.stderr.write("stopping; jobs that run go on from their last checkpoint at the next start\n")
+
+
+def _actions(texts: list[str]) -> dict[str, str]:
+    """What --health-action says. Raises SpecError."""
+    found = {}
+    for text in texts:
+        rule, equals, action = text.partition("=")
+        if not equals:
+            raise SpecError([Violation("--health-action", f"{text!r}; write RULE=ACTION, such as diverging=pause")])
+        found[rule.strip()] = action.strip()
+    return found
