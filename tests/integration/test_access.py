@@ -201,7 +201,7 @@ def test_a_service_takes_its_settings_from_a_file(tmp_path: Path) -> None:
             for _ in job.watch():
                 pass
             assert job.get().state == "CANCELLED"
-            assert job.get().spec["health"]["actions"] == {"update_ratio": "cancel"}
+            assert job.get().spec.health.actions == {"update_ratio": "cancel"}
     finally:
         process.terminate()
         process.wait(timeout=30)
