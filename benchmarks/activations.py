@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import statistics
 import time
@@ -22,6 +23,7 @@ from torch import nn
 import steepest
 from benchmarks.report import RESULTS, write_report
 from ps.parameters.layout import build_layout
+from services.cluster.allocator import allocator_environment
 from worker.gradients.backend import CpuBackend
 from worker.gradients.recompute import checkpoint_activations
 from worker.gradients.torch_engine import TorchEngine
@@ -84,6 +86,7 @@ def main() -> None:
     print("| layers | kept, MB | sqrt, MB | memory, times smaller | time, sqrt / kept | spread |")
     print("|---|---|---|---|---|---|")
     rows = []
+    os.environ.update(allocator_environment(os.environ))  # of the processes that measure, as workers have it
     for layers in options.layers:
         found: dict[str, list[tuple[int, float]]] = {"": [], "sqrt": []}
         for _ in range(options.rounds):

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from services.cluster import fork_client
+from services.cluster.allocator import allocator_environment
 
 REHEARSAL = "worker.rehearsal.rehearse"
 # What a worker, a server or a rehearsal imports in the course of its life. Not the actors: Ray draws an identifier for
@@ -276,7 +277,12 @@ class ForkServer:
             [sys.executable, "-P", "-m", "services.cluster.fork_server", self._name, *self._preloaded],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**environment, **SAME_EVERYWHERE, "OMP_NUM_THREADS": "1"},  # no BLAS is to have threads before a fork
+            env={
+                **environment,
+                **SAME_EVERYWHERE,
+                **allocator_environment(environment),
+                "OMP_NUM_THREADS": "1",  # no BLAS is to have threads before a fork
+            },
         )
         assert process.stdout is not None  # noqa: S101  # a pipe
         if process.stdout.readline() != b"ready\n":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
 
+from services.cluster.allocator import allocator_environment
 from services.service import Service
 from steepest.client import Job
 from tests.support.service import until
@@ -47,3 +49,15 @@ def test_a_job_outlives_the_fork_server_and_the_next_gets_another(service: Servi
     second.cancel()
     until(lambda: second.get().has_ended)
     assert psutil.pid_exists(_fork_server(service))
+
+
+def test_processes_of_jobs_use_the_allocator_that_ray_brings(service: Service) -> None:
+    mapped = Path(f"/proc/{_fork_server(service)}/maps").read_text()
+    assert "libjemalloc" in mapped
+
+
+def test_an_allocator_that_the_user_preloads_stays() -> None:
+    assert allocator_environment({"LD_PRELOAD": "libtcmalloc.so"}) == {}
+    found = allocator_environment({"MALLOC_CONF": "narenas:1"})
+    assert found["MALLOC_CONF"] == "narenas:1"
+    assert Path(found["LD_PRELOAD"]).is_file()

@@ -47,7 +47,8 @@ DISMISSED_GRACE_SECONDS = 0.2
 def keep_freed_memory() -> None:
     """Have glibc keep the memory of large tensors for the next step, which saves a page fault for every 4 KiB of it.
 
-    What is free now is given back first. Measured by benchmarks/step_time.py and memory.py.
+    What is free now is given back first. Without effect where another allocator is preloaded. Measured by
+    benchmarks/step_time.py and memory.py.
     """
     trim_threshold, mmap_max = -1, -4  # mallopt(3)
     _tell_glibc({mmap_max: 0, trim_threshold: 2**31 - 1})
@@ -56,8 +57,8 @@ def keep_freed_memory() -> None:
 def return_freed_memory() -> None:
     """Have glibc give the memory of every tensor of 64 KiB and more back as soon as it is free.
 
-    Among small allocations, freed activations would leave holes that nothing fits. Measured by
-    benchmarks/activations.py.
+    Among small allocations, freed activations would leave holes that nothing fits. Without effect where another
+    allocator is preloaded, as in processes of a fork server. Measured by benchmarks/activations.py.
     """
     mmap_threshold = -3  # mallopt(3)
     _tell_glibc({mmap_threshold: 1 << 16})
