@@ -1,19 +1,22 @@
 """Code as people bring it: a job with the default settings against the loop that anybody would write.
 
 `python -m benchmarks.brought [--rounds 5] [--tasks gpt2 bert resnet backbone] [--json FILE]`; needs transformers. Steps
-of 64 samples, one thread a process, AdamW. A round runs the loop, one worker and two
-workers in turn, each in new processes, for seconds; figures are medians over rounds. For `backbone`, the comparison
-is with the same job without the frozen layers.
+of 64 samples, one thread a process, AdamW. A round runs the loop, one worker and two workers in turn, each in new
+processes, for seconds; figures are medians over rounds. Processes of jobs have jemalloc, as a service gives it to them,
+and the loop has the system's allocator. For `backbone`, the comparison is with the same job without the frozen layers.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from torch import nn
 
 import steepest
 from harness.local_job import job_config, running
+from services.cluster.allocator import allocator_environment
 from steepest.spec import TaskReference
 from worker.data.sources import source_of
 from worker.gradients.losses import loss_of
@@ -87,6 +91,18 @@ def loop(name: str) -> float:
     return float(found)
 
 
+@contextlib.contextmanager
+def _preloading() -> Iterator[None]:
+    """Processes that are started meanwhile have the allocator that a service gives those of jobs."""
+    before = dict(os.environ)
+    os.environ.update(allocator_environment(os.environ))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def job(name: str, workers: int, **raw: Any) -> float:
     """Seconds of a step of a job."""
     with tempfile.TemporaryDirectory() as directory:
@@ -94,7 +110,7 @@ def job(name: str, workers: int, **raw: Any) -> float:
             Path(directory), TASKS[name], steps=1_000_000, optimizer={"lr": 1e-3},
             placement={"workers": workers}, **raw,
         )  # fmt: skip
-        with running(config, workers) as started:
+        with _preloading(), running(config, workers) as started:
             while started.step < WARM_UP + 5:
                 time.sleep(0.01)
             first, began = started.step, time.perf_counter()
