@@ -138,11 +138,9 @@ class Views:
         history = self._history(job)
         steps, values = history.signals(0, last)
         newest = history.last()
-        weight = (
-            (data.micro_batch or data.global_batch) * newest.weight / newest.samples
-            if newest is not None and newest.samples
-            else 1.0
-        )
+        weight = 1.0
+        if newest is not None and newest.samples:
+            weight = data.micro_batch_size * newest.weight / newest.samples
         low = int(np.searchsorted(steps, first))
         raw = {"step": steps[low:], "noise": noise_scale(values)[low:], "cosine": cosine(values, weight)[low:]}
         found = downsample(raw, min(points, MAX_POINTS))
