@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from steepest.errors import SteepestError
 from steepest.follow import news_of
@@ -48,9 +49,32 @@ def tensorboard(directory: Path, run: str) -> Iterator[Log]:
             for step, moment, numbers in _scalars(records):
                 for name, value in numbers.items():
                     writer.add_scalar(name, value, step, walltime=moment)
+            for histogram in records.histograms:
+                limits = np.log10(histogram.edges)
+                for name, counts in histogram.counts.items():
+                    _add_histogram(writer, f"log10 |g|/{name}", np.array(counts), limits, histogram.step)
             writer.flush()
 
         yield log
+
+
+def _add_histogram(writer: Any, tag: str, counts: NDArray[np.int64], limits: NDArray[np.float64], step: int) -> None:
+    """limits: edges of the bins, one more than there are."""
+    used = np.flatnonzero(counts)
+    if not len(used):
+        return
+    middles = (limits[1:] + limits[:-1]) / 2
+    writer.add_histogram_raw(
+        tag,
+        min=limits[used[0]],
+        max=limits[used[-1] + 1],
+        num=int(counts.sum()),
+        sum=float(counts @ middles),
+        sum_squares=float(counts @ middles**2),
+        bucket_limits=limits[1:].tolist(),
+        bucket_counts=counts.tolist(),
+        global_step=step,
+    )
 
 
 @contextmanager
@@ -108,6 +132,7 @@ def follow(job: Job, log: Log) -> str:
     for news in news_of(job, records=True, evaluations=True):
         if news.records or news.evaluations:
             log(records_of(news.records, news.evaluations))
+    log(records_of((), (), job.histograms()))
     return news.info.state
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -206,6 +206,19 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
+class StepHistograms:
+    """How large the elements of parameters' mean gradients were in one step, before the clip.
+
+    counts: by parameter, of each bin; bin i has magnitudes from edges[i] up to edges[i + 1], the first and the last bin
+    also what is smaller or larger. Zeros are in none.
+    """
+
+    step: int
+    edges: tuple[float, ...]
+    counts: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint that the service keeps.
 
@@ -307,6 +320,14 @@ def record_from_proto(message: pb.StepRecord, parameters: Sequence[str]) -> dict
     norms = dict(zip(parameters, message.parameter_norms))  # noqa: B905  # there may be none
     measured = {signal: dict(zip(parameters, own.values, strict=True)) for signal, own in message.signals.items()}
     return {**values, "parameter_norms": norms, "logged": dict(message.logged), "signals": measured}
+
+
+def histograms_from_proto(message: pb.QueryHistogramsResponse) -> Iterator[StepHistograms]:
+    """A page of histograms, from the wire."""
+    edges = tuple(message.edges)
+    for step in message.histograms:
+        counts = {name: tuple(own.counts) for name, own in zip(message.parameter_names, step.parameters, strict=True)}
+        yield StepHistograms(step.step, edges, counts)
 
 
 def progress_from_proto(message: pb.StepRecord) -> Progress:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steepest.errors import SpecError, Violation
-from steepest.jobs import Evaluation
+from steepest.jobs import Evaluation, StepHistograms
 
 HISTORY, SIGNALS = "history.parquet", "signals.parquet"
 
@@ -21,13 +21,14 @@ class Records:
     """One job's. columns: a number of each step, shape (steps,), by name, "step" among them.
 
     norms: of each parameter's gradient, by name. signals: of each parameter, in the steps that they are measured in: a
-    row for each step and parameter, with the keys "step" and "parameter". evaluations: in order.
+    row for each step and parameter, with the keys "step" and "parameter". evaluations, histograms: in order.
     """
 
     columns: Mapping[str, NDArray[np.float64]]
     norms: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     signals: tuple[Mapping[str, Any], ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
+    histograms: tuple[StepHistograms, ...] = ()
 
     def __len__(self) -> int:
         return len(self.columns["step"])
@@ -47,8 +48,12 @@ class Records:
         return np.full(len(self), np.nan) if found is None else found
 
 
-def records_of(rows: Iterable[Mapping[str, Any]], evaluations: Iterable[Evaluation] = ()) -> Records:
-    """Those of `Job.history` and `Job.evaluations`."""
+def records_of(
+    rows: Iterable[Mapping[str, Any]],
+    evaluations: Iterable[Evaluation] = (),
+    histograms: Iterable[StepHistograms] = (),
+) -> Records:
+    """Those of `Job.history`, `Job.evaluations` and `Job.histograms`."""
     kept = list(rows)
     names = [name for name in kept[0] if name not in _NESTED] if kept else ["step"]
     logged = dict.fromkeys(name for row in kept for name in row["logged"])
@@ -59,7 +64,8 @@ def records_of(rows: Iterable[Mapping[str, Any]], evaluations: Iterable[Evaluati
     norms = {
         name: np.array([row["parameter_norms"].get(name, np.nan) for row in kept], np.float64) for name in parameters
     }
-    return Records(columns, norms, tuple(signal for row in kept for signal in signal_rows(row)), tuple(evaluations))
+    signals = tuple(signal for row in kept for signal in signal_rows(row))
+    return Records(columns, norms, signals, tuple(evaluations), tuple(histograms))
 
 
 _NESTED = ("parameter_norms", "logged", "signals")

@@ -19,6 +19,11 @@ class TelemetrySpec(SpecModel):
         description="Measure magnitudes, zeros, updates and noise of each parameter in the first 20 steps and every so "
         "many steps after them; 0: never.",
     )
+    histograms_every: NonNegativeInt = Field(
+        default=100,
+        description="Count how large the elements of each parameter's gradient are, by powers of four, in every so "
+        "many steps; 0: never.",
+    )
     profile_start: NonNegativeInt = Field(default=10, description="First step that torch.profiler records.")
     profile_steps: NonNegativeInt = Field(
         default=0, le=1000, description="Steps that torch.profiler records in every worker; 0: none."

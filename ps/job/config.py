@@ -53,6 +53,12 @@ class JobConfig:
         telemetry = self.spec.telemetry
         return telemetry.signals_every if telemetry.parameter_norms else 0
 
+    @property
+    def histograms_every(self) -> int:
+        """As signals_every."""
+        telemetry = self.spec.telemetry
+        return telemetry.histograms_every if telemetry.parameter_norms else 0
+
     def push_codec(self) -> Codec | None:
         """What gradients are sent in, None for as they are."""
         return push_codec(self.spec.compression, self.layout(), self.spec.seed)

@@ -13,6 +13,8 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from ps.numerics.histogram import BINS, LOWEST_POWER
+
 LANES = 128
 TILE_NUMEL = 4096  # a multiple of LANES; two tiles of float32 fit a first-level cache of 32 KiB
 
@@ -170,3 +172,34 @@ def measure_update(
                 updates[i] += update * update
                 squares[i] += value * value
         out[s, 0], out[s, 1] = _folded(updates), _folded(squares)
+
+
+@njit(
+    [f"void({real}[::1], float64, int64[:,::1], uint32[:,::1])" for real in ("float32", "float64")],
+    nogil=True,
+    cache=True,
+)
+def count_magnitudes(
+    values: NDArray[np.floating], divisor: float, segments: NDArray[np.int64], out: NDArray[np.uint32]
+) -> None:
+    """Of each segment, count the magnitudes of `values / divisor` by powers of four. out: shape (s, BINS).
+
+    What lies below or above all bins is in the first or last one; zeros are in none.
+    """
+    tile = np.empty(LANES)
+    bits = tile.view(np.int64)
+    counts = np.empty((4, BINS + 1), np.uint32)  # of every fourth element: additions to one bin wait for each other
+    for s in range(len(segments)):
+        counts[:] = 0
+        for start in range(segments[s, 0], segments[s, 1], LANES):
+            part = values[start : min(start + LANES, segments[s, 1])]
+            for i in range(part.size):
+                tile[i] = abs(np.float64(part[i]) / divisor)
+            for i in range(part.size):
+                exponent = bits[i] >> 52  # plus 1023; 0 for zero
+                place = min(max(((exponent + 1) >> 1) - 512 - LOWEST_POWER, 0), BINS - 1)
+                bits[i] = place if exponent else BINS
+            for i in range(part.size):
+                counts[i & 3, bits[i]] += np.uint32(1)
+        for i in range(BINS):
+            out[s, i] = counts[0, i] + counts[1, i] + counts[2, i] + counts[3, i]

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ps.numerics.kernel import measure_magnitudes, measure_update
+from ps.numerics.histogram import BINS, count_by_segment
+from ps.numerics.kernel import count_magnitudes, measure_magnitudes, measure_update
 from ps.numerics.reduce_gpu import Rows
 from ps.numerics.threads import Threads
 from ps.parameters.layout import Shard
@@ -28,6 +29,9 @@ class Signals(Protocol):
 
     def of_update(self, before: torch.Tensor, after: torch.Tensor) -> NDArray[np.float64]:
         """Shape (segments, 2): the sums of squares of `after - before` and of `before`, each (shard.numel,)."""
+
+    def histogram(self, gradient: torch.Tensor, divisor: float) -> NDArray[np.uint32]:
+        """Shape (segments, BINS): how many elements of gradient / divisor are how large; see ps.numerics.histogram."""
 
 
 class CpuSignals:
@@ -46,8 +50,16 @@ class CpuSignals:
         """See Signals."""
         return self._measure(2, partial(measure_update, before.numpy(), after.numpy()))
 
-    def _measure(self, width: int, kernel: Callable[[Any, Any], None]) -> NDArray[np.float64]:
-        out = np.zeros((len(self._segments), width))
+    def histogram(self, gradient: torch.Tensor, divisor: float) -> NDArray[np.uint32]:
+        """See Signals."""
+
+        def count(segments: NDArray[np.int64], out: NDArray[np.uint32]) -> None:
+            count_magnitudes(gradient.numpy(), divisor, segments, out)
+
+        return self._measure(BINS, count, np.uint32)
+
+    def _measure(self, width: int, kernel: Callable[[Any, Any], None], dtype: Any = np.float64) -> NDArray[Any]:
+        out = np.zeros((len(self._segments), width), dtype)
         self._threads.run([partial(kernel, self._segments[part], out[part]) for part in self._parts])
         return out
 
@@ -57,7 +69,8 @@ class DeviceSignals:
 
     def __init__(self, shard: Shard, device: torch.device) -> None:
         self._rows = Rows(shard, device)
-        self._numel = np.array([stop - start for start, stop in shard.bare_segments], dtype=np.float64)
+        self._segments = np.array(shard.bare_segments, dtype=np.int64).reshape(-1, 2)
+        self._numel = np.diff(self._segments)[:, 0].astype(np.float64)
 
     def of_gradient(self, gradient: torch.Tensor) -> NDArray[np.float64]:
         """See Signals."""
@@ -76,3 +89,7 @@ class DeviceSignals:
         if not len(self._numel):
             return np.zeros((0, 2))
         return torch.stack([self._rows.squares(after - before), self._rows.squares(before)], 1).cpu().numpy()
+
+    def histogram(self, gradient: torch.Tensor, divisor: float) -> NDArray[np.uint32]:
+        """See Signals."""
+        return count_by_segment(gradient, divisor, self._segments)

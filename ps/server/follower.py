@@ -15,6 +15,7 @@ from ps.server.collection import pieces
 from ps.server.guard import Guard
 from ps.server.links import ShardLink
 from ps.step.messages import Round
+from ps.step.signals import UpdateSignals
 from ps.wire import convert
 from ps.wire.address import ServerAddress
 from ps.wire.connection import Role, call
@@ -44,9 +45,9 @@ class RemoteLeader:
         )
         self._connection.send(pb.FollowerMessage(report=report))
 
-    def applied(self, step: int, clipped_sum: float, signals: NDArray[np.float64] | None) -> None:
+    def applied(self, step: int, clipped_sum: float, signals: UpdateSignals) -> None:
         """See LeaderLink."""
-        applied = pb.Applied(step=step, clipped_sum=clipped_sum, signals=convert.signals_to_bytes(signals))
+        applied = pb.Applied(step=step, clipped_sum=clipped_sum, **convert.update_signals_to_fields(signals))
         self._connection.send(pb.FollowerMessage(applied=applied))
 
     def state(self, step: int, parts: Iterator[StatePart]) -> None:

@@ -56,11 +56,11 @@ class FollowerStreams:
             case "report":
                 report = message.report
                 sums = convert.sums_from_bytes(report.segment_sums)
-                signals = convert.signals_from_bytes(report.signals if report.HasField("signals") else None, 3)
-                self._runner.report(server, report.step, Round(report.kind), sums, signals)
+                measured = convert.signals_from_bytes(report.signals if report.HasField("signals") else None, 3)
+                self._runner.report(server, report.step, Round(report.kind), sums, measured)
             case "applied":
                 applied = message.applied
-                signals = convert.signals_from_bytes(applied.signals if applied.HasField("signals") else None, 2)
+                signals = convert.update_signals_from_proto(applied)
                 self._runner.applied(server, applied.step, applied.clipped_sum, signals)
             case "state" if not message.state.name:
                 self._runner.state_sent(server)

@@ -36,6 +36,7 @@ from ps.step.effects import (
 )
 from ps.step.leader import Leader
 from ps.step.messages import Failure, Push, Round
+from ps.step.signals import UpdateSignals
 from ps.wire import convert
 from ps.wire.chunks import chunks
 from ps.wire.connection import StreamError
@@ -122,7 +123,7 @@ class LeaderRunner:
         """A shard is reduced. signals: of its gradient."""
         self._run(self.leader.report(server, step, kind, sums, time.time(), signals)[1])
 
-    def applied(self, server: int, step: int, clipped_sum: float, signals: NDArray[np.float64] | None) -> None:
+    def applied(self, server: int, step: int, clipped_sum: float, signals: UpdateSignals) -> None:
         """A shard has carried out a decision. signals: of its update."""
         self._run(self.leader.applied(server, step, clipped_sum, time.time(), signals)[1])
 
@@ -255,7 +256,7 @@ class LocalLeader:
         """See LeaderLink."""
         self._runner.report(0, step, kind, sums, signals)
 
-    def applied(self, step: int, clipped_sum: float, signals: NDArray[np.float64] | None) -> None:
+    def applied(self, step: int, clipped_sum: float, signals: UpdateSignals) -> None:
         """See LeaderLink."""
         self._runner.applied(0, step, clipped_sum, signals)
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ps.numerics.optimizer import StatePart
 from ps.step.messages import Decision, Failure, Push, Round
+from ps.step.signals import UpdateSignals
 from ps.wire.connection import StreamError
 from steepest.v1 import exchange_pb2 as pb
 
@@ -30,7 +31,7 @@ class LeaderLink(Protocol):
     def report(self, step: int, kind: Round, sums: NDArray[np.float64], signals: NDArray[np.float64] | None) -> None:
         """The round is reduced and measured: sums of squares of the shard's segments. signals: of the gradient."""
 
-    def applied(self, step: int, clipped_sum: float, signals: NDArray[np.float64] | None) -> None:
+    def applied(self, step: int, clipped_sum: float, signals: UpdateSignals) -> None:
         """A decision is carried out. signals: of the update."""
 
     def state(self, step: int, parts: Iterator[StatePart]) -> None:

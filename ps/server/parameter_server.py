@@ -160,6 +160,7 @@ class ParameterServer:
             master=None if self.gpu_parameters is None else self.gpu_parameters[here],
             average=config.spec.average,
             signals_every=config.signals_every,
+            histograms_every=config.histograms_every,
         )
         if restored is not None:
             shard.optimizer.import_state(restored.state.optimizer)

@@ -38,7 +38,7 @@ from ps.step.messages import Assign, Decision, Failure, Outcome, Push, Round
 from ps.step.parts import Parts
 from ps.step.plan import Plan
 from ps.step.round import RoundState
-from ps.step.signals import Sums
+from ps.step.signals import NOTHING_MEASURED, Sums, UpdateSignals
 
 
 class Leader:
@@ -145,7 +145,7 @@ class Leader:
         return outcome, self._advance(now) if outcome == Outcome.ACCEPTED else []
 
     def applied(
-        self, server: int, step: int, clipped_sum: float, now: float, signals: Sums | None = None
+        self, server: int, step: int, clipped_sum: float, now: float, signals: UpdateSignals = NOTHING_MEASURED
     ) -> tuple[Outcome, list[Effect]]:
         """A shard has carried out the decision. signals: see RoundState.take_applied."""
         current = self._round

@@ -158,7 +158,7 @@ class StepRecord(NamedTuple):
     function returned besides, in the order of JobConfig.logged_names; signals: see ps.step.signals, row by row, where
     they are measured; activations: of each of the model's activation functions, in the order of its description, the
     share of saturated outputs, or of units that were off for all samples of micro-batch 0. All are float64,
-    little-endian.
+    little-endian. histograms: of each parameter, where they are counted, in uint32; see ps.numerics.histogram.
     """
 
     step: int
@@ -186,6 +186,7 @@ class StepRecord(NamedTuple):
     activations: bytes = b""
     worker_seconds: float = 0.0
     mean_worker_seconds: float = 0.0
+    histograms: bytes = b""
 
 
-RECORD_BYTES = ("parameter_norms", "logged", "signals", "activations")  # those fields of a StepRecord
+RECORD_BYTES = ("parameter_norms", "logged", "signals", "activations", "histograms")  # those fields of a StepRecord

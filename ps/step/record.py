@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ps.parameters.layout import Layout
 from ps.step.messages import Decision, StepRecord
-from ps.step.signals import StepSignals, parameter_norms, parameter_signals
+from ps.step.signals import StepSignals, parameter_histograms, parameter_norms, parameter_signals
 
 
 class CompletedStep(NamedTuple):
@@ -45,8 +45,9 @@ class CompletedStep(NamedTuple):
     signals: StepSignals | None = None
     activations: bytes = b""
     worker_seconds: tuple[float, ...] = ()
+    histogram: NDArray[np.uint32] | None = None
 
-    def record(self, parameter_norms: bytes = b"", signals: bytes = b"") -> StepRecord:
+    def record(self, parameter_norms: bytes = b"", signals: bytes = b"", histograms: bytes = b"") -> StepRecord:
         """The record of the step."""
         decision, norm = self.decision, self.norm
         clipped_norm = self.clipped_norm
@@ -78,6 +79,7 @@ class CompletedStep(NamedTuple):
             activations=self.activations,
             worker_seconds=max(self.worker_seconds, default=0.0),
             mean_worker_seconds=sum(self.worker_seconds) / max(1, len(self.worker_seconds)),
+            histograms=histograms,
         )
 
 
@@ -89,9 +91,12 @@ def records_of(steps: Sequence[CompletedStep], layout: Layout | None) -> list[St
     records = []
     for step in steps:
         norms = parameter_norms(owners, step.segment_sums, step.weight, num_parameters)
-        signals = b""
+        signals = histograms = b""
         if step.signals is not None:
             measured = parameter_signals(step.signals, norms**2, step.weight, layout)
             signals = measured.astype("<f8", copy=False).tobytes()
-        records.append(step.record(norms.astype("<f8", copy=False).tobytes(), signals))
+        if step.histogram is not None:
+            counts = parameter_histograms(owners, step.histogram, num_parameters)
+            histograms = counts.astype("<u4", copy=False).tobytes()
+        records.append(step.record(norms.astype("<f8", copy=False).tobytes(), signals, histograms))
     return records

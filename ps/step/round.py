@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from ps.numerics.ranges import leaves_of
 from ps.step.clipping import Clipping
 from ps.step.messages import Decision, LeafResult, Outcome, Push, Round
 from ps.step.record import CompletedStep
-from ps.step.signals import StepSignals
+from ps.step.signals import NOTHING_MEASURED, StepSignals, UpdateSignals
 from steepest.step_spec import ClipSpec
 
 _NOTHING = LeafResult(-1, 0.0, 0.0, 0)
@@ -47,7 +48,7 @@ class RoundState:
         self._sums: NDArray[np.float64] | None = None
         self._applied: dict[int, float] = {}
         self._gradient_signals: dict[int, NDArray[np.float64]] = {}
-        self._update_signals: dict[int, NDArray[np.float64]] = {}
+        self._update_signals: dict[int, UpdateSignals] = {}
 
     # -- what is where ------------------------------------------------------------------------------------------------
 
@@ -135,13 +136,12 @@ class RoundState:
             self._gradient_signals[server] = signals
         return Outcome.ACCEPTED
 
-    def take_applied(self, server: int, clipped_sum: float, signals: NDArray[np.float64] | None = None) -> Outcome:
-        """A shard has carried out the decision. signals: of its update, if they are measured in this step."""
+    def take_applied(self, server: int, clipped_sum: float, signals: UpdateSignals = NOTHING_MEASURED) -> Outcome:
+        """A shard has carried out the decision. signals: what it measured then."""
         if server in self._applied:
             return Outcome.DUPLICATE
         self._applied[server] = clipped_sum
-        if signals is not None:
-            self._update_signals[server] = signals
+        self._update_signals[server] = signals
         return Outcome.ACCEPTED
 
     # -- the decision ------------------------------------------------------------------------------------------------
@@ -196,6 +196,7 @@ class RoundState:
             slowest_worker=slowest[0],
             slowest_ratio=slowest[1],
             signals=self._signals(),
+            histogram=_joined([self._update_signals[i].histogram for i in sorted(self._update_signals)]),
             activations=self.activations or b"",
         )
 
@@ -221,12 +222,12 @@ class RoundState:
 
     def _signals(self) -> StepSignals | None:
         """Those of all shards, in the layout's order; None when they are not measured in this step."""
-        gradient, update = self._gradient_signals, self._update_signals
-        if not update or len(gradient) < len(self._reports):
+        changed = _joined([self._update_signals[i].squares for i in sorted(self._update_signals)])
+        gradient = self._gradient_signals
+        if changed is None or len(gradient) < len(self._reports):
             return None
         leaves = [(r.weight, r.squares) for r in self.results if r.squares]
-        whole, changed = (np.concatenate([own[i] for i in range(len(own))]) for own in (gradient, update))
-        return StepSignals(whole, changed, leaves)
+        return StepSignals(np.concatenate([gradient[i] for i in sorted(gradient)]), changed, leaves)
 
     def _waiting_seconds(self) -> float:
         """That workers waited for samples: what they read while the servers finished the step before is no waiting."""
@@ -259,6 +260,12 @@ class RoundState:
             if result.nonfinite:
                 return result, worker
         return None
+
+
+def _joined(parts: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
+    """What all shards measured, in the layout's order; None when one did not."""
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if known and len(known) == len(parts) else None
 
 
 def exact_sum(values: Sequence[float]) -> float:

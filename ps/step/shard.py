@@ -26,7 +26,7 @@ from ps.numerics.tree import Node, addition_plan
 from ps.numerics.whole_optimizer import WholeOptimizer
 from ps.parameters.layout import Shard
 from ps.step.messages import Decision, Outcome, Round
-from ps.step.signals import is_measured
+from ps.step.signals import UpdateSignals, has_histogram, is_measured
 from steepest.optimizer_base import OptimizerSpec
 from steepest.step_spec import AverageSpec, ClipSpec
 
@@ -38,8 +38,8 @@ class ShardState:
     num_leaves: micro-batches of a training step. push: what gradients come in, added up in the order of micro-batches.
     pull: what updates are sent in; the optimizer then has parameters of its own (`master`), and what an update could
     not say stays between the two. device: the GPU to compute on; the optimizer's parameters are there, and `expose`
-    brings them to `parameters`. Not together with push or pull. master: memory for them there. signals_every: of the
-    spec's telemetry. average: what is kept beside the parameters, if anything is.
+    brings them to `parameters`. Not together with push or pull. master: memory for them there. signals_every,
+    histograms_every: of the spec's telemetry. average: what is kept beside the parameters, if anything is.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class ShardState:
         master: torch.Tensor | None = None,
         average: AverageSpec | None = None,
         signals_every: int = 0,
+        histograms_every: int = 0,
     ) -> None:
         self.shard = shard
         self.parameters = parameters
@@ -81,9 +82,9 @@ class ShardState:
         self.push_codec, self._pull = push, pull
         self._scratch = torch.empty(0)
         self._clip = clip
-        self._signals_every = signals_every
+        self._signals_every, self._histograms_every = signals_every, histograms_every
         self.gradient_signals: NDArray[np.float64] | None = None  # of the round, once it is reduced
-        self.update_signals: NDArray[np.float64] | None = None  # of the last decision
+        self.update_signals = UpdateSignals()  # of the last decision
         self._held: dict[Node, torch.Tensor | None] = {}
         self._covered = 0  # a bit for each micro-batch in `_held`
         self._sum: torch.Tensor | None = None
@@ -213,7 +214,6 @@ class ShardState:
             self.initialized = True
         else:
             self.update = None if self._pull is None else torch.empty(0, dtype=torch.uint8)
-            self.update_signals = None
             clipped = self._step(self._sum, decision)
             self.step += 1
         self._held.clear()
@@ -226,6 +226,9 @@ class ShardState:
         """Make the next version of the parameters; see `apply` for the result."""
         applies = decision.apply and gradient is not None
         before = self.master.clone() if applies and self._measures else None
+        histogram = squares = None
+        if applies and gradient is not None and has_histogram(self.step, self._histograms_every):
+            histogram = self._signals.histogram(gradient, decision.divisor)
         clipped = self._update(gradient, decision) if applies and gradient is not None else 0.0
         moved = False
         if self.average is not None:
@@ -233,9 +236,10 @@ class ShardState:
         if applies or moved:
             self._is_exposed = False
             if before is not None:
-                self.update_signals = self._signals.of_update(before, self.master)
+                squares = self._signals.of_update(before, self.master)
             if self._pull is not None:
                 self._encode_update(self._pull)
+        self.update_signals = UpdateSignals(squares, histogram)
         return clipped
 
     def _update(self, gradient: torch.Tensor, decision: Decision) -> float:

@@ -38,6 +38,31 @@ class StepSignals(NamedTuple):
     leaves: Sequence[tuple[float, bytes]]
 
 
+class UpdateSignals(NamedTuple):
+    """What a shard measured when it carried out a decision, each in some steps; see ps.numerics.signals.
+
+    squares: of the update, and histogram: of the gradient before the clip, by segment.
+    """
+
+    squares: NDArray[np.float64] | None = None
+    histogram: NDArray[np.uint32] | None = None
+
+
+NOTHING_MEASURED = UpdateSignals()
+
+
+def has_histogram(step: int, every: int) -> bool:
+    """Whether a step has. every: of the spec's telemetry.histograms_every."""
+    return every > 0 and step % every == 0
+
+
+def parameter_histograms(owners: NDArray[np.int64], counts: NDArray[np.uint32], count: int) -> NDArray[np.uint32]:
+    """The histogram of each parameter's mean gradient, shape (count, BINS). counts: of segments."""
+    found = np.zeros((count, counts.shape[1]), np.uint32)
+    np.add.at(found, owners, counts)
+    return found
+
+
 def is_measured(step: int, every: int) -> bool:
     """Whether a step is. every: of the spec's telemetry.signals_every."""
     return every > 0 and (step < FIRST_STEPS or step % every == 0)

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ps.memory.segment import SegmentReference
+from ps.numerics.histogram import BINS
 from ps.step.messages import Assign, Decision, Failure, LeafResult, Printed, Push, PushedNode, Ready, Round, StepRecord
-from ps.step.signals import NAMES
+from ps.step.signals import NAMES, UpdateSignals
 from steepest.v1 import exchange_pb2 as pb
 from steepest.v1 import training_jobs_pb2 as jobs_pb
 
@@ -222,7 +223,7 @@ def record_to_proto(record: StepRecord, logged_names: Sequence[str]) -> jobs_pb.
     values["parameter_norms"] = norms
     values["logged"] = dict(zip(logged_names, logged.tolist(), strict=False))  # a step that was skipped has none
     signals = sums_from_bytes(values.pop("signals"))
-    del values["activations"]
+    del values["activations"], values["histograms"]
     message = jobs_pb.StepRecord(**values)
     if len(signals):
         for name, row in zip(NAMES, signals.reshape(len(NAMES), -1), strict=True):
@@ -253,6 +254,26 @@ def signals_to_bytes(signals: NDArray[np.float64] | None) -> bytes | None:
 def signals_from_bytes(data: bytes | None, width: int) -> NDArray[np.float64] | None:
     """The inverse of `signals_to_bytes`. width: how many there are of each segment."""
     return None if data is None else sums_from_bytes(data).reshape(-1, width)
+
+
+def update_signals_to_fields(signals: UpdateSignals) -> dict[str, bytes | None]:
+    """UpdateSignals, as fields of Applied."""
+    counts = signals.histogram
+    return {
+        "signals": signals_to_bytes(signals.squares),
+        "histogram": None if counts is None else counts.astype("<u4", copy=False).tobytes(),
+    }
+
+
+def update_signals_from_proto(message: pb.Applied) -> UpdateSignals:
+    """The inverse of `update_signals_to_fields`."""
+    squares = signals_from_bytes(message.signals if message.HasField("signals") else None, 2)
+    return UpdateSignals(squares, histograms_from_bytes(message.histogram) if message.HasField("histogram") else None)
+
+
+def histograms_from_bytes(data: bytes) -> NDArray[np.uint32]:
+    """Histograms, row by row, from little-endian uint32: shape (rows, BINS)."""
+    return np.frombuffer(data, "<u4").reshape(-1, BINS)
 
 
 def sums_from_bytes(data: bytes) -> NDArray[np.float64]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -21,13 +20,14 @@ from ps.checkpoint.files import (
     step_of,
     verified_at,
 )
+from ps.numerics.histogram import BINS, edges
 from ps.step.signals import NAMES
 from ps.wire import convert as ps_convert
 from services.api.convert import checkpoint_to_proto, curvature_to_proto, event_to_proto, job_to_proto, line_to_proto
 from services.jobs.analysis import Analyses
 from services.jobs.job_log import JobLog
 from services.jobs.operations import Operations
-from services.jobs.task_probe import TaskDescription
+from services.jobs.task_probe import TaskDescription, parameter_names
 from services.settings import Settings
 from services.store.history import JobHistory
 from services.store.lifecycle import ENDED
@@ -35,7 +35,6 @@ from services.store.selection import Selection
 from services.store.store import JobRow, Store
 from steepest.convert import spec_from_proto
 from steepest.errors import ConflictError, ServiceUnavailableError, SpecError, Violation
-from steepest.spec import spec_from_dict
 from steepest.v1 import training_jobs_pb2 as pb
 from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
 
@@ -197,15 +196,34 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
     ) -> pb.QueryHistoryResponse:
         """See the .proto file."""
         row = self._row(request.name)
-        description = TaskDescription.from_json(row.description)
-        layout = description.layout(spec_from_dict(json.loads(row.spec)))
-        names = [p.name for p in layout.parameters]
+        names = parameter_names(row)
         numbers = len(names) * (1 + len(NAMES) * request.signals)
         most = max(1, min(HISTORY_PAGE_SIZE, HISTORY_PAGE_NUMBERS // numbers))
         size = _page_size(request.page_size, most, most)
+        logged = TaskDescription.from_json(row.description).logged_names
         records = self._history(row.id).records(request.first_step, size, signals=request.signals)
-        shown = [ps_convert.record_to_proto(record, description.logged_names) for record in records]
+        shown = [ps_convert.record_to_proto(record, logged) for record in records]
         return pb.QueryHistoryResponse(records=shown, parameter_names=names)
+
+    def QueryHistograms(  # noqa: N802
+        self, request: pb.QueryHistogramsRequest, context: grpc.ServicerContext
+    ) -> pb.QueryHistogramsResponse:
+        """See the .proto file."""
+        row = self._row(request.name)
+        names = parameter_names(row)
+        wanted = list(request.parameters) or names
+        unknown = [name for name in wanted if name not in names]
+        if unknown:
+            raise SpecError([Violation("parameters", f"{unknown[0]!r} is no parameter of {row.name}")])
+        most = max(1, HISTORY_PAGE_NUMBERS // (len(wanted) * BINS))
+        size = _page_size(request.page_size, most, most)
+        steps, counts = self._history(row.id).histograms(request.first_step, limit=size)
+        chosen = [names.index(name) for name in wanted]
+        shown = [
+            pb.StepHistograms(step=step, parameters=[pb.Histogram(counts=rows[index]) for index in chosen])
+            for step, rows in zip(steps.tolist(), counts, strict=True)
+        ]
+        return pb.QueryHistogramsResponse(histograms=shown, parameter_names=wanted, edges=edges())
 
     def ListEvents(  # noqa: N802
         self, request: pb.ListEventsRequest, context: grpc.ServicerContext

@@ -83,6 +83,7 @@ class Page:
             Route("/api/jobs/{job}/series", self._series),
             Route("/api/jobs/{job}/layers", self._layers),
             Route("/api/jobs/{job}/noise", self._noise),
+            Route("/api/jobs/{job}/histograms", self._histograms),
             Route("/api/jobs/{job}/live", self._live_job),
             Route("/api/jobs/{job}/{verb}", self._act, methods=["POST"]),
             Mount("/static", _Static(directory=STATIC)),
@@ -117,6 +118,12 @@ class Page:
 
     def _noise(self, request: Request) -> Response:
         return self._answer(lambda: self._views.noise(_job(request), *_range(request)))
+
+    def _histograms(self, request: Request) -> Response:
+        def make() -> Any:
+            return self._views.histograms(_job(request), request.query_params.get("name", ""), *_range(request))
+
+        return self._answer(make)
 
     async def _live_jobs(self, request: Request) -> Response:
         return _stream(self._live.jobs())

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ps.checkpoint.files import checkpoints, step_of
+from ps.numerics.histogram import edges
 from ps.step.messages import StepRecord
 from ps.step.signals import NAMES, cosine, noise_scale
 from services.jobs.job_log import JobLog
-from services.jobs.task_probe import TaskDescription
+from services.jobs.task_probe import TaskDescription, parameter_names
 from services.settings import Settings
 from services.store.history import SCALARS, JobHistory
 from services.store.lifecycle import ENDED, JobState
@@ -106,7 +107,7 @@ class Views:
 
         signal: one of LAYER_SIGNALS.
         """
-        names = self._parameter_names(job)
+        names = parameter_names(self._store.get(job))
         steps, norms = self._layer_signal(job, signal, first, last)
         starts = bucket_starts(len(steps), min(points, MAX_POINTS))
         values = largest(norms, starts)
@@ -155,13 +156,37 @@ class Views:
         self, job: str, name: str, first: int, last: int | None, points: int, signal: str = GRADIENT_NORM
     ) -> dict[str, Any]:
         """One signal of one parameter. Raises NotFoundError, SpecError."""
-        names = self._parameter_names(job)
+        names = parameter_names(self._store.get(job))
         if name not in names:
             raise SpecError([Violation("name", f"{name!r} is no parameter of trainingJobs/{job}")])
         steps, norms = self._layer_signal(job, signal, first, last)
         column: NDArray[Any] = norms[:, names.index(name)] if norms.shape[1] else np.empty(0)
         found = downsample({"step": steps, "norm": column}, min(points, MAX_POINTS))
         return {"steps": found.steps, **dict(zip(("min", "max", "mean"), found.series["norm"], strict=True))}
+
+    def histograms(self, job: str, name: str, first: int, last: int | None, points: int) -> dict[str, Any]:
+        """How the magnitudes of one parameter's gradient are distributed: shares by bin, a column for some steps.
+
+        powers: of ten, of the edges of the bins that anything is in. Raises NotFoundError, SpecError.
+        """
+        names = parameter_names(self._store.get(job))
+        if name not in names:
+            raise SpecError([Violation("name", f"{name!r} is no parameter of trainingJobs/{job}")])
+        steps, counts = self._history(job).histograms(first, last)
+        starts = bucket_starts(len(steps), min(points, MAX_POINTS))
+        if not len(starts):
+            return {"steps": [], "powers": [], "values": []}
+        own = np.add.reduceat(counts[:, names.index(name)], starts, axis=0, dtype=np.float64)
+        used = np.flatnonzero(own.any(axis=0))
+        low, high = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
+        with np.errstate(invalid="ignore"):
+            shares = own[:, low:high] / own.sum(axis=1, keepdims=True)
+        powers = np.log10(edges()[low : high + 1]) if high else np.empty(0)
+        return {
+            "steps": steps[starts],
+            "powers": np.round(powers, 2),
+            "values": np.ascontiguousarray(np.round(np.nan_to_num(shares).T, 4)),
+        }
 
     def news(self, job: str, cursor: Cursor) -> tuple[dict[str, Any], Cursor]:
         """What a page has not seen yet, and the cursor after it. Raises NotFoundError."""
@@ -188,11 +213,6 @@ class Views:
     def has_ended(self, job: str) -> bool:
         """Whether nothing more will come. Raises NotFoundError."""
         return self._store.get(job).state in ENDED
-
-    def _parameter_names(self, job: str) -> list[str]:
-        row = self._store.get(job)
-        layout = TaskDescription.from_json(row.description).layout(spec_from_dict(json.loads(row.spec)))
-        return [p.name for p in layout.parameters]
 
     def _history(self, job: str) -> JobHistory:
         return JobHistory(self._settings.history_of(job))

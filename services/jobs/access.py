@@ -35,6 +35,7 @@ NEEDS = {
     "WatchTrainingJob": Need.LOOK,
     "StreamLogs": Need.LOOK,
     "QueryHistory": Need.LOOK,
+    "QueryHistograms": Need.LOOK,
     "ListEvents": Need.LOOK,
     "ListEvaluations": Need.LOOK,
     "ListCheckpoints": Need.LOOK,

@@ -14,8 +14,9 @@ from ps.job.config import layout_of
 from ps.parameters.description import ModelDescription
 from ps.parameters.layout import Layout
 from services.cluster.fork_server import ForkServer
+from services.store.store import JobRow
 from steepest.errors import SpecError, Violation
-from steepest.spec import TrainingJobSpec
+from steepest.spec import TrainingJobSpec, spec_from_dict
 
 MAX_PRINTED_BYTES = 64 << 10
 
@@ -99,6 +100,12 @@ class TaskDescription:
             tuple(raw.get("activations", ())),
             raw.get("loss_counts", ""),
         )
+
+
+def parameter_names(row: JobRow) -> list[str]:
+    """Those of a job's parameters, in the order of its layout."""
+    spec = spec_from_dict(json.loads(row.spec))
+    return [p.name for p in TaskDescription.from_json(row.description).layout(spec).parameters]
 
 
 class TaskProbe:

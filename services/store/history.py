@@ -2,8 +2,9 @@
 
 Each incarnation of the job has a folder of its own. `layout.json` says which numbers a row has, and from which step on
 this incarnation counts: what earlier ones recorded of that step and later was computed again, so it is hidden. `rows`
-has the numbers of a step, `norms` those of its parameters, and `signals`, for the steps that they are measured in, what
-`ps.step.signals` names. A row that is not whole, as after a full disk, is not there.
+has the numbers of a step, `norms` those of its parameters, and, for the steps that they are measured in, `signals` what
+`ps.step.signals` names and `histograms` what `ps.numerics.histogram` counts. A row that is not whole, as after a full
+disk, is not there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -21,10 +22,11 @@ from typing import Any, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
+from ps.numerics.histogram import BINS
 from ps.step.messages import RECORD_BYTES, StepRecord
 from ps.step.signals import NAMES
 
-LAYOUT, ROWS, NORMS, SIGNALS = "layout.json", "rows", "norms", "signals"
+LAYOUT, ROWS, NORMS, SIGNALS, HISTOGRAMS = "layout.json", "rows", "norms", "signals", "histograms"
 _TYPES = {int: "<i8", float: "<f8", bool: "?"}
 _KINDS = get_type_hints(StepRecord)
 SCALARS = tuple(name for name in StepRecord._fields if name not in RECORD_BYTES)
@@ -51,6 +53,11 @@ class _Layout:
     def signal_row(self) -> np.dtype[Any]:
         """A row of `signals`."""
         return np.dtype([("step", "<i8"), ("values", "<f8", (len(self.signals), self.num_parameters))])
+
+    @property
+    def histogram_row(self) -> np.dtype[Any]:
+        """A row of `histograms`."""
+        return np.dtype([("step", "<i8"), ("values", "<u4", (self.num_parameters, BINS))])
 
 
 @dataclass(frozen=True)
@@ -101,21 +108,12 @@ class JobHistory:
             rows[_TOTAL] = total + np.cumsum(rows["samples"])
             rows["logged"] = [_numbers(record.logged, layout.num_logged) for record in records]
             folder = self._folder(incarnation)
-            self._append_signals(folder, layout, records)
+            _append_measured(folder / SIGNALS, layout.signal_row, [(r.step, r.signals) for r in records])
+            _append_measured(folder / HISTOGRAMS, layout.histogram_row, [(r.step, r.histograms) for r in records])
             if layout.num_parameters:
                 norms = np.array([_numbers(r.parameter_norms, layout.num_parameters) for r in records])
                 _append(folder / NORMS, norms, len(before.rows))
             _append(folder / ROWS, rows, len(before.rows))
-
-    def _append_signals(self, folder: Path, layout: _Layout, records: Sequence[StepRecord]) -> None:
-        measured = [record for record in records if record.signals]
-        if not measured or len(measured[0].signals) != 8 * len(layout.signals) * layout.num_parameters:
-            return
-        rows = np.zeros(len(measured), layout.signal_row)
-        rows["step"] = [record.step for record in measured]
-        rows["values"] = [np.frombuffer(r.signals, "<f8").reshape(len(NAMES), -1) for r in measured]
-        before = _mapped(folder / SIGNALS, layout.signal_row)
-        _append(folder / SIGNALS, rows, int(np.searchsorted(before["step"], rows["step"][0])))
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -156,18 +154,28 @@ class JobHistory:
 
     def signals(self, first: int = 0, last: int | None = None) -> tuple[NDArray[Any], NDArray[np.float64]]:
         """(steps that were measured, their signals, shape (steps, signals, parameters)); see ps.step.signals."""
-        found = []
-        for incarnation, layout, hidden in self._visible():
-            if layout.signals != NAMES:  # of another version
-                continue
-            rows = _mapped(self._folder(incarnation) / SIGNALS, layout.signal_row)
-            until = last if hidden is None else min(hidden - 1, hidden - 1 if last is None else last)
-            low, high = _slice(rows["step"], first, until)
-            if high > low:
-                found.append(rows[low:high])
-        if not found:
-            return np.empty(0, np.int64), np.empty((0, len(NAMES), 0))
-        return _joined([rows["step"] for rows in found]), np.concatenate([rows["values"] for rows in found])
+        files = [  # others are of another version
+            (self._folder(incarnation) / SIGNALS, layout.signal_row, hidden)
+            for incarnation, layout, hidden in self._visible()
+            if layout.signals == NAMES
+        ]
+        steps, parts = _measured(files, first, last)
+        return steps, np.concatenate(parts) if parts else np.empty((0, len(NAMES), 0))
+
+    def histograms(
+        self, first: int = 0, last: int | None = None, *, limit: int | None = None
+    ) -> tuple[NDArray[Any], NDArray[np.uint32]]:
+        """(steps that have them, shape (steps,); counts, shape (steps, parameters, BINS)); see ps.numerics.histogram.
+
+        limit: no more than so many steps, the first ones.
+        """
+        files = [
+            (self._folder(incarnation) / HISTOGRAMS, layout.histogram_row, hidden)
+            for incarnation, layout, hidden in self._visible()
+        ]
+        steps, parts = _measured(files, first, last)
+        counts = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty((0, 0, BINS), np.uint32)
+        return steps[:limit], counts[:limit]
 
     def samples_per_second(self) -> float | None:
         """Over the last half of the steps; None when there are fewer than two in it."""
@@ -294,6 +302,30 @@ def _mapped(path: Path, row: np.dtype[Any], count: int | None = None) -> NDArray
     with path.open("rb") as file:  # not np.memmap, which takes several times as long to make and to cut
         mapped = mmap.mmap(file.fileno(), count * row.itemsize, access=mmap.ACCESS_READ)
     return np.ndarray((count,), row, mapped)
+
+
+def _measured(
+    files: Iterable[tuple[Path, np.dtype[Any], int | None]], first: int, last: int | None
+) -> tuple[NDArray[Any], list[NDArray[Any]]]:
+    """(steps from `first` to `last` that were measured, values of them by file). files: each with what is hidden."""
+    found = []
+    for path, row, hidden in files:
+        rows = _mapped(path, row)
+        until = last if hidden is None else min(hidden - 1, hidden - 1 if last is None else last)
+        low, high = _slice(rows["step"], first, until)
+        if high > low:
+            found.append(rows[low:high])
+    steps = _joined([rows["step"] for rows in found]) if found else np.empty(0, np.int64)
+    return steps, [rows["values"] for rows in found]
+
+
+def _append_measured(path: Path, row: np.dtype[Any], measured: Iterable[tuple[int, bytes]]) -> None:
+    """Add (step, values) to a file; those of another size, none for example, are left out."""
+    whole = [(step, values) for step, values in measured if values and len(values) == row.itemsize - 8]
+    if not whole:
+        return
+    rows = np.frombuffer(b"".join(step.to_bytes(8, "little") + values for step, values in whole), row)
+    _append(path, rows, int(np.searchsorted(_mapped(path, row)["step"], whole[0][0])))
 
 
 def _size(path: Path) -> int:

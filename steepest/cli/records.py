@@ -88,7 +88,9 @@ def delete(job: JobName, server: Server = DEFAULT_SERVER, as_json: Json = False)
     sys.stdout.write(json.dumps({"deleted": handle.name}) + "\n" if as_json else f"{handle.name} deleted\n")
 
 
-def _read(job: str, server: str, *, signals: bool = False) -> tuple[str, Records, Sequence[Finding]]:
+def _read(
+    job: str, server: str, *, signals: bool = False, histograms: bool = False
+) -> tuple[str, Records, Sequence[Finding]]:
     """(title, records, findings) of a job or a directory."""
     from steepest.records import read_directory, records_of
 
@@ -97,7 +99,9 @@ def _read(job: str, server: str, *, signals: bool = False) -> tuple[str, Records
     with client_of(server) as client:
         handle = client.job(job)
         info = handle.get()
-        return info.job, records_of(handle.history(signals=signals), handle.evaluations()), info.findings
+        counted = handle.histograms() if histograms else ()
+        records = records_of(handle.history(signals=signals), handle.evaluations(), counted)
+        return info.job, records, info.findings
 
 
 @app.command(rich_help_panel="What is kept")
@@ -183,7 +187,7 @@ def export(
     from steepest import export as trackers
     from steepest.records import write_csv, write_parquet
 
-    title, records, _ = _read(job, server, signals=chosen == "parquet")
+    title, records, _ = _read(job, server, signals=chosen == "parquet", histograms=chosen == "tensorboard")
 
     def track() -> None:
         with getattr(trackers, chosen)(output, title.removeprefix("trainingJobs/")) as log:

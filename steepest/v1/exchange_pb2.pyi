@@ -766,28 +766,38 @@ class Applied(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     CLIPPED_SUM_FIELD_NUMBER: _builtins.int
     SIGNALS_FIELD_NUMBER: _builtins.int
+    HISTOGRAM_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     clipped_sum: _builtins.float
     """Sum of squares of the shard's gradient after clipping by value."""
     signals: _builtins.bytes
     """In some steps. float64, little-endian: of each segment, the sums of squares of the update and of the parameters."""
+    histogram: _builtins.bytes
+    """In some steps. uint32, little-endian: of each segment of the mean gradient before the clip, how many elements are how
+    large.
+    """
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         clipped_sum: _builtins.float | None = ...,
         signals: _builtins.bytes | None = ...,
+        histogram: _builtins.bytes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clipped_sum", b"_clipped_sum", "_signals", b"_signals", "clipped_sum", b"clipped_sum", "signals", b"signals"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clipped_sum", b"_clipped_sum", "_histogram", b"_histogram", "_signals", b"_signals", "clipped_sum", b"clipped_sum", "histogram", b"histogram", "signals", b"signals"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clipped_sum", b"_clipped_sum", "_signals", b"_signals", "clipped_sum", b"clipped_sum", "signals", b"signals", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clipped_sum", b"_clipped_sum", "_histogram", b"_histogram", "_signals", b"_signals", "clipped_sum", b"clipped_sum", "histogram", b"histogram", "signals", b"signals", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clipped_sum: _TypeAlias = _typing.Literal["clipped_sum"]  # noqa: Y015
     _WhichOneofArgType__clipped_sum: _TypeAlias = _typing.Literal["_clipped_sum", b"_clipped_sum"]  # noqa: Y015
+    _WhichOneofReturnType__histogram: _TypeAlias = _typing.Literal["histogram"]  # noqa: Y015
+    _WhichOneofArgType__histogram: _TypeAlias = _typing.Literal["_histogram", b"_histogram"]  # noqa: Y015
     _WhichOneofReturnType__signals: _TypeAlias = _typing.Literal["signals"]  # noqa: Y015
     _WhichOneofArgType__signals: _TypeAlias = _typing.Literal["_signals", b"_signals"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clipped_sum) -> _WhichOneofReturnType__clipped_sum | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__histogram) -> _WhichOneofReturnType__histogram | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__signals) -> _WhichOneofReturnType__signals | None: ...
 
@@ -1187,6 +1197,7 @@ class StepRecords(_message.Message):
     ACTIVATIONS_FIELD_NUMBER: _builtins.int
     WORKER_SECONDS_FIELD_NUMBER: _builtins.int
     MEAN_WORKER_SECONDS_FIELD_NUMBER: _builtins.int
+    HISTOGRAMS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def step(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -1245,6 +1256,10 @@ class StepRecords(_message.Message):
     def worker_seconds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
     @_builtins.property
     def mean_worker_seconds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def histograms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """uint32, little-endian."""
+
     def __init__(
         self,
         *,
@@ -1273,10 +1288,11 @@ class StepRecords(_message.Message):
         activations: _abc.Iterable[_builtins.bytes] | None = ...,
         worker_seconds: _abc.Iterable[_builtins.float] | None = ...,
         mean_worker_seconds: _abc.Iterable[_builtins.float] | None = ...,
+        histograms: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "data_seconds", b"data_seconds", "gradient_norm", b"gradient_norm", "logged", b"logged", "loss", b"loss", "lr", b"lr", "mean_worker_seconds", b"mean_worker_seconds", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "signals", b"signals", "skipped", b"skipped", "slowest_ratio", b"slowest_ratio", "slowest_worker", b"slowest_worker", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "worker_seconds", b"worker_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "data_seconds", b"data_seconds", "gradient_norm", b"gradient_norm", "histograms", b"histograms", "logged", b"logged", "loss", b"loss", "lr", b"lr", "mean_worker_seconds", b"mean_worker_seconds", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "signals", b"signals", "skipped", b"skipped", "slowest_ratio", b"slowest_ratio", "slowest_worker", b"slowest_worker", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "worker_seconds", b"worker_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1029,6 +1029,7 @@ class TelemetrySpec(_message.Message):
     SIGNALS_EVERY_FIELD_NUMBER: _builtins.int
     PROFILE_START_FIELD_NUMBER: _builtins.int
     PROFILE_STEPS_FIELD_NUMBER: _builtins.int
+    HISTOGRAMS_EVERY_FIELD_NUMBER: _builtins.int
     every: _builtins.int
     """Keep the record of every so many steps in the history."""
     parameter_norms: _builtins.bool
@@ -1041,6 +1042,8 @@ class TelemetrySpec(_message.Message):
     """First step that torch.profiler records."""
     profile_steps: _builtins.int
     """Steps that torch.profiler records in every worker; 0: none."""
+    histograms_every: _builtins.int
+    """Count how large the elements of each parameter's gradient are, by powers of four, in every so many steps; 0: never."""
     def __init__(
         self,
         *,
@@ -1049,13 +1052,16 @@ class TelemetrySpec(_message.Message):
         signals_every: _builtins.int | None = ...,
         profile_start: _builtins.int | None = ...,
         profile_steps: _builtins.int | None = ...,
+        histograms_every: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_every", b"_every", "_parameter_norms", b"_parameter_norms", "_profile_start", b"_profile_start", "_profile_steps", b"_profile_steps", "_signals_every", b"_signals_every", "every", b"every", "parameter_norms", b"parameter_norms", "profile_start", b"profile_start", "profile_steps", b"profile_steps", "signals_every", b"signals_every"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_every", b"_every", "_histograms_every", b"_histograms_every", "_parameter_norms", b"_parameter_norms", "_profile_start", b"_profile_start", "_profile_steps", b"_profile_steps", "_signals_every", b"_signals_every", "every", b"every", "histograms_every", b"histograms_every", "parameter_norms", b"parameter_norms", "profile_start", b"profile_start", "profile_steps", b"profile_steps", "signals_every", b"signals_every"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_every", b"_every", "_parameter_norms", b"_parameter_norms", "_profile_start", b"_profile_start", "_profile_steps", b"_profile_steps", "_signals_every", b"_signals_every", "every", b"every", "parameter_norms", b"parameter_norms", "profile_start", b"profile_start", "profile_steps", b"profile_steps", "signals_every", b"signals_every"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_every", b"_every", "_histograms_every", b"_histograms_every", "_parameter_norms", b"_parameter_norms", "_profile_start", b"_profile_start", "_profile_steps", b"_profile_steps", "_signals_every", b"_signals_every", "every", b"every", "histograms_every", b"histograms_every", "parameter_norms", b"parameter_norms", "profile_start", b"profile_start", "profile_steps", b"profile_steps", "signals_every", b"signals_every"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__every: _TypeAlias = _typing.Literal["every"]  # noqa: Y015
     _WhichOneofArgType__every: _TypeAlias = _typing.Literal["_every", b"_every"]  # noqa: Y015
+    _WhichOneofReturnType__histograms_every: _TypeAlias = _typing.Literal["histograms_every"]  # noqa: Y015
+    _WhichOneofArgType__histograms_every: _TypeAlias = _typing.Literal["_histograms_every", b"_histograms_every"]  # noqa: Y015
     _WhichOneofReturnType__parameter_norms: _TypeAlias = _typing.Literal["parameter_norms"]  # noqa: Y015
     _WhichOneofArgType__parameter_norms: _TypeAlias = _typing.Literal["_parameter_norms", b"_parameter_norms"]  # noqa: Y015
     _WhichOneofReturnType__profile_start: _TypeAlias = _typing.Literal["profile_start"]  # noqa: Y015
@@ -1066,6 +1072,8 @@ class TelemetrySpec(_message.Message):
     _WhichOneofArgType__signals_every: _TypeAlias = _typing.Literal["_signals_every", b"_signals_every"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__every) -> _WhichOneofReturnType__every | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__histograms_every) -> _WhichOneofReturnType__histograms_every | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__parameter_norms) -> _WhichOneofReturnType__parameter_norms | None: ...
     @_typing.overload
@@ -2508,6 +2516,122 @@ class QueryHistoryResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___QueryHistoryResponse: _TypeAlias = QueryHistoryResponse  # noqa: Y015
+
+@_typing.final
+class QueryHistogramsRequest(_message.Message):
+    """Asks for the histograms of steps first_step and later."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FIRST_STEP_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    first_step: _builtins.int
+    page_size: _builtins.int
+    @_builtins.property
+    def parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of which parameters; none: all."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        first_step: _builtins.int = ...,
+        page_size: _builtins.int = ...,
+        parameters: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_step", b"first_step", "name", b"name", "page_size", b"page_size", "parameters", b"parameters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueryHistogramsRequest: _TypeAlias = QueryHistogramsRequest  # noqa: Y015
+
+@_typing.final
+class QueryHistogramsResponse(_message.Message):
+    """Histograms in the order of their steps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HISTOGRAMS_FIELD_NUMBER: _builtins.int
+    PARAMETER_NAMES_FIELD_NUMBER: _builtins.int
+    EDGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def histograms(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepHistograms]: ...
+    @_builtins.property
+    def parameter_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def edges(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of the bins, one more than there are: bin i has magnitudes from edges i up to i + 1, the first and the last one also
+        what is smaller or larger. Zeros are in none.
+        """
+
+    def __init__(
+        self,
+        *,
+        histograms: _abc.Iterable[Global___StepHistograms] | None = ...,
+        parameter_names: _abc.Iterable[_builtins.str] | None = ...,
+        edges: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["edges", b"edges", "histograms", b"histograms", "parameter_names", b"parameter_names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueryHistogramsResponse: _TypeAlias = QueryHistogramsResponse  # noqa: Y015
+
+@_typing.final
+class StepHistograms(_message.Message):
+    """How large the elements of parameters' mean gradients are in one step, before the clip."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    @_builtins.property
+    def parameters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Histogram]:
+        """In the order of QueryHistogramsResponse.parameter_names."""
+
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        parameters: _abc.Iterable[Global___Histogram] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepHistograms: _TypeAlias = StepHistograms  # noqa: Y015
+
+@_typing.final
+class Histogram(_message.Message):
+    """Of one parameter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Histogram: _TypeAlias = Histogram  # noqa: Y015
 
 @_typing.final
 class DownloadCheckpointRequest(_message.Message):

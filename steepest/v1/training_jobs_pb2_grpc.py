@@ -95,6 +95,11 @@ class TrainingJobServiceStub:
                 request_serializer=steepest_dot_v1_dot_training__jobs__pb2.QueryHistoryRequest.SerializeToString,
                 response_deserializer=steepest_dot_v1_dot_training__jobs__pb2.QueryHistoryResponse.FromString,
                 _registered_method=True)
+        self.QueryHistograms = channel.unary_unary(
+                '/steepest.v1.TrainingJobService/QueryHistograms',
+                request_serializer=steepest_dot_v1_dot_training__jobs__pb2.QueryHistogramsRequest.SerializeToString,
+                response_deserializer=steepest_dot_v1_dot_training__jobs__pb2.QueryHistogramsResponse.FromString,
+                _registered_method=True)
         self.ListEvents = channel.unary_unary(
                 '/steepest.v1.TrainingJobService/ListEvents',
                 request_serializer=steepest_dot_v1_dot_training__jobs__pb2.ListEventsRequest.SerializeToString,
@@ -215,6 +220,12 @@ class TrainingJobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def QueryHistograms(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListEvents(self, request, context):
         """Returns the events of a job.
         """
@@ -319,6 +330,11 @@ def add_TrainingJobServiceServicer_to_server(servicer, server):
                     servicer.QueryHistory,
                     request_deserializer=steepest_dot_v1_dot_training__jobs__pb2.QueryHistoryRequest.FromString,
                     response_serializer=steepest_dot_v1_dot_training__jobs__pb2.QueryHistoryResponse.SerializeToString,
+            ),
+            'QueryHistograms': grpc.unary_unary_rpc_method_handler(
+                    servicer.QueryHistograms,
+                    request_deserializer=steepest_dot_v1_dot_training__jobs__pb2.QueryHistogramsRequest.FromString,
+                    response_serializer=steepest_dot_v1_dot_training__jobs__pb2.QueryHistogramsResponse.SerializeToString,
             ),
             'ListEvents': grpc.unary_unary_rpc_method_handler(
                     servicer.ListEvents,
@@ -676,6 +692,33 @@ class TrainingJobService:
             '/steepest.v1.TrainingJobService/QueryHistory',
             steepest_dot_v1_dot_training__jobs__pb2.QueryHistoryRequest.SerializeToString,
             steepest_dot_v1_dot_training__jobs__pb2.QueryHistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QueryHistograms(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steepest.v1.TrainingJobService/QueryHistograms',
+            steepest_dot_v1_dot_training__jobs__pb2.QueryHistogramsRequest.SerializeToString,
+            steepest_dot_v1_dot_training__jobs__pb2.QueryHistogramsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -69,6 +69,30 @@ def test_records_of_every_third_step(submit: Callable[..., Job]) -> None:
     assert all(not r["parameter_norms"] for r in job.history())
 
 
+def test_histograms_are_the_same_at_any_placement(submit: Callable[..., Job]) -> None:
+    jobs = [
+        submit("regression", steps=8, telemetry={"histograms_every": 3}, placement={"workers": count, "servers": count})
+        for count in (1, 2)
+    ]
+    for job in jobs:
+        assert job.wait().state == "SUCCEEDED"
+    first, second = (list(job.histograms()) for job in jobs)
+    assert [each.step for each in first] == [0, 3, 6]
+    assert first == second
+    records = {record["step"]: record for record in jobs[0].history(signals=True)}
+    for each in first:
+        signals = records[each.step]["signals"]
+        for name, counts in each.counts.items():
+            largest = max(index for index, number in enumerate(counts) if number)
+            assert each.edges[largest] <= signals["max_abs"][name] < each.edges[largest + 1]
+    [name, *_] = first[0].counts
+    assert [each.counts for each in jobs[0].histograms([name], first_step=3)] == [
+        {name: each.counts[name]} for each in first[1:]
+    ]
+    with pytest.raises(SpecError, match="'nowhere' is no parameter"):
+        list(jobs[0].histograms(["nowhere"]))
+
+
 def test_callbacks_are_told_of_every_step_evaluation_and_checkpoint(submit: Callable[..., Job]) -> None:
     told: dict[str, list[int]] = {"steps": [], "evaluations": [], "checkpoints": []}
     job = submit("evaluated", arguments={"delay": 0.003}, steps=120, eval_every=40, checkpoint_every=60)

@@ -99,6 +99,7 @@ def finished(service: Service) -> Any:
                 data={"global_batch": 24, "micro_batch": 12},
                 optimizer={"name": "adamw", "lr": 0.003 * (1 + index)},
                 clip={"norm": 0.5},
+                telemetry={"histograms_every": 2},
                 eval_every=20,
                 checkpoint_every=50,
                 best={"metric": "loss"},
@@ -137,6 +138,11 @@ def test_a_row_of_the_heat_map_opens_its_layer(visit: Callable[..., Page], finis
     assert box is not None
     heat.click(position={"x": box["width"] / 2, "y": 2})
     expect(heading(page, "‖g‖ of 0.weight")).to_be_visible()
+    expect(page.get_by_role("img", name="Magnitudes from")).to_be_visible()
+    expect(heading(page, "|g| of 0.weight, element by element")).to_be_visible()
+    if SCREENSHOTS:
+        page.wait_for_timeout(500)
+        page.screenshot(path=f"{SCREENSHOTS}/layer-1440-light.png", full_page=True)
     heat.focus()
     for _ in range(5):
         page.keyboard.press("ArrowDown")
@@ -221,6 +227,7 @@ def ask(service: Service, path: str, method: str = "GET", body: bytes | None = N
         ("series?names=loss&first=-1", 400, "first"),
         ("series?names=loss&last=1e9", 400, "last"),
         ("layers?name=nowhere", 400, "'nowhere' is no parameter"),
+        ("histograms?name=nowhere", 400, "'nowhere' is no parameter"),
         ("live?cursor=elsewhere", 400, "does not come from this service"),
     ],
 )

@@ -16,7 +16,7 @@ from steepest.charts import MOST_POINTS, as_svg, layers_figure, training_figure
 from steepest.errors import SpecError, SteepestError
 from steepest.export import mlflow as to_mlflow
 from steepest.export import tensorboard, wandb
-from steepest.jobs import Evaluation, Event, Finding, JobInfo
+from steepest.jobs import Evaluation, Event, Finding, JobInfo, StepHistograms
 from steepest.records import Records, read_directory, records_of, write_csv, write_parquet
 from steepest.report import report_html
 from steepest.spec import spec_from_dict
@@ -134,6 +134,7 @@ def test_event_files_of_tensorboard(tmp_path: Path) -> None:
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with tensorboard(tmp_path, "a-1") as log:
         log(made(3))
+        log(records_of([], [], [StepHistograms(0, (0.1, 1.0, 10.0), {"a.weight": (3, 1), "b": (0, 0)})]))
         log(records_of([row(step) for step in range(3, 6)], [Evaluation(4, {"loss": 0.5, "accuracy": math.nan})]))
     events = accumulators.EventAccumulator(str(tmp_path / "a-1"))
     events.Reload()
@@ -143,6 +144,9 @@ def test_event_files_of_tensorboard(tmp_path: Path) -> None:
     assert len(events.Scalars("norm/a.weight")) == 6
     assert [(e.step, e.wall_time, e.value) for e in events.Scalars("evaluation/loss")] == [(4, 1e9 + 4, 0.5)]
     assert "evaluation/accuracy" not in events.Tags()["scalars"]
+    assert events.Tags()["histograms"] == ["log10 |g|/a.weight"]
+    [histogram] = events.Histograms("log10 |g|/a.weight")
+    assert (histogram.histogram_value.num, histogram.histogram_value.bucket[:2]) == (4, [3, 1])
 
 
 @pytest.mark.full

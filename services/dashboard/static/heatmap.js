@@ -6,7 +6,7 @@ const COLUMNS = 300, LEAST_ROW = 7, MOST_HEIGHT = 620;
 // Dark blue to yellow, even in lightness (after viridis: van der Walt and Smith, 2015).
 const STOPS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 
-function shade(share) {
+export function shade(share) {
   const place = Math.min(Math.max(share, 0), 1) * (STOPS.length - 1);
   const index = Math.min(Math.floor(place), STOPS.length - 2);
   return STOPS[index].map((from, i) => Math.round(from + (STOPS[index + 1][i] - from) * (place - index)));

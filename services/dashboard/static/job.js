@@ -1,6 +1,7 @@
 // One job: is it healthy, how long yet, what is it waiting for; its curves, its layers, its steps, its words.
 import { Chart, Series } from "./charts.js";
 import { HeatMap, SIGNALS } from "./heatmap.js";
+import { Histogram } from "./histogram.js";
 import { bytes, clock, connection, count, duration, get, h, number, pill, post, progress, recall, remember, toast, when } from "./util.js";
 
 const CHARTS = [
@@ -161,6 +162,8 @@ export function showJob(main, id) {
     const heatHolder = h("div");
     const layerHolder = h("div", { class: "chart", hidden: true });
     const layerTitle = h("h2", { tabindex: -1 });
+    const histogramHolder = h("div", { hidden: true });
+    const histogram = new Histogram(histogramHolder, id);
     let layerChart = null, layerName = null;
     const heat = new HeatMap(heatHolder, id, openLayer);
     closers.push(() => heat.destroy(), () => layerChart && layerChart.destroy());
@@ -174,6 +177,7 @@ export function showJob(main, id) {
       layerChart ??= new Chart(layerHolder, [["norm", "", 1]], { settings, height: 220 }, zoom);
       layerChart.lines = [["norm", SIGNALS[heat.signal], 1]];
       layerChart.draw({ steps: found.steps, values: { norm: found } });
+      await histogram.read(name, range);
       layerTitle.scrollIntoView({ block: "nearest" });
     }
 
@@ -208,7 +212,7 @@ export function showJob(main, id) {
     }
 
     grid.append(
-      h("section", { class: "card span-12", "aria-label": "Gradients of all layers" }, h("header", {}, h("h2", {}, "Gradients of all layers"), h("span", { class: "grow" }), signal), heatHolder, layerTitle, layerHolder),
+      h("section", { class: "card span-12", "aria-label": "Gradients of all layers" }, h("header", {}, h("h2", {}, "Gradients of all layers"), h("span", { class: "grow" }), signal), heatHolder, layerTitle, layerHolder, histogramHolder),
       noiseCard, cosineCard);
 
     // -- where the time goes, processes, events, log ---------------------------------------------------------------

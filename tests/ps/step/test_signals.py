@@ -5,7 +5,17 @@ import pytest
 
 from ps.parameters.description import ModelDescription, TensorDescription
 from ps.parameters.layout import Layout, build_layout
-from ps.step.signals import FIRST_STEPS, NAMES, StepSignals, cosine, is_measured, noise_scale, parameter_signals
+from ps.step.signals import (
+    FIRST_STEPS,
+    NAMES,
+    StepSignals,
+    cosine,
+    has_histogram,
+    is_measured,
+    noise_scale,
+    parameter_histograms,
+    parameter_signals,
+)
 
 
 def layout() -> Layout:
@@ -25,6 +35,13 @@ def test_segments_become_parameters() -> None:
     assert found["update_norm"].tolist() == [2.0, 2.0]
     assert found["parameter_norm"].tolist() == [3.0, 4.0]
     assert np.isnan(found["noise_trace"]).all()
+
+
+def test_histograms_of_segments_become_those_of_parameters() -> None:
+    counts = np.arange(8, dtype=np.uint32).reshape(4, 2)
+    assert parameter_histograms(layout().segment_owners, counts, 2).tolist() == [[0, 1], [2 + 4 + 6, 3 + 5 + 7]]
+    assert [step for step in range(9) if has_histogram(step, 4)] == [0, 4, 8]
+    assert not any(has_histogram(step, 0) for step in range(9))
 
 
 def test_noise_scale_and_cosine_are_what_brute_force_says() -> None:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ps.memory.segment import SegmentReference
+from ps.numerics.histogram import BINS
 from ps.step.messages import (
     RECORD_BYTES,
     Assign,
@@ -18,7 +19,7 @@ from ps.step.messages import (
     Round,
     StepRecord,
 )
-from ps.step.signals import NAMES
+from ps.step.signals import NAMES, UpdateSignals
 from ps.wire import convert
 from steepest.v1 import exchange_pb2 as pb
 
@@ -85,6 +86,8 @@ def test_decision(it: Decision) -> None:
 
 NORMS = st.lists(REAL, max_size=3).map(lambda values: np.array(values, dtype="<f8").tobytes())
 SIGNALS = st.lists(REAL, max_size=2).map(lambda values: np.array(values * len(NAMES), dtype="<f8").tobytes())
+ROWS_OF_TWO = st.integers(0, 4).map(lambda rows: np.arange(2.0 * rows).reshape(rows, 2))
+HISTOGRAMS = st.integers(0, 4).map(lambda rows: np.arange(rows * BINS, dtype="<u4").reshape(rows, BINS))
 RECORDS = st.builds(
     StepRecord,
     *[STEP, *[REAL] * 4, COUNT, *[REAL] * 3, *[st.booleans()] * 2, COUNT, *[REAL] * 4, NORMS, REAL, NORMS],
@@ -94,7 +97,16 @@ RECORDS = st.builds(
     NORMS,
     REAL,
     REAL,
+    st.binary(max_size=20),
 )
+
+
+@given(st.builds(UpdateSignals, st.one_of(st.none(), ROWS_OF_TWO), st.one_of(st.none(), HISTOGRAMS)))
+def test_update_signals(it: UpdateSignals) -> None:
+    found = convert.update_signals_from_proto(pb.Applied(**convert.update_signals_to_fields(it)))
+    for own, back in zip(it, found, strict=True):
+        assert (own is None) == (back is None)
+        assert own is None or (own.shape == back.shape and own.tobytes() == back.tobytes())
 
 
 @given(st.lists(RECORDS, max_size=3))

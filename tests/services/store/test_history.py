@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ps.numerics.histogram import BINS
 from ps.step.messages import StepRecord
 from ps.step.signals import NAMES
 from services.store.history import NORMS, ROWS, SIGNALS, JobHistory
@@ -76,6 +77,25 @@ def test_signals_are_kept_of_the_steps_that_have_them(history: JobHistory) -> No
     history.append(2, [made(6)])
     assert history.signals(1)[0].tolist() == [3, 6]
     assert history.signals(1, 5)[0].tolist() == [3]
+
+
+def test_histograms_are_kept_of_the_steps_that_have_them(history: JobHistory) -> None:
+    def made(step: int) -> StepRecord:
+        counts = (step * 100 + np.arange(2 * BINS)).astype("<u4").tobytes()
+        return record(step, norms=packed(1.0, 2.0))._replace(histograms=counts if step % 3 == 0 else b"")
+
+    history.begin(1, 0)
+    history.append(1, [made(step) for step in range(8)])
+    history.append(1, [made(step) for step in range(7, 10)])
+    steps, counts = history.histograms()
+    assert steps.tolist() == [0, 3, 6, 9]
+    assert counts.shape == (4, 2, BINS)
+    assert counts[1].ravel().tolist() == (300 + np.arange(2 * BINS)).tolist()
+    assert history.histograms(1, limit=2)[0].tolist() == [3, 6]
+    history.begin(2, 6)
+    assert history.histograms()[0].tolist() == [0, 3]
+    history.append(2, [made(6)])
+    assert history.histograms(1)[1][:, 0, 0].tolist() == [300, 600]
 
 
 def test_a_torn_row_of_signals_is_not_there(history: JobHistory, tmp_path: Path) -> None:
