@@ -221,7 +221,8 @@ class TrainingJobServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def QueryHistograms(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """How large the elements of parameters' gradients are, in the steps that have that.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
