@@ -34,8 +34,8 @@ class Finding(NamedTuple):
     """Something that is wrong with a job's training, or soon will be.
 
     rule: vanishing, exploding, dead_units, saturated, initialization, stalled, diverging, update_ratio, update_spike,
-    nonfinite, overfitting, straggler or input_bound. severity: warning or critical. message: the evidence, and what to
-    try. The rest is None where it does not apply.
+    nonfinite, outlier, overfitting, straggler or input_bound. severity: warning or critical. message: the evidence,
+    and what to try. The rest is None where it does not apply.
     """
 
     rule: str

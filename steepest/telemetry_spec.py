@@ -32,7 +32,7 @@ class TelemetrySpec(SpecModel):
 
 Rule = Literal[
     "vanishing", "exploding", "dead_units", "saturated", "initialization", "stalled", "diverging", "update_ratio",
-    "update_spike", "nonfinite", "overfitting", "straggler", "input_bound",
+    "update_spike", "nonfinite", "outlier", "overfitting", "straggler", "input_bound",
 ]  # fmt: skip
 Action = Literal["record", "ignore", "pause", "cancel", "rollback"]
 

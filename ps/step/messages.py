@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -40,7 +41,8 @@ class LeafResult(NamedTuple):
 
     values: in an evaluation, of the metrics; in training, of what the loss function returned besides, by weight.
     nonfinite: the first parameter with a non-finite gradient; bad_samples: those that make it so, or the loss, by their
-    numbers in the data. Only a diagnosis looks for them. squares: see StepSignals.leaves.
+    numbers in the data, which a diagnosis looks for. times_usual: the mean loss to that of other micro-batches, of one
+    that is far above them; bad_samples are then those that make it so. squares: see StepSignals.leaves.
     """
 
     leaf: int
@@ -51,6 +53,27 @@ class LeafResult(NamedTuple):
     nonfinite: str = ""
     bad_samples: tuple[int, ...] = ()
     squares: bytes = b""
+    times_usual: float = 0.0
+
+
+class Outlier(NamedTuple):
+    """A micro-batch whose mean loss is far above what is usual. samples: those to blame, where they are known."""
+
+    micro_batch: int
+    worker: str
+    loss: float
+    times_usual: float
+    samples: tuple[int, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        """For a StepRecord."""
+        return json.dumps(self).encode()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Outlier:
+        """The inverse of `to_bytes`."""
+        micro_batch, worker, loss, times_usual, samples = json.loads(data)
+        return Outlier(micro_batch, worker, loss, times_usual, tuple(samples))
 
 
 class Assign(NamedTuple):
@@ -159,6 +182,7 @@ class StepRecord(NamedTuple):
     they are measured; activations: of each of the model's activation functions, in the order of its description, the
     share of saturated outputs, or of units that were off for all samples of micro-batch 0. All are float64,
     little-endian. histograms: of each parameter, where they are counted, in uint32; see ps.numerics.histogram.
+    outlier: the worst Outlier of the step, if there is one.
     """
 
     step: int
@@ -187,6 +211,8 @@ class StepRecord(NamedTuple):
     worker_seconds: float = 0.0
     mean_worker_seconds: float = 0.0
     histograms: bytes = b""
+    outlier: bytes = b""
 
 
-RECORD_BYTES = ("parameter_norms", "logged", "signals", "activations", "histograms")  # those fields of a StepRecord
+# Those fields of a StepRecord.
+RECORD_BYTES = ("parameter_norms", "logged", "signals", "activations", "histograms", "outlier")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ps.parameters.layout import Layout
-from ps.step.messages import Decision, StepRecord
+from ps.step.messages import Decision, Outlier, StepRecord
 from ps.step.signals import StepSignals, parameter_histograms, parameter_norms, parameter_signals
 
 
@@ -46,6 +46,7 @@ class CompletedStep(NamedTuple):
     activations: bytes = b""
     worker_seconds: tuple[float, ...] = ()
     histogram: NDArray[np.uint32] | None = None
+    outlier: Outlier | None = None
 
     def record(self, parameter_norms: bytes = b"", signals: bytes = b"", histograms: bytes = b"") -> StepRecord:
         """The record of the step."""
@@ -80,6 +81,7 @@ class CompletedStep(NamedTuple):
             worker_seconds=max(self.worker_seconds, default=0.0),
             mean_worker_seconds=sum(self.worker_seconds) / max(1, len(self.worker_seconds)),
             histograms=histograms,
+            outlier=b"" if self.outlier is None else self.outlier.to_bytes(),
         )
 
 

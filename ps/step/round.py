@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ps.numerics.ranges import leaves_of
 from ps.step.clipping import Clipping
-from ps.step.messages import Decision, LeafResult, Outcome, Push, Round
+from ps.step.messages import Decision, LeafResult, Outcome, Outlier, Push, Round
 from ps.step.record import CompletedStep
 from ps.step.signals import NOTHING_MEASURED, StepSignals, UpdateSignals
 from steepest.step_spec import ClipSpec
@@ -198,6 +198,7 @@ class RoundState:
             signals=self._signals(),
             histogram=_joined([self._update_signals[i].histogram for i in sorted(self._update_signals)]),
             activations=self.activations or b"",
+            outlier=self._outlier(),
         )
 
     def _clipped_sum(self, clip: ClipSpec) -> float | None:
@@ -228,6 +229,13 @@ class RoundState:
             return None
         leaves = [(r.weight, r.squares) for r in self.results if r.squares]
         return StepSignals(np.concatenate([gradient[i] for i in sorted(gradient)]), changed, leaves)
+
+    def _outlier(self) -> Outlier | None:
+        """The micro-batch that is furthest above what is usual."""
+        result, worker = max(zip(self.results, self._by, strict=True), key=lambda each: each[0].times_usual)
+        if not result.times_usual:
+            return None
+        return Outlier(result.leaf, worker, result.loss / result.weight, result.times_usual, result.bad_samples)
 
     def _waiting_seconds(self) -> float:
         """That workers waited for samples: what they read while the servers finished the step before is no waiting."""

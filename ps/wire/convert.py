@@ -80,6 +80,8 @@ def push_to_proto(push: Push) -> pb.Push:
             message.nonfinite[result.leaf] = result.nonfinite
         if result.bad_samples:
             message.bad_samples[result.leaf].indices.extend(result.bad_samples)
+        if result.times_usual:
+            message.times_usual[result.leaf] = result.times_usual
         if result.squares:
             message.squares[result.leaf] = result.squares
     return message
@@ -95,7 +97,7 @@ def push_from_proto(message: pb.Push) -> Push:
         leaves = [LeafResult(*row) for row in _LEAF.iter_unpack(message.leaves)]
     except struct.error as error:
         raise ValueError(f"a push is torn: {error}") from error
-    if message.values or message.nonfinite or message.bad_samples or message.squares:
+    if message.values or message.nonfinite or message.bad_samples or message.squares or message.times_usual:
         values = np.reshape(message.values, (len(leaves), -1)).tolist()
         nonfinite, bad, squares = message.nonfinite, message.bad_samples, message.squares
         leaves = [
@@ -105,6 +107,7 @@ def push_from_proto(message: pb.Push) -> Push:
                 nonfinite.get(r.leaf, ""),
                 tuple(bad[r.leaf].indices) if r.leaf in bad else (),
                 squares.get(r.leaf, b""),
+                message.times_usual.get(r.leaf, 0.0),
             )
             for r, own in zip(leaves, values, strict=True)
         ]
@@ -223,7 +226,7 @@ def record_to_proto(record: StepRecord, logged_names: Sequence[str]) -> jobs_pb.
     values["parameter_norms"] = norms
     values["logged"] = dict(zip(logged_names, logged.tolist(), strict=False))  # a step that was skipped has none
     signals = sums_from_bytes(values.pop("signals"))
-    del values["activations"], values["histograms"]
+    del values["activations"], values["histograms"], values["outlier"]
     message = jobs_pb.StepRecord(**values)
     if len(signals):
         for name, row in zip(NAMES, signals.reshape(len(NAMES), -1), strict=True):

@@ -21,7 +21,8 @@ from ps.job.config import JobConfig
 from ps.wire.address import ServerAddress
 from services.cluster.processes import Exit, ExitKind, Started, named
 from services.jobs import policy
-from services.jobs.health import Health, nonfinite
+from services.jobs.blame import nonfinite
+from services.jobs.health import Health
 from services.jobs.inbox import Asked, Detach, Event, Reported, ServerEnded, WorkerEnded, WorkerStarted
 from services.jobs.job_log import JobLog
 from services.jobs.leader_client import CheckpointReport, LeaderClient, Report

@@ -16,8 +16,9 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from ps.step.messages import Failure, StepRecord
+from ps.step.messages import StepRecord
 from ps.step.signals import NAMES as SIGNALS
+from services.jobs.blame import outlier
 from steepest.jobs import Finding
 
 LASTING_STEPS = 5  # that a condition must hold before it is a finding
@@ -95,7 +96,10 @@ class Health:
     def observe(self, records: Iterable[StepRecord]) -> list[Finding]:
         """Look at the records of steps, in order."""
         found: list[Finding] = []
-        rules = (self._layers, self._norm, self._loss, self._input, self._straggler, self._signals, self._units)
+        rules = (
+            self._layers, self._norm, self._loss, self._input, self._straggler, self._signals, self._units,
+            self._outlier,
+        )  # fmt: skip
         for record in records:
             for rule in rules:
                 found += rule(record)
@@ -288,6 +292,10 @@ class Health:
             )
         ]  # fmt: skip
 
+    def _outlier(self, record: StepRecord) -> list[Finding]:
+        is_new = self._condition("outlier", 1).holds(record.step, now=bool(record.outlier))
+        return [outlier(record)] if is_new else []
+
     # -- signals of parameters ------------------------------------------------------------------------------------
 
     def _signals(self, record: StepRecord) -> list[Finding]:
@@ -385,11 +393,3 @@ class Health:
     def _some(self, indices: NDArray[np.intp]) -> str:
         shown = ", ".join(self.names[int(index)] for index in indices[:3])
         return shown + (f" and {len(indices) - 3} more" if len(indices) > 3 else "")
-
-
-def nonfinite(failure: Failure, worker: str) -> Finding:
-    """What a failure for a loss or gradient that is not finite comes to."""
-    micro_batch = None if failure.micro_batch < 0 else failure.micro_batch
-    layer = failure.layer or None
-    samples = failure.samples or None
-    return Finding("nonfinite", "critical", failure.step, failure.message, layer, worker or None, micro_batch, samples)

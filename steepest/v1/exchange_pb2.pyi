@@ -173,6 +173,26 @@ class Push(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
+    class TimesUsualEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class SquaresEntry(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -199,6 +219,7 @@ class Push(_message.Message):
     VALUES_FIELD_NUMBER: _builtins.int
     NONFINITE_FIELD_NUMBER: _builtins.int
     BAD_SAMPLES_FIELD_NUMBER: _builtins.int
+    TIMES_USUAL_FIELD_NUMBER: _builtins.int
     SQUARES_FIELD_NUMBER: _builtins.int
     ACTIVATIONS_FIELD_NUMBER: _builtins.int
     BUFFERS_FIELD_NUMBER: _builtins.int
@@ -235,6 +256,10 @@ class Push(_message.Message):
         """By leaf: the samples that make its loss or gradient non-finite, in a diagnosis that could tell."""
 
     @_builtins.property
+    def times_usual(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
+        """By leaf: its mean loss to what is usual, where it is far above that; bad_samples then make it so."""
+
+    @_builtins.property
     def squares(self) -> _containers.ScalarMap[_builtins.int, _builtins.bytes]:
         """By leaf, in some steps: the sum of squares of each parameter's gradient, float64, little-endian."""
 
@@ -252,6 +277,7 @@ class Push(_message.Message):
         values: _abc.Iterable[_builtins.float] | None = ...,
         nonfinite: _abc.Mapping[_builtins.int, _builtins.str] | None = ...,
         bad_samples: _abc.Mapping[_builtins.int, Global___Samples] | None = ...,
+        times_usual: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
         squares: _abc.Mapping[_builtins.int, _builtins.bytes] | None = ...,
         activations: _builtins.bytes | None = ...,
         buffers: _builtins.bytes | None = ...,
@@ -262,7 +288,7 @@ class Push(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_buffers", b"_buffers", "_constants", b"_constants", "activations", b"activations", "buffers", b"buffers", "constants", b"constants"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_buffers", b"_buffers", "_constants", b"_constants", "activations", b"activations", "bad_samples", b"bad_samples", "buffers", b"buffers", "constants", b"constants", "data_seconds", b"data_seconds", "host_bounds", b"host_bounds", "kind", b"kind", "leaves", b"leaves", "nodes", b"nodes", "nonfinite", b"nonfinite", "seconds", b"seconds", "squares", b"squares", "step", b"step", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_buffers", b"_buffers", "_constants", b"_constants", "activations", b"activations", "bad_samples", b"bad_samples", "buffers", b"buffers", "constants", b"constants", "data_seconds", b"data_seconds", "host_bounds", b"host_bounds", "kind", b"kind", "leaves", b"leaves", "nodes", b"nodes", "nonfinite", b"nonfinite", "seconds", b"seconds", "squares", b"squares", "step", b"step", "times_usual", b"times_usual", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__activations: _TypeAlias = _typing.Literal["activations"]  # noqa: Y015
     _WhichOneofArgType__activations: _TypeAlias = _typing.Literal["_activations", b"_activations"]  # noqa: Y015
@@ -1198,6 +1224,7 @@ class StepRecords(_message.Message):
     WORKER_SECONDS_FIELD_NUMBER: _builtins.int
     MEAN_WORKER_SECONDS_FIELD_NUMBER: _builtins.int
     HISTOGRAMS_FIELD_NUMBER: _builtins.int
+    OUTLIER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def step(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -1260,6 +1287,10 @@ class StepRecords(_message.Message):
     def histograms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """uint32, little-endian."""
 
+    @_builtins.property
+    def outlier(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """JSON, in few steps: see Outlier in ps/step/messages.py."""
+
     def __init__(
         self,
         *,
@@ -1289,10 +1320,11 @@ class StepRecords(_message.Message):
         worker_seconds: _abc.Iterable[_builtins.float] | None = ...,
         mean_worker_seconds: _abc.Iterable[_builtins.float] | None = ...,
         histograms: _abc.Iterable[_builtins.bytes] | None = ...,
+        outlier: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "data_seconds", b"data_seconds", "gradient_norm", b"gradient_norm", "histograms", b"histograms", "logged", b"logged", "loss", b"loss", "lr", b"lr", "mean_worker_seconds", b"mean_worker_seconds", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "signals", b"signals", "skipped", b"skipped", "slowest_ratio", b"slowest_ratio", "slowest_worker", b"slowest_worker", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "worker_seconds", b"worker_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "data_seconds", b"data_seconds", "gradient_norm", b"gradient_norm", "histograms", b"histograms", "logged", b"logged", "loss", b"loss", "lr", b"lr", "mean_worker_seconds", b"mean_worker_seconds", "outlier", b"outlier", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "signals", b"signals", "skipped", b"skipped", "slowest_ratio", b"slowest_ratio", "slowest_worker", b"slowest_worker", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "worker_seconds", b"worker_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1523,7 +1523,7 @@ class Finding(_message.Message):
     SAMPLES_FIELD_NUMBER: _builtins.int
     rule: _builtins.str
     """vanishing, exploding, dead_units, saturated, initialization, stalled, diverging, update_ratio, update_spike,
-    nonfinite, overfitting, straggler or input_bound
+    nonfinite, outlier, overfitting, straggler or input_bound
     """
     severity: _builtins.str
     """warning or critical"""

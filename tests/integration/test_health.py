@@ -74,6 +74,20 @@ def test_a_sample_that_is_not_a_number_is_blamed_by_its_number(client: Client) -
     assert finding.samples == (77,)
 
 
+def test_a_corrupt_shard_of_data_is_blamed_by_its_samples(client: Client) -> None:
+    spec = {**BASE, "data": {"global_batch": 16, "micro_batch": 8, "shuffle": False}, "steps": 40}
+    hashes = set()
+    for workers in (1, 2):
+        job = client.submit(f"{SICK}:corrupt_shard", **spec, placement={"workers": workers})
+        hashes.add(job.wait().parameters_sha256)
+        [finding] = [each for each in job.get().findings if each.rule == "outlier"]
+        assert finding.step == 10  # samples 160 to 175
+        assert finding.samples in (tuple(range(160, 168)), tuple(range(168, 176)))
+        assert finding.micro_batch == (finding.samples[0] - 160) // 8
+        assert (finding.worker or "").startswith("worker-")
+    assert len(hashes) == 1  # to look at a micro-batch again leaves nothing behind
+
+
 def test_a_rule_acts_as_the_spec_says(client: Client) -> None:
     actions = {"dead_units": "pause", "update_ratio": "ignore"}
     job = client.submit(f"{SICK}:dead", **{**BASE, "steps": 100_000}, health={"actions": actions})

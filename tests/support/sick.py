@@ -71,6 +71,14 @@ def one_bad_sample(row: int = 77) -> steepest.Task:
     return steepest.Task(model=network(), loss=nn.MSELoss(), train_data=rows)
 
 
+def corrupt_shard(first: int = 160, last: int = 175) -> steepest.Task:
+    """A stretch of the data has targets in another unit; the model draws numbers, and has buffers."""
+    rows = data()
+    rows.arrays[1][first : last + 1] *= 1000.0
+    model = nn.Sequential(nn.Linear(WIDTH, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 1))
+    return steepest.Task(model=model, loss=nn.MSELoss(), train_data=rows)
+
+
 def large_weights() -> steepest.Task:
     """Weights begin thirty times too large, which drives every tanh to its end."""
     model = network(4)

@@ -70,11 +70,11 @@ class AnalyticEngine:
         """See Engine: all of a gradient comes at once."""
         self._on_final = on_final
 
-    def evaluate(self, batch: Any, num_samples: int) -> Measured:
+    def evaluate(self, batch: Any, num_samples: int, *, metrics: bool = True) -> Measured:
         """See Engine."""
         loss, weight, _ = self._task.gradient(self._parameters, batch)
         values: tuple[float, ...] = ()
-        if self._task.predict is not None and self._task.metrics:
+        if metrics and self._task.predict is not None and self._task.metrics:
             inputs, targets = batch
             outputs = self._task.predict(self._parameters, inputs)
             values = measure_metrics(self._task.metrics, outputs, targets, num_samples)

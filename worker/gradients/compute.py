@@ -19,6 +19,7 @@ from worker.gradients.compressor import Compressor
 from worker.gradients.engine import Engine, InPartsError, Pending, finite_parameters
 from worker.gradients.guilty import guilty
 from worker.gradients.leaf_norms import LeafNorms
+from worker.gradients.outliers import MicroBatch, Outliers
 from worker.gradients.slots import Slots
 from worker.gradients.tree_sum import TreeSum
 
@@ -140,6 +141,7 @@ class Computer:
         self._num_leaves = num_leaves
         self._compressor = compressor
         self._leaves = _Leaves(engine, batches, LeafNorms(layout, slots, signals_every))
+        self._outliers = Outliers(self._mean_loss)
         self._tree = TreeSum(slots, self._leaves)
         self._assign = Assign(-1, Round.TRAIN, ())
 
@@ -191,7 +193,7 @@ class Computer:
             assign.step,
             assign.kind,
             tuple(nodes),
-            leaves.ordered(),
+            self._watched(leaves.ordered()) if assign.kind == Round.TRAIN else leaves.ordered(),
             leaves.buffers,
             time.perf_counter() - began,
             assign.host_ranges,
@@ -199,6 +201,26 @@ class Computer:
             self._read_seconds(),
             leaves.activations,
         )
+
+    def _watched(self, results: tuple[LeafResult, ...]) -> tuple[LeafResult, ...]:
+        """The results, with what is to be said of outliers among them."""
+        watched = []
+        for result in results:
+            own = result
+            if result.weight > 0:
+                samples = self._batches.indices(self._assign.step, result.leaf)
+                micro_batch = MicroBatch(self._assign.step, result.leaf, samples)
+                found = self._outliers.look(micro_batch, result.loss / result.weight)
+                if found is not None:
+                    own = result._replace(times_usual=found[0], bad_samples=found[1])
+            watched.append(own)
+        return tuple(watched)
+
+    def _mean_loss(self, micro_batch: MicroBatch) -> float:
+        """As in an evaluation."""
+        batch = self._batches.some(*micro_batch)
+        measured = self._engine.evaluate(batch, len(micro_batch.samples), metrics=False)
+        return measured.loss / measured.weight if measured.weight > 0 else 0.0
 
     def _read_seconds(self) -> float:
         seconds, self._batches.read_seconds = self._batches.read_seconds, 0.0

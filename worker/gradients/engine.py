@@ -90,8 +90,8 @@ class Engine(Protocol):
     def watch(self, on_final: Callable[[int], None]) -> None:
         """From now on, tell of each parameter of a gradient, by its index, when it is written."""
 
-    def evaluate(self, batch: Any, num_samples: int) -> Measured:
-        """Loss and metrics, without gradients."""
+    def evaluate(self, batch: Any, num_samples: int, *, metrics: bool = True) -> Measured:
+        """Loss and metrics, or the loss alone, without gradients."""
 
     def set_buffers(self, packed: bytes) -> None:
         """Start every micro-batch from these buffers."""

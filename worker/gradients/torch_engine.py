@@ -176,7 +176,7 @@ class TorchEngine:
         """See Engine."""
         self._sink.watch(on_final)
 
-    def evaluate(self, batch: Any, num_samples: int) -> Measured:
+    def evaluate(self, batch: Any, num_samples: int, *, metrics: bool = True) -> Measured:
         """See Engine. Raises LossError, StateError."""
         self._start(training=False)
         host, batch = batch, self._backend.batch(batch)
@@ -184,7 +184,7 @@ class TorchEngine:
         with torch.set_grad_enabled(self.evaluates_with_gradients):
             found = self._loss(batch, num_samples, host)
             values: tuple[float, ...] = ()
-            if self._task.metrics:
+            if metrics and self._task.metrics:
                 outputs, targets = found.outputs, found.targets
                 if outputs is None:
                     inputs, targets = _pair(batch)

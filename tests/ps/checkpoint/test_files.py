@@ -192,6 +192,6 @@ def test_records_of_an_older_version_have_fewer_numbers(tmp_path: Path) -> None:
     written = write_checkpoint(tmp_path, state(), records=[record], incarnation=3)
     assert read_records(written.path) == (3, [record])
     kept = json.loads((written.path / RECORDS).read_text())
-    kept["records"] = [kept["records"][0][:-9]]
+    kept["records"] = [kept["records"][0][:-10]]
     (written.path / RECORDS).write_text(json.dumps(kept))
     assert read_records(written.path) == (3, [record._replace(data_seconds=0.0, logged=b"")])

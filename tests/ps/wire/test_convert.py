@@ -38,7 +38,9 @@ def leaves(draw: st.DrawFn) -> tuple[LeafResult, ...]:
     num_values = draw(st.integers(0, 3))
     values = st.tuples(*[REAL] * num_values)
     samples = st.lists(COUNT, max_size=3).map(tuple)
-    result = st.builds(LeafResult, COUNT, REAL, REAL, COUNT, values, st.text(max_size=5), samples)
+    result = st.builds(
+        LeafResult, COUNT, REAL, REAL, COUNT, values, st.text(max_size=5), samples, st.binary(max_size=9), REAL
+    )
     return tuple(draw(st.lists(result, max_size=4, unique_by=lambda r: r.leaf)))
 
 
@@ -97,6 +99,7 @@ RECORDS = st.builds(
     NORMS,
     REAL,
     REAL,
+    st.binary(max_size=20),
     st.binary(max_size=20),
 )
 
