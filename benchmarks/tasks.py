@@ -156,3 +156,20 @@ def waiting() -> steepest.Task:
 
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
     return steepest.Task(model=model, batch_loss=loss, train_data=steepest.ArrayData(torch.randn(256, 16)))
+
+
+class Wide(nn.Module):
+    """A sum of many small parameters."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList([torch.full((4,), 0.01) for _ in range(count)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ torch.stack(list(self.parts)).sum(0)
+
+
+def wide(count: int) -> steepest.Task:
+    """A task of `count` parameters."""
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    return steepest.Task(model=Wide(count), loss=nn.MSELoss(), train_data=steepest.ArrayData(x, x.sum(1)))

@@ -115,33 +115,38 @@ def _noise(
     return squares - trace / weight, trace
 
 
-def noise_scale(signals: NDArray[np.float64], memory: int = 20) -> NDArray[np.float64]:
-    """tr(S) / |G|^2 of the whole network, in units of the weight (samples or tokens), shape (steps,).
+NOISE = NAMES[NAMES.index("noise_signal") :][:2]
 
-    signals: shape (steps, len(NAMES), parameters). memory: how many measured steps the running means reach back, each
-    of both estimates by itself. Not a number before the first one, and while the estimate of |G|^2 is not positive.
+
+class Noise(NamedTuple):
+    """What running means of the noise estimates come to, each of shape (steps,).
+
+    scale: tr(S) / |G|^2 of the whole network, in units of the weight (samples or tokens). cosine: how much the
+    gradients of two micro-batches point the same way, E[g . h] / E|g|^2 for their mean gradients g and h, which is
+    |G|^2 / (|G|^2 + tr(S) / weight): the cosine of the angle between them where their norms are alike. It can be a
+    little below 0, as the estimate of |G|^2 can.
     """
-    signal, trace = _running_means(signals, memory)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(signal > 0, np.maximum(trace, 0.0) / signal, np.nan)
+
+    scale: NDArray[np.float64]
+    cosine: NDArray[np.float64]
 
 
-def cosine(signals: NDArray[np.float64], weight: float, memory: int = 20) -> NDArray[np.float64]:
-    """How much the gradients of two micro-batches point the same way, of the whole network, shape (steps,).
+def noise_of(totals: NDArray[np.float64], weight: float, memory: int = 20) -> Noise:
+    """The noise by running means of both estimates, each by itself.
 
-    It is E[g . h] / E|g|^2 for the mean gradients g, h of two micro-batches: |G|^2 / (|G|^2 + tr(S) / weight), the
-    cosine of the angle between them where their norms are alike. weight: of a micro-batch, in the units of the noise
-    scale. signals, memory: as there. Can be a little below 0, as the estimate of |G|^2 can.
+    totals: the estimates of all parameters together, in the order of NOISE, shape (steps, 2). weight: of a micro-batch,
+    in the units of the scale. memory: how many measured steps the means reach back. Not a number before the first
+    estimate; scale also while that of |G|^2 is not positive.
     """
-    signal, trace = _running_means(signals, memory)
-    total = signal + trace / weight
+    signal, trace = _running_means(totals, memory)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(total > 0, signal / total, np.nan)
+        scale = np.where(signal > 0, np.maximum(trace, 0.0) / signal, np.nan)
+        whole = signal + trace / weight
+        return Noise(scale, np.where(whole > 0, signal / whole, np.nan))
 
 
-def _running_means(signals: NDArray[np.float64], memory: int) -> NDArray[np.float64]:
+def _running_means(totals: NDArray[np.float64], memory: int) -> NDArray[np.float64]:
     """Running means of both estimates, shape (2, steps); not a number before the first measurement."""
-    totals = signals[:, [NAMES.index("noise_signal"), NAMES.index("noise_trace")]].sum(axis=2)
     out = np.full((2, len(totals)), np.nan)
     mean = None
     for step, new in enumerate(totals):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ps.checkpoint.files import checkpoints, step_of
 from ps.numerics.histogram import edges
 from ps.step.messages import StepRecord
-from ps.step.signals import NAMES, cosine, noise_scale
+from ps.step.signals import NAMES, noise_of
 from services.jobs.job_log import JobLog
 from services.jobs.task_probe import TaskDescription, parameter_names
 from services.settings import Settings
@@ -27,6 +27,7 @@ from steepest.errors import SpecError, Violation
 from steepest.spec import TrainingJobSpec, spec_from_dict
 
 SPARK_POINTS, MAX_POINTS = 40, 5000
+MAX_LAYERS = 500  # rows of the view of all layers, which is not higher on the page
 FRESH_SECONDS = 0.25  # for which pages share the summary of a job that has not changed
 LIVE_RECORDS, LIVE_LINES = 1000, 500
 GRADIENT_NORM, UPDATE_RATIO = "gradient_norm", "update_ratio"
@@ -105,30 +106,44 @@ class Views:
     ) -> dict[str, Any]:
         """The largest value of each parameter in each bucket, as powers of ten. Raises NotFoundError, SpecError.
 
-        signal: one of LAYER_SIGNALS.
+        signal: one of LAYER_SIGNALS. Of more than MAX_LAYERS parameters, some neighbours share a row, whose largest
+        value counts: names are of the first of each, and sizes say how many there are.
         """
         names = parameter_names(self._store.get(job))
-        steps, norms = self._layer_signal(job, signal, first, last)
-        starts = bucket_starts(len(steps), min(points, MAX_POINTS))
-        values = largest(norms, starts)
+        points = min(points, MAX_POINTS)
+        values: NDArray[np.floating]
+        if signal == GRADIENT_NORM:
+            steps, values = self._history(job).largest_norms(first, last, points)
+        else:
+            measured, norms = self._layer_signal(job, signal, first, last)
+            starts = bucket_starts(len(measured), points)
+            steps, values = measured[starts], largest(norms, starts)
+        rows = bucket_starts(len(names), MAX_LAYERS)
+        if len(rows) < len(names) and len(steps):
+            values = np.fmax.reduceat(values, rows, axis=1)
         with np.errstate(divide="ignore"):
             powers = np.log10(values)
-        return {"names": names, "steps": steps[starts], "values": np.ascontiguousarray(np.round(powers.T, 3))}
+        return {
+            "names": [names[row] for row in rows],
+            "sizes": np.diff([*rows, len(names)]),
+            "steps": steps,
+            "values": np.ascontiguousarray(np.round(powers.T, 3)),
+        }
 
     def _layer_signal(
-        self, job: str, signal: str, first: int, last: int | None
+        self, job: str, signal: str, first: int, last: int | None, parameter: int | None = None
     ) -> tuple[NDArray[Any], NDArray[np.float64]]:
-        """(steps, values of shape (steps, parameters)). Raises SpecError."""
+        """(steps, values of shape (steps, parameters), or (steps,) of one). Raises SpecError."""
         history = self._history(job)
         if signal == GRADIENT_NORM:
-            return history.norms(first, last)
+            return history.norms(first, last, parameter)
         if signal not in LAYER_SIGNALS:
             raise SpecError([Violation("signal", f"{signal!r} is none; there are: {', '.join(LAYER_SIGNALS)}")])
-        steps, values = history.signals(first, last)
         if signal == UPDATE_RATIO:
+            steps, updates = history.signal("update_norm", first, last, parameter)
             with np.errstate(divide="ignore", invalid="ignore"):
-                return steps, values[:, NAMES.index("update_norm")] / values[:, NAMES.index("parameter_norm")]
-        return steps, values[:, NAMES.index(signal)]
+                return steps, updates / history.signal("parameter_norm", first, last, parameter)[1]
+        return history.signal(signal, first, last, parameter)
 
     def noise(self, job: str, first: int, last: int | None, points: int) -> dict[str, Any]:
         """The gradient noise scale of the whole network, in samples, and the cosine between its micro-batches.
@@ -137,13 +152,14 @@ class Views:
         """
         data = spec_from_dict(json.loads(self._store.get(job).spec)).data
         history = self._history(job)
-        steps, values = history.signals(0, last)
+        steps, totals = history.noise(last)
         newest = history.last()
         weight = 1.0
         if newest is not None and newest.samples:
             weight = data.micro_batch_size * newest.weight / newest.samples
         low = int(np.searchsorted(steps, first))
-        raw = {"step": steps[low:], "noise": noise_scale(values)[low:], "cosine": cosine(values, weight)[low:]}
+        noise = noise_of(totals, weight)
+        raw = {"step": steps[low:], "noise": noise.scale[low:], "cosine": noise.cosine[low:]}
         found = downsample(raw, min(points, MAX_POINTS))
         return {
             "steps": found.steps,
@@ -159,9 +175,8 @@ class Views:
         names = parameter_names(self._store.get(job))
         if name not in names:
             raise SpecError([Violation("name", f"{name!r} is no parameter of trainingJobs/{job}")])
-        steps, norms = self._layer_signal(job, signal, first, last)
-        column: NDArray[Any] = norms[:, names.index(name)] if norms.shape[1] else np.empty(0)
-        found = downsample({"step": steps, "norm": column}, min(points, MAX_POINTS))
+        steps, values = self._layer_signal(job, signal, first, last, names.index(name))
+        found = downsample({"step": steps, "norm": values}, min(points, MAX_POINTS))
         return {"steps": found.steps, **dict(zip(("min", "max", "mean"), found.series["norm"], strict=True))}
 
     def histograms(self, job: str, name: str, first: int, last: int | None, points: int) -> dict[str, Any]:
@@ -193,7 +208,7 @@ class Views:
         row = self._store.get(job)
         events = self._store.events_after(job, cursor.event)
         lines = self._log(job).read(cursor.offset)[:LIVE_LINES]
-        records = self._history(job).records(cursor.step, LIVE_RECORDS)
+        records = self._history(job).records(cursor.step, LIVE_RECORDS, norms=False)
         logged = TaskDescription.from_json(row.description).logged_names if records else ()
         following = Cursor(
             records[-1].step + 1 if records else cursor.step,

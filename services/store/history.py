@@ -3,18 +3,18 @@
 Each incarnation of the job has a folder of its own. `layout.json` says which numbers a row has, and from which step on
 this incarnation counts: what earlier ones recorded of that step and later was computed again, so it is hidden. `rows`
 has the numbers of a step, `norms` those of its parameters, and, for the steps that they are measured in, `signals` what
-`ps.step.signals` names and `histograms` what `ps.numerics.histogram` counts. A row that is not whole, as after a full
-disk, is not there.
+`ps.step.signals` names and `histograms` what `ps.numerics.histogram` counts. `blocks` has the largest norms of every
+BLOCK rows, so that a view of a long job need not read them all, and `noise` what the noise estimates of all parameters
+come to. A row that is not whole, as after a full disk, is not there.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -24,9 +24,14 @@ from numpy.typing import NDArray
 
 from ps.numerics.histogram import BINS
 from ps.step.messages import RECORD_BYTES, StepRecord
-from ps.step.signals import NAMES
+from ps.step.signals import NAMES, NOISE
+from services.store.rows import append, append_measured, bounds, joined, mapped, measured_rows, size
+from services.store.series import bucket_starts, largest
 
-LAYOUT, ROWS, NORMS, SIGNALS, HISTOGRAMS = "layout.json", "rows", "norms", "signals", "histograms"
+LAYOUT, ROWS, NORMS, SIGNALS, HISTOGRAMS, BLOCKS = "layout.json", "rows", "norms", "signals", "histograms", "blocks"
+NOISES = "noise"
+NOISE_ROW = np.dtype([("step", "<i8"), ("values", "<f8", (len(NOISE),))])
+BLOCK = 16
 _TYPES = {int: "<i8", float: "<f8", bool: "?"}
 _KINDS = get_type_hints(StepRecord)
 SCALARS = tuple(name for name in StepRecord._fields if name not in RECORD_BYTES)
@@ -50,6 +55,16 @@ class _Layout:
         return np.dtype([*numbers, (_TOTAL, "<i8"), ("logged", "<f8", (self.num_logged,))])
 
     @property
+    def norm_row(self) -> np.dtype[Any]:
+        """A row of `norms`."""
+        return np.dtype(("<f8", (self.num_parameters,)))
+
+    @property
+    def block_row(self) -> np.dtype[Any]:
+        """A row of `blocks`."""
+        return np.dtype(("<f4", (self.num_parameters,)))
+
+    @property
     def signal_row(self) -> np.dtype[Any]:
         """A row of `signals`."""
         return np.dtype([("step", "<i8"), ("values", "<f8", (len(self.signals), self.num_parameters))])
@@ -62,15 +77,35 @@ class _Layout:
 
 @dataclass(frozen=True)
 class _Part:
-    """The rows of an incarnation that are not hidden. norms: shape (rows, parameters)."""
+    """The rows of an incarnation that are not hidden. norms: shape (rows, parameters).
+
+    blocks: of all rows of the incarnation. start: the number of the first row here among them.
+    """
 
     rows: NDArray[Any]
     norms: NDArray[np.float64]
+    blocks: NDArray[np.float32]
+    start: int = 0
 
     def between(self, first: int, last: int | None) -> _Part:
         """Those of the steps from `first` to `last`."""
-        low, high = _slice(self.rows["step"], first, last)
-        return _Part(self.rows[low:high], self.norms[low:high])
+        low, high = bounds(self.rows["step"], first, last)
+        return _Part(self.rows[low:high], self.norms[low:high], self.blocks, self.start + low)
+
+    def largest(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """(first step, the largest norms) of pieces of at most BLOCK rows."""
+        stop = self.start + len(self.rows)
+        edges = np.arange(-(-self.start // BLOCK) * BLOCK, stop, BLOCK) - self.start
+        starts = edges if len(edges) and edges[0] == 0 else np.concatenate([[0], edges])
+        found = np.empty((len(starts), self.norms.shape[1]), np.float32)
+        for place, low in enumerate(starts.tolist()):
+            block, is_whole = divmod(self.start + low, BLOCK)
+            if not is_whole and low + BLOCK <= len(self.rows) and block < len(self.blocks):
+                found[place] = self.blocks[block]
+            else:
+                until = starts[place + 1] if place + 1 < len(starts) else len(self.rows)
+                found[place] = np.fmax.reduce(self.norms[low:until], axis=0)
+        return self.rows["step"][starts], found
 
 
 class JobHistory:
@@ -108,22 +143,43 @@ class JobHistory:
             rows[_TOTAL] = total + np.cumsum(rows["samples"])
             rows["logged"] = [_numbers(record.logged, layout.num_logged) for record in records]
             folder = self._folder(incarnation)
-            _append_measured(folder / SIGNALS, layout.signal_row, [(r.step, r.signals) for r in records])
-            _append_measured(folder / HISTOGRAMS, layout.histogram_row, [(r.step, r.histograms) for r in records])
+            append_measured(folder / SIGNALS, layout.signal_row, [(r.step, r.signals) for r in records])
+            self._append_noise(folder, layout, records)
+            append_measured(folder / HISTOGRAMS, layout.histogram_row, [(r.step, r.histograms) for r in records])
             if layout.num_parameters:
                 norms = np.array([_numbers(r.parameter_norms, layout.num_parameters) for r in records])
-                _append(folder / NORMS, norms, len(before.rows))
-            _append(folder / ROWS, rows, len(before.rows))
+                append(folder / NORMS, norms, len(before.rows))
+                self._append_blocks(folder, layout, len(before.rows), len(before.rows) + len(rows))
+            append(folder / ROWS, rows, len(before.rows))
+
+    def _append_noise(self, folder: Path, layout: _Layout, records: Sequence[StepRecord]) -> None:
+        whole = [r for r in records if len(r.signals) == layout.signal_row.itemsize - 8 > 0]
+        if whole:
+            values = np.array([np.frombuffer(r.signals, "<f8").reshape(len(NAMES), -1) for r in whole])
+            packed = [row.tobytes() for row in _noise_totals(values)]
+            append_measured(folder / NOISES, NOISE_ROW, zip([r.step for r in whole], packed, strict=True))
+
+    def _append_blocks(self, folder: Path, layout: _Layout, before: int, now: int) -> None:
+        """With rows up to `now`, some blocks are whole that were not with those up to `before`."""
+        first, last = before // BLOCK, now // BLOCK
+        written = size(folder / BLOCKS) // layout.block_row.itemsize
+        first = min(first, written)  # an older version wrote none
+        if first == last:
+            return
+        norms = mapped(folder / NORMS, layout.norm_row, last * BLOCK)[first * BLOCK :]
+        append(folder / BLOCKS, np.fmax.reduceat(norms, np.arange(0, len(norms), BLOCK)).astype("<f4"), first)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
-    def records(self, first: int = 0, limit: int | None = None, *, signals: bool = False) -> list[StepRecord]:
+    def records(
+        self, first: int = 0, limit: int | None = None, *, signals: bool = False, norms: bool = True
+    ) -> list[StepRecord]:
         """The records of `first` and later steps, in order; with those of parameters' signals only if asked for."""
         found: list[StepRecord] = []
         for part in self._parts():
             there = part.between(first, None)
             stop = None if limit is None else limit - len(found)
-            found += _to_records(_Part(there.rows[:stop], there.norms[:stop]))
+            found += _to_records(there.rows[:stop], there.norms[:stop] if norms else there.norms[:stop, :0])
         if not signals or not found:
             return found
         measured = dict(zip(*self.signals(first, found[-1].step), strict=True))
@@ -133,7 +189,7 @@ class JobHistory:
         """The newest record."""
         for part in reversed(list(self._parts())):
             if len(part.rows):
-                return _to_records(_Part(part.rows[-1:], part.norms[-1:]))[0]
+                return _to_records(part.rows[-1:], part.norms[-1:])[0]
         return None
 
     def columns(self, names: Sequence[str], first: int = 0, last: int | None = None) -> dict[str, NDArray[Any]]:
@@ -142,25 +198,72 @@ class JobHistory:
         names: fields of StepRecord that are numbers, or "logged.N" for the N-th number beside the loss.
         """
         parts = [part.between(first, last) for part in self._parts()]
-        return {name: _joined([_column(part.rows, name) for part in parts]) for name in dict.fromkeys(["step", *names])}
+        return {name: joined([_column(part.rows, name) for part in parts]) for name in dict.fromkeys(["step", *names])}
 
-    def norms(self, first: int = 0, last: int | None = None) -> tuple[NDArray[Any], NDArray[np.float64]]:
-        """(steps, norm of each parameter's gradient, shape (steps, parameters)); empty when norms are not kept."""
+    def norms(
+        self, first: int = 0, last: int | None = None, parameter: int | None = None
+    ) -> tuple[NDArray[Any], NDArray[np.float64]]:
+        """(steps, norm of each parameter's gradient, shape (steps, parameters)); empty when norms are not kept.
+
+        parameter: the number of the only one that is wanted; the shape is then (steps,).
+        """
         parts = [part.between(first, last) for part in self._parts()]
         kept = [part for part in parts if part.norms.shape[1]]
         if not kept:
-            return np.empty(0, np.int64), np.empty((0, 0))
-        return _joined([part.rows["step"] for part in kept]), np.concatenate([part.norms for part in kept])
+            return np.empty(0, np.int64), np.empty((0, 0) if parameter is None else 0)
+        norms = [part.norms if parameter is None else part.norms[:, parameter] for part in kept]
+        return joined([part.rows["step"] for part in kept]), joined(norms)
+
+    def largest_norms(
+        self, first: int = 0, last: int | None = None, points: int = 300
+    ) -> tuple[NDArray[Any], NDArray[np.floating]]:
+        """(first step of each bucket, the largest norm of each parameter in it, shape (buckets, parameters)).
+
+        points: at most so many buckets, of nearly the same number of steps.
+        """
+        parts = [part for part in self._parts() if part.norms.shape[1]]
+        cut = [part.between(first, last) for part in parts]
+        if sum(len(part.rows) for part in cut) < BLOCK * points:
+            steps, norms = self.norms(first, last)
+            starts = bucket_starts(len(steps), points)
+            return steps[starts], largest(norms, starts)
+        pieces = [part.largest() for part in cut if len(part.rows)]
+        steps, norms = joined([steps for steps, _ in pieces]), np.concatenate([norms for _, norms in pieces])
+        starts = bucket_starts(len(steps), points)
+        return steps[starts], largest(norms, starts)
 
     def signals(self, first: int = 0, last: int | None = None) -> tuple[NDArray[Any], NDArray[np.float64]]:
         """(steps that were measured, their signals, shape (steps, signals, parameters)); see ps.step.signals."""
-        files = [  # others are of another version
+        steps, parts = measured_rows(self._signal_files(), first, last)
+        return steps, joined(parts) if parts else np.empty((0, len(NAMES), 0))
+
+    def signal(
+        self, name: str, first: int = 0, last: int | None = None, parameter: int | None = None
+    ) -> tuple[NDArray[Any], NDArray[np.float64]]:
+        """(steps that were measured, one signal of all parameters or of one, shaped as norms are)."""
+        steps, parts = measured_rows(self._signal_files(), first, last)
+        own = [values[:, NAMES.index(name)] for values in parts]
+        if parameter is not None:
+            return steps, joined([values[:, parameter] for values in own])
+        return steps, joined(own) if own else np.empty((0, 0))
+
+    def noise(self, last: int | None = None) -> tuple[NDArray[Any], NDArray[np.float64]]:
+        """(steps that were measured, totals of the noise estimates, shape (steps, 2)); see ps.step.signals.noise_of."""
+        files = [(path.with_name(NOISES), NOISE_ROW, hidden) for path, _, hidden in self._signal_files()]
+        if not all(path.exists() for path, _, _ in files):  # an older version wrote none
+            steps, values = self.signals(0, last)
+            return steps, _noise_totals(values)
+        steps, parts = measured_rows(files, 0, last)
+        return steps, joined(parts) if parts else np.empty((0, 2))
+
+    def _signal_files(self) -> list[tuple[Path, np.dtype[Any], int | None]]:
+        """Those of this version; see measured_rows."""
+        found = [
             (self._folder(incarnation) / SIGNALS, layout.signal_row, hidden)
             for incarnation, layout, hidden in self._visible()
             if layout.signals == NAMES
         ]
-        steps, parts = _measured(files, first, last)
-        return steps, np.concatenate(parts) if parts else np.empty((0, len(NAMES), 0))
+        return [each for each in found if each[0].exists()]
 
     def histograms(
         self, first: int = 0, last: int | None = None, *, limit: int | None = None
@@ -173,7 +276,7 @@ class JobHistory:
             (self._folder(incarnation) / HISTOGRAMS, layout.histogram_row, hidden)
             for incarnation, layout, hidden in self._visible()
         ]
-        steps, parts = _measured(files, first, last)
+        steps, parts = measured_rows(files, first, last)
         counts = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty((0, 0, BINS), np.uint32)
         return steps[:limit], counts[:limit]
 
@@ -185,7 +288,7 @@ class JobHistory:
         half = int(parts[-1]["step"][-1]) // 2
         samples, ends = 0, []
         for rows in parts:
-            low, high = _slice(rows["step"], half, None)
+            low, high = bounds(rows["step"], half, None)
             if high > low:
                 ends += [rows[low], rows[high - 1]]
                 samples += int(rows[high - 1][_TOTAL] - rows[low][_TOTAL] + rows[low]["samples"])
@@ -233,13 +336,14 @@ class JobHistory:
         """All whole rows, hidden ones too."""
         folder, width = self._folder(incarnation), layout.num_parameters
         row = layout.row
-        count = _size(folder / ROWS) // row.itemsize if layout.scalars else 0
+        count = size(folder / ROWS) // row.itemsize if layout.scalars else 0
         if width:
-            count = min(count, _size(folder / NORMS) // (8 * width))
+            count = min(count, size(folder / NORMS) // (8 * width))
         if not count:
-            return _Part(np.empty(0, row), np.empty((0, width)))
-        norms = _mapped(folder / NORMS, np.dtype(("<f8", (width,))), count) if width else np.empty((count, 0))
-        return _Part(_mapped(folder / ROWS, row, count), norms)
+            return _Part(np.empty(0, row), np.empty((0, width)), np.empty((0, width), np.float32))
+        norms = mapped(folder / NORMS, layout.norm_row, count) if width else np.empty((count, 0))
+        blocks = mapped(folder / BLOCKS, layout.block_row) if width else np.empty((0, 0), np.float32)
+        return _Part(mapped(folder / ROWS, row, count), norms, blocks)
 
     def _visible(self) -> Iterator[tuple[int, _Layout, int | None]]:
         """The incarnations that have rows, in order, each with the first of its steps that is hidden."""
@@ -256,15 +360,16 @@ class JobHistory:
             yield part if hidden is None else part.between(0, hidden - 1)
 
 
+def _noise_totals(signals: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of all parameters together, shape (steps, 2). signals: shape (steps, signals, parameters)."""
+    totals: NDArray[np.float64] = signals[:, [NAMES.index(name) for name in NOISE]].sum(axis=2)
+    return totals
+
+
 def _numbers(data: bytes, count: int) -> NDArray[np.float64]:
     """Little-endian float64 of a known count; not-a-numbers when there are none."""
     values = np.frombuffer(data, "<f8")
     return values if len(values) == count else np.full(count, np.nan)
-
-
-def _slice(steps: NDArray[Any], first: int, last: int | None) -> tuple[int, int]:
-    low = int(np.searchsorted(steps, first))
-    return low, len(steps) if last is None else max(low, int(np.searchsorted(steps, last, "right")))
 
 
 def _column(rows: NDArray[Any], name: str) -> NDArray[Any]:
@@ -276,70 +381,14 @@ def _column(rows: NDArray[Any], name: str) -> NDArray[Any]:
     return rows[field] if field in names else np.full(len(rows), np.nan)
 
 
-def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0)
-
-
-def _to_records(part: _Part) -> list[StepRecord]:
-    names = part.rows.dtype.names or ()
+def _to_records(rows: NDArray[Any], norms: NDArray[np.float64]) -> list[StepRecord]:
+    names = rows.dtype.names or ()
     scalars = [name for name in SCALARS if name in names]
-    columns = [part.rows[name].tolist() for name in scalars]
-    logged = [b"" if np.isnan(values).all() else values.tobytes() for values in part.rows["logged"]]
-    norms = [values.tobytes() for values in part.norms]
+    columns = [rows[name].tolist() for name in scalars]
+    logged = [b"" if np.isnan(values).all() else values.tobytes() for values in rows["logged"]]
+    packed = [values.tobytes() for values in norms]
     missing: dict[str, Any] = {name: math.nan for name in SCALARS if name not in names}  # in those of an older version
     return [
         StepRecord(**missing, **dict(zip(scalars, row, strict=True)), parameter_norms=own, logged=beside)
-        for row, own, beside in zip(zip(*columns, strict=True), norms, logged, strict=True)
+        for row, own, beside in zip(zip(*columns, strict=True), packed, logged, strict=True)
     ]
-
-
-def _mapped(path: Path, row: np.dtype[Any], count: int | None = None) -> NDArray[Any]:
-    """The whole rows of a file, as it is now: the first ones, or all."""
-    if count is None:
-        count = _size(path) // row.itemsize if row.itemsize else 0
-    if not count:
-        return np.empty(0, row)
-    with path.open("rb") as file:  # not np.memmap, which takes several times as long to make and to cut
-        mapped = mmap.mmap(file.fileno(), count * row.itemsize, access=mmap.ACCESS_READ)
-    return np.ndarray((count,), row, mapped)
-
-
-def _measured(
-    files: Iterable[tuple[Path, np.dtype[Any], int | None]], first: int, last: int | None
-) -> tuple[NDArray[Any], list[NDArray[Any]]]:
-    """(steps from `first` to `last` that were measured, values of them by file). files: each with what is hidden."""
-    found = []
-    for path, row, hidden in files:
-        rows = _mapped(path, row)
-        until = last if hidden is None else min(hidden - 1, hidden - 1 if last is None else last)
-        low, high = _slice(rows["step"], first, until)
-        if high > low:
-            found.append(rows[low:high])
-    steps = _joined([rows["step"] for rows in found]) if found else np.empty(0, np.int64)
-    return steps, [rows["values"] for rows in found]
-
-
-def _append_measured(path: Path, row: np.dtype[Any], measured: Iterable[tuple[int, bytes]]) -> None:
-    """Add (step, values) to a file; those of another size, none for example, are left out."""
-    whole = [(step, values) for step, values in measured if values and len(values) == row.itemsize - 8]
-    if not whole:
-        return
-    rows = np.frombuffer(b"".join(step.to_bytes(8, "little") + values for step, values in whole), row)
-    _append(path, rows, int(np.searchsorted(_mapped(path, row)["step"], whole[0][0])))
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _append(path: Path, rows: NDArray[Any], count: int) -> None:
-    """Write rows after the first `count`, and have them on disk."""
-    with path.open("r+b" if path.exists() else "wb") as file:
-        file.seek(count * rows.dtype.itemsize * (rows.shape[1] if rows.ndim == 2 else 1))
-        file.write(rows.tobytes())
-        file.truncate()
-        file.flush()
-        os.fsync(file.fileno())

@@ -143,6 +143,9 @@ def test_a_row_of_the_heat_map_opens_its_layer(visit: Callable[..., Page], finis
     if SCREENSHOTS:
         page.wait_for_timeout(500)
         page.screenshot(path=f"{SCREENSHOTS}/layer-1440-light.png", full_page=True)
+    page.get_by_label("Open a layer by its name").fill("0.bias")
+    page.keyboard.press("Enter")
+    expect(heading(page, "‖g‖ of 0.bias")).to_be_visible()
     heat.focus()
     for _ in range(5):
         page.keyboard.press("ArrowDown")
@@ -216,6 +219,19 @@ def ask(service: Service, path: str, method: str = "GET", body: bytes | None = N
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
+
+
+def test_layers_beyond_what_a_page_can_show_share_rows(
+    service: Service, finished: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = json.loads(ask(service, f"/api/jobs/{finished}/layers?points=4")[1])
+    assert whole["sizes"] == [1] * len(whole["names"])
+    monkeypatch.setattr("services.dashboard.views.MAX_LAYERS", 4)
+    few = json.loads(ask(service, f"/api/jobs/{finished}/layers?points=4")[1])
+    assert len(few["names"]) == 4
+    assert sum(few["sizes"]) == len(whole["names"])
+    first = few["sizes"][0]
+    assert few["values"][0] == [max(column) for column in zip(*whole["values"][:first], strict=True)]
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,14 @@ export class HeatMap {
     this.low.textContent = `≤ ${number(10 ** low, 2)}`; this.high.textContent = number(10 ** high, 2);
     const brush = this.scale.getContext("2d");
     for (let x = 0; x < 160; x += 1) { brush.fillStyle = `rgb(${shade(x / 159).join()})`; brush.fillRect(x, 0, 1, 10); }
-    this.note.textContent = `${rows} parameters, from the input (top) to the output. Choose a row to see its curve; grey is zero or not finite.`;
+    const count = found.sizes.reduce((sum, size) => sum + size, 0);
+    const shared = count > rows ? `, ${Math.ceil(count / rows)} to a row, whose largest counts` : "";
+    this.note.textContent = `${count} parameters, from the input (top) to the output${shared}. Choose a row to see its curve; grey is zero or not finite.`;
+  }
+
+  title(row) {
+    const { names, sizes } = this.found;
+    return sizes[row] > 1 ? `${names[row]} and ${sizes[row] - 1} more` : names[row];
   }
 
   at(event) {
@@ -95,7 +102,7 @@ export class HeatMap {
   show(row, column, x, y) {
     const value = this.found.values[row][column];
     this.tip.hidden = false;
-    this.tip.textContent = `${this.found.names[row]} · step ${this.found.steps[column]} · ${SIGNALS[this.signal]} ${value === null ? "0 or not finite" : number(10 ** value, 3)}`;
+    this.tip.textContent = `${this.title(row)} · step ${this.found.steps[column]} · ${SIGNALS[this.signal]} ${value === null ? "0 or not finite" : number(10 ** value, 3)}`;
     this.tip.style.left = `${Math.min(x + 12, Math.max(0, this.holder.clientWidth - this.tip.offsetWidth - 4))}px`;
     this.tip.style.top = `${y + 14}px`;
   }

@@ -189,6 +189,12 @@ export function showJob(main, id) {
         if (layerName) await openLayer(layerName);
       } catch (error) { toast(error.message, true); }
     });
+    const layers = h("datalist", { id: "layers" }, about.parameters.map((one) => h("option", { value: one.name })));
+    const layer = h("input", { type: "search", list: "layers", placeholder: "Open a layer …", "aria-label": "Open a layer by its name" });
+    layer.addEventListener("change", () => {
+      if (about.parameters.some((one) => one.name === layer.value)) openLayer(layer.value);
+      else if (layer.value) toast(`${layer.value} is no parameter of this job`, true);
+    });
     const noiseHolder = h("div", { class: "chart", "data-chart": "noise" });
     const noiseChart = new Chart(noiseHolder, [["noise", "tr(Σ) / ‖G‖², in samples", 2]], { settings, height: 220 }, zoom);
     const cosineHolder = h("div", { class: "chart", "data-chart": "cosine" });
@@ -212,7 +218,7 @@ export function showJob(main, id) {
     }
 
     grid.append(
-      h("section", { class: "card span-12", "aria-label": "Gradients of all layers" }, h("header", {}, h("h2", {}, "Gradients of all layers"), h("span", { class: "grow" }), signal), heatHolder, layerTitle, layerHolder, histogramHolder),
+      h("section", { class: "card span-12", "aria-label": "Gradients of all layers" }, h("header", {}, h("h2", {}, "Gradients of all layers"), h("span", { class: "grow" }), layers, layer, signal), heatHolder, layerTitle, layerHolder, histogramHolder),
       noiseCard, cosineCard);
 
     // -- where the time goes, processes, events, log ---------------------------------------------------------------
@@ -276,9 +282,8 @@ export function showJob(main, id) {
     main.replaceChildren(headline, h("div", { class: "tools", role: "toolbar", "aria-label": "Charts" }, back, log, h("label", { class: "muted" }, "Smoothing ", smoothing), compare), grid);
     headline.after(findings);
     drawHeadline(); drawFindings(); drawRest(); drawEvaluations(about.evaluations); drawSaved(about.checkpoints); drawSpec();
-    await Promise.all([series.read(), heat.read(), readNoise()]);
+    await Promise.all([series.read().then(() => closed || drawCharts()), heat.read(), readNoise()]);
     if (closed) return;
-    drawCharts();
     const redraw = () => { drawCharts(); heat.draw(); if (layerName) openLayer(layerName); };
     document.addEventListener("theme", redraw);
     closers.push(() => document.removeEventListener("theme", redraw));

@@ -8,11 +8,11 @@ from ps.parameters.layout import Layout, build_layout
 from ps.step.signals import (
     FIRST_STEPS,
     NAMES,
+    NOISE,
     StepSignals,
-    cosine,
     has_histogram,
     is_measured,
-    noise_scale,
+    noise_of,
     parameter_histograms,
     parameter_signals,
 )
@@ -63,15 +63,14 @@ def test_noise_scale_and_cosine_are_what_brute_force_says() -> None:
     signal, trace = (found[:, NAMES.index(name), 0] for name in ("noise_signal", "noise_trace"))
     for estimate, truth in ((signal, (mean**2).sum()), (trace, (spread**2).sum())):
         assert abs(estimate.mean() - truth) < 4 * estimate.std() / np.sqrt(len(estimate))
-    scales = noise_scale(found, memory=4000)
-    assert scales[-1] == pytest.approx((spread**2).sum() / (mean**2).sum(), rel=0.1)
-    assert cosine(found, micro_batch, memory=4000)[-1] == pytest.approx(np.mean(inner) / np.mean(squared), abs=0.03)
+    places = [NAMES.index(name) for name in NOISE]
+    noise = noise_of(found[:, places].sum(axis=2), micro_batch, memory=4000)
+    assert noise.scale[-1] == pytest.approx((spread**2).sum() / (mean**2).sum(), rel=0.1)
+    assert noise.cosine[-1] == pytest.approx(np.mean(inner) / np.mean(squared), abs=0.03)
 
 
 def test_one_size_of_batch_says_nothing_of_noise() -> None:
-    row = np.full((3, len(NAMES), 2), np.nan)
-    assert np.isnan(noise_scale(row)).all()
-    assert np.isnan(cosine(row, 8.0)).all()
+    assert np.isnan(noise_of(np.full((3, 2), np.nan), 8.0)).all()
 
 
 def test_which_steps_are_measured() -> None:

@@ -139,6 +139,31 @@ def test_what_was_rewound_is_hidden(
     assert (last and (last.step, last.loss)) == (kept[-1] if kept else None)
 
 
+@settings(deadline=None)
+@given(Lives, st.integers(0, 40), st.one_of(st.none(), st.integers(0, 40)), st.integers(1, 4), st.integers(1, 7))
+def test_the_largest_norms_of_many_steps_come_from_blocks(
+    tmp_path_factory: pytest.TempPathFactory, lives: Lives, first: int, last: int | None, points: int, report: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("services.store.history.BLOCK", 3)
+        history = JobHistory(tmp_path_factory.mktemp("history"))
+        expected: dict[int, float] = {}
+        for incarnation, (wanted, count) in enumerate(lives, 1):
+            begins = min(wanted, max(expected, default=-1) + 1)
+            expected = {step: norm for step, norm in expected.items() if step < begins}
+            history.begin(incarnation, begins)
+            made = [record(begins + i, norms=packed((7 * i + incarnation) % 11, 1.0)) for i in range(count)]
+            for start in range(0, count, report):
+                history.append(incarnation, made[start : start + report])
+            expected |= {begins + i: float((7 * i + incarnation) % 11) for i in range(count)}
+        chosen = {s: n for s, n in expected.items() if first <= s and (last is None or s <= last)}
+        steps, norms = history.largest_norms(first, last, points)
+        assert len(steps) == min(points, len(chosen))
+        for low, high, row in zip(steps, [*steps, 10**9][1:], norms, strict=True):
+            assert row[0] == max(n for s, n in chosen.items() if low <= s < high)
+        assert steps.tolist()[:1] == sorted(chosen)[:1]
+
+
 @pytest.mark.parametrize("file", [ROWS, NORMS])
 @pytest.mark.parametrize("torn", [1, 100])
 def test_a_torn_row_is_not_there_and_is_written_again(
