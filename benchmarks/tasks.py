@@ -173,3 +173,13 @@ def wide(count: int) -> steepest.Task:
     """A task of `count` parameters."""
     x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     return steepest.Task(model=Wide(count), loss=nn.MSELoss(), train_data=steepest.ArrayData(x, x.sum(1)))
+
+
+def digits(hidden: int) -> steepest.Task:
+    """A perceptron with one hidden layer on the handwritten digits of scikit-learn."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    data = steepest.ArrayData(torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y))
+    model = nn.Sequential(nn.Linear(64, hidden), nn.Tanh(), nn.Linear(hidden, 10))
+    return steepest.Task(model=model, loss=nn.CrossEntropyLoss(), train_data=data)

@@ -197,16 +197,20 @@ class Job:
         top: int = 0,
         samples: int = 0,
         processes: int = 0,
+        matrix: str = "hessian",
+        jacobian: int = 0,
         say: Callable[[str], None] = lambda text: None,
     ) -> Curvature:
-        """Measure the Hessian of the loss at a checkpoint, on the service's host: the newest, or that of `step`.
+        """Measure the curvature of the loss at a checkpoint, on the service's host: the newest, or that of `step`.
 
         top: how many of the largest eigenvalues. samples: of the training data, from the first on. processes: that
-        compute. 0: the service's default. say: called with what is being done.
+        compute. 0: the service's default. matrix: hessian or gauss_newton. jacobian: for how many samples the Jacobian
+        of the outputs by the parameters is looked at. say: called with what is being done.
 
         Raises ConflictError without such a checkpoint, SpecError for a model that cannot be differentiated twice.
         """
-        request = pb.MeasureCurvatureRequest(name=self.name, step=step, top=top, samples=samples, processes=processes)
+        numbers = {"top": top, "samples": samples, "processes": processes, "jacobian": jacobian}
+        request = pb.MeasureCurvatureRequest(name=self.name, step=step, matrix=matrix, **numbers)
         try:
             for update in self._stub.MeasureCurvature(request):
                 if update.WhichOneof("update") == "curvature":

@@ -250,10 +250,11 @@ def checkpoint_from_proto(message: pb.Checkpoint) -> Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Curvature:
-    """The Hessian of a job's mean loss at a checkpoint.
+    """The Hessian of a job's mean loss at a checkpoint, or its Gauss-Newton matrix.
 
     eigenvalues: the largest, largest first. trace_error: the standard error of `trace`. density_grid, density_values:
-    the density of all eigenvalues. point: minimum, maximum, saddle or flat, by the eigenvalues.
+    the density of all eigenvalues. point: minimum, maximum, saddle or flat, by the eigenvalues. matrix: hessian or
+    gauss_newton. jacobian_singular_values: of the outputs for some samples by all parameters, largest first.
     """
 
     eigenvalues: tuple[float, ...]
@@ -268,10 +269,13 @@ class Curvature:
     step: int
     samples: int
     parameters: int
+    matrix: str = "hessian"
+    jacobian_singular_values: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that --json prints."""
         own = {name: getattr(self, name) for name in self.__slots__ if not name.startswith("density")}
+        own["jacobian_singular_values"] = list(self.jacobian_singular_values)
         density = {"grid": list(self.density_grid), "values": list(self.density_values)}
         return {**own, "eigenvalues": list(self.eigenvalues), "sharpness": self.eigenvalues[0], "density": density}
 
@@ -279,7 +283,7 @@ class Curvature:
 def curvature_from_proto(message: pb.Curvature) -> Curvature:
     """What was measured, from the wire."""
     values = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
-    for name in ("eigenvalues", "density_grid", "density_values"):
+    for name in ("eigenvalues", "density_grid", "density_values", "jacobian_singular_values"):
         values[name] = tuple(values[name])
     return Curvature(**values)
 

@@ -24,7 +24,7 @@ from ps.numerics.histogram import BINS, edges
 from ps.step.signals import NAMES
 from ps.wire import convert as ps_convert
 from services.api.convert import checkpoint_to_proto, curvature_to_proto, event_to_proto, job_to_proto, line_to_proto
-from services.jobs.analysis import Analyses
+from services.jobs.analysis import MATRICES, Analyses, CurvatureQuestion
 from services.jobs.job_log import JobLog
 from services.jobs.operations import Operations
 from services.jobs.task_probe import TaskDescription, parameter_names
@@ -265,10 +265,15 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         self, request: pb.MeasureCurvatureRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.MeasureCurvatureResponse]:
         """See the .proto file."""
-        step = request.step if request.HasField("step") else None
-        row = self._row(request.name)
-        numbers = (request.top, request.samples, request.processes)
-        for said in self._analyses.curvature(row, step, *numbers, context.add_callback):
+        asked = CurvatureQuestion(
+            request.step if request.HasField("step") else None,
+            request.top,
+            request.samples,
+            request.processes,
+            request.matrix or MATRICES[0],
+            request.jacobian,
+        )
+        for said in self._analyses.curvature(self._row(request.name), asked, context.add_callback):
             if isinstance(said, str):
                 yield pb.MeasureCurvatureResponse(progress=said)
             else:

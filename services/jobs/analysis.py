@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,32 @@ from steepest.errors import ConflictError, SpecError, Violation
 from steepest.spec import TrainingJobSpec, spec_from_dict
 
 DEFAULT_SAMPLES = 2048  # of the training data, whose mean loss is looked at
-DEFAULT_TOP, MAX_TOP, MAX_PROCESSES = 5, 100, 64
+DEFAULT_TOP, MAX_TOP, MAX_PROCESSES, MAX_JACOBIAN = 5, 100, 64, 1024
+MATRICES = ("hessian", "gauss_newton")
+
+
+@dataclass(frozen=True)
+class CurvatureQuestion:
+    """What to measure at a checkpoint. step: None for the newest. top, samples, processes: 0 for the default.
+
+    matrix: one of MATRICES. jacobian: for how many samples the Jacobian of the outputs is looked at, 0 for none.
+    """
+
+    step: int | None = None
+    top: int = 0
+    samples: int = 0
+    processes: int = 0
+    matrix: str = MATRICES[0]
+    jacobian: int = 0
+
+    def check(self, num_samples: int) -> None:
+        """Raises SpecError. num_samples: that there are."""
+        ranges = {"top": MAX_TOP, "processes": MAX_PROCESSES, "samples": num_samples}
+        for name, most in {**ranges, "jacobian": min(MAX_JACOBIAN, num_samples)}.items():
+            if not 0 <= getattr(self, name) <= most:
+                raise SpecError([Violation(name, f"{getattr(self, name)}; allowed: 1 to {most}")])
+        if self.matrix not in MATRICES:
+            raise SpecError([Violation("matrix", f"{self.matrix!r}; allowed: {', '.join(MATRICES)}")])
 
 
 def run_analysis(
@@ -84,38 +110,31 @@ class Analyses:
         self._one = threading.Lock()
 
     def curvature(
-        self,
-        row: JobRow,
-        step: int | None,
-        top: int,
-        samples: int,
-        processes: int,
-        on_cancel: Callable[[Callable[[], None]], object],
+        self, row: JobRow, asked: CurvatureQuestion, on_cancel: Callable[[Callable[[], None]], object]
     ) -> Iterator[str | dict[str, Any]]:
         """Measure the curvature at one of a job's checkpoints: lines about its progress, then the result.
 
-        step: None for the newest checkpoint. top, samples, processes: 0 for the default. on_cancel: see run_analysis.
-
-        Raises SpecError, ConflictError.
+        on_cancel: see run_analysis. Raises SpecError, ConflictError.
         """
-        for name, value, most in (("top", top, MAX_TOP), ("processes", processes, MAX_PROCESSES)):
-            if not 0 <= value <= most:
-                raise SpecError([Violation(name, f"{value}; allowed: 1 to {most}")])
-        directory = self._settings.checkpoints_of(row.id)
+        spec, description = spec_from_dict(json.loads(row.spec)), TaskDescription.from_json(row.description)
+        asked.check(description.num_samples)
+        directory, step = self._settings.checkpoints_of(row.id), asked.step
         written = newest_verified(directory) if step is None else verified_at(directory, step)
         if written is None:
             at = "" if step is None else f" of step {step}"
             raise ConflictError(f"{row.name} has no checkpoint{at}, and curvature is measured at one")
-        spec, description = spec_from_dict(json.loads(row.spec)), TaskDescription.from_json(row.description)
-        if samples < 0 or samples > description.num_samples:
-            raise SpecError([Violation("samples", f"{samples}; allowed: 1 to {description.num_samples}")])
-        chosen = samples or min(description.num_samples, DEFAULT_SAMPLES)
+        chosen = asked.samples or min(description.num_samples, DEFAULT_SAMPLES)
         code = self._bundles.unpacked(spec.task.code_bundle)
-        request = question("curvature", spec, code, description, chosen, processes or 1)
+        request = question("curvature", spec, code, description, chosen, asked.processes or 1)
         if not self._one.acquire(blocking=False):
             raise ConflictError("another analysis is running on this service; try again when it is done")
         try:
-            more = {"top": top or DEFAULT_TOP, "weights": str(written.path / MODEL)}
+            more = {
+                "top": asked.top or DEFAULT_TOP,
+                "weights": str(written.path / MODEL),
+                "matrix": asked.matrix,
+                "jacobian": asked.jacobian,
+            }
             for said in run_analysis({**request, **more}, on_cancel):
                 yield said if isinstance(said, str) else {**said, "step": written.step}
         finally:

@@ -109,17 +109,23 @@ def curvature(
         int, Option(min=0, help="Of the training data, whose mean loss is looked at; 0: up to 2,048.")
     ] = 0,
     processes: Annotated[int, Option(min=1, max=64, help="Processes that compute, on the service's host.")] = 1,
+    matrix: Annotated[str, Option(help="hessian, or gauss_newton, which is never negative.")] = "hessian",
+    jacobian: Annotated[
+        int, Option(min=0, help="Also the singular values of the Jacobian of the outputs for so many samples.")
+    ] = 0,
     server: Server = DEFAULT_SERVER,
     as_json: Json = False,
 ) -> None:
-    """Measure the Hessian of a job's loss: top eigenvalues, trace, spectral density, kind of point.
+    """Measure the curvature of a job's loss: top eigenvalues, trace, spectral density, kind of point.
 
     In float64, with dropout off and batch statistics constant, at a checkpoint. The result is the same bits with any
     number of processes.
     """
     with client_of(server) as client:
         handle = client.job(job)
-        found = handle.curvature(step=step, top=top, samples=samples, processes=processes, say=_progress())
+        found = handle.curvature(
+            step=step, top=top, samples=samples, processes=processes, matrix=matrix, jacobian=jacobian, say=_progress()
+        )
     if as_json:
         sys.stdout.write(json.dumps({"job": handle.name, **found.to_dict()}) + "\n")
     else:
@@ -129,6 +135,7 @@ def curvature(
 def _show_curvature(found: Curvature) -> None:
     lines = [
         f"at step               {found.step}, {found.samples:,} samples, {found.parameters:,} parameters",
+        f"matrix                {found.matrix}",
         f"loss, gradient norm   {found.loss:.6g}, {found.gradient_norm:.4g}",
         f"largest eigenvalues   {', '.join(f'{value:.6g}' for value in found.eigenvalues)}",
         f"smallest eigenvalue   {found.smallest_eigenvalue:.6g}",
@@ -137,6 +144,9 @@ def _show_curvature(found: Curvature) -> None:
         f"spectral density      {_bars(found.density_values)}",
         f"                      from {found.density_grid[0]:.4g} to {found.density_grid[-1]:.4g}, log scale",
     ]
+    singular = found.jacobian_singular_values
+    if singular:
+        lines.append(f"Jacobian of outputs   {len(singular)} singular values, {singular[0]:.4g} to {singular[-1]:.4g}")
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -2342,6 +2342,8 @@ class MeasureCurvatureRequest(_message.Message):
     TOP_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
     PROCESSES_FIELD_NUMBER: _builtins.int
+    MATRIX_FIELD_NUMBER: _builtins.int
+    JACOBIAN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     step: _builtins.int
     """Of the checkpoint; absent: the newest."""
@@ -2351,6 +2353,10 @@ class MeasureCurvatureRequest(_message.Message):
     """How many samples of the training data the loss is the mean of."""
     processes: _builtins.int
     """How many processes compute."""
+    matrix: _builtins.str
+    """hessian, which is the default, or gauss_newton."""
+    jacobian: _builtins.int
+    """For how many samples the Jacobian of the outputs is looked at; 0: none."""
     def __init__(
         self,
         *,
@@ -2359,10 +2365,12 @@ class MeasureCurvatureRequest(_message.Message):
         top: _builtins.int = ...,
         samples: _builtins.int = ...,
         processes: _builtins.int = ...,
+        matrix: _builtins.str = ...,
+        jacobian: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "name", b"name", "processes", b"processes", "samples", b"samples", "step", b"step", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "jacobian", b"jacobian", "matrix", b"matrix", "name", b"name", "processes", b"processes", "samples", b"samples", "step", b"step", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__step: _TypeAlias = _typing.Literal["step"]  # noqa: Y015
     _WhichOneofArgType__step: _TypeAlias = _typing.Literal["_step", b"_step"]  # noqa: Y015
@@ -2399,7 +2407,7 @@ Global___MeasureCurvatureResponse: _TypeAlias = MeasureCurvatureResponse  # noqa
 
 @_typing.final
 class Curvature(_message.Message):
-    """The Hessian of the mean loss."""
+    """The Hessian of the mean loss, or its Gauss-Newton matrix."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2415,6 +2423,8 @@ class Curvature(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    MATRIX_FIELD_NUMBER: _builtins.int
+    JACOBIAN_SINGULAR_VALUES_FIELD_NUMBER: _builtins.int
     smallest_eigenvalue: _builtins.float
     trace: _builtins.float
     trace_error: _builtins.float
@@ -2426,6 +2436,8 @@ class Curvature(_message.Message):
     step: _builtins.int
     samples: _builtins.int
     parameters: _builtins.int
+    matrix: _builtins.str
+    """hessian or gauss_newton."""
     @_builtins.property
     def eigenvalues(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """The largest, largest first."""
@@ -2436,6 +2448,10 @@ class Curvature(_message.Message):
 
     @_builtins.property
     def density_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def jacobian_singular_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of the outputs for some samples by all parameters, the largest first; none unless they were asked for."""
+
     def __init__(
         self,
         *,
@@ -2451,10 +2467,12 @@ class Curvature(_message.Message):
         step: _builtins.int = ...,
         samples: _builtins.int = ...,
         parameters: _builtins.int = ...,
+        matrix: _builtins.str = ...,
+        jacobian_singular_values: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density_grid", b"density_grid", "density_values", b"density_values", "eigenvalues", b"eigenvalues", "gradient_norm", b"gradient_norm", "loss", b"loss", "parameters", b"parameters", "point", b"point", "samples", b"samples", "smallest_eigenvalue", b"smallest_eigenvalue", "step", b"step", "trace", b"trace", "trace_error", b"trace_error"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density_grid", b"density_grid", "density_values", b"density_values", "eigenvalues", b"eigenvalues", "gradient_norm", b"gradient_norm", "jacobian_singular_values", b"jacobian_singular_values", "loss", b"loss", "matrix", b"matrix", "parameters", b"parameters", "point", b"point", "samples", b"samples", "smallest_eigenvalue", b"smallest_eigenvalue", "step", b"step", "trace", b"trace", "trace_error", b"trace_error"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -84,6 +84,8 @@ def test_curvature_of_a_job(steepest: Callable[..., Ran], client: Client) -> Non
     for refused, word in (
         (["--step", "7"], "no checkpoint of step 7"),
         (["--samples", "100000"], "allowed: 1 to"),
+        (["--matrix", "fisher"], "allowed: hessian, gauss_newton"),
+        (["--jacobian", "100000"], "jacobian: 100000; allowed: 1 to"),
     ):
         answer = steepest("curvature", job.name, *refused)
         assert answer.returncode == 2
@@ -98,8 +100,15 @@ def test_curvature_is_the_same_with_two_processes(steepest: Callable[..., Ran], 
     found = json.loads(one.stdout.splitlines()[-1])
     again = steepest("curvature", job.name, "--samples", "100", "--processes", "2", "--json")
     assert json.loads(again.stdout.splitlines()[-1]) == found
-    for_people = steepest("curvature", job.name, "--samples", "64", "--top", "2")
+    for_people = steepest("curvature", job.name, "--samples", "64", "--top", "2", "--jacobian", "3")
     assert f"kind of point         {found['point']}" in for_people.stdout
+    assert "Jacobian of outputs   9 singular values" in for_people.stdout  # three outputs a sample
+    options = ("--samples", "100", "--matrix", "gauss_newton", "--jacobian", "3", "--json")
+    newton = steepest("curvature", job.name, *options)
+    about = json.loads(newton.stdout.splitlines()[-1])
+    assert (about["matrix"], found["matrix"], about["point"]) == ("gauss_newton", "hessian", "minimum")
+    assert about["jacobian_singular_values"] == sorted(about["jacobian_singular_values"], reverse=True)
+    assert len(about["jacobian_singular_values"]) == 9
 
 
 @pytest.mark.full

@@ -23,6 +23,7 @@ from worker.analysis.team import Team
 from worker.task.load import TaskError, said, user_traceback
 
 CHECK, CURVATURE = "check_gradients", "curvature"
+HESSIAN, GAUSS_NEWTON = "hessian", "gauss_newton"
 
 
 def answer(request: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
@@ -57,9 +58,18 @@ def _curvature(team: Team, request: dict[str, Any], say: Callable[[str], None]) 
     layout = team.subject.layout
     positions = np.concatenate([np.arange(p.offset, p.offset + p.numel) for p in layout.parameters])
     loss, gradient = team.gradient()
-    product = Compact(team.hessian_product, layout.numel, positions)
+    matrix = request["matrix"]
+    products = {HESSIAN: team.hessian_product, GAUSS_NEWTON: team.gauss_newton_product}
+    product = Compact(products[matrix], layout.numel, positions)
     found = measure(product, loss, gradient[positions], top=request["top"], seed=request["spec"]["seed"], say=say)
-    return {**found.to_dict(), "samples": request["num_samples"], "parameters": len(positions)}
+    singular: list[float] = []
+    if request["jacobian"]:
+        say("the Jacobian of the outputs")
+        rows = team.subject.jacobian(request["jacobian"])
+        squares = np.linalg.eigvalsh(rows @ rows.T)[::-1]  # of the tangent kernel, which is much the smaller matrix
+        singular = np.sqrt(np.maximum(squares, 0.0)).tolist()
+    about = {"matrix": matrix, "jacobian_singular_values": singular}
+    return {**found.to_dict(), **about, "samples": request["num_samples"], "parameters": len(positions)}
 
 
 def _say(text: str) -> None:

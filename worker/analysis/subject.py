@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,12 @@ from worker.task.model import conduct_of, describe_model
 from worker.task.state import roots
 
 _NEEDS_TORCH = "{} needs a task of torch; this is an AnalyticTask, whose gradient is all that is known"
+
+
+_OUTPUTS = (
+    "state the loss as Task.loss, have batch_loss return (loss, outputs), or use a model whose own output has logits"
+)
+MAX_JACOBIAN_NUMEL = 250_000_000
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,79 @@ class Subject:
             raise TaskError("task.model", problem) from error
         return out.mul_(found.factor), found.weight
 
+    def gauss_newton_product(self, leaf: int, vector: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """(Gauss-Newton matrix of the loss sum times a vector, weight). vector: shape (layout.numel,).
+
+        It is J' H J, with J the Jacobian of the model's outputs and H the Hessian of the loss by them (Schraudolph
+        2002). Raises TaskError when the outputs are not known, or the loss does not depend on them.
+        """
+        engine = self._torch_engine("curvature")
+        found = self._forward(leaf)
+        outputs = _outputs(found.outputs)
+        first = torch.autograd.grad(found.value, outputs, create_graph=True, allow_unused=True)
+        if all(gradient is None for gradient in first):
+            raise TaskError("task", f"the loss is not computed from the model's outputs; {_OUTPUTS}")
+        moved = self._along(engine.parameters, outputs, vector)
+        curved: list[tuple[torch.Tensor, torch.Tensor]] = []  # outputs, and what goes back from them
+        kept = [
+            (g, u) for g, u in zip(first, moved, strict=True) if g is not None and g.requires_grad
+        ]  # else the loss is linear there
+        if kept:
+            back = torch.autograd.grad(
+                [g for g, _ in kept], outputs, [u for _, u in kept], retain_graph=True, allow_unused=True
+            )
+            curved = [(z, b) for z, b in zip(outputs, back, strict=True) if b is not None]
+        out = torch.zeros_like(self.flat)
+        if curved:
+            rows = torch.autograd.grad(
+                [z for z, _ in curved], engine.parameters, [b for _, b in curved], allow_unused=True
+            )
+            for view, part in zip(self.layout.views(out), rows, strict=True):
+                if part is not None:
+                    view.copy_(part)
+        return out.mul_(found.factor), found.weight
+
+    def _along(
+        self, parameters: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], vector: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """The derivative of the outputs along a vector: of what goes back for `dual`, which is linear in it."""
+        dual = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+        back = torch.autograd.grad(outputs, parameters, dual, create_graph=True, allow_unused=True)
+        _check_twice(back)
+        views = self.layout.views(vector)
+        inner = sum(
+            ((b * v).sum() for b, v in zip(back, views, strict=True) if b is not None),
+            torch.zeros((), dtype=torch.float64),
+        )
+        found = torch.autograd.grad(inner, dual, retain_graph=True, allow_unused=True)
+        return tuple(
+            torch.zeros_like(output) if own is None else own for output, own in zip(outputs, found, strict=True)
+        )
+
+    def jacobian(self, num_samples: int) -> NDArray[np.float64]:
+        """The derivatives of the outputs for the first samples by all parameters, shape (outputs, layout.numel).
+
+        Raises TaskError when the outputs are not known, or the Jacobian is too large.
+        """
+        engine = self._torch_engine("a Jacobian")
+        raw = engine.train_source.batch(np.arange(num_samples, dtype=np.int64))
+        seed_all(self._question.spec.seed, COMPUTE, 0, 0, backend=self._backend)
+        with self._modes():
+            outputs = _outputs(engine.forward(_pytree.tree_map(_double, raw), num_samples).outputs)
+        flat = torch.cat([output.reshape(-1) for output in outputs])
+        if len(flat) * self.layout.numel > MAX_JACOBIAN_NUMEL:
+            problem = (
+                f"{len(flat)} outputs by {self.layout.numel:,} parameters is beyond {MAX_JACOBIAN_NUMEL:,} numbers"
+            )
+            raise TaskError("jacobian", f"{problem}; ask for fewer samples")
+        rows = torch.zeros(len(flat), self.layout.numel, dtype=torch.float64)
+        for row, output in zip(rows, flat, strict=True):
+            found = torch.autograd.grad(output, engine.parameters, retain_graph=True, allow_unused=True)
+            for view, part in zip(self.layout.views(row), found, strict=True):
+                if part is not None:
+                    view.copy_(part)
+        return rows.numpy()
+
     def _forward(self, leaf: int) -> LossValue:
         engine = self._torch_engine("this")
         batch = self._batch(leaf)
@@ -209,6 +288,16 @@ def _check_twice(gradients: Iterable[torch.Tensor | None]) -> None:
         fresh = [following for following, _ in node.next_functions if following is not None and following not in seen]
         seen.update(fresh)
         waiting += fresh
+
+
+def _outputs(outputs: Any) -> list[torch.Tensor]:
+    """The tensors among a model's outputs that the loss can depend on. Raises TaskError without any."""
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    known = _pytree.tree_leaves(outputs if logits is None else logits)
+    found = [value for value in known if isinstance(value, torch.Tensor) and value.requires_grad]
+    if not found:
+        raise TaskError("task", f"the model's outputs are not known, which a Jacobian needs; {_OUTPUTS}")
+    return found
 
 
 def _double(value: Any) -> Any:

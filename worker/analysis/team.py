@@ -71,6 +71,10 @@ class Team:
         """The Hessian of the mean loss times a vector, shape (layout.numel,)."""
         return self._mean(_hessian_sums, vector)[1]
 
+    def gauss_newton_product(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The Gauss-Newton matrix of the mean loss times a vector, shape (layout.numel,)."""
+        return self._mean(_gauss_newton_sums, vector)[1]
+
     def _mean(self, function: Callable[[Subject, Any], list[Sum]], vector: Any) -> tuple[float, NDArray[np.float64]]:
         num_leaves = len(self.subject.leaves)
         bounds = [num_leaves * i // self._processes for i in range(self._processes + 1)]
@@ -101,10 +105,22 @@ def _gradient_sums(subject: Subject, share: tuple[int, int, Any]) -> list[Sum]:
 
 
 def _hessian_sums(subject: Subject, share: tuple[int, int, Any]) -> list[Sum]:
+    return _products(subject, share, subject.hessian_product)
+
+
+def _gauss_newton_sums(subject: Subject, share: tuple[int, int, Any]) -> list[Sum]:
+    return _products(subject, share, subject.gauss_newton_product)
+
+
+def _products(
+    subject: Subject,
+    share: tuple[int, int, Any],
+    product_of: Callable[[int, torch.Tensor], tuple[torch.Tensor, float]],
+) -> list[Sum]:
     vector = torch.from_numpy(share[2])
 
     def leaf(index: int) -> tuple[torch.Tensor, float, float]:
-        product, weight = subject.hessian_product(index, vector)
+        product, weight = product_of(index, vector)
         return product, 0.0, weight
 
     return _sums(share[0], share[1], len(subject.leaves), leaf)

@@ -110,6 +110,107 @@ def test_products_are_those_of_the_dense_hessian() -> None:
         assert np.trapezoid(found.values, found.grid) == pytest.approx(1.0, abs=1e-3)
 
 
+def known_digits() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """The model, inputs and targets of `digits`, in float64 and without dropout."""
+    task = digits()
+    x, y = task.train_data.arrays
+    return task.model.double().eval(), x.double(), y
+
+
+def moved(own: nn.Module, its: Team) -> nn.Module:
+    """The same module, with the parameters of the team's subject."""
+    layout = its.subject.layout
+    for placed, view in zip(layout.parameters, layout.views(its.subject.flat), strict=True):
+        own.get_parameter(placed.name).data.copy_(view)
+    return own
+
+
+def test_gauss_newton_products_are_those_of_the_dense_matrix() -> None:
+    with team("digits", 200) as its:
+        model, x, _ = known_digits()
+        moved(model, its)
+        names = [name for name, _ in model.named_parameters()]
+        point = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        jacobians = torch.func.jacrev(lambda own: torch.func.functional_call(model, own, (x,)))(point)
+        dense = torch.cat([jacobians[name].reshape(200, 10, -1) for name in names], 2)
+        chances = torch.softmax(model(x), 1).detach()
+        curved = torch.diag_embed(chances) - chances[:, :, None] * chances[:, None, :]  # of cross entropy
+        matrix = torch.einsum("nip,nij,njq->pq", dense, curved, dense).numpy() / 200
+        layout = its.subject.layout
+        places = np.concatenate([np.arange(p.offset, p.offset + p.numel) for p in layout.parameters])
+        product = Compact(its.gauss_newton_product, layout.numel, places)
+        assert [p.name for p in layout.parameters] == names
+        vector = np.random.default_rng(0).standard_normal(product.size)
+        assert product(vector) == pytest.approx(matrix @ vector, rel=1e-9, abs=1e-12)
+        found = measure(product, *_at(its, product))
+        exact = np.linalg.eigvalsh(matrix)[::-1]
+        assert found.eigenvalues == pytest.approx(exact[:5], rel=1e-2)
+        assert found.point == "minimum"
+        rows = its.subject.jacobian(20)[:, places]
+        assert rows == pytest.approx(dense[:20].reshape(200, -1).numpy(), rel=1e-9, abs=1e-12)
+
+
+def test_products_are_those_of_curvlinops() -> None:
+    curvlinops = pytest.importorskip("curvlinops")
+    with team("digits", 200) as its:
+        model, x, y = known_digits()
+        moved(model, its)
+        layout = its.subject.layout
+        places = np.concatenate([np.arange(p.offset, p.offset + p.numel) for p in layout.parameters])
+        vector = np.random.default_rng(0).standard_normal(len(places))
+        theirs = torch.from_numpy(vector)
+        for kind, own in (
+            (curvlinops.HessianLinearOperator, its.hessian_product),
+            (curvlinops.GGNLinearOperator, its.gauss_newton_product),
+        ):
+            named = dict(model.named_parameters())
+            operator = kind(model, nn.CrossEntropyLoss(), [named[p.name] for p in layout.parameters], [(x, y)])
+            expected = (operator @ theirs).detach().numpy()
+            assert Compact(own, layout.numel, places)(vector) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def with_outputs() -> steepest.Task:
+    """As `digits`, with a loss of the whole batch that returns its outputs."""
+    known = digits()
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        outputs = model(batch[0])
+        return nn.functional.cross_entropy(outputs, batch[1]), outputs
+
+    return steepest.Task(model=known.model, batch_loss=loss, train_data=known.train_data)
+
+
+def linear() -> steepest.Task:
+    """A loss without curvature."""
+    rows = steepest.ArrayData(torch.ones(8, 2), torch.ones(8, 1))
+    return steepest.Task(model=nn.Linear(2, 1), loss=lambda outputs, targets: outputs.mean(), train_data=rows)
+
+
+def test_outputs_of_a_loss_of_the_whole_batch_count() -> None:
+    vector = np.random.default_rng(0).standard_normal(10_000)
+    found = []
+    for function in ("digits", "with_outputs"):
+        with team(function, 200) as its:
+            found.append(its.gauss_newton_product(vector[: its.subject.layout.numel]))
+    assert found[0].tobytes() == found[1].tobytes()
+
+
+def test_a_linear_loss_has_no_gauss_newton_matrix() -> None:
+    with team("linear", 8) as its:
+        assert not its.gauss_newton_product(np.ones(its.subject.layout.numel)).any()
+
+
+def test_without_outputs_gauss_newton_is_refused() -> None:
+    with team("valley", 8) as its, pytest.raises(TaskError, match="outputs are not known"):
+        its.gauss_newton_product(np.ones(its.subject.layout.numel))
+
+
+def test_a_jacobian_beyond_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.analysis.subject.MAX_JACOBIAN_NUMEL", 10_000)
+    with team("digits", 200) as its, pytest.raises(TaskError, match="ask for fewer samples"):
+        its.subject.jacobian(20)
+
+
 def _at(its: Team, product: Compact) -> tuple[float, np.ndarray]:
     loss, gradient = its.gradient()
     return loss, gradient[product._positions]
@@ -123,7 +224,8 @@ def test_the_bits_are_the_same_with_any_number_of_processes(most: int) -> None:
         with team("digits", 200, processes, micro_batch=20) as its:
             product = product_of(its)
             vector = np.random.default_rng(0).standard_normal(product.size)
-            products.append((product(vector).tobytes(), its.gradient()[1].tobytes()))
+            newton = its.gauss_newton_product(np.ones(its.subject.layout.numel))
+            products.append((product(vector).tobytes(), newton.tobytes(), its.gradient()[1].tobytes()))
     assert len(set(products)) == 1
 
 
