@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, JsonValue, PrivateAttr, ValidationError, field_validator, model_validator
 
 from steepest.errors import SpecError
+from steepest.memory_spec import MemorySpec
 from steepest.optimizer_base import OptimizerSpec
 from steepest.optimizer_spec import ELEMENTWISE, HYPER_PARAMETERS, OPTIMIZER_NAMES, AdamwSpec, AnyOptimizer
 from steepest.spec_base import NonNegativeInt, PositiveFloat, PositiveInt, SpecModel
@@ -121,17 +122,6 @@ class DataSpec(SpecModel):
     def steps_per_epoch(self, num_samples: int) -> int:
         """Of a training set of `num_samples`."""
         return num_samples // self.global_batch if self.drop_last else math.ceil(num_samples / self.global_batch)
-
-
-class MemorySpec(SpecModel):
-    """What is kept in memory, and what is computed again."""
-
-    checkpoint_activations: str = Field(
-        default="",
-        description="Compute activations again in the backward pass instead of keeping them: sqrt (of n layers in a "
-        "sequence, about the square root of n are kept), all (each layer for itself), or modules' name with * and ?.",
-        json_schema_extra={"default_text": "none"},
-    )
 
 
 class CompressionSpec(SpecModel):

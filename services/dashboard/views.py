@@ -67,6 +67,7 @@ class Views:
             "spec": spec.model_dump(mode="json", exclude_none=True),
             "defaults": _defaults(spec).model_dump(mode="json", exclude_none=True),
             "model": description.model_class,
+            "micro_batch_bytes": description.peak_bytes,
             "parameters": [{"name": p.name, "shape": p.shape} for p in layout.parameters],
             "logged": description.logged_names,
             "evaluations": self._evaluations(job),

@@ -87,7 +87,7 @@ class Controller(threading.Thread):
         names, shapes = [p.name for p in parameters], [p.shape for p in parameters]
         make_health = partial(Health, names, shapes, job.description.fan_in, job.description.activations)
         self.ledger = Ledger(store, history, make_health, job.row, job.spec, job.description.num_samples)
-        self._description = job.description
+        self.description = job.description
         self._code = job.code
         self._settings = settings
         self._log = JobLog(settings.log_of(job.row.id), settings.max_log_bytes)
@@ -176,7 +176,7 @@ class Controller(threading.Thread):
             incarnation=incarnation,
             token=secrets.token_urlsafe(32),
             spec=self.spec,
-            **self._description.known,
+            **self.description.known,
             num_servers=self.spec.placement.num_servers,
             checkpoint_directory=self._settings.checkpoints_of(self.job),
             lr_scale=self.spec.health.rollback_factor**self.ledger.result.rollbacks,

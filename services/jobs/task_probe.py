@@ -30,7 +30,7 @@ class TaskDescription:
     batch, weight, model_class, loss: in words. price: of the micro-batches, see Rehearsal. factors: see Plan.
     printed: by the user's code meanwhile; the end of it, and it is not stored.
     data: fields of the spec that a DataLoader settles. fan_in: of the weights of torch's own layers, how many inputs a
-    unit has. activations: names of the model's activation functions.
+    unit has. activations: names of the model's activation functions. recomputed, peak_bytes: see Rehearsal.
     """
 
     model: ModelDescription
@@ -52,6 +52,8 @@ class TaskDescription:
     fan_in: dict[str, int] = field(default_factory=dict)
     activations: tuple[str, ...] = ()
     loss_counts: str = ""
+    recomputed: str = ""
+    peak_bytes: int = 0
     printed: str = ""
 
     @property
@@ -65,7 +67,12 @@ class TaskDescription:
 
     def completed(self, spec: TrainingJobSpec) -> TrainingJobSpec:
         """The spec with what the task settles."""
-        return spec.model_copy(update={"data": spec.data.model_copy(update=self.data)}) if self.data else spec
+        update: dict[str, Any] = {}
+        if self.data:
+            update["data"] = spec.data.model_copy(update=self.data)
+        if self.recomputed:
+            update["memory"] = spec.memory.model_copy(update={"checkpoint_activations": self.recomputed})
+        return spec.model_copy(update=update)
 
     def layout(self, spec: TrainingJobSpec) -> Layout:
         """How the parameters of the job lie."""
@@ -101,6 +108,8 @@ class TaskDescription:
             raw.get("fan_in", {}),
             tuple(raw.get("activations", ())),
             raw.get("loss_counts", ""),
+            raw.get("recomputed", ""),
+            raw.get("peak_bytes", 0),
         )
 
 

@@ -98,6 +98,14 @@ class JobCollector(Collector):
             for rule, count in Counter(f.rule for f in controller.ledger.result.findings).items():
                 findings.add_metric([controller.job, rule], count)
         yield findings
+        memory = GaugeMetricFamily(
+            "steepest_job_micro_batch_bytes",
+            "Memory that the tensors of one micro-batch's forward and backward pass take at most.",
+            labels=["job"],
+        )
+        for controller in controllers:
+            memory.add_metric([controller.job], controller.description.peak_bytes)
+        yield memory
         evaluation = GaugeMetricFamily(
             "steepest_job_evaluation", "Last evaluation, by metric.", labels=["job", "metric"]
         )

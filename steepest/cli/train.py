@@ -82,6 +82,8 @@ def check(request: Submission) -> dict[str, Any]:
         "micro_batch": spec.data.micro_batch_size,
         "micro_batches": spec.data.num_micro_batches,
         "micro_batch_price": round(found.price, 2) or None,
+        "micro_batch_bytes": found.peak_bytes or None,
+        "checkpoint_activations": spec.memory.checkpoint_activations,
         "evaluates_with_gradients": found.evaluates_with_gradients,
         "warnings": [{"code": code, "message": message} for code, message in found.warnings],
     }
@@ -101,6 +103,10 @@ def show_check(checked: Mapping[str, Any]) -> None:
         f"{checked['micro_batch']}" + (f", {price:g} times the time of one" if price else ""),
         "metrics": ", ".join(checked["metrics"]) or "none",
     }
+    if checked["micro_batch_bytes"]:
+        rows["memory"] = f"{checked['micro_batch_bytes'] / 1e6:,.1f} MB at the peak of a micro-batch's pass"
+        if checked["checkpoint_activations"]:
+            rows["memory"] += f", with memory.checkpoint_activations = {checked['checkpoint_activations']}"
     for name, text in rows.items():
         sys.stdout.write(f"{name:8} {text}\n")
     for warning in checked["warnings"]:

@@ -999,21 +999,32 @@ class MemorySpec(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CHECKPOINT_ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    ACTIVATION_BUDGET_FIELD_NUMBER: _builtins.int
     checkpoint_activations: _builtins.str
     """Compute activations again in the backward pass instead of keeping them: sqrt (of n layers in a sequence, about the
     square root of n are kept), all (each layer for itself), or modules' name with * and ?.
+    """
+    activation_budget: _builtins.int
+    """Bytes (or 512MB, 2GiB) that the tensors of one micro-batch's pass may take; measured at submission, where sqrt or
+    all is chosen if one of them keeps within it, or the job is refused; 0: any.
     """
     def __init__(
         self,
         *,
         checkpoint_activations: _builtins.str | None = ...,
+        activation_budget: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_activations", b"_checkpoint_activations", "checkpoint_activations", b"checkpoint_activations"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_activation_budget", b"_activation_budget", "_checkpoint_activations", b"_checkpoint_activations", "activation_budget", b"activation_budget", "checkpoint_activations", b"checkpoint_activations"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_activations", b"_checkpoint_activations", "checkpoint_activations", b"checkpoint_activations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activation_budget", b"_activation_budget", "_checkpoint_activations", b"_checkpoint_activations", "activation_budget", b"activation_budget", "checkpoint_activations", b"checkpoint_activations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__activation_budget: _TypeAlias = _typing.Literal["activation_budget"]  # noqa: Y015
+    _WhichOneofArgType__activation_budget: _TypeAlias = _typing.Literal["_activation_budget", b"_activation_budget"]  # noqa: Y015
     _WhichOneofReturnType__checkpoint_activations: _TypeAlias = _typing.Literal["checkpoint_activations"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_activations: _TypeAlias = _typing.Literal["_checkpoint_activations", b"_checkpoint_activations"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__activation_budget) -> _WhichOneofReturnType__activation_budget | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpoint_activations) -> _WhichOneofReturnType__checkpoint_activations | None: ...
 
 Global___MemorySpec: _TypeAlias = MemorySpec  # noqa: Y015

@@ -303,6 +303,25 @@ class _Scaled(Line):
         return x + self.line(x * float(np.random.rand()))
 
 
+def deep(layers: int = 16, kind: str = "sequence") -> steepest.Task:
+    """Many layers of a sequence, or of a list."""
+    blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Tanh()) for _ in range(layers)]
+    if kind == "sequence":
+        return task_of(nn.Sequential(*blocks, nn.Linear(WIDTH, 1)))
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.last = nn.ModuleList(blocks), nn.Linear(WIDTH, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return self.last(x)
+
+    return task_of(Listed())
+
+
 def numpy_noise() -> steepest.Task:
     """A forward pass with NumPy's random numbers, which a second pass draws anew."""
     return task_of(NumPyNoise())

@@ -79,6 +79,8 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         "model_class": found.model,
         "loss": found.loss,
         "price": found.price,
+        "recomputed": found.recomputed,
+        "peak_bytes": found.peak_bytes,
         "factors": factors,
     }
 

@@ -22,6 +22,7 @@ from worker.gradients.torch_engine import TorchEngine
 from worker.rehearsal.comparison import choose_counts, compare_parts, tolerance_of
 from worker.rehearsal.conduct import trainable, watch_first_pass
 from worker.rehearsal.hidden_state import differences
+from worker.rehearsal.memory import BUDGET, peak_bytes, plan, too_much
 from worker.rehearsal.passes import Passes, blamed
 from worker.rehearsal.words import name_of, same, shape_of, some
 from worker.task.load import TaskError
@@ -48,7 +49,8 @@ _MASTERS = (
 class Rehearsal:
     """What was found out, some of it in words.
 
-    warnings: (code, message). price: see Compared. counts: see losses.loss_of.
+    warnings: (code, message). price: see Compared. counts: see losses.loss_of. recomputed: what a plan for the memory
+    computes again. peak_bytes: of a micro-batch's pass.
     """
 
     evaluates_with_gradients: bool = False
@@ -61,6 +63,8 @@ class Rehearsal:
     loss: str = ""
     price: float = 0.0
     counts: str = ""
+    recomputed: str = ""
+    peak_bytes: int = 0
 
 
 def rehearse(
@@ -106,7 +110,14 @@ def rehearse(
     found.warnings += _advice(passes, found.price)
     # What passes left behind is a cache, or `_check_repeats` had refused it.
     found.caches = [name for name in differences(fresh, passes.hidden()) if ": " not in name]
-    _check_recomputing(passes, indices)
+    samples, budget = len(whole), spec.memory.activation_budget
+    if budget and not spec.memory.checkpoint_activations:
+        found.recomputed = plan(passes, indices, samples)
+    how = found.recomputed or spec.memory.checkpoint_activations
+    _check_recomputing(passes, indices, how)
+    found.peak_bytes = peak_bytes(passes, indices, samples)
+    if budget and found.peak_bytes > budget:
+        raise TaskError(BUDGET, too_much(found.peak_bytes, budget, samples, [how]))
     _check_compiling(passes, indices)
     return found
 
@@ -191,9 +202,9 @@ def _check_repeats(passes: Passes, indices: NDArray[np.int64]) -> None:
         )
 
 
-def _check_recomputing(passes: Passes, indices: NDArray[np.int64]) -> None:
+def _check_recomputing(passes: Passes, indices: NDArray[np.int64], how: str) -> None:
     """Activations that are computed again give the same gradient. From here on they are."""
-    task, how = passes.task, passes.spec.memory.checkpoint_activations
+    task = passes.task
     field = "memory.checkpoint_activations"
     if not how:
         return

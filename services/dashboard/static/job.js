@@ -99,6 +99,7 @@ export function showJob(main, id) {
           ...Object.entries(job.metrics).map(([name, value]) => fact(`Evaluation: ${name}`, number(value))),
           fact("Samples/s", count(job.samples_per_second)),
           fact("Workers", `${job.workers.filter((w) => w.state === "running").length} of ${job.wanted_workers}`),
+          about.micro_batch_bytes ? fact("Memory of a pass", bytes(about.micro_batch_bytes)) : null,
           fact("A step takes", shares ? duration(shares.step_seconds) : "–"),
           fact("It is", shares ? shares.word : "–")),
         job.error ? h("pre", { class: "error-box", tabindex: 0 }, job.error) : "");

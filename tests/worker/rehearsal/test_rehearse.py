@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,22 @@ def test_what_counts_of_the_labels_is_found_though_none_may_be_left_out_yet(
     found = rehearsed("tests.support.labels:tagged", arguments={"kind": kind, "padded": padded}, steps=2)
     assert found.loss_counts == counts
     assert ("the labels that are not -100" in found.weight) == bool(counts)
+
+
+@pytest.mark.parametrize(("kind", "how"), [("sequence", "sqrt"), ("list", "all")])
+def test_a_plan_keeps_within_the_budget_for_activations(kind: str, how: str) -> None:
+    deep = partial(rehearsed, f"{BROUGHT}:deep", arguments={"kind": kind, "layers": 36}, epochs=1)
+    plain, again = deep(), deep(memory={"checkpoint_activations": how})
+    assert (plain.recomputed, again.recomputed) == ("", "")
+    assert 0 < again.peak_bytes < 0.8 * plain.peak_bytes
+    enough = deep(memory={"activation_budget": plain.peak_bytes})
+    assert (enough.recomputed, enough.peak_bytes) == ("", plain.peak_bytes)
+    planned = deep(memory={"activation_budget": plain.peak_bytes - 1})
+    assert (planned.recomputed, planned.peak_bytes) == (how, again.peak_bytes)
+    for memory in ({}, {"checkpoint_activations": how}):
+        with pytest.raises(RefusedError, match=r"takes .* MB at its peak.*smaller data.micro_batch") as refused:
+            deep(memory={**memory, "activation_budget": "1KB"})
+        assert refused.value.field == "memory.activation_budget"
 
 
 @pytest.mark.parametrize(
