@@ -15,6 +15,7 @@ from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.registry import CollectorRegistry
 
 from services.api.server import GrpcServer
+from services.api.server_info import ServerFacts
 from services.api.servicer import TrainingJobServicer
 from services.cluster.cluster import Cluster
 from services.cluster.fork_server import ForkServer
@@ -73,7 +74,8 @@ class Service:
         self._retention = Retention(self.store, operations, settings.retention_days)
         self._retention.start()
         analyses = Analyses(bundles, settings)
-        self._grpc.start(TrainingJobServicer(operations, self.store, settings, analyses, self._closing))
+        facts = ServerFacts(self.store, self.cluster, settings, access)
+        self._grpc.start(TrainingJobServicer(operations, self.store, settings, analyses, facts, self._closing))
         page = Page(operations, self.store, settings, access, self._closing.is_set)
         metrics = metrics_routes(registry, lambda: not self._closing.is_set(), self._not_ready)
         self._http.start([*metrics, *page.routes()])

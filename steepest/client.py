@@ -17,6 +17,7 @@ from steepest import contexts
 from steepest.channel import open_channel, with_token
 from steepest.convert import spec_to_proto
 from steepest.errors import (
+    ChangedError,
     ConflictError,
     NotFoundError,
     PermissionDeniedError,
@@ -28,6 +29,7 @@ from steepest.errors import (
 )
 from steepest.job import Job
 from steepest.jobs import JobInfo, job_from_proto
+from steepest.server_info import ServerInfo, server_info_from_proto
 from steepest.submission import check_submission, left_out
 from steepest.v1 import training_jobs_pb2 as pb
 from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
@@ -114,7 +116,8 @@ class Client:
     def list(self, filter: str = "", order_by: str = "") -> Iterator[JobInfo]:  # noqa: A002  # the API's own word
         """Jobs, the newest first unless `order_by` says otherwise: "priority desc, name".
 
-        filter: comparisons of state, owner, priority, create_time and name, such as 'state = RUNNING AND owner = "ci"'.
+        filter: comparisons of state, owner, priority, create_time, name and labels.KEY, such as 'state = RUNNING AND
+        labels.team = "vision"'.
 
         Raises SpecError for a filter or an order that makes no sense.
         """
@@ -126,6 +129,10 @@ class Client:
             token = page.next_page_token
             if not token:
                 return
+
+    def server_info(self) -> ServerInfo:
+        """What this service is, what its cluster has, and who is asking."""
+        return server_info_from_proto(self._call(self._stub.GetServerInfo, pb.GetServerInfoRequest()))
 
     def _call(self, method: Callable[..., Any], request: Any, timeout: float = CALL_SECONDS) -> Any:
         try:
@@ -141,6 +148,8 @@ class Client:
                 return SpecError(_violations(error) or [Violation("request", message)])
             case grpc.StatusCode.NOT_FOUND:
                 return NotFoundError(message)
+            case grpc.StatusCode.ABORTED:
+                return ChangedError(message)
             case grpc.StatusCode.FAILED_PRECONDITION:
                 return ConflictError(message)
             case grpc.StatusCode.UNAUTHENTICATED:

@@ -51,6 +51,10 @@ class ConflictError(SteepestError):
     """The request does not fit the job's state."""
 
 
+class ChangedError(ConflictError):
+    """The job has changed since the caller saw it."""
+
+
 class UnauthenticatedError(SteepestError):
     """The service needs a token that it knows."""
 

@@ -40,7 +40,11 @@ RETRY_SECONDS = 0.5
 
 
 class Job:
-    """A handle for one job: `name` is its resource name, trainingJobs/{id}."""
+    """A handle for one job: `name` is its resource name, trainingJobs/{id}.
+
+    What changes a job takes an etag: that of a JobInfo, so that it is refused (ChangedError) when state, workers or
+    priority have changed since.
+    """
 
     def __init__(self, client: Client, name: str) -> None:
         self.name = name
@@ -49,6 +53,9 @@ class Job:
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
         return self._client._call(method, request)
+
+    def _act(self, method: Callable[..., Any], request: Any) -> JobInfo:
+        return job_from_proto(self._call(method, request))
 
     def get(self) -> JobInfo:
         """The job as it is now. Raises NotFoundError."""
@@ -143,30 +150,36 @@ class Job:
                     callback(item)  # type: ignore[misc]
         return news.info
 
-    def cancel(self) -> JobInfo:
+    def cancel(self, *, etag: str = "") -> JobInfo:
         """Stop at the next step boundary, keeping a checkpoint."""
-        return job_from_proto(self._call(self._stub.CancelTrainingJob, pb.CancelTrainingJobRequest(name=self.name)))
+        return job_from_proto(
+            self._call(self._stub.CancelTrainingJob, pb.CancelTrainingJobRequest(name=self.name, etag=etag))
+        )
 
-    def pause(self) -> JobInfo:
+    def pause(self, *, etag: str = "") -> JobInfo:
         """Hold at the next step boundary."""
-        return job_from_proto(self._call(self._stub.PauseTrainingJob, pb.PauseTrainingJobRequest(name=self.name)))
+        return job_from_proto(
+            self._call(self._stub.PauseTrainingJob, pb.PauseTrainingJobRequest(name=self.name, etag=etag))
+        )
 
-    def resume(self) -> JobInfo:
+    def resume(self, *, etag: str = "") -> JobInfo:
         """Go on."""
-        return job_from_proto(self._call(self._stub.ResumeTrainingJob, pb.ResumeTrainingJobRequest(name=self.name)))
+        return job_from_proto(
+            self._call(self._stub.ResumeTrainingJob, pb.ResumeTrainingJobRequest(name=self.name, etag=etag))
+        )
 
-    def scale(self, workers: int) -> JobInfo:
+    def scale(self, workers: int, *, etag: str = "") -> JobInfo:
         """Change the number of workers. Never changes the result."""
         if not isinstance(workers, int) or not 0 < workers < 1 << 31:
             raise SpecError([Violation("workers", f"{workers!r} must be a number of workers, at least 1")])
-        request = pb.ScaleTrainingJobRequest(name=self.name, workers=workers)
+        request = pb.ScaleTrainingJobRequest(name=self.name, workers=workers, etag=etag)
         return job_from_proto(self._call(self._stub.ScaleTrainingJob, request))
 
-    def set_priority(self, priority: int) -> JobInfo:
+    def set_priority(self, priority: int, *, etag: str = "") -> JobInfo:
         """Have the job wait before others of less priority. -1000 to 1000; jobs begin with 0."""
         if not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
             raise SpecError([Violation("priority", f"{priority!r}; allowed: {-MAX_PRIORITY} to {MAX_PRIORITY}")])
-        request = pb.SetPriorityRequest(name=self.name, priority=priority)
+        request = pb.SetPriorityRequest(name=self.name, priority=priority, etag=etag)
         return job_from_proto(self._call(self._stub.SetPriority, request))
 
     def events(self, after: int = 0) -> list[Event]:
@@ -186,9 +199,9 @@ class Job:
         found = self._call(self._stub.ListCheckpoints, request)
         return [checkpoint_from_proto(message) for message in found.checkpoints]
 
-    def delete(self) -> None:
+    def delete(self, *, etag: str = "") -> None:
         """Delete the job, which has ended, with its checkpoints, records and log. Raises ConflictError."""
-        self._call(self._stub.DeleteTrainingJob, pb.DeleteTrainingJobRequest(name=self.name))
+        self._call(self._stub.DeleteTrainingJob, pb.DeleteTrainingJobRequest(name=self.name, etag=etag))
 
     def curvature(
         self,

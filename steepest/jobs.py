@@ -65,7 +65,8 @@ def _finding_from_proto(message: pb.Finding) -> Finding:
 class JobInfo:
     """A job at one moment. loss: of the last step; metrics: of the last evaluation; error: None unless FAILED.
 
-    owner: the name of the token that created it; empty if none was needed. incarnation: one more whenever the job goes
+    etag: to be given with a request that is meant for the job as it is now. owner: the name of the token that created
+    it; empty if none was needed. incarnation: one more whenever the job goes
     back to a checkpoint, at began_at_step.
     """
 
@@ -92,6 +93,7 @@ class JobInfo:
     owner: str = ""
     incarnation: int = 0
     began_at_step: int = 0
+    etag: str = ""
 
     @property
     def has_ended(self) -> bool:
@@ -124,6 +126,8 @@ class JobInfo:
             "findings": [finding._asdict() for finding in self.findings],
             "priority": self.priority,
             "owner": self.owner or None,
+            "labels": dict(sorted(self.spec.labels.items())),
+            "etag": self.etag,
         }
 
 
@@ -162,6 +166,7 @@ def job_from_proto(message: pb.TrainingJob) -> JobInfo:
         owner=message.owner,
         incarnation=status.incarnation,
         began_at_step=status.began_at_step,
+        etag=message.etag,
     )
 
 

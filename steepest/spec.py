@@ -15,7 +15,7 @@ from steepest.errors import SpecError
 from steepest.memory_spec import MemorySpec
 from steepest.optimizer_base import OptimizerSpec
 from steepest.optimizer_spec import ELEMENTWISE, HYPER_PARAMETERS, OPTIMIZER_NAMES, AdamwSpec, AnyOptimizer
-from steepest.spec_base import NonNegativeInt, PositiveFloat, PositiveInt, SpecModel
+from steepest.spec_base import Labels, NonNegativeInt, PositiveFloat, PositiveInt, SpecModel
 from steepest.spec_violations import violation
 from steepest.step_spec import (
     SCHEDULE_NAMES,
@@ -257,6 +257,7 @@ class TrainingJobSpec(SpecModel):
     """Everything a job is."""
 
     task: TaskReference = Field(description="The function that builds the task.")
+    labels: Labels = Field(default={}, description="Words to find the job by: KEY = VALUE, as team = vision.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0,
         description="Seed of everything random: initial parameters, order of the data, dropout, augmentation.",

@@ -11,6 +11,8 @@ NonNegativeInt = Annotated[int, Field(ge=0, le=2**53)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 UnitFloat = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Key = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
+Labels = Annotated[dict[Key, Annotated[str, Field(max_length=63, pattern=r"^[^\x00-\x1f]*$")]], Field(max_length=32)]
 
 
 class SpecModel(BaseModel):

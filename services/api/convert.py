@@ -63,6 +63,7 @@ def job_to_proto(row: JobRow, settings: Settings, samples_per_second: float | No
     spec = spec_to_proto(spec_from_dict(json.loads(row.spec)))
     spec.placement.workers = row.workers
     job = pb.TrainingJob(name=row.name, spec=spec, status=status, create_time=timestamp(row.created), owner=row.owner)
+    job.etag = row.etag
     if row.ended is not None:
         job.end_time.CopyFrom(timestamp(row.ended))
     return job

@@ -14,6 +14,7 @@ from grpc_status import rpc_status
 
 from services.telemetry.calls import CallMetrics
 from steepest.errors import (
+    ChangedError,
     ConflictError,
     NotFoundError,
     PermissionDeniedError,
@@ -33,6 +34,7 @@ MAX_SAID_BYTES, MAX_DETAILS_BYTES, MAX_VIOLATIONS = 700, 3000, 50
 CATALOGUE: dict[type[SteepestError], tuple[int, str]] = {
     SpecError: (code_pb2.INVALID_ARGUMENT, "INVALID_SPEC"),
     NotFoundError: (code_pb2.NOT_FOUND, "NOT_FOUND"),
+    ChangedError: (code_pb2.ABORTED, "CHANGED"),
     ConflictError: (code_pb2.FAILED_PRECONDITION, "CONFLICT"),
     ServiceUnavailableError: (code_pb2.UNAVAILABLE, "UNAVAILABLE"),
     UnauthenticatedError: (code_pb2.UNAUTHENTICATED, "TOKEN_NEEDED"),

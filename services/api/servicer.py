@@ -24,6 +24,7 @@ from ps.numerics.histogram import BINS, edges
 from ps.step.signals import NAMES
 from ps.wire import convert as ps_convert
 from services.api.convert import checkpoint_to_proto, curvature_to_proto, event_to_proto, job_to_proto, line_to_proto
+from services.api.server_info import ServerFacts
 from services.jobs.analysis import MATRICES, Analyses, CurvatureQuestion
 from services.jobs.job_log import JobLog
 from services.jobs.operations import Operations
@@ -51,8 +52,15 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
     """The methods of the .proto file; their names are the wire's."""
 
     def __init__(
-        self, operations: Operations, store: Store, settings: Settings, analyses: Analyses, closing: threading.Event
+        self,
+        operations: Operations,
+        store: Store,
+        settings: Settings,
+        analyses: Analyses,
+        facts: ServerFacts,
+        closing: threading.Event,
     ) -> None:
+        self._facts = facts
         self._operations = operations
         self._analyses = analyses
         self._store = store
@@ -165,31 +173,31 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         self, request: pb.CancelTrainingJobRequest, context: grpc.ServicerContext
     ) -> pb.TrainingJob:
         """See the .proto file."""
-        return self._message(self._operations.cancel(self._id(request.name)))
+        return self._message(self._operations.cancel(self._id(request.name), request.etag))
 
     def PauseTrainingJob(  # noqa: N802
         self, request: pb.PauseTrainingJobRequest, context: grpc.ServicerContext
     ) -> pb.TrainingJob:
         """See the .proto file."""
-        return self._message(self._operations.pause(self._id(request.name)))
+        return self._message(self._operations.pause(self._id(request.name), request.etag))
 
     def ResumeTrainingJob(  # noqa: N802
         self, request: pb.ResumeTrainingJobRequest, context: grpc.ServicerContext
     ) -> pb.TrainingJob:
         """See the .proto file."""
-        return self._message(self._operations.resume(self._id(request.name)))
+        return self._message(self._operations.resume(self._id(request.name), request.etag))
 
     def ScaleTrainingJob(  # noqa: N802
         self, request: pb.ScaleTrainingJobRequest, context: grpc.ServicerContext
     ) -> pb.TrainingJob:
         """See the .proto file."""
-        return self._message(self._operations.scale(self._id(request.name), request.workers))
+        return self._message(self._operations.scale(self._id(request.name), request.workers, request.etag))
 
     def SetPriority(  # noqa: N802
         self, request: pb.SetPriorityRequest, context: grpc.ServicerContext
     ) -> pb.TrainingJob:
         """See the .proto file."""
-        return self._message(self._operations.set_priority(self._id(request.name), request.priority))
+        return self._message(self._operations.set_priority(self._id(request.name), request.priority, request.etag))
 
     def QueryHistory(  # noqa: N802
         self, request: pb.QueryHistoryRequest, context: grpc.ServicerContext
@@ -258,7 +266,7 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         self, request: pb.DeleteTrainingJobRequest, context: grpc.ServicerContext
     ) -> pb.DeleteTrainingJobResponse:
         """See the .proto file."""
-        self._operations.delete(self._id(request.name))
+        self._operations.delete(self._id(request.name), request.etag)
         return pb.DeleteTrainingJobResponse()
 
     def MeasureCurvature(  # noqa: N802
@@ -278,6 +286,12 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
                 yield pb.MeasureCurvatureResponse(progress=said)
             else:
                 yield pb.MeasureCurvatureResponse(curvature=curvature_to_proto(said))
+
+    def GetServerInfo(  # noqa: N802
+        self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext
+    ) -> pb.ServerInfo:
+        """See the .proto file."""
+        return self._facts.message(MAX_PAGE_SIZE)
 
     def DownloadCheckpoint(  # noqa: N802
         self, request: pb.DownloadCheckpointRequest, context: grpc.ServicerContext

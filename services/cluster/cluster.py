@@ -91,6 +91,11 @@ class Cluster:
         self.wait_ready()
         return dict(ray.cluster_resources())
 
+    def free(self) -> dict[str, float]:
+        """Resources that nothing uses."""
+        self.wait_ready()
+        return dict(ray.available_resources())
+
     def shortage(self, placement: PlacementSpec, num_workers: int, users: Sequence[str]) -> str:
         """What a job would have to wait for, or nothing. users: names of the jobs that hold resources."""
         self.wait_ready()

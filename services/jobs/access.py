@@ -30,6 +30,7 @@ class Need(Enum):
 NEEDS = {
     "UploadCode": Need.SUBMIT,
     "CreateTrainingJob": Need.SUBMIT,
+    "GetServerInfo": Need.LOOK,
     "GetTrainingJob": Need.LOOK,
     "ListTrainingJobs": Need.LOOK,
     "WatchTrainingJob": Need.LOOK,

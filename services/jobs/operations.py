@@ -26,7 +26,7 @@ from services.jobs.task_probe import TaskDescription, TaskProbe
 from services.settings import Settings
 from services.store.lifecycle import JobState, check_verb
 from services.store.store import JobRow, Result, Store
-from steepest.errors import ConflictError, SpecError, Violation
+from steepest.errors import ChangedError, ConflictError, SpecError, Violation
 from steepest.jobs import MAX_PRIORITY, SUBMISSION
 from steepest.spec import TrainingJobSpec, spec_from_dict
 
@@ -112,7 +112,8 @@ class Operations:
             result=Result(),
             owner=current_caller().name,
         )
-        row = self._store.create(new, [f"warning: {message}" for _, message in description.warnings])
+        notes = [f"warning: {message}" for _, message in description.warnings]
+        row = self._store.create(new, notes, spec.labels)
         if description.printed and row is new:
             log = JobLog(self._settings.log_of(job), self._settings.max_log_bytes)
             log.append(Printed(row.created, "stdout", line, SUBMISSION) for line in description.printed.splitlines())
@@ -152,21 +153,21 @@ class Operations:
             raise SpecError([Violation("placement", problem)])
         return spec
 
-    def cancel(self, job: str) -> JobRow:
+    def cancel(self, job: str, etag: str = "") -> JobRow:
         """Stop a job at its next step boundary. Raises ConflictError for one that has ended."""
-        return self._steer(job, "cancel", JobState.CANCELLING)
+        return self._steer(job, etag, "cancel", JobState.CANCELLING)
 
-    def pause(self, job: str) -> JobRow:
+    def pause(self, job: str, etag: str = "") -> JobRow:
         """Hold a running job at its next step boundary. Raises ConflictError in other states."""
-        return self._steer(job, "pause", JobState.PAUSING)
+        return self._steer(job, etag, "pause", JobState.PAUSING)
 
-    def resume(self, job: str) -> JobRow:
+    def resume(self, job: str, etag: str = "") -> JobRow:
         """Let a paused job go on. Raises ConflictError in other states."""
-        return self._steer(job, "resume", JobState.RUNNING)
+        return self._steer(job, etag, "resume", JobState.RUNNING)
 
-    def _steer(self, job: str, verb: str, state: JobState) -> JobRow:
+    def _steer(self, job: str, etag: str, verb: str, state: JobState) -> JobRow:
         with self._running.lock:
-            row = self._store.get(job)
+            row = self._seen(job, etag)
             check_verb(row.name, row.state, verb)
             done = {"pause": {JobState.PAUSING, JobState.PAUSED}, "resume": {JobState.RUNNING}}
             if row.state == state or row.state in done.get(verb, ()):
@@ -182,32 +183,40 @@ class Operations:
                 row = self._store.move(job, JobState.CANCELLED, "cancelled; it had no process running", time.time())
         return row
 
-    def set_priority(self, job: str, priority: int) -> JobRow:
+    def _seen(self, job: str, etag: str) -> JobRow:
+        """The job, as the caller saw it; any, if they name no etag. Raises ChangedError."""
+        row = self._store.get(job)
+        if etag and etag != row.etag:
+            problem = f"{row.name} has changed since you saw it: it is {row.state} now, with {row.workers} workers"
+            raise ChangedError(f"{problem} and priority {row.priority}; look again, and ask with its new etag")
+        return row
+
+    def set_priority(self, job: str, priority: int, etag: str = "") -> JobRow:
         """Have a job wait before or after others. Raises SpecError, ConflictError for one that has ended."""
         if abs(priority) > MAX_PRIORITY:
             raise SpecError([Violation("priority", f"{priority}; allowed: {-MAX_PRIORITY} to {MAX_PRIORITY}")])
         with self._running.lock:
-            row = self._store.get(job)
+            row = self._seen(job, etag)
             check_verb(row.name, row.state, "priority")
             self._store.update(job, priority=priority)
             self._store.note(job, f"priority changed from {row.priority} to {priority}", time.time())
         self._wake.set()
         return self._store.get(job)
 
-    def delete(self, job: str) -> None:
+    def delete(self, job: str, etag: str = "") -> None:
         """Forget a job that has ended, and all that is kept of it. Raises NotFoundError, ConflictError."""
         with self._running.lock:
-            row = self._store.get(job)
+            row = self._seen(job, etag)
             check_verb(row.name, row.state, "delete")
             if self._running.get(job) is not None:
                 raise ConflictError(f"{row.name} is {row.state}, and its processes are still ending; try again")
             self._store.delete(job)
         shutil.rmtree(self._settings.directory_of(job), ignore_errors=True)
 
-    def scale(self, job: str, workers: int) -> JobRow:
+    def scale(self, job: str, workers: int, etag: str = "") -> JobRow:
         """Change the number of workers of a live job. Raises SpecError, ConflictError."""
         with self._running.lock:
-            row = self._store.get(job)
+            row = self._seen(job, etag)
             check_verb(row.name, row.state, "scale")
             spec = json.loads(row.spec)
             spec["placement"]["workers"] = workers

@@ -36,6 +36,15 @@ events = sa.Table(
     sa.Column("reason", sa.Text, nullable=False),
 )
 
+labels = sa.Table(
+    "labels",
+    metadata,
+    sa.Column("job", sa.String(63), sa.ForeignKey("jobs.id"), primary_key=True),
+    sa.Column("key", sa.String(63), primary_key=True),
+    sa.Column("value", sa.String(63), nullable=False),
+    sa.Index("ix_labels_key_value", "key", "value"),
+)
+
 tokens = sa.Table(
     "tokens",
     metadata,

@@ -19,7 +19,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from services.store.lifecycle import JobState
-from services.store.schema import jobs
+from services.store.schema import jobs, labels
 from steepest.errors import SpecError, Violation
 
 _TOKEN = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|(AND\b|OR\b|!=|<=|>=|=|<|>)|([^\s"=!<>]+))')
@@ -57,6 +57,7 @@ _FIELDS: dict[str, tuple[sa.Column[Any], Callable[[str], Any], tuple[str, ...]]]
     "create_time": (jobs.c.created, _time, tuple(_COMPARE)),
     "name": (jobs.c.id, lambda text: text.removeprefix("trainingJobs/"), tuple(_COMPARE)),
 }
+LABELS = "labels."  # labels.KEY
 ORDERS = ("create_time", "priority", "name", "state")
 
 
@@ -177,8 +178,10 @@ def _term(tokens: Sequence[tuple[str, str]]) -> sa.ColumnElement[bool]:
         problem = f"{said!r} is no comparison; write, for example: state = RUNNING AND priority >= 10"
         raise SpecError([Violation("filter", problem)])
     (_, name), (_, symbol), (_, value) = tokens
+    if name.startswith(LABELS):
+        return _label(name.removeprefix(LABELS), symbol, value)
     if name not in _FIELDS:
-        raise SpecError([Violation("filter", f"{name!r} is no field; allowed: {', '.join(_FIELDS)}")])
+        raise SpecError([Violation("filter", f"{name!r} is no field; allowed: {', '.join(_FIELDS)}, {LABELS}KEY")])
     column, read, symbols = _FIELDS[name]
     if symbol not in symbols:
         raise SpecError([Violation("filter", f"{name} {symbol}; allowed: {' '.join(symbols)}")])
@@ -187,6 +190,14 @@ def _term(tokens: Sequence[tuple[str, str]]) -> sa.ColumnElement[bool]:
     except ValueError as error:
         raise SpecError([Violation("filter", f"{name} {symbol} {value!r}; {error}")]) from None
     return compared
+
+
+def _label(key: str, symbol: str, value: str) -> sa.ColumnElement[bool]:
+    """Jobs that have a label, or that have not."""
+    if symbol not in ("=", "!="):
+        raise SpecError([Violation("filter", f"{LABELS}{key} {symbol}; allowed: = !=")])
+    same = sa.exists().where(labels.c.job == jobs.c.id, labels.c.key == key, labels.c.value == value)
+    return same if symbol == "=" else sa.not_(same)
 
 
 NEWEST = Selection.of()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ from alembic.config import Config
 from services.store.database import PATIENT_SECONDS, RETRY_SECONDS, Claim, open_database, retried, text
 from services.store.known import Known
 from services.store.lifecycle import ENDED, JobState, check_move
-from services.store.schema import evaluations, events, jobs
+from services.store.schema import evaluations, events, jobs, labels
 from services.store.selection import NEWEST, Selection
 from services.store.tokens import Tokens
 from steepest.errors import ConflictError, NotFoundError
@@ -69,6 +70,12 @@ class JobRow:
     def name(self) -> str:
         """Its resource name."""
         return f"trainingJobs/{self.id}"
+
+    @property
+    def etag(self) -> str:
+        """Changes with what users and the service decide about the job, and not with its progress."""
+        decided = json.dumps([self.created, self.state, self.workers, self.priority, self.incarnation])
+        return hashlib.sha256(decided.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +144,8 @@ class Store:
     # -- jobs -------------------------------------------------------------------------------------------------------
 
     @retried
-    def create(self, row: JobRow, notes: Iterable[str] = ()) -> JobRow:
-        """Store a new job with its first event, and one for each of the notes; returns `row` itself.
+    def create(self, row: JobRow, notes: Iterable[str] = (), labelled: Mapping[str, str] | None = None) -> JobRow:
+        """Store a new job with its first event, one for each of the notes, and its labels; returns `row` itself.
 
         The same request_id again returns the first one's job. Raises ConflictError when the id is taken.
         """
@@ -149,6 +156,9 @@ class Store:
             if connection.execute(sa.select(jobs.c.id).where(jobs.c.id == row.id)).first() is not None:
                 raise ConflictError(f"training_job_id: {row.id!r} is taken; choose another --name")
             connection.execute(sa.insert(jobs).values(**_job_values(row)))
+            own = [{"job": row.id, "key": key, "value": value} for key, value in (labelled or {}).items()]
+            if own:
+                connection.execute(sa.insert(labels), own)
             for reason in (row.reason, *notes):
                 self._add_event(connection, row.id, row.created, row.state, reason)
         self.notify()
@@ -190,7 +200,8 @@ class Store:
     def delete(self, job: str) -> None:
         """Forget a job."""
         with self._writing(job) as connection:
-            for table, column in ((evaluations, evaluations.c.job), (events, events.c.job), (jobs, jobs.c.id)):
+            others = ((evaluations, evaluations.c.job), (events, events.c.job), (labels, labels.c.job))
+            for table, column in (*others, (jobs, jobs.c.id)):
                 connection.execute(sa.delete(table).where(column == job))
         self.notify()
 

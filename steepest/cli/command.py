@@ -133,8 +133,8 @@ def list_jobs(
         Option(
             "--filter",
             metavar="FILTER",
-            help="Only jobs for which this holds: state, owner, priority, create_time or name compared with a value, "
-            "such as 'state = RUNNING AND priority >= 10'.",
+            help="Only jobs for which this holds: state, owner, priority, create_time, name or labels.KEY compared "
+            "with a value, such as 'state = RUNNING AND priority >= 10'.",
         ),
     ] = "",
     order_by: Annotated[

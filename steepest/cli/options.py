@@ -62,6 +62,7 @@ class JobOptions:
     """
 
     name: str = ""
+    label: Sequence[str] = ()
     arg: Sequence[str] = ()
     set: Sequence[str] = ()
     spec: Mapping[str, str] = field(default_factory=dict)
@@ -84,6 +85,8 @@ def _parameters() -> list[inspect.Parameter]:
         help="Any other field, such as optimizer.betas=[0.9,0.95]; repeatable.",
         rich_help_panel=_TASK,
     )
+    label = Option(metavar="KEY=VALUE", help="Label to find the job by, as team=vision; repeatable.")
+    options["label"] = (Annotated[list[str], label], [])
     options["arg"] = (Annotated[list[str], argument], [])
     options["set"] = (Annotated[list[str], any_field], [])
     return [
@@ -104,10 +107,10 @@ def takes_job_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def wrapped(**values: Any) -> Any:
-        name, arg, set_ = (values.pop(key) for key in ("name", "arg", "set"))
+        name, label, arg, set_ = (values.pop(key) for key in ("name", "label", "arg", "set"))
         given = {path: values.pop(key) for key, (path, _, _) in _OPTIONS.items()}
         spec = {path: value for path, value in given.items() if value is not None}
-        return command(options=JobOptions(name=name, arg=arg, set=set_, spec=spec), **values)
+        return command(options=JobOptions(name=name, label=label, arg=arg, set=set_, spec=spec), **values)
 
     wrapped.__signature__ = inspect.Signature([own[0], *options, *own[1:]])  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
@@ -141,6 +144,11 @@ def submission(task: str, options: JobOptions) -> Submission:
     for item in options.set:
         path, value = _key_value("--set", item)
         put_field(spec, path, value)
+    for item in options.label:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise SpecError([Violation("--label", f"{item!r} is not of the form KEY=VALUE")])
+        spec["labels"] = {**spec.get("labels", {}), key: value}
     arguments.update(_key_value("--arg", item) for item in options.arg)
     name = spec.pop("name", "")
     return Submission(task, options.name or name, arguments, spec)

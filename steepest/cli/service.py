@@ -61,6 +61,38 @@ def list_contexts(as_json: Json = False) -> None:
         )
 
 
+@app.command(rich_help_panel="The service")
+def info(server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
+    """Show what a service is: its version, its cluster and what is free there, its jobs, and who you are to it."""
+    with client_of(server) as client:
+        found = client.server_info()
+        address = client.address
+    if as_json:
+        sys.stdout.write(json.dumps(found.to_dict()) + "\n")
+        return
+    days, rest = divmod(int(time.time() - found.started), 86_400)
+    hours, minutes = divmod(rest // 60, 60)
+    memory = found.resources.get("memory", 0.0)
+    free = found.free_resources
+    cluster = ", ".join(
+        f"{free.get(name, 0.0):g} of {found.resources[name]:g} {name}s free"
+        for name in ("CPU", "GPU")
+        if name in found.resources
+    )
+    jobs = ", ".join(f"{count} {state.lower()}" for state, count in sorted(found.jobs.items()))
+    rows = {
+        "service": f"steepest {found.version} at {address}, up {days} d {hours} h {minutes} min",
+        "cluster": found.not_ready
+        or f"{found.hosts} host{'s' if found.hosts != 1 else ''}, {cluster}, {memory / 1e9:.1f} GB of memory",
+        "jobs": jobs or "none",
+        "access": f"{'TLS' if found.tls else 'no TLS'}, {'tokens' if found.needs_token else 'no tokens'}; you are "
+        f"{found.caller or 'anybody'}, {found.role}",
+        "kept": f"ended jobs for {found.retention_days:g} days" if found.retention_days else "jobs until deleted",
+    }
+    for name, text in rows.items():
+        sys.stdout.write(f"{name:8} {text}\n")
+
+
 LIVE = ("QUEUED", "STARTING", "RUNNING", "PAUSING", "PAUSED", "RECOVERING", "CANCELLING")
 BAR, ENDED_SHOWN, PRINTED_WIDTH = 8, 5, 140
 

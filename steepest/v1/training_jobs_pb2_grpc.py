@@ -130,6 +130,11 @@ class TrainingJobServiceStub:
                 request_serializer=steepest_dot_v1_dot_training__jobs__pb2.DownloadCheckpointRequest.SerializeToString,
                 response_deserializer=steepest_dot_v1_dot_training__jobs__pb2.DownloadCheckpointResponse.FromString,
                 _registered_method=True)
+        self.GetServerInfo = channel.unary_unary(
+                '/steepest.v1.TrainingJobService/GetServerInfo',
+                request_serializer=steepest_dot_v1_dot_training__jobs__pb2.GetServerInfoRequest.SerializeToString,
+                response_deserializer=steepest_dot_v1_dot_training__jobs__pb2.ServerInfo.FromString,
+                _registered_method=True)
 
 
 class TrainingJobServiceServicer:
@@ -269,6 +274,13 @@ class TrainingJobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetServerInfo(self, request, context):
+        """Says what this service is, what its cluster has, and who is asking.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainingJobServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -366,6 +378,11 @@ def add_TrainingJobServiceServicer_to_server(servicer, server):
                     servicer.DownloadCheckpoint,
                     request_deserializer=steepest_dot_v1_dot_training__jobs__pb2.DownloadCheckpointRequest.FromString,
                     response_serializer=steepest_dot_v1_dot_training__jobs__pb2.DownloadCheckpointResponse.SerializeToString,
+            ),
+            'GetServerInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetServerInfo,
+                    request_deserializer=steepest_dot_v1_dot_training__jobs__pb2.GetServerInfoRequest.FromString,
+                    response_serializer=steepest_dot_v1_dot_training__jobs__pb2.ServerInfo.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -882,6 +899,33 @@ class TrainingJobService:
             '/steepest.v1.TrainingJobService/DownloadCheckpoint',
             steepest_dot_v1_dot_training__jobs__pb2.DownloadCheckpointRequest.SerializeToString,
             steepest_dot_v1_dot_training__jobs__pb2.DownloadCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetServerInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steepest.v1.TrainingJobService/GetServerInfo',
+            steepest_dot_v1_dot_training__jobs__pb2.GetServerInfoRequest.SerializeToString,
+            steepest_dot_v1_dot_training__jobs__pb2.ServerInfo.FromString,
             options,
             channel_credentials,
             insecure,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import pytest
 from services.jobs.task_probe import TaskProbe
 from services.service import Service
 from steepest.client import Client, Job
-from steepest.errors import SpecError
+from steepest.errors import ChangedError, SpecError
 from steepest.jobs import Event
 from steepest.v1 import training_jobs_pb2 as pb
 from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
@@ -91,6 +94,38 @@ def test_histograms_are_the_same_at_any_placement(submit: Callable[..., Job]) ->
     ]
     with pytest.raises(SpecError, match="'nowhere' is no parameter"):
         list(jobs[0].histograms(["nowhere"]))
+
+
+def test_an_etag_is_that_of_the_job_as_it_was_seen(stub: Any, submit: Callable[..., Job]) -> None:
+    job = submit("slow", steps=100_000)
+    until(lambda: job.get().step > 1)
+    seen = job.get()
+    assert job.get().etag == seen.etag  # progress is no change
+    job.scale(2, etag=seen.etag)
+    with pytest.raises(ChangedError, match=r"has changed since you saw it: it is RUNNING now, with 2 workers"):
+        job.pause(etag=seen.etag)
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.CancelTrainingJob(pb.CancelTrainingJobRequest(name=job.name, etag=seen.etag))
+    assert refused.value.code() == grpc.StatusCode.ABORTED
+    for act in (lambda etag: job.set_priority(3, etag=etag), lambda etag: job.cancel(etag=etag)):
+        with pytest.raises(ChangedError):
+            act(seen.etag)
+        act(job.get().etag)
+    until(lambda: job.get().has_ended)
+    with pytest.raises(ChangedError):
+        job.delete(etag=seen.etag)
+    job.delete(etag=job.get().etag)
+
+
+def test_a_service_says_what_it_is(client: Client, service: Service, submit: Callable[..., Job]) -> None:
+    submit("regression", steps=1).wait()
+    found = client.server_info()
+    assert (found.not_ready, found.hosts, found.role, found.needs_token, found.tls) == ("", 1, "admin", False, False)
+    assert found.resources["CPU"] >= found.free_resources["CPU"] >= 0
+    assert found.jobs["SUCCEEDED"] >= 1
+    assert found.version == version("steepest")
+    assert time.time() - 3600 < found.started < time.time()
+    assert json.loads(json.dumps(found.to_dict()))["max_code_bytes"] == service.settings.max_code_bytes
 
 
 def test_callbacks_are_told_of_every_step_evaluation_and_checkpoint(submit: Callable[..., Job]) -> None:

@@ -123,6 +123,22 @@ def test_what_is_kept_of_a_job(steepest: Callable[..., Ran], submit: Callable[..
     assert "there is no job" in gone.stderr
 
 
+def test_jobs_are_found_by_their_labels(steepest: Callable[..., Ran]) -> None:
+    task = f"{TASKS}:regression"
+    made = steepest("submit", task, "--steps", "1", "--label", "team=vision", "--label", "for=Ann O.")
+    assert made.returncode == 0, made.stderr
+    listed = steepest("list", "--filter", 'labels.team = vision AND labels.for = "Ann O."', "--json")
+    [job] = json.loads(listed.stdout)["jobs"]
+    assert job["labels"] == {"for": "Ann O.", "team": "vision"}
+    for label, said in (("Team=x", "labels"), ("team", "--label: 'team' is not of the form KEY=VALUE")):
+        refused = steepest("submit", task, "--steps", "1", "--label", label)
+        assert refused.returncode == 2
+        assert said in refused.stderr
+    about = steepest("info")
+    assert "1 host" in about.stdout
+    assert "you are anybody, admin" in about.stdout
+
+
 def test_a_job_is_followed_for_a_tracker_while_it_runs(
     steepest: Callable[..., Ran], submit: Callable[..., Job], tmp_path: Path
 ) -> None:

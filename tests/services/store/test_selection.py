@@ -28,12 +28,29 @@ ROWS = [
 ]
 
 
+LABELS: list[dict[str, str]] = [{}, {"team": "vision", "tier": "1"}, {"team": 'n "l" p'}]  # of every third
+
+
 @pytest.fixture(scope="module")
 def store(new_url: Callable[[], str]) -> Iterator[Store]:
     made = Store(new_url())
-    for row in ROWS:
-        made.create(row)
+    for n, row in enumerate(ROWS):
+        made.create(row, (), LABELS[n % 3])
     yield made
+    made.close()
+
+
+def _labels(row: JobRow) -> dict[str, str]:
+    return LABELS[int(row.id[-2:]) % 3]
+
+
+def test_labels_go_with_their_job(new_url: Callable[[], str]) -> None:
+    made = Store(new_url())
+    for _ in range(2):
+        made.create(job_row("one"), (), {"team": "vision"})
+        assert [row.id for row in made.page(9, Selection.of("labels.team = vision"))[0]] == ["one"]
+        made.delete("one")
+        assert made.page(9, Selection.of("labels.team = vision"))[0] == []
     made.close()
 
 
@@ -63,6 +80,10 @@ def _listed(store: Store, filter_: str = "", order_by: str = "", size: int = 4) 
         ("create_time > 2023-11-14T22:13:25Z", lambda row: row.created > 1_700_000_005.0),
         ("create_time <= 2023-11-14T23:13:25+01:00", lambda row: row.created <= 1_700_000_005.0),
         ("priority = -2", lambda row: row.priority == -2),
+        ("labels.team = vision", lambda row: _labels(row).get("team") == "vision"),
+        (r'labels.team = "n \"l\" p" OR labels.tier = 1', lambda row: bool(_labels(row))),
+        ("labels.team != vision AND state = QUEUED", lambda row: "tier" not in _labels(row) and row.state == "QUEUED"),
+        ("labels.none = 1", lambda row: False),
     ],
 )
 def test_a_filter_keeps_what_it_says(store: Store, filter_: str, holds: Any) -> None:
