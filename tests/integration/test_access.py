@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import ssl
 import subprocess
 import urllib.error
@@ -13,17 +14,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grpc
 import pytest
 from playwright.sync_api import Browser, expect
 
+from steepest.bundle import bundle_task
 from steepest.client import Client
 from steepest.errors import PermissionDeniedError, ServiceUnavailableError, SpecError, UnauthenticatedError
 from steepest.jobs import JobInfo
 from tests.support.certificates import Certificates, certificates
 from tests.support.command import run
+from tests.support.programs import need_program
 from tests.support.service import COMMAND, TASKS, free_port, until
 
 pytestmark = pytest.mark.cluster
+OUTSIDE = Path(__file__).parents[1] / "support" / "outside"
+PROTOS = Path(__file__).parents[2] / "proto"
 SCREENSHOTS = os.environ.get("STEEPEST_SCREENSHOTS", "")
 
 
@@ -205,3 +211,28 @@ def test_a_service_takes_its_settings_from_a_file(tmp_path: Path) -> None:
     finally:
         process.terminate()
         process.wait(timeout=30)
+
+
+def test_a_client_in_another_language_is_made_from_the_protos_alone(closed: _Closed, tmp_path: Path) -> None:
+    npm, node = need_program("npm", "npm"), need_program("node", "nodejs")
+    outside = tmp_path / "outside"
+    shutil.copytree(OUTSIDE, outside)
+    install = [npm, "install", "--no-audit", "--no-fund", "--prefix", str(outside)]
+    subprocess.run(install, check=True, capture_output=True, text=True, timeout=120)
+    bundle = bundle_task(f"{TASKS}:slow")
+    (tmp_path / "code.zip").write_bytes(bundle.data)
+    hand = [closed.address, str(closed.files.authority), closed.tokens["submitter"]]
+    code = [str(tmp_path / "code.zip"), bundle.module, bundle.function]
+    ran = subprocess.run(
+        [node, str(outside / "client.mjs"), str(PROTOS), *hand, *code], capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
+    saw = json.loads(ran.stdout)
+    assert (saw["refused"], saw["role"]) == (grpc.StatusCode.UNAUTHENTICATED.value[0], "submitter")
+    assert saw["invalid"][0] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert "steps: -1" in saw["invalid"][1]
+    assert (saw["once"], saw["listed"], saw["workers"], saw["in_order"]) == (True, [True], 2, True)
+    assert saw["states"] == ["QUEUED", "STARTING", "RUNNING", "PAUSING", "PAUSED", "RUNNING", "SUCCEEDED"]
+    assert (saw["step"], saw["records"]) == (120, 120)
+    assert {"model.safetensors", "optimizer.safetensors", "manifest.json"} <= saw["files"].keys()
+    assert saw["deleted"] == grpc.StatusCode.NOT_FOUND.value[0]
