@@ -7,6 +7,7 @@ from typing import Any
 
 from google.protobuf.json_format import ParseDict
 
+from steepest.errors import SpecError, Violation
 from steepest.spec import TrainingJobSpec, spec_from_dict
 from steepest.v1 import training_jobs_pb2 as pb
 
@@ -30,12 +31,22 @@ def spec_from_proto(message: pb.TrainingJobSpec) -> TrainingJobSpec:
     return spec_from_dict(_present(message))
 
 
+def _json(field: str, text: str) -> Any:
+    """Raises SpecError for what is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        raise SpecError([Violation(field, f"{shown!r} is no JSON: {error}")]) from None
+
+
 def _present(message: Any) -> dict[str, Any]:
     """The fields that a sender has set. Every scalar of a spec has presence, so that 0 and absent differ."""
     raw: dict[str, Any] = {}
     for descriptor, value in message.ListFields():
-        if descriptor.name in ("arguments", "options"):  # JSON
-            raw[descriptor.name] = {key: json.loads(text) for key, text in value.items()}
+        if descriptor.name in ("arguments", "options"):
+            where = "task.arguments" if descriptor.name == "arguments" else "optimizer.options"
+            raw[descriptor.name] = {key: _json(f"{where}.{key}", text) for key, text in value.items()}
         elif descriptor.message_type is not None and descriptor.message_type.GetOptions().map_entry:
             raw[descriptor.name] = dict(value)
         elif descriptor.message_type is not None:

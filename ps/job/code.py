@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import os
+import shutil
+import stat
 import sys
 import tempfile
 import zipfile
 from io import BytesIO
 from pathlib import Path
 
+MAX_UNPACKED_BYTES, MAX_NAME_BYTES = 2 << 30, 255
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES}
 PACKAGES = {"steepest", "ps", "worker", "services", "torch", "numpy", "ray"}  # which a task and its process must share
 
 
@@ -21,20 +26,51 @@ def code_directory() -> Path:
     return directory
 
 
+def opened(bundle: bytes) -> zipfile.ZipFile:
+    """Raises ValueError for what is no archive, or has members that it must not have."""
+    try:
+        archive = zipfile.ZipFile(BytesIO(bundle))
+    except Exception as error:
+        raise ValueError(f"it is no zip archive: {error}") from error
+    _check_members(archive)
+    return archive
+
+
+def _check_members(archive: zipfile.ZipFile) -> None:
+    """Raises ValueError for a member that would leave its directory, is no plain file, or unpacks to very much."""
+    top = Path("/top")
+    for info in archive.infolist():
+        path = Path(os.path.normpath(top / info.filename))
+        if not path.is_relative_to(top) or info.filename.startswith("/"):
+            raise ValueError(f"its member {info.filename!r} leaves its directory")
+        if not path.relative_to(top).parts or any(len(part.encode()) > MAX_NAME_BYTES for part in path.parts):
+            raise ValueError(f"its member {info.filename!r} has no name that a file can have")
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise ValueError(f"its member {info.filename!r} is neither a file nor a directory")
+    size = sum(info.file_size for info in archive.infolist())
+    if size > MAX_UNPACKED_BYTES:
+        raise ValueError(f"it unpacks to {size} bytes; allowed: {MAX_UNPACKED_BYTES}")
+
+
 def unpack_code(bundle: bytes, directory: Path) -> Path:
     """Unpack a code bundle below `directory`, once per content, and return where it lies.
 
-    Raises ValueError for a member whose name would leave the directory.
+    Raises ValueError for an archive that is broken, or has members that it must not have.
     """
     target = directory / hashlib.sha256(bundle).hexdigest()
     if target.exists():
         return target
     temporary = directory / f".{target.name}.{os.getpid()}"
-    with zipfile.ZipFile(BytesIO(bundle)) as archive:
-        for name in archive.namelist():
-            if not (temporary / name).resolve().is_relative_to(temporary.resolve()):
-                raise ValueError(f"the code bundle has a member {name!r} that leaves its directory")
-        archive.extractall(temporary)
+    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        with opened(bundle) as archive:
+            archive.extractall(temporary)
+    except Exception as error:  # zipfile raises of all kinds for what is torn
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+            raise
+        raise ValueError(f"it cannot be unpacked: {error}") from error
     try:
         temporary.rename(target)
     except OSError:  # another process was first

@@ -27,7 +27,7 @@ class Doorman:
 
     def refusal(self, fence: pb.Fence, token: str) -> str:
         """Why a caller is not let in, or nothing."""
-        if not secrets.compare_digest(token, self._config.token):
+        if not secrets.compare_digest(token.encode(), self._config.token.encode()):
             return "wrong token"
         if (fence.job, fence.incarnation) != (self._config.job, self._config.incarnation):
             return f"this is incarnation {self._config.incarnation} of {self._config.job}"
@@ -60,4 +60,5 @@ class Doorman:
         if refusal:
             connection.refuse(pb.ServerMessage(refusal=pb.Refusal(reason=refusal)))
             return None
+        connection.trust()
         return first.hello

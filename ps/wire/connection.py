@@ -29,6 +29,7 @@ MAGIC = b"steepest"
 GREETING = struct.Struct("<8sI")
 LENGTHS = struct.Struct("<II")
 MAX_MESSAGE_BYTES = 1 << 30  # a model's buffers travel in messages
+FIRST_MESSAGE_BYTES = 1 << 20  # of a caller that nobody knows yet
 BUFFER_BYTES = 1 << 16
 LINGER_SECONDS = 2.0
 # A host that is gone without a word is found out after about 25 s.
@@ -65,9 +66,13 @@ class Connection(Generic[Received]):
 
     parse: reads a message from its bytes. sink: returns the memory for a message's tensor, given the message and the
     tensor's size in bytes; it raises StreamError to refuse the tensor. Until it is set, every tensor is refused.
+    max_bytes: of a message, until `trust`.
     """
 
-    def __init__(self, end: socket.socket, parse: Callable[[bytes], Received]) -> None:
+    def __init__(
+        self, end: socket.socket, parse: Callable[[bytes], Received], max_bytes: int = MAX_MESSAGE_BYTES
+    ) -> None:
+        self._max_bytes = max_bytes
         self.sink: Callable[[Received, int], memoryview] = no_tensors
         self.is_local = end.family == socket.AF_UNIX
         self._socket = end
@@ -87,6 +92,11 @@ class Connection(Generic[Received]):
     def is_empty(self) -> bool:
         """Whether nothing that came in is left to read."""
         return self._start == self._stop
+
+    def trust(self) -> None:
+        """The other end has shown who it is: it may send what it likes, whenever it likes."""
+        self._max_bytes = MAX_MESSAGE_BYTES
+        self._socket.settimeout(None)
 
     def send(self, message: Message, tensor: memoryview | None = None) -> None:
         """Send, and never block: what the socket does not take at once, a thread of its own sends in its time.
@@ -153,7 +163,7 @@ class Connection(Generic[Received]):
             if not self._fill(wait):
                 return None
         length, tensor_bytes = LENGTHS.unpack_from(self._buffer, self._start)
-        if length > MAX_MESSAGE_BYTES or tensor_bytes > CHUNK_BYTES:
+        if length > self._max_bytes or tensor_bytes > CHUNK_BYTES:
             raise StreamError(f"a message of {length} bytes with a tensor of {tensor_bytes} is too long")
         end = LENGTHS.size + length
         if end > len(self._buffer):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic
 
-from ps.wire.connection import GREETING, MAGIC, Connection, Received, Role, StreamError, tune
+from ps.wire.connection import FIRST_MESSAGE_BYTES, GREETING, MAGIC, Connection, Received, Role, StreamError, tune
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ GREETING_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Service(Generic[Received]):
-    """How callers of one role are served: each in a thread of its own, by `serve`."""
+    """How callers of one role are served: each in a thread of its own, by `serve`, which trusts them or hangs up."""
 
     parse: Callable[[bytes], Received]
     serve: Callable[[Connection[Received]], None]
@@ -54,14 +54,13 @@ class Listener:
             magic, role = GREETING.unpack(end.recv(GREETING.size, socket.MSG_WAITALL))
             if magic != MAGIC or role not in self._services:
                 raise StreamError("it does not speak this protocol")
-            end.settimeout(None)
             tune(end)
         except (OSError, struct.error, StreamError) as error:
             log.warning("a caller from %s is turned away: %s", caller, error)
             end.close()
             return
         service = self._services[Role(role)]
-        service.serve(Connection(end, service.parse))
+        service.serve(Connection(end, service.parse, FIRST_MESSAGE_BYTES))
 
     def close(self) -> None:
         """Take no more calls."""

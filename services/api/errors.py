@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -22,6 +23,7 @@ from steepest.errors import (
     SpecError,
     SteepestError,
     UnauthenticatedError,
+    Violation,
 )
 
 log = logging.getLogger(__name__)
@@ -29,7 +31,7 @@ log = logging.getLogger(__name__)
 DOMAIN = "steepest"
 # A status travels in headers, and clients take 8 KiB of them: the message, in which every line break and letter beyond
 # ASCII takes three bytes, again inside the details, which are in base 64.
-MAX_SAID_BYTES, MAX_DETAILS_BYTES, MAX_VIOLATIONS = 700, 3000, 50
+MAX_SAID_BYTES, MAX_DETAILS_BYTES, MAX_VIOLATIONS, MAX_FIELD_BYTES = 700, 3000, 50, 60
 
 CATALOGUE: dict[type[SteepestError], tuple[int, str]] = {
     SpecError: (code_pb2.INVALID_ARGUMENT, "INVALID_SPEC"),
@@ -48,11 +50,9 @@ def status_of(error: Exception) -> status_pb2.Status:
         if isinstance(error, kind):
             details = [error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)]
             if isinstance(error, SpecError):
-                most = MAX_DETAILS_BYTES // max(len(error.violations), 1)
-                violations = [
-                    error_details_pb2.BadRequest.FieldViolation(field=v.field, description=shortened(v.problem, most))
-                    for v in error.violations[:MAX_VIOLATIONS]
-                ]
+                shown = error.violations[:MAX_VIOLATIONS]
+                most = MAX_DETAILS_BYTES // max(len(shown), 1)
+                violations = [_violation(each, most) for each in shown]
                 details.append(error_details_pb2.BadRequest(field_violations=violations))
             message = shortened(str(error), MAX_SAID_BYTES)
             return status_pb2.Status(code=code, message=message, details=[_packed(d) for d in details])
@@ -64,6 +64,13 @@ def status_of(error: Exception) -> status_pb2.Status:
         message=f"internal error; the service's log has it as {reference}",
         details=[_packed(info)],
     )
+
+
+def _violation(violation: Violation, most: int) -> error_details_pb2.BadRequest.FieldViolation:
+    """most: bytes of both its texts."""
+    field = shortened(violation.field, min(MAX_FIELD_BYTES, most // 2))
+    problem = shortened(violation.problem, most - len(field.encode()))
+    return error_details_pb2.BadRequest.FieldViolation(field=field, description=problem)
 
 
 def shortened(text: str, most: int) -> str:
@@ -95,11 +102,13 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         if handler is None or not handler_call_details.method.startswith("/steepest."):
             return handler
         method = handler_call_details.method.rpartition("/")[2]
-        return rewrapped(
+        readable = _whole if handler.request_streaming else _checked
+        wrapped = rewrapped(
             handler,
-            lambda behaviour: self._metrics.single(method, _single(behaviour)),
-            lambda behaviour: self._metrics.stream(method, _stream(behaviour)),
+            lambda behaviour: self._metrics.single(method, _single(behaviour, readable)),
+            lambda behaviour: self._metrics.stream(method, _stream(behaviour, readable)),
         )
+        return wrapped._replace(request_deserializer=_tolerant(handler.request_deserializer))
 
 
 def rewrapped(handler: Any, single: Callable[..., Any], stream: Callable[..., Any]) -> Any:
@@ -117,20 +126,47 @@ def rewrapped(handler: Any, single: Callable[..., Any], stream: Callable[..., An
     return make(wrapped, handler.request_deserializer, handler.response_serializer)
 
 
-def _single(behaviour: Callable[..., Any]) -> Callable[..., Any]:
+class _Malformed(NamedTuple):
+    """In the place of a request that cannot be read. gRPC itself would call that an internal error of the service."""
+
+    problem: str
+
+
+def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError as error:
+            return _Malformed(str(error))
+
+    return read
+
+
+def _checked(request: Any) -> Any:
+    """A request that can be read. Raises SpecError."""
+    if isinstance(request, _Malformed):
+        raise SpecError([Violation("request", f"is no message of this method: {request.problem}")])
+    return request
+
+
+def _whole(requests: Iterable[Any]) -> Iterator[Any]:
+    return map(_checked, requests)
+
+
+def _single(behaviour: Callable[..., Any], readable: Callable[[Any], Any]) -> Callable[..., Any]:
     def call(request: Any, context: grpc.ServicerContext) -> Any:
         try:
-            return behaviour(request, context)
+            return behaviour(readable(request), context)
         except Exception as error:
             context.abort_with_status(rpc_status.to_status(status_of(error)))
 
     return call
 
 
-def _stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
+def _stream(behaviour: Callable[..., Any], readable: Callable[[Any], Any]) -> Callable[..., Any]:
     def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         try:
-            yield from behaviour(request, context)
+            yield from behaviour(readable(request), context)
         except Exception as error:
             context.abort_with_status(rpc_status.to_status(status_of(error)))
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import zipfile
 from collections.abc import Iterable
-from io import BytesIO
 from pathlib import Path
 
-from ps.job.code import unpack_code
+from ps.job.code import opened, unpack_code
 from steepest.bundle import RESERVED_NAMES
 from steepest.errors import SpecError, Violation
 
@@ -33,10 +31,10 @@ class CodeStore:
             if len(data) > self._max_bytes:
                 raise SpecError([Violation("data", f"the code is larger than {self._max_bytes} bytes")])
         try:
-            with zipfile.ZipFile(BytesIO(data)) as archive:
+            with opened(bytes(data)) as archive:
                 check_reserved(archive.namelist())
-        except zipfile.BadZipFile as error:
-            raise SpecError([Violation("data", f"is no zip archive: {error}")]) from None
+        except ValueError as error:
+            raise SpecError([Violation("data", f"is no archive of code: {error}")]) from None
         digest = hashlib.sha256(data).hexdigest()
         path = self._directory / f"{digest}.zip"
         if not path.exists():
@@ -59,7 +57,12 @@ class CodeStore:
 
     def unpacked(self, name: str) -> Path | None:
         """A directory with the files of a bundle; None for the empty name."""
-        return unpack_code(self.read(name), self._directory / "unpacked") if name else None
+        if not name:
+            return None
+        try:
+            return unpack_code(self.read(name), self._directory / "unpacked")
+        except ValueError as error:
+            raise SpecError([Violation("task.code_bundle", f"{name}: {error}")]) from None
 
 
 def check_reserved(names: Iterable[str]) -> None:
