@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,12 @@ def timestamp(seconds: float) -> Timestamp:
     return message
 
 
+@functools.lru_cache(maxsize=2000)
+def _spec_message(text: str) -> pb.TrainingJobSpec:
+    """Of a stored spec; not to be written to. A list makes many of them, and each takes a millisecond."""
+    return spec_to_proto(spec_from_dict(json.loads(text)))
+
+
 def job_to_proto(row: JobRow, settings: Settings, samples_per_second: float | None, now: float) -> pb.TrainingJob:
     """A job, to the wire."""
     result = row.result
@@ -60,9 +67,9 @@ def job_to_proto(row: JobRow, settings: Settings, samples_per_second: float | No
     for role, id_, pid, host, state in result.members:
         members = status.workers if role == "worker" else status.servers
         members.append(pb.Member(id=id_, pid=pid, host=host, state=state))
-    spec = spec_to_proto(spec_from_dict(json.loads(row.spec)))
-    spec.placement.workers = row.workers
-    job = pb.TrainingJob(name=row.name, spec=spec, status=status, create_time=timestamp(row.created), owner=row.owner)
+    job = pb.TrainingJob(name=row.name, status=status, create_time=timestamp(row.created), owner=row.owner)
+    job.spec.CopyFrom(_spec_message(row.spec))
+    job.spec.placement.workers = row.workers
     job.etag = row.etag
     if row.ended is not None:
         job.end_time.CopyFrom(timestamp(row.ended))
