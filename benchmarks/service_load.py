@@ -210,12 +210,12 @@ def _create(count: int, directory: Path, database: str, kills: int) -> dict[str,
         left = len(waiting)
         while waiting and len(waiting) > left - count // (kills + 2) + draw.randint(0, count // 20):
             time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         process.wait()
-        for child in psutil.process_iter():
+        for child in children:  # Ray's, which would go on for a while
             with contextlib.suppress(psutil.Error):
-                if child.name() in ("raylet", "gcs_server"):
-                    child.kill()
+                child.kill()
         process = _start(directory, database)
     for thread in threads:
         thread.join()
