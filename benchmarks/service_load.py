@@ -43,7 +43,7 @@ from steepest.errors import ServiceUnavailableError
 from steepest.v1 import training_jobs_pb2 as pb
 from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
 
-PORT, HTTP_PORT = 50973, 50974
+PORT, HTTP_PORT = 15973, 15974  # below those that the system takes for callers
 ADDRESS = f"127.0.0.1:{PORT}"
 CLIENTS = 32
 TASK, SMALL = "benchmarks/tasks.py:waiting", "benchmarks/tasks.py:wide"

@@ -20,6 +20,7 @@ from steepest.errors import (
     ChangedError,
     ConflictError,
     NotFoundError,
+    OutOfRangeError,
     PermissionDeniedError,
     ServiceUnavailableError,
     SpecError,
@@ -150,6 +151,8 @@ class Client:
                 return NotFoundError(message)
             case grpc.StatusCode.ABORTED:
                 return ChangedError(message)
+            case grpc.StatusCode.OUT_OF_RANGE:
+                return OutOfRangeError(message)
             case grpc.StatusCode.FAILED_PRECONDITION:
                 return ConflictError(message)
             case grpc.StatusCode.UNAUTHENTICATED:

@@ -55,6 +55,10 @@ class ChangedError(ConflictError):
     """The job has changed since the caller saw it."""
 
 
+class OutOfRangeError(SteepestError):
+    """What is asked to go on from does not exist."""
+
+
 class UnauthenticatedError(SteepestError):
     """The service needs a token that it knows."""
 

@@ -18,6 +18,7 @@ from steepest.errors import (
     ChangedError,
     ConflictError,
     NotFoundError,
+    OutOfRangeError,
     PermissionDeniedError,
     ServiceUnavailableError,
     SpecError,
@@ -39,6 +40,7 @@ CATALOGUE: dict[type[SteepestError], tuple[int, str]] = {
     ChangedError: (code_pb2.ABORTED, "CHANGED"),
     ConflictError: (code_pb2.FAILED_PRECONDITION, "CONFLICT"),
     ServiceUnavailableError: (code_pb2.UNAVAILABLE, "UNAVAILABLE"),
+    OutOfRangeError: (code_pb2.OUT_OF_RANGE, "OUT_OF_RANGE"),
     UnauthenticatedError: (code_pb2.UNAUTHENTICATED, "TOKEN_NEEDED"),
     PermissionDeniedError: (code_pb2.PERMISSION_DENIED, "NOT_ALLOWED"),
 }

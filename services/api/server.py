@@ -11,13 +11,14 @@ from grpc_reflection.v1alpha import reflection
 from services.api.access import AccessInterceptor
 from services.api.errors import ErrorInterceptor
 from services.api.servicer import TrainingJobServicer
+from services.api.watches import MAX_STREAMS
 from services.jobs.access import Access
 from services.settings import Settings
 from services.telemetry.calls import CallMetrics
 from steepest.v1 import training_jobs_pb2 as pb
 from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
 
-MAX_CALLS = 256
+MAX_CALLS = 256 + MAX_STREAMS
 MAX_REQUEST_BYTES = 16 << 20
 STOP_SECONDS = 1.0
 

@@ -25,6 +25,7 @@ from ps.step.signals import NAMES
 from ps.wire import convert as ps_convert
 from services.api.convert import checkpoint_to_proto, curvature_to_proto, event_to_proto, job_to_proto, line_to_proto
 from services.api.server_info import ServerFacts
+from services.api.watches import Watches
 from services.jobs.analysis import MATRICES, Analyses, CurvatureQuestion
 from services.jobs.job_log import JobLog
 from services.jobs.operations import Operations
@@ -35,7 +36,7 @@ from services.store.lifecycle import ENDED
 from services.store.selection import Selection
 from services.store.store import JobRow, Store
 from steepest.convert import spec_from_proto
-from steepest.errors import ConflictError, ServiceUnavailableError, SpecError, Violation
+from steepest.errors import ConflictError, OutOfRangeError, ServiceUnavailableError, SpecError, Violation
 from steepest.v1 import training_jobs_pb2 as pb
 from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
 
@@ -44,7 +45,6 @@ MAX_PAGE_SIZE = 1000
 HISTORY_PAGE_SIZE = 10_000
 HISTORY_PAGE_NUMBERS = 200_000  # norms and signals of parameters in a page
 CHUNK_BYTES = 1 << 20
-WATCH_SECONDS = 0.1
 PREFIX = "trainingJobs/"
 
 
@@ -66,6 +66,7 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         self._store = store
         self._settings = settings
         self._closing = closing
+        self._watches = Watches(store, settings)
 
     def _id(self, name: str) -> str:
         if not name.startswith(PREFIX) or len(name) == len(PREFIX):
@@ -117,33 +118,33 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         self, request: pb.WatchTrainingJobRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.WatchTrainingJobResponse]:
         """See the .proto file. Progress is coalesced: a slow watcher gets the newest."""
-        store = self._store
-        row = self._row(request.name)
-        job, logged = row.id, TaskDescription.from_json(row.description).logged_names
-        sequence, step = request.after_sequence, -1
-        offset = request.log_offset
-        printed, history = self._log(job), self._history(job)
-        while context.is_active():
-            # The order matters: a job read as ended here has all its events and records in the store already.
-            row = store.get(job)
-            record = history.last()
-            if record is not None and record.step != step:
-                step = record.step
-                yield pb.WatchTrainingJobResponse(progress=ps_convert.record_to_proto(record, logged))
-            for event in store.events_after(job, sequence):
-                sequence = event.sequence
-                yield pb.WatchTrainingJobResponse(event=event_to_proto(event))
-            for stored in printed.read(offset) if request.logs else ():
-                offset = stored.offset
-                yield pb.WatchTrainingJobResponse(line=line_to_proto(stored))
-            if row.state in ENDED:
-                yield pb.WatchTrainingJobResponse(ended=self._message(store.get(job)))
-                return
-            with store.changed:
-                store.changed.wait(WATCH_SECONDS * 10)
-            self._closing.wait(WATCH_SECONDS)
-            if self._closing.is_set():
-                raise ServiceUnavailableError("the service is stopping")
+        job = self._row(request.name).id
+        sequence, offset = max(0, request.after_sequence), request.log_offset
+        progress = None
+        printed = self._log(job)
+        with self._watches.of(job) as watched:
+            while context.is_active():
+                watched.look(self._watches.pause / 2)
+                row = watched.row  # before the rest, so that all of it is there if the job has ended
+                if sequence > len(watched.events):
+                    problem = f"after_sequence {sequence} is beyond the last event, {len(watched.events)}"
+                    raise OutOfRangeError(f"{problem}: it is of another job, or of another service; watch from 0")
+                newest = watched.progress
+                if newest is not None and newest is not progress:
+                    progress = newest
+                    yield newest
+                for event in watched.events[sequence:]:
+                    sequence += 1
+                    yield event
+                for stored in printed.read(offset) if request.logs else ():
+                    offset = stored.offset
+                    yield pb.WatchTrainingJobResponse(line=line_to_proto(stored))
+                if row.state in ENDED:
+                    yield pb.WatchTrainingJobResponse(ended=self._message(self._store.get(job)))
+                    return
+                self._closing.wait(self._watches.pause)
+                if self._closing.is_set():
+                    raise ServiceUnavailableError("the service is stopping")
 
     def StreamLogs(  # noqa: N802
         self, request: pb.StreamLogsRequest, context: grpc.ServicerContext
@@ -153,18 +154,19 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
             raise SpecError([Violation("offset", f"{request.offset} must not be negative")])
         job, offset = self._row(request.name).id, request.offset
         printed = self._log(job)
-        while context.is_active():
-            has_ended = self._store.get(job).state in ENDED  # before the read, so that all of it is there then
-            lines = printed.read(offset)
-            if lines:
-                offset = lines[-1].offset
-                yield pb.StreamLogsResponse(lines=map(line_to_proto, lines))
-            elif has_ended or not request.follow:
-                return
-            else:
-                self._closing.wait(WATCH_SECONDS)
-                if self._closing.is_set():
-                    raise ServiceUnavailableError("the service is stopping")
+        with self._watches.opened():
+            while context.is_active():
+                has_ended = self._store.get(job).state in ENDED  # before the read, so that all of it is there then
+                lines = printed.read(offset)
+                if lines:
+                    offset = lines[-1].offset
+                    yield pb.StreamLogsResponse(lines=map(line_to_proto, lines))
+                elif has_ended or not request.follow:
+                    return
+                else:
+                    self._closing.wait(self._watches.pause)
+                    if self._closing.is_set():
+                        raise ServiceUnavailableError("the service is stopping")
 
     def _log(self, job: str) -> JobLog:
         return JobLog(self._settings.log_of(job), self._settings.max_log_bytes)

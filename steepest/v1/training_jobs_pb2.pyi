@@ -1970,6 +1970,7 @@ class WatchTrainingJobRequest(_message.Message):
     LOG_OFFSET_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     after_sequence: _builtins.int
+    """Beyond the last event there is: refused with OUT_OF_RANGE."""
     logs: _builtins.bool
     """Whether what user code prints is streamed, too."""
     log_offset: _builtins.int

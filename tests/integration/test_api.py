@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -115,6 +116,52 @@ def test_an_etag_is_that_of_the_job_as_it_was_seen(stub: Any, submit: Callable[.
     with pytest.raises(ChangedError):
         job.delete(etag=seen.etag)
     job.delete(etag=job.get().etag)
+
+
+def test_a_watch_goes_on_without_a_gap_or_is_refused(stub: Any, submit: Callable[..., Job]) -> None:
+    job = submit("regression", steps=3)
+    job.wait()
+    events = [event.sequence for event in job.events()]
+    for after in (0, 1, events[-1]):
+        request = pb.WatchTrainingJobRequest(name=job.name, after_sequence=after)
+        updates = list(stub.WatchTrainingJob(request))
+        assert [u.event.sequence for u in updates if u.WhichOneof("update") == "event"] == events[after:]
+        assert updates[-1].ended.status.step == 3
+    with pytest.raises(grpc.RpcError) as refused:
+        list(stub.WatchTrainingJob(pb.WatchTrainingJobRequest(name=job.name, after_sequence=events[-1] + 1)))
+    assert refused.value.code() == grpc.StatusCode.OUT_OF_RANGE
+
+
+def test_many_who_watch_see_the_same(service: Service, stub: Any, submit: Callable[..., Job]) -> None:
+    job = submit("slow", arguments={"delay": 0.002}, steps=300)
+    seen: list[list[int]] = [[] for _ in range(300)]  # more than a pool of threads for short calls would hold
+    streams = [stub.WatchTrainingJob(pb.WatchTrainingJobRequest(name=job.name)) for _ in seen]
+
+    def follow(index: int) -> None:
+        for update in streams[index]:
+            if update.WhichOneof("update") == "event":
+                seen[index].append(update.event.sequence)
+
+    threads = [threading.Thread(target=follow, args=(index,)) for index in range(len(seen))]
+    for thread in threads:
+        thread.start()
+    assert job.set_priority(2).priority == 2  # others are still answered
+    job.wait()
+    for thread in threads:
+        thread.join(30)
+    assert {tuple(own) for own in seen} == {tuple(range(1, len(job.events()) + 1))}
+
+
+def test_streams_beyond_the_limit_are_refused(
+    stub: Any, submit: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit("slow", steps=100_000)
+    monkeypatch.setattr("services.api.watches.MAX_STREAMS", 1)
+    stream = stub.WatchTrainingJob(pb.WatchTrainingJobRequest(name=job.name))
+    next(stream)
+    with pytest.raises(grpc.RpcError, match="streams are open here"):
+        next(stub.StreamLogs(pb.StreamLogsRequest(name=job.name, follow=True)))
+    stream.cancel()
 
 
 def test_a_service_says_what_it_is(client: Client, service: Service, submit: Callable[..., Job]) -> None:
