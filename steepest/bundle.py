@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import sys
+import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from steepest.errors import SpecError, Violation
 RESERVED_NAMES = frozenset({"services", "worker", "ps", "steepest"})
 MAX_DATA_BYTES = 64 << 20  # of files that are not code
 MAX_PATH = 256  # characters
+_PARSING = threading.Lock()  # Python 3.11 raises SystemError when threads parse at the same time
 _SUFFIX = ".py"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -67,7 +69,7 @@ def bundle_task(task: str, also: str = "") -> Bundle:
 
 def _add_named_data(root: Path, files: dict[str, bytes]) -> list[str]:
     """Add what the strings in the code name below `root`, but for hidden files and code. Returns what is too large."""
-    trees = [ast.parse(source) for name, source in files.items() if name.endswith(_SUFFIX)]
+    trees = [_tree(source) for name, source in files.items() if name.endswith(_SUFFIX)]
     nodes = (node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant))
     named = {value.removeprefix("./").rstrip("/") for value in nodes if isinstance(value, str)}
     left_out = []
@@ -124,10 +126,15 @@ def _check_function(path: Path, function: str) -> None:
 
 def _parse(path: Path) -> ast.Module:
     try:
-        return ast.parse(path.read_bytes(), filename=str(path))
+        return _tree(path.read_bytes(), str(path))
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         raise _refused(f"{path}{f', line {line}' if line else ''}: {error}") from None
+
+
+def _tree(source: bytes, filename: str = "<unknown>") -> ast.Module:
+    with _PARSING:
+        return ast.parse(source, filename=filename)
 
 
 def _is_local(root: Path, top: str) -> bool:
