@@ -13,7 +13,7 @@ jobs = sa.Table(
     sa.Column("request_id", sa.String(128), unique=True),
     sa.Column("spec", sa.Text, nullable=False),
     sa.Column("description", sa.Text, nullable=False),
-    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("state", sa.String(16), nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("workers", sa.Integer, nullable=False),
     sa.Column("incarnation", sa.Integer, nullable=False),
@@ -24,6 +24,8 @@ jobs = sa.Table(
     sa.Column("priority", sa.Integer, nullable=False, server_default="0"),
     sa.Column("owner", sa.String(63), nullable=False, server_default=""),
     sa.Index("ix_jobs_created_id", "created", "id"),
+    sa.Index("ix_jobs_state_created_id", "state", "created", "id"),  # so that a list of one state needs no sorting
+    sa.Index("ix_jobs_owner_created_id", "owner", "created", "id"),
 )
 
 events = sa.Table(
