@@ -22,7 +22,7 @@ from worker.gradients.torch_engine import TorchEngine
 from worker.rehearsal.comparison import choose_counts, compare_parts, tolerance_of
 from worker.rehearsal.conduct import trainable, watch_first_pass
 from worker.rehearsal.hidden_state import differences
-from worker.rehearsal.memory import BUDGET, peak_bytes, plan, too_much
+from worker.rehearsal.memory import BUDGET, UNKNOWN, peak_bytes, plan, too_much
 from worker.rehearsal.passes import Passes, blamed
 from worker.rehearsal.words import name_of, same, shape_of, some
 from worker.task.load import TaskError
@@ -116,6 +116,8 @@ def rehearse(
     how = found.recomputed or spec.memory.checkpoint_activations
     _check_recomputing(passes, indices, how)
     found.peak_bytes = peak_bytes(passes, indices, samples)
+    if budget and not found.peak_bytes:
+        raise TaskError(BUDGET, UNKNOWN)
     if budget and found.peak_bytes > budget:
         raise TaskError(BUDGET, too_much(found.peak_bytes, budget, samples, [how]))
     _check_compiling(passes, indices)
