@@ -14,9 +14,7 @@ from worker.rehearsal.passes import Passes
 from worker.task.load import TaskError
 
 BUDGET = "memory.activation_budget"
-UNKNOWN = (
-    "what the pass of this task takes cannot be measured (it is no task of torch, or compiles itself); leave it out"
-)
+UNKNOWN = "what a pass of this task takes cannot be measured (it is no task of torch, say); leave it out"
 
 
 def peak_bytes(passes: Passes, indices: NDArray[np.int64], samples: int) -> int:

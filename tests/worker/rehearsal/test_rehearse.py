@@ -202,6 +202,12 @@ def test_a_plan_keeps_within_the_budget_for_activations(kind: str, how: str) -> 
         assert refused.value.field == "memory.activation_budget"
 
 
+def test_a_budget_for_what_cannot_be_measured_is_refused() -> None:
+    with pytest.raises(RefusedError, match="no task of torch") as refused:
+        rehearsed("tests.support.tasks:least_squares", epochs=1, memory={"activation_budget": "1GB"})
+    assert refused.value.field == "memory.activation_budget"
+
+
 @pytest.mark.parametrize(
     ("function", "how", "said"),
     [
