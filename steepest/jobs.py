@@ -66,8 +66,7 @@ class JobInfo:
     """A job at one moment. loss: of the last step; metrics: of the last evaluation; error: None unless FAILED.
 
     etag: to be given with a request that is meant for the job as it is now. owner: the name of the token that created
-    it; empty if none was needed. incarnation: one more whenever the job goes
-    back to a checkpoint, at began_at_step.
+    it; empty if none was needed. incarnation: one more whenever the job goes back to a checkpoint, at began_at_step.
     """
 
     job: str

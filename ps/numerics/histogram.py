@@ -27,9 +27,8 @@ def count_by_segment(values: torch.Tensor, divisor: float, segments: NDArray[np.
     counts = torch.zeros(len(segments) * (BINS + 1), dtype=torch.int64, device=values.device)
     for first in range(0, len(values), COUNTED_NUMEL):
         part = values[first : first + COUNTED_NUMEL]
-        _, exponents = torch.frexp(
-            part.to(torch.float64, copy=True).abs_().div_(divisor)
-        )  # a number is 0.5 to 1 times 2 ** exponent
+        magnitudes = part.to(torch.float64, copy=True).abs_().div_(divisor)
+        _, exponents = torch.frexp(magnitudes)  # each is 0.5 to 1 times 2 ** exponent
         bins = ((exponents.long() - 1) >> 1).sub_(LOWEST_POWER).clamp_(0, BINS - 1)
         places = torch.arange(first, first + len(part), device=values.device)
         segment = torch.searchsorted(starts, places, right=True).sub_(1)

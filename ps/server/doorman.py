@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import secrets
 import threading
+from collections.abc import Callable
 
 from ps.job.config import JobConfig
 from ps.step.messages import PROTOCOL
-from ps.wire.connection import Connection, StreamError
+from ps.wire.connection import Connection, Message, Received, StreamError
 from ps.wire.in_process import InProcess
 from steepest.v1 import exchange_pb2 as pb
 
@@ -49,6 +50,25 @@ class Doorman:
 
     def greet(self, connection: Connection[pb.WorkerMessage] | InProcess[pb.WorkerMessage]) -> pb.Hello | None:
         """The hello of a worker or of another host's home; None when it is not let in, and has been told why."""
+        first = self._first(connection, lambda message: self._hello_refusal(message.hello), pb.ServerMessage)
+        return None if first is None else first.hello
+
+    def greet_follower(self, connection: Connection[pb.FollowerMessage]) -> pb.Enlist | None:
+        """The first message of a follower; None as for `greet`."""
+
+        def refusal(message: pb.FollowerMessage) -> str:
+            return self.refusal(message.enlist.fence, message.enlist.token)
+
+        first = self._first(connection, refusal, pb.LeaderMessage)
+        return None if first is None else first.enlist
+
+    def _first(
+        self,
+        connection: Connection[Received] | InProcess[Received],
+        refusal_of: Callable[[Received], str],
+        answer: Callable[..., Message],
+    ) -> Received | None:
+        """The first message of who is let in, and trusted from then on. answer: makes a message with a refusal."""
         try:
             first = connection.next_message()
         except StreamError:
@@ -56,9 +76,9 @@ class Doorman:
         if first is None:
             connection.release()
             return None
-        refusal = self._hello_refusal(first.hello)
+        refusal = refusal_of(first)
         if refusal:
-            connection.refuse(pb.ServerMessage(refusal=pb.Refusal(reason=refusal)))
+            connection.refuse(answer(refusal=pb.Refusal(reason=refusal)))
             return None
         connection.trust()
-        return first.hello
+        return first

@@ -10,7 +10,7 @@ from ps.server.leader_runner import LeaderRunner
 from ps.server.shard_links import RemoteShard, ShardLinks
 from ps.step.messages import Round
 from ps.wire import convert
-from ps.wire.connection import Connection, StreamError
+from ps.wire.connection import Connection
 from steepest.v1 import exchange_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -27,9 +27,10 @@ class FollowerStreams:
 
     def serve(self, connection: Connection[pb.FollowerMessage]) -> None:
         """Serve a follower until its stream ends, which the controller sees and starts a new incarnation."""
-        server = self._greet(connection)
-        if server is None:
+        enlist = self._doorman.greet_follower(connection)
+        if enlist is None:
             return
+        server = enlist.server
         try:
             self._enlist(server, connection)
             for message in connection:
@@ -39,22 +40,6 @@ class FollowerStreams:
             log.exception("message of server %d", server)
             self._guard.fail(f"the leader failed on a message of server {server}: {error!r}")
         connection.release()
-
-    def _greet(self, connection: Connection[pb.FollowerMessage]) -> int | None:
-        """The number of the server that calls; None when it is not let in."""
-        try:
-            first = connection.next_message()
-        except StreamError:
-            first = None
-        if first is None:
-            connection.release()
-            return None
-        refusal = self._doorman.refusal(first.enlist.fence, first.enlist.token)
-        if refusal:
-            connection.refuse(pb.LeaderMessage(refusal=pb.Refusal(reason=refusal)))
-            return None
-        connection.trust()
-        return first.enlist.server
 
     def _enlist(self, server: int, connection: Connection[pb.FollowerMessage]) -> None:
         connection.sink = lambda message, num_bytes: self._runner.state_sink(server, message.state, num_bytes)

@@ -28,10 +28,10 @@ class Watched:
         self._store = store
         self._history = history
         self._job = job
-        self._logged = TaskDescription.from_json(store.get(job).description).logged_names
         self._lock = threading.Lock()
         self._looked = 0.0
         self.row: JobRow = store.get(job)
+        self._logged = TaskDescription.from_json(self.row.description).logged_names
         self.progress: pb.WatchTrainingJobResponse | None = None  # of the newest step
         self.events: list[pb.WatchTrainingJobResponse] = []  # all, in order: number n has sequence n + 1
         self.watchers = 0

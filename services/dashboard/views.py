@@ -131,6 +131,13 @@ class Views:
             "values": np.ascontiguousarray(np.round(powers.T, 3)),
         }
 
+    def _parameter(self, job: str, name: str) -> int:
+        """The number of a parameter. Raises NotFoundError, SpecError."""
+        names = parameter_names(self._store.get(job))
+        if name not in names:
+            raise SpecError([Violation("name", f"{name!r} is no parameter of trainingJobs/{job}")])
+        return names.index(name)
+
     def _layer_signal(
         self, job: str, signal: str, first: int, last: int | None, parameter: int | None = None
     ) -> tuple[NDArray[Any], NDArray[np.float64]]:
@@ -173,10 +180,8 @@ class Views:
         self, job: str, name: str, first: int, last: int | None, points: int, signal: str = GRADIENT_NORM
     ) -> dict[str, Any]:
         """One signal of one parameter. Raises NotFoundError, SpecError."""
-        names = parameter_names(self._store.get(job))
-        if name not in names:
-            raise SpecError([Violation("name", f"{name!r} is no parameter of trainingJobs/{job}")])
-        steps, values = self._layer_signal(job, signal, first, last, names.index(name))
+        parameter = self._parameter(job, name)
+        steps, values = self._layer_signal(job, signal, first, last, parameter)
         found = downsample({"step": steps, "norm": values}, min(points, MAX_POINTS))
         return {"steps": found.steps, **dict(zip(("min", "max", "mean"), found.series["norm"], strict=True))}
 
@@ -185,14 +190,12 @@ class Views:
 
         powers: of ten, of the edges of the bins that anything is in. Raises NotFoundError, SpecError.
         """
-        names = parameter_names(self._store.get(job))
-        if name not in names:
-            raise SpecError([Violation("name", f"{name!r} is no parameter of trainingJobs/{job}")])
+        parameter = self._parameter(job, name)
         steps, counts = self._history(job).histograms(first, last)
         starts = bucket_starts(len(steps), min(points, MAX_POINTS))
         if not len(starts):
             return {"steps": [], "powers": [], "values": []}
-        own = np.add.reduceat(counts[:, names.index(name)], starts, axis=0, dtype=np.float64)
+        own = np.add.reduceat(counts[:, parameter], starts, axis=0, dtype=np.float64)
         used = np.flatnonzero(own.any(axis=0))
         low, high = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
         with np.errstate(invalid="ignore"):

@@ -111,8 +111,6 @@ class Ledger:
             self._on_full(error)
         for finding in self._health.observe(records):
             self.note_finding(finding)
-        if records:
-            self._store.notify()
         if newest is not None:
             self.record = newest
             self.note_step(newest.step + 1)

@@ -277,7 +277,7 @@ class JobHistory:
             for incarnation, layout, hidden in self._visible()
         ]
         steps, parts = measured_rows(files, first, last)
-        counts = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty((0, 0, BINS), np.uint32)
+        counts = joined(parts) if parts else np.empty((0, 0, BINS), np.uint32)
         return steps[:limit], counts[:limit]
 
     def samples_per_second(self) -> float | None:

@@ -106,7 +106,6 @@ class Store:
         self._write = threading.Lock()
         self._known = Known[JobRow]()
         self.tokens = Tokens(self._engine, self._write)
-        self.changed = threading.Condition()  # notified whenever a job or its progress changes
 
     def _migrate(self) -> None:
         config = Config()
@@ -126,11 +125,6 @@ class Store:
         if self._claim is not None:
             self._claim.close()
         self._engine.dispose()
-
-    def notify(self) -> None:
-        """Wake those who wait for `changed`."""
-        with self.changed:
-            self.changed.notify_all()
 
     @contextmanager
     def _writing(self, job: str) -> Iterator[sa.Connection]:
@@ -161,7 +155,6 @@ class Store:
                 connection.execute(sa.insert(labels), own)
             for reason in (row.reason, *notes):
                 self._add_event(connection, row.id, row.created, row.state, reason)
-        self.notify()
         return row
 
     @retried
@@ -203,7 +196,6 @@ class Store:
             others = ((evaluations, evaluations.c.job), (events, events.c.job), (labels, labels.c.job))
             for table, column in (*others, (jobs, jobs.c.id)):
                 connection.execute(sa.delete(table).where(column == job))
-        self.notify()
 
     @retried
     def in_states(self, states: Iterable[JobState]) -> list[JobRow]:
@@ -245,7 +237,6 @@ class Store:
             new = replace(row, state=state, reason=reason, ended=now if state in ENDED else None)
             connection.execute(sa.update(jobs).where(jobs.c.id == job).values(**_job_values(new)))
             self._add_event(connection, job, now, state, reason)
-        self.notify()
         return new
 
     @retried
@@ -255,7 +246,6 @@ class Store:
             values["result"] = _result_json(values["result"])
         with self._writing(job) as connection:
             connection.execute(sa.update(jobs).where(jobs.c.id == job).values(**values))
-        self.notify()
 
     # -- events -----------------------------------------------------------------------------------------------------
 
@@ -270,7 +260,6 @@ class Store:
         with self._write, self._engine.begin() as connection:
             state = connection.execute(sa.select(jobs.c.state).where(jobs.c.id == job)).scalar_one()
             self._add_event(connection, job, now, JobState(state), reason)
-        self.notify()
 
     @retried
     def events_after(self, job: str, sequence: int) -> list[EventRow]:

@@ -151,9 +151,7 @@ class Subject:
             )
             if product.requires_grad:  # else the loss is linear
                 second = torch.autograd.grad(product, parameters, allow_unused=True)
-                for view, part in zip(self.layout.views(out), second, strict=True):
-                    if part is not None:
-                        view.copy_(part)
+                self._write(out, second)
         except RuntimeError as error:
             problem = f"the model cannot be differentiated twice, which curvature needs: {error}"
             raise TaskError("task.model", problem) from error
@@ -186,10 +184,14 @@ class Subject:
             rows = torch.autograd.grad(
                 [z for z, _ in curved], engine.parameters, [b for _, b in curved], allow_unused=True
             )
-            for view, part in zip(self.layout.views(out), rows, strict=True):
-                if part is not None:
-                    view.copy_(part)
+            self._write(out, rows)
         return out.mul_(found.factor), found.weight
+
+    def _write(self, flat: torch.Tensor, parts: Sequence[torch.Tensor | None]) -> None:
+        """Bring what there is for each parameter to its place. flat: shape (layout.numel,), of zeros."""
+        for view, part in zip(self.layout.views(flat), parts, strict=True):
+            if part is not None:
+                view.copy_(part)
 
     def _along(
         self, parameters: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], vector: torch.Tensor
@@ -227,9 +229,7 @@ class Subject:
         rows = torch.zeros(len(flat), self.layout.numel, dtype=torch.float64)
         for row, output in zip(rows, flat, strict=True):
             found = torch.autograd.grad(output, engine.parameters, retain_graph=True, allow_unused=True)
-            for view, part in zip(self.layout.views(row), found, strict=True):
-                if part is not None:
-                    view.copy_(part)
+            self._write(row, found)
         return rows.numpy()
 
     def _forward(self, leaf: int) -> LossValue:
