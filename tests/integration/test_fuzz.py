@@ -253,7 +253,8 @@ def test_http_requests_of_any_kind(service: Service, draw: random.Random) -> Non
         said = answer.read()
         connection.close()
         assert answer.status < 500, (method, path, body, headers, said[:300])
-        assert b"Traceback" not in said
+        # What is found may tell a job's own error, which is the traceback of its code.
+        assert answer.status < 400 or b"Traceback" not in said
 
 
 def _quoted(draw: random.Random) -> str:
