@@ -15,7 +15,7 @@ from grpc_status import rpc_status
 
 from steepest import contexts
 from steepest.channel import open_channel, with_token
-from steepest.convert import spec_to_proto
+from steepest.convert import change_to_proto, spec_to_proto
 from steepest.errors import (
     ChangedError,
     ConflictError,
@@ -103,6 +103,23 @@ class Client:
         request = pb.CreateTrainingJobRequest(
             training_job_id=name, spec=message, request_id=request_id or str(uuid.uuid4())
         )
+        return Job(self, self._call(self._stub.CreateTrainingJob, request, CREATE_SECONDS).name)
+
+    def replay(self, job: str, *, name: str = "", workers: int | None = None) -> Job:
+        """Submit a job again, with all that health rules have changed in it from the start: same bits, no way back.
+
+        Its rules only record. name: of the new job. workers: other than those of the first.
+
+        Raises NotFoundError, and what `submit` does.
+        """
+        known = self.job(job).get()
+        message = spec_to_proto(known.spec)
+        for rule, action in known.spec.health.actions.items():
+            if action in ("pause", "cancel", "rollback"):
+                message.health.actions[rule] = "record"
+        message.changes.extend(map(change_to_proto, known.changes))
+        message.placement.workers = workers or known.spec.placement.workers
+        request = pb.CreateTrainingJobRequest(training_job_id=name, spec=message, request_id=str(uuid.uuid4()))
         return Job(self, self._call(self._stub.CreateTrainingJob, request, CREATE_SECONDS).name)
 
     def _upload(self, data: bytes) -> str:

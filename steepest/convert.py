@@ -7,6 +7,7 @@ from typing import Any
 
 from google.protobuf.json_format import ParseDict
 
+from steepest.change_spec import ChangeSpec
 from steepest.errors import SpecError, Violation
 from steepest.spec import TrainingJobSpec, spec_from_dict
 from steepest.v1 import training_jobs_pb2 as pb
@@ -31,6 +32,16 @@ def spec_from_proto(message: pb.TrainingJobSpec) -> TrainingJobSpec:
     return spec_from_dict(_present(message))
 
 
+def change_to_proto(change: ChangeSpec) -> pb.ChangeSpec:
+    """What is done otherwise from a step on, to the wire."""
+    return pb.ChangeSpec(**change.model_dump())
+
+
+def change_from_proto(message: pb.ChangeSpec) -> ChangeSpec:
+    """What is done otherwise from a step on, from the wire."""
+    return ChangeSpec.model_validate(_present(message))
+
+
 def _json(field: str, text: str) -> Any:
     """Raises SpecError for what is no JSON."""
     try:
@@ -49,6 +60,8 @@ def _present(message: Any) -> dict[str, Any]:
             raw[descriptor.name] = {key: _json(f"{where}.{key}", text) for key, text in value.items()}
         elif descriptor.message_type is not None and descriptor.message_type.GetOptions().map_entry:
             raw[descriptor.name] = dict(value)
+        elif descriptor.message_type is not None and descriptor.is_repeated:
+            raw[descriptor.name] = [_present(each) for each in value]
         elif descriptor.message_type is not None:
             raw[descriptor.name] = _present(value)
         else:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from steepest.convert import spec_from_proto
+from steepest.change_spec import ChangeSpec
+from steepest.convert import change_from_proto, spec_from_proto
 from steepest.spec import TrainingJobSpec
 from steepest.v1 import training_jobs_pb2 as pb
 
@@ -34,8 +35,8 @@ class Finding(NamedTuple):
     """Something that is wrong with a job's training, or soon will be.
 
     rule: vanishing, exploding, dead_units, saturated, initialization, stalled, diverging, update_ratio, update_spike,
-    nonfinite, outlier, overfitting, straggler or input_bound. severity: warning or critical. message: the evidence,
-    and what to try. The rest is None where it does not apply.
+    nonfinite, outlier, overfitting, straggler, input_bound or staleness. severity: warning or critical. message: the
+    evidence, and what to try. The rest is None where it does not apply.
     """
 
     rule: str
@@ -67,6 +68,7 @@ class JobInfo:
 
     etag: to be given with a request that is meant for the job as it is now. owner: the name of the token that created
     it; empty if none was needed. incarnation: one more whenever the job goes back to a checkpoint, at began_at_step.
+    changes: that rollbacks have made, besides those of the spec.
     """
 
     job: str
@@ -93,6 +95,7 @@ class JobInfo:
     incarnation: int = 0
     began_at_step: int = 0
     etag: str = ""
+    changes: tuple[ChangeSpec, ...] = ()
 
     @property
     def has_ended(self) -> bool:
@@ -127,6 +130,7 @@ class JobInfo:
             "owner": self.owner or None,
             "labels": dict(sorted(self.spec.labels.items())),
             "etag": self.etag,
+            "changes": [change.model_dump(mode="json") for change in (*self.spec.changes, *self.changes)],
         }
 
 
@@ -166,6 +170,7 @@ def job_from_proto(message: pb.TrainingJob) -> JobInfo:
         incarnation=status.incarnation,
         began_at_step=status.began_at_step,
         etag=message.etag,
+        changes=tuple(map(change_from_proto, status.changes)),
     )
 
 

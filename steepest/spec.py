@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, PrivateAttr, ValidationError, field_validator, model_validator
 
+from steepest.change_spec import Changes, ChangeSpec
 from steepest.errors import SpecError
 from steepest.memory_spec import MemorySpec
 from steepest.optimizer_base import OptimizerSpec
@@ -33,6 +34,7 @@ __all__ = [
     "SCHEDULE_NAMES",
     "AverageSpec",
     "BestSpec",
+    "ChangeSpec",
     "HealthSpec",
     "TelemetrySpec",
     "ClipSpec",
@@ -303,6 +305,11 @@ class TrainingJobSpec(SpecModel):
     memory: MemorySpec = Field(default=MemorySpec(), description="What is kept in memory, and what is computed again.")
     health: HealthSpec = Field(default=HealthSpec(), description="What becomes of what the health rules find.")
     telemetry: TelemetrySpec = Field(default=TelemetrySpec(), description="What is kept of every step.")
+    changes: Changes = Field(
+        default=(),
+        description="What is done otherwise from a step on: each with step, lr_scale and skip_samples.",
+        json_schema_extra={"default_text": "none"},
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -354,6 +361,11 @@ class TrainingJobSpec(SpecModel):
                 f"clip.agc one of {', '.join(ELEMENTWISE)}"
             )
         return self
+
+    @property
+    def skips_nonfinite(self) -> bool:
+        """Whether a step that is not finite is not taken; else it fails the job."""
+        return self.on_nonfinite == "skip" or self.health.skips("nonfinite")
 
     @property
     def needs_whole_parameters(self) -> str:

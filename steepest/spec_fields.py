@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pydantic
 from pydantic import BaseModel
@@ -31,7 +31,8 @@ def describe_fields(model: type[BaseModel] = TrainingJobSpec, prefix: str = "") 
         if name == "optimizer":
             yield from _describe_optimizers()
             continue
-        optional = [part for part in get_args(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+        parts = () if get_origin(annotation) is tuple else get_args(annotation)
+        optional = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
         if len(optional) == 1:
             yield from describe_fields(optional[0], f"{prefix}{name}.")
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -35,7 +35,10 @@ def violation(error: dict[str, Any], root: type[BaseModel]) -> Violation:
         case "extra_forbidden":
             parent = root
             for part in loc[:-1]:
+                if part.isdigit():  # of a list
+                    continue
                 annotation = parent.model_fields[part].annotation
+                annotation = next(iter(get_args(annotation)), None) if get_origin(annotation) is tuple else annotation
                 parent = annotation if isinstance(annotation, type) else parent
             return Violation(path, f"no such field; allowed: {', '.join(parent.model_fields)}")
         case "missing":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from steepest.spec_base import NonNegativeInt, PositiveInt, SpecModel
 
@@ -12,7 +12,9 @@ from steepest.spec_base import NonNegativeInt, PositiveInt, SpecModel
 class TelemetrySpec(SpecModel):
     """What is kept of every step."""
 
-    every: PositiveInt = Field(default=1, description="Keep the record of every so many steps in the history.")
+    every: PositiveInt = Field(
+        default=1, description="Keep the record of every so many steps in the history, and of those that stand out."
+    )
     parameter_norms: bool = Field(default=True, description="Keep the gradient norm of each parameter in the records.")
     signals_every: NonNegativeInt = Field(
         default=20,
@@ -32,9 +34,10 @@ class TelemetrySpec(SpecModel):
 
 Rule = Literal[
     "vanishing", "exploding", "dead_units", "saturated", "initialization", "stalled", "diverging", "update_ratio",
-    "update_spike", "nonfinite", "outlier", "overfitting", "straggler", "input_bound",
+    "update_spike", "nonfinite", "outlier", "overfitting", "straggler", "input_bound", "staleness",
 ]  # fmt: skip
-Action = Literal["record", "ignore", "pause", "cancel", "rollback"]
+Action = Literal["record", "ignore", "pause", "cancel", "rollback", "skip"]
+SKIPPING = ("exploding", "nonfinite")  # rules that the leader looks at before a step is taken
 
 
 class HealthSpec(SpecModel):
@@ -43,12 +46,31 @@ class HealthSpec(SpecModel):
     actions: dict[Rule, Action] = Field(
         default={},
         description="By the name of a rule: record what it finds, ignore it, or also pause or cancel the job at the "
-        "next step boundary, or rollback: return to a checkpoint from before, with a smaller learning rate.",
+        "next step boundary; rollback: return to a checkpoint from before, and leave out the samples to blame, or else "
+        "go on with a smaller learning rate; skip (exploding, nonfinite): do not take the step.",
         json_schema_extra={"default_text": "record"},
     )
     rollback_factor: float = Field(
-        default=0.5, gt=0.0, le=1.0, description="What a rollback multiplies the learning rate by."
+        default=0.5,
+        gt=0.0,
+        le=1.0,
+        description="What a rollback multiplies the learning rate by, if no samples are to blame.",
     )
     max_rollbacks: PositiveInt = Field(
         default=3, le=100, description="Rollbacks after which the next one fails the job."
     )
+
+    @model_validator(mode="after")
+    def _only_what_is_known_in_time(self) -> Self:
+        for rule, action in self.actions.items():
+            if action == "skip" and rule not in SKIPPING:
+                allowed = " and ".join(SKIPPING)
+                raise ValueError(
+                    f"actions.{rule} = 'skip': it finds what has lasted, and the step is taken by then; skip is "
+                    f"allowed for {allowed}"
+                )
+        return self
+
+    def skips(self, rule: Rule) -> bool:
+        """Whether a step in which the rule finds something is not taken."""
+        return self.actions.get(rule) == "skip"

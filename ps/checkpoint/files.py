@@ -150,6 +150,7 @@ def write_checkpoint(
             "state_sha256": whole,
             "best": _best_to_json(state.standing.best),
             "clip": list(state.standing.clip),
+            "norms": list(state.standing.norms),
             "files": {name: {"sha256": _file_sha256(temporary / name)} for name in files},
         }
         kept = {"incarnation": incarnation, "records": [_plain(r) for r in records]}
@@ -233,6 +234,7 @@ def _read(path: Path) -> tuple[Written, State]:
             int(manifest["updates"]),
             _best_from_json(manifest.get("best")),
             tuple(map(float, manifest.get("clip", ()))),
+            tuple(map(float, manifest.get("norms", ()))),
         ),
         tensors[MODEL],
         tensors[OPTIMIZER],

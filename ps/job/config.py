@@ -22,7 +22,7 @@ class JobConfig:
     evaluates_with_gradients: whether evaluations run with autograd on. caches: attributes in which modules keep what
     they computed. logged_names: what the loss function returns besides. fingerprint: of data and initial parameters, as
     they were when the job was submitted. factors: see Plan. loss_counts: what the mean of the loss is over, see
-    worker.gradients.losses. lr_scale: what rollbacks have left of the learning rate.
+    worker.gradients.losses.
     """
 
     job: str
@@ -41,7 +41,6 @@ class JobConfig:
     fingerprint: tuple[tuple[str, float], ...] = ()
     factors: tuple[float, ...] = ()
     loss_counts: str = ""
-    lr_scale: float = 1.0
 
     def layout(self) -> Layout:
         """The layout of the parameters."""
@@ -75,7 +74,8 @@ class JobConfig:
             num_leaves=spec.data.num_micro_batches,
             num_servers=self.num_servers,
             part_leaves=spec.part_leaves,
-            base_lr=spec.optimizer.base_lr * self.lr_scale,
+            base_lr=spec.optimizer.base_lr,
+            changes=spec.changes,
             schedule=spec.schedule,
             clip=spec.clip,
             segment_owners=tuple(self.layout().segment_owners.tolist()) if spec.clip.is_by_parameter else (),
@@ -84,7 +84,8 @@ class JobConfig:
             eval_every=spec.eval_every,
             checkpoint_every=spec.checkpoint_every,
             checkpoint_seconds=spec.checkpoint_interval,
-            skip_nonfinite=spec.on_nonfinite == "skip",
+            skip_nonfinite=spec.skips_nonfinite,
+            skip_exploding=spec.health.skips("exploding"),
             worker_timeout_seconds=spec.placement.worker_timeout_seconds,
             factors=self.factors,
             aim=_aim(spec.best),

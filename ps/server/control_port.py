@@ -28,7 +28,7 @@ class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
     """Listens for the controller on gRPC, once it is started.
 
     refusal: why a caller is not let in, or nothing. record_every: the records of every so many steps are for the
-    history. layout: None leaves out parameter norms.
+    history, and of those with an outlier, or that were not taken. layout: None leaves out parameter norms.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
         report, self._report, self._is_urgent = self._report, pb.SupervisionMessage(), False
         if records := self._make_records():
             report.records.CopyFrom(convert.records_to_proto(records))
-        if self._newest is not None and self._newest.decision.step % self._record_every:
+        if self._newest is not None and not self._is_kept(self._newest):
             report.newest.CopyFrom(convert.records_to_proto(records_of([self._newest], self._layout)))
         self._newest = None
         return report
@@ -113,10 +113,15 @@ class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
         """A step was made."""
         with self._news:
             self._newest = completed
-            if completed.decision.step % self._record_every == 0:
+            if self._is_kept(completed):
                 self._completed.append(completed)
                 if len(self._completed) > MAX_UNSTORED:  # no controller is connected
                     self._make_records()
+
+    def _is_kept(self, completed: CompletedStep) -> bool:
+        """Whether a step is for the history: every so many, and those that something is to be said of."""
+        decision = completed.decision
+        return decision.step % self._record_every == 0 or completed.outlier is not None or not decision.apply
 
     def unstored(self) -> list[StepRecord]:
         """The records for the history that no controller has stored yet, as far as is known here."""

@@ -39,13 +39,14 @@ class Standing:
     """Where a job's training stands, as its checkpoints keep it.
 
     updates: of the optimizer, which is less than `step` after skipped steps. best: the best evaluation so far. clip:
-    what the job's clip policy has learned, see ClipPolicy.
+    what the job's clip policy has learned, see ClipPolicy. norms: the last ones, of jobs that skip explosions.
     """
 
     step: int = 0
     updates: int = 0
     best: Best = NONE
     clip: tuple[float, ...] = ()
+    norms: tuple[float, ...] = ()
 
 
 class Pursuit:

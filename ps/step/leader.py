@@ -69,7 +69,8 @@ class Leader:
         self._initialized = initialized
         self._round: RoundState | None = None
         self._agenda = Agenda(plan, since.step if initialized else -1, since.best)
-        self._clip = Clipping(plan.clip, plan.segment_owners, since.clip)
+        norms = since.norms if plan.skip_exploding else None
+        self._clip = Clipping(plan.clip, plan.segment_owners, since.clip, norms)
         self._pause = False
         self._cancel = False
         self._served_seconds = 0.0  # that the servers took for the last step
@@ -79,7 +80,7 @@ class Leader:
     @property
     def standing(self) -> Standing:
         """Where the training stands, for a checkpoint."""
-        return Standing(self.step, self.updates, self._agenda.best, self._clip.state)
+        return Standing(self.step, self.updates, self._agenda.best, self._clip.state, self._clip.norms)
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
@@ -339,7 +340,7 @@ class Leader:
 
     def _decide(self, current: RoundState, now: float) -> list[Effect]:
         """One decision for all shards: clip and apply, or skip."""
-        decision = current.decide(self.plan.learning_rate(self.updates), self._clip)
+        decision = current.decide(self.plan.learning_rate(self.step, self.updates), self._clip)
         if not current.is_finite and not self.plan.skip_nonfinite:
             # Name the micro-batch: have the step computed again, and looked at.
             return self._begin(Round.DIAGNOSE, self.plan.num_leaves, now)

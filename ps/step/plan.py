@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ps.numerics.schedule import learning_rate
 from ps.step.best import Aim
+from steepest.change_spec import ChangeSpec, lr_scale_at
 from steepest.spec import ScheduleSpec
 from steepest.step_spec import ClipSpec
 
@@ -16,6 +17,7 @@ class Plan:
 
     factors: of the learning rate at each update, if the task has a schedule of its own.
     segment_owners: see Layout; of jobs that clip every parameter by itself.
+    changes: of the learning rate, from steps on. skip_exploding: whether steps are not taken whose gradient explodes.
     aim: what the best evaluation is, if that matters.
     part_leaves: micro-batches that are compressed together, with a residual that stays at the worker; 0: nothing is.
     """
@@ -34,12 +36,15 @@ class Plan:
     checkpoint_every: int = 0
     checkpoint_seconds: float = 0.0
     skip_nonfinite: bool = False
+    skip_exploding: bool = False
     worker_timeout_seconds: float = 300.0
     factors: tuple[float, ...] = ()
     aim: Aim | None = None
+    changes: tuple[ChangeSpec, ...] = ()
 
-    def learning_rate(self, update: int) -> float:
-        """Of the update of that number, from 0."""
+    def learning_rate(self, step: int, update: int) -> float:
+        """Of a step, from 0, that makes the update of that number, from 0."""
+        base_lr = self.base_lr * lr_scale_at(self.changes, step)
         if self.factors:
-            return self.base_lr * self.factors[min(update, len(self.factors) - 1)]
-        return learning_rate(self.base_lr, self.schedule, update, self.total_steps)
+            return base_lr * self.factors[min(update, len(self.factors) - 1)]
+        return learning_rate(base_lr, self.schedule, update, self.total_steps)

@@ -64,7 +64,7 @@ class CompletedStep(NamedTuple):
             gradient_norm=norm,
             clipped_norm=clipped_norm,
             clip_coefficient=clipped_norm / norm if norm > 0 else 1.0,
-            clipped=clipped_norm < norm * (1 - 1e-12),
+            clipped=decision.apply and clipped_norm < norm * (1 - 1e-12),
             skipped=not decision.apply,
             workers=self.workers,
             step_seconds=self.committed - self.began,

@@ -152,7 +152,7 @@ class RoundState:
         return math.isfinite(self.weight)
 
     def decide(self, lr: float, clipping: Clipping) -> Decision:
-        """Clip and apply, or skip a step that is not finite or weighs nothing.
+        """Clip and apply, or skip a step that is not finite, weighs nothing, or explodes.
 
         Also sets loss, norm and weight, which are of the mean gradient.
         """
@@ -165,6 +165,9 @@ class RoundState:
             return Decision(self.step, self.kind, apply=False, lr=lr)
         self.loss = loss / weight
         self.norm = math.sqrt(total) / weight
+        if clipping.explodes(self.norm):
+            self.clipped_norm = 0.0
+            return Decision(self.step, self.kind, apply=False, divisor=weight, lr=lr, loss=self.loss)
         clip = clipping(self.norm, self.segment_sums(), weight)
         self.clipped_norm = clip.norm
         return Decision(

@@ -15,7 +15,7 @@ from services.jobs.job_log import StoredLine
 from services.settings import Settings
 from services.store.lifecycle import JobState
 from services.store.store import EventRow, JobRow
-from steepest.convert import spec_to_proto
+from steepest.convert import change_to_proto, spec_to_proto
 from steepest.spec import spec_from_dict
 from steepest.v1 import training_jobs_pb2 as pb
 
@@ -64,6 +64,7 @@ def job_to_proto(row: JobRow, settings: Settings, samples_per_second: float | No
     )
     for finding in result.findings:
         status.findings.append(pb.Finding(**{k: v for k, v in finding._asdict().items() if v is not None}))
+    status.changes.extend(map(change_to_proto, result.changes))
     for role, id_, pid, host, state in result.members:
         members = status.workers if role == "worker" else status.servers
         members.append(pb.Member(id=id_, pid=pid, host=host, state=state))

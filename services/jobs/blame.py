@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ps.step.messages import Failure, Outlier, StepRecord
 from steepest.jobs import Finding
 
 SHOWN = 8  # samples in a message
+
+
+def some(samples: Sequence[int]) -> str:
+    """Their numbers, or the first few of many."""
+    return ", ".join(map(str, samples[:SHOWN])) + (", …" if len(samples) > SHOWN else "")
 
 
 def nonfinite(failure: Failure, worker: str) -> Finding:
@@ -23,8 +30,7 @@ def outlier(record: StepRecord) -> Finding:
     if len(own.samples) == 1:
         cause = f"sample {own.samples[0]} of the training data makes it so"
     elif own.samples:
-        shown = ", ".join(map(str, own.samples[:SHOWN])) + (", …" if len(own.samples) > SHOWN else "")
-        cause = f"samples {shown} of the training data make it so"
+        cause = f"samples {some(own.samples)} of the training data make it so"
     return Finding(
         "outlier", "warning", record.step,
         f"the mean loss of micro-batch {own.micro_batch} is {own.loss:.4g}, {own.times_usual:.0f} times what is usual, "

@@ -170,20 +170,17 @@ class Controller(threading.Thread):
         self.ledger.begin_life(self._incarnation, written.step, records, of_incarnation)
 
     def _begin_life(self) -> Life:
-        incarnation = self._incarnation
+        incarnation, changes = self._incarnation, (*self.spec.changes, *self.ledger.result.changes)
         config = JobConfig(
             job=self.job,
             incarnation=incarnation,
             token=secrets.token_urlsafe(32),
-            spec=self.spec,
+            spec=self.spec.model_copy(update={"changes": changes}),
             **self.description.known,
             num_servers=self.spec.placement.num_servers,
             checkpoint_directory=self._settings.checkpoints_of(self.job),
-            lr_scale=self.spec.health.rollback_factor**self.ledger.result.rollbacks,
         )
-        started = self._room.start_servers(
-            config, lambda index, end: self._inbox.put(ServerEnded(incarnation, index, end))
-        )
+        started = self._room.start_servers(config, lambda i, end: self._inbox.put(ServerEnded(incarnation, i, end)))
         addresses = [address for address, _ in started]
         leader = self._dial(addresses[0].control, config, lambda report: self._inbox.put(Reported(incarnation, report)))
         self._team.clear()
@@ -194,37 +191,39 @@ class Controller(threading.Thread):
         self._hang_up()
         self._room.stop_actors()
         cancelling = self._cancel_deadline is not None
-        goes_back = self.ledger.suspect is not None and not cancelling
+        culprit = None if cancelling else self.ledger.culprit
         rollbacks, health = self.ledger.result.rollbacks, self.spec.health
-        if goes_back and rollbacks < health.max_rollbacks:
+        if culprit is not None and rollbacks < health.max_rollbacks:
             self._room.wait_stopped()  # or a checkpoint could still be written
-            discard_after(self._settings.checkpoints_of(self.job), self.ledger.suspect or 0)
+            discard_after(self._settings.checkpoints_of(self.job), policy.suspect_step(culprit))
         self._find_checkpoint()
         at, step = self.ledger.result.step, None if self._checkpoint is None else self._checkpoint.step
-        if goes_back:
-            decision = policy.on_rollback(rollbacks, health, what_happened, step)
-            self.ledger.note_rollback()
+        if culprit is not None:
+            decision = policy.on_rollback(rollbacks, health, culprit, step)
         else:
             decision = policy.on_server_loss(self._patience, what_happened, at, step, cancelling=cancelling)
         if isinstance(decision, policy.End):
             self._end(decision)
             return False
+        if decision.change is not None:
+            self.ledger.note_rollback(decision.change)
         self.ledger.move(JobState.RECOVERING, decision.reason)
         return True
 
     def _hang_up(self) -> None:
-        if self._life is not None:
-            self._life.leader.close()
-            self._life = None
+        life, self._life = self._life, None
+        if life is not None:
+            life.leader.close()
 
     # -- events -------------------------------------------------------------------------------------------------------
 
     def _handle_next(self) -> None:
         try:
-            event = self._inbox.get(timeout=POLL_SECONDS)
+            self._handle(self._inbox.get(timeout=POLL_SECONDS))
         except Empty:
-            return
-        self._handle(event)
+            if self.ledger.look():
+                self._publish()
+            self._act_on_findings()
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, Asked):
@@ -346,7 +345,7 @@ class Controller(threading.Thread):
             traceback = "" if failure is None else failure.traceback
             if failure is not None and failure.reason.startswith("nonfinite"):
                 self.ledger.note_finding(nonfinite(failure, phase.worker))
-                if self.ledger.suspect is not None:
+                if self.ledger.culprit is not None:
                     continue
             state = self.ledger.state
             for decision in policy.on_phase(
@@ -356,10 +355,13 @@ class Controller(threading.Thread):
                     self._end(decision)
                 else:
                     self.ledger.move(decision.state, decision.reason)
-        while not self.ledger.wanted.empty():
-            self._obey(Asked(self.ledger.wanted.get()))
+        self._act_on_findings()
         if self.ledger.is_stale or report.members or report.evaluations or report.phases:
             self._publish()
+
+    def _act_on_findings(self) -> None:
+        while not self.ledger.wanted.empty():
+            self._obey(Asked(self.ledger.wanted.get()))
 
     def _on_checkpoint(self, checkpoint: CheckpointReport) -> None:
         if checkpoint.problem:
@@ -389,10 +391,7 @@ class Controller(threading.Thread):
         servers = self._life.servers if self._life is not None else []
         names = [server_name(i, self.spec.placement.num_servers) for i in range(len(servers))]
         members = [("server", name, s.pid, s.host, "running") for name, s in zip(names, servers, strict=True)]
-        for name, worker in self._team.items():
-            started = worker.started or Started(0, "")
-            members.append(("worker", name, started.pid, started.host, str(worker.state)))
-        self.ledger.publish(members)
+        self.ledger.publish([*members, *self._team.members()])
 
     def _end(self, decision: policy.End) -> None:
         self.ledger.note_result(error=decision.error)

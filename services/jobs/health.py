@@ -16,6 +16,7 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
+from ps.numerics.explosion import Explosions
 from ps.step.messages import StepRecord
 from ps.step.signals import NAMES as SIGNALS
 from services.jobs.blame import outlier
@@ -27,7 +28,6 @@ WINDOW = 100  # steps that a running median is over
 VANISHING = 1e-7  # mean magnitude of a layer's gradient; SageMaker Debugger's rule VanishingGradient has the same
 VANISHING_SHARE = 1e-4  # of the largest layer's, so that a job that has converged is not called so
 CONVERGED = 0.1  # of the loss that the job began with
-EXPLODING = 100.0  # times the running median of the gradient's norm
 DIVERGING = 3.0  # times the loss that the job began with
 STALLED_STEPS = 300  # without a better loss than 0.99 of the first one
 INPUT_BOUND = 0.5  # share of a step spent waiting for samples
@@ -77,7 +77,7 @@ class Health:
     activations: Sequence[str] = ()
     _updates: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     _last_lr: float = 0.0
-    _norms: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    _explosions: Explosions = field(default_factory=Explosions)
     _losses: deque[float] = field(default_factory=lambda: deque(maxlen=LASTING_STEPS))
     _waiting: deque[float] = field(default_factory=lambda: deque(maxlen=20))
     _first_losses: list[float] = field(default_factory=list)
@@ -185,22 +185,24 @@ class Health:
 
     def _norm(self, record: StepRecord) -> list[Finding]:
         norm = record.gradient_norm
-        if record.skipped:
-            if not self._condition("nonfinite", 1).holds(record.step, now=True):
+        if record.skipped and not math.isfinite(norm):
+            if record.weight == 0 or not self._condition("nonfinite", 1).holds(record.step, now=True):
                 return []
             message = f"the gradient of step {record.step} was not finite, and the step was skipped"
             return [Finding("nonfinite", "critical", record.step, message)]
-        usual = median(self._norms) if len(self._norms) >= 2 * LASTING_STEPS else math.nan
-        exploding = norm > EXPLODING * usual
-        if not exploding:
-            self._norms.append(norm)
-        if not self._condition("exploding", 1).holds(record.step, now=exploding):
+        exploding = math.isfinite(norm) and self._explosions.take(norm)
+        if not self._condition("exploding", 1).holds(record.step, now=exploding or record.skipped):
             return []
+        usual = self._explosions.usual
+        known = math.isfinite(usual)  # else to the leader alone, which has seen more steps
+        than = f"{norm / usual:.0f} times the median {usual:.4g} of" if known else "a hundred times and more that of"
+        taken = ", and the step was not taken" if record.skipped else ""
+        bound = f" {usual * 2:.1g}" if known else ""
         return [
             Finding(
                 "exploding", "critical", record.step,
-                f"the gradient's norm is {norm:.4g}, {norm / usual:.0f} times the median {usual:.4g} of the steps "
-                f"before. Try clipping (--clip-norm {usual * 2:.1g}), a smaller learning rate, or a warm-up",
+                f"the gradient's norm is {norm:.4g}, {than} the steps before{taken}. Try clipping "
+                f"(--clip-norm{bound}), a smaller learning rate, or a warm-up",
                 self._largest(record),
             )
         ]  # fmt: skip

@@ -11,10 +11,12 @@ from typing import Any
 
 from ps.step.messages import StepRecord
 from services.jobs import policy
-from services.jobs.health import LASTING_STEPS, Health
+from services.jobs.health import Health
+from services.jobs.staleness import Staleness
 from services.store.history import JobHistory
 from services.store.lifecycle import ENDED, JobState
 from services.store.store import JobRow, Store
+from steepest.change_spec import ChangeSpec, with_change
 from steepest.errors import ConflictError
 from steepest.jobs import Finding
 from steepest.spec import TrainingJobSpec
@@ -29,8 +31,8 @@ MAX_FINDINGS = 50  # of a job; the oldest go first
 class Ledger:
     """Keeps one job's result and writes it down. num_samples: of the job's data.
 
-    wanted: verbs that health rules have asked for, in order, for the controller to take. suspect: the first step that
-    may have gone wrong, when a rule wants the job to go back; None otherwise.
+    wanted: verbs that health rules have asked for, in order, for the controller to take. culprit: why a rule wants the
+    job to go back; None when none does.
     """
 
     def __init__(
@@ -50,13 +52,14 @@ class Ledger:
         self._history = history
         self._make_health = make_health
         self._health = make_health()
-        self.suspect: int | None = None
+        self._staleness = Staleness(spec.eval_every, row.total_steps)
+        self.culprit: Finding | None = None
         self._is_full = False
         self._num_samples = num_samples
         self._global_batch = spec.data.global_batch
         self._actions = {str(rule): action for rule, action in spec.health.actions.items()}
         self.wanted: SimpleQueue[str] = SimpleQueue()
-        self._written = 0.0
+        self._written, self._has_news = 0.0, False
 
     @property
     def state(self) -> JobState:
@@ -77,6 +80,7 @@ class Ledger:
     def note_result(self, **changes: Any) -> None:
         """Change fields of the result."""
         self.result = replace(self.result, **changes)
+        self._has_news = True
 
     def note_step(self, step: int) -> None:
         """So many steps are done."""
@@ -112,6 +116,7 @@ class Ledger:
         for finding in self._health.observe(records):
             self.note_finding(finding)
         if newest is not None:
+            self._staleness.observe(records or [newest])
             self.record = newest
             self.note_step(newest.step + 1)
             self.note_result(loss=newest.loss)
@@ -131,19 +136,19 @@ class Ledger:
             return
         self.note_result(findings=(*self.result.findings, finding)[-MAX_FINDINGS:])
         self.say(f"{finding.severity}: {finding.rule}: {finding.message}")
-        if action == "rollback" and self.suspect is None and self.state in (JobState.RUNNING, JobState.PAUSING):
-            self.suspect = max(0, finding.step - LASTING_STEPS)
+        if action == "rollback" and self.culprit is None and self.state in (JobState.RUNNING, JobState.PAUSING):
+            self.culprit = finding
             self.wanted.put(action)
         move = policy.on_finding(finding.rule, finding.message, action, self.state)
         if move is not None:
             self.move(move.state, move.reason)
             self.wanted.put(action)
 
-    def note_rollback(self) -> None:
+    def note_rollback(self, change: ChangeSpec) -> None:
         """The job goes back; what is known of its health was of steps that are undone."""
-        self.suspect = None
+        self.culprit = None
         self._health = self._make_health()
-        self.note_result(rollbacks=self.result.rollbacks + 1)
+        self.note_result(rollbacks=self.result.rollbacks + 1, changes=with_change(self.result.changes, change))
 
     def note_evaluation(self, step: int, metrics: dict[str, float], *, is_best: bool) -> None:
         """An evaluation is done."""
@@ -152,11 +157,18 @@ class Ledger:
             self.note_finding(finding)
         self.note_result(metrics=metrics, **({"best_step": step} if is_best else {}))
 
+    def look(self) -> bool:
+        """Nothing has been reported for a while. Returns whether something is known that is not written yet."""
+        finding = self._staleness.look(time.time(), is_running=self.state == JobState.RUNNING)
+        if finding is not None:
+            self.note_finding(finding)
+        return self._has_news
+
     def publish(self, members: Iterable[tuple[str, str, int, str, str]]) -> None:
         """Write the result down. members: (role, id, pid, host, state)."""
         self.note_result(members=tuple(members))
         self._store.update(self.job, result=self.result)
-        self._written = time.time()
+        self._written, self._has_news = time.time(), False
 
     @property
     def is_stale(self) -> bool:

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 
 from ps.step.effects import Phase
 from services.cluster.processes import Exit, ExitKind
+from services.jobs.blame import some
+from services.jobs.health import LASTING_STEPS
 from services.jobs.team import WorkerState
 from services.store.lifecycle import ENDED, JobState
+from steepest.change_spec import ChangeSpec
+from steepest.jobs import Finding
 from steepest.spec import HealthSpec
 
 
@@ -33,9 +37,10 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Recover:
-    """Start all processes again from the last checkpoint."""
+    """Start all processes again from the last checkpoint. change: what is done otherwise from there on."""
 
     reason: str
+    change: ChangeSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +110,25 @@ def on_worker_exit(patience: Patience, who: str, state: WorkerState, end: Exit, 
     return Replace(f"{who} {end.message}; a new process takes its place, and no step is lost")
 
 
-def on_rollback(done: int, health: HealthSpec, what_happened: str, checkpoint_step: int | None) -> Recover | End:
+def on_rollback(done: int, health: HealthSpec, finding: Finding, checkpoint_step: int | None) -> Recover | End:
     """A health rule wants the job to go back. done: rollbacks so far. checkpoint_step: of the one to go back to."""
+    what_happened = finding.message
     if done >= health.max_rollbacks:
         problem = f"{what_happened} (after {done} rollbacks; health.max_rollbacks = {health.max_rollbacks})"
         return End(JobState.FAILED, "rollbacks have not helped", problem)
     where = "starting again from step 0" if checkpoint_step is None else f"returning to step {checkpoint_step}"
-    left = health.rollback_factor ** (done + 1)
-    return Recover(f"{what_happened}; {where} with {left:g} times the learning rate of the spec")
+    step = checkpoint_step or 0
+    if finding.samples:
+        without = f"without samples {some(finding.samples)}" if len(finding.samples) > 1 else "without that sample"
+        return Recover(f"{what_happened}; {where} {without}", ChangeSpec(step=step, skip_samples=finding.samples))
+    scale = health.rollback_factor
+    reason = f"{what_happened}; {where} with {scale:g} times the learning rate"
+    return Recover(reason, ChangeSpec(step=step, lr_scale=scale))
+
+
+def suspect_step(finding: Finding) -> int:
+    """The first step that may have gone wrong: that of the samples to blame, or where what has lasted began."""
+    return finding.step if finding.samples else max(0, finding.step - LASTING_STEPS)
 
 
 def on_finding(rule: str, message: str, action: str, state: JobState) -> Move | None:

@@ -64,6 +64,11 @@ class Team(dict[str, Worker]):
         worker = self.get(name)
         return worker if worker is not None and worker.generation == generation else None
 
+    def members(self) -> list[tuple[str, str, int, str, str]]:
+        """(role, id, pid, host, state) of each."""
+        started = {name: worker.started or Started(0, "") for name, worker in self.items()}
+        return [("worker", n, started[n].pid, started[n].host, str(worker.state)) for n, worker in self.items()]
+
     def any_running(self) -> bool:
         """Whether one has joined the servers."""
         return any(worker.state == WorkerState.RUNNING for worker in self.values())

@@ -22,6 +22,7 @@ from services.store.lifecycle import ENDED, JobState, check_move
 from services.store.schema import evaluations, events, jobs, labels
 from services.store.selection import NEWEST, Selection
 from services.store.tokens import Tokens
+from steepest.change_spec import ChangeSpec
 from steepest.errors import ConflictError, NotFoundError
 from steepest.jobs import Finding
 
@@ -41,6 +42,7 @@ class Result:
     findings: tuple[Finding, ...] = ()
     members: tuple[tuple[str, str, int, str, str], ...] = ()  # (role, id, pid, host, state)
     rollbacks: int = 0
+    changes: tuple[ChangeSpec, ...] = ()  # that rollbacks have made, besides those of the spec
     began_at: int = 0  # the step at which this incarnation began
 
 
@@ -302,7 +304,8 @@ def _of_request(connection: sa.Connection, request_id: str) -> JobRow | None:
 
 
 def _result_json(result: Result) -> str:
-    return json.dumps({f.name: getattr(result, f.name) for f in fields(Result)})
+    values = {f.name: getattr(result, f.name) for f in fields(Result)}
+    return json.dumps({**values, "changes": [change.model_dump() for change in result.changes]})
 
 
 def _finding(values: list[Any]) -> Finding:
@@ -326,5 +329,6 @@ def _job(row: Any) -> JobRow:
     raw = json.loads(row.result)
     raw["members"] = tuple((r, i, p, h, s) for r, i, p, h, s in raw["members"])
     raw["findings"] = tuple(_finding(values) for values in raw.get("findings", ()))
+    raw["changes"] = tuple(map(ChangeSpec.model_validate, raw.get("changes", ())))
     values["result"] = Result(**raw)
     return JobRow(**values)

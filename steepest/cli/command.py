@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from typer import Argument, Option
 
@@ -27,6 +27,9 @@ from steepest.cli.common import (
     show_until_end,
 )
 from steepest.cli.options import JobOptions, explain, submission, takes_job_options
+
+if TYPE_CHECKING:
+    from steepest.job import Job
 
 
 def main() -> None:
@@ -116,14 +119,33 @@ def submit(
     check_submission(request.task, request.arguments, request.spec)
     with client_of(server) as client:
         job = client.submit(request.task, name=request.name, arguments=request.arguments, **request.spec)
-        if not as_json:
-            sys.stdout.write(job.name + "\n")
-            sys.stdout.flush()
-        info = show_until_end(job) if watch else job.get()
-        if as_json:
-            report(info, as_json=True)
-        if watch:
-            exit_for(info)
+        _submitted(job, watch=watch, as_json=as_json)
+
+
+def _submitted(job: Job, *, watch: bool, as_json: bool) -> None:
+    """Say its name, and show its progress if that is wanted."""
+    if not as_json:
+        sys.stdout.write(job.name + "\n")
+        sys.stdout.flush()
+    info = show_until_end(job) if watch else job.get()
+    if as_json:
+        report(info, as_json=True)
+    if watch:
+        exit_for(info)
+
+
+@app.command(rich_help_panel="Train")
+def replay(
+    job: JobName,
+    name: Annotated[str, Option(metavar="NAME", help="Of the new job.")] = "",
+    workers: Annotated[int | None, Option(min=1, help="Other than it had; never changes the result.")] = None,
+    watch: Annotated[bool, Option("--watch", help="Show progress until the job ends.")] = False,
+    server: Server = DEFAULT_SERVER,
+    as_json: Json = False,
+) -> None:
+    """Submit a job again as its record says: what rollbacks changed is changed from the start, with the same bits."""
+    with client_of(server) as client:
+        _submitted(client.replay(job, name=name, workers=workers), watch=watch, as_json=as_json)
 
 
 @app.command("list", rich_help_panel="Watch")

@@ -35,6 +35,7 @@ MESSAGES = (
     "HealthSpec",
     "TelemetrySpec",
     "PlacementSpec",
+    "ChangeSpec",
     "TrainingJobSpec",
 )
 WIDTH = 116

@@ -1054,13 +1054,14 @@ class HealthSpec(_message.Message):
     ROLLBACK_FACTOR_FIELD_NUMBER: _builtins.int
     MAX_ROLLBACKS_FIELD_NUMBER: _builtins.int
     rollback_factor: _builtins.float
-    """What a rollback multiplies the learning rate by."""
+    """What a rollback multiplies the learning rate by, if no samples are to blame."""
     max_rollbacks: _builtins.int
     """Rollbacks after which the next one fails the job."""
     @_builtins.property
     def actions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """By the name of a rule: record what it finds, ignore it, or also pause or cancel the job at the next step boundary,
-        or rollback: return to a checkpoint from before, with a smaller learning rate.
+        """By the name of a rule: record what it finds, ignore it, or also pause or cancel the job at the next step boundary;
+        rollback: return to a checkpoint from before, and leave out the samples to blame, or else go on with a smaller
+        learning rate; skip (exploding, nonfinite): do not take the step.
         """
 
     def __init__(
@@ -1084,6 +1085,45 @@ class HealthSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rollback_factor) -> _WhichOneofReturnType__rollback_factor | None: ...
 
 Global___HealthSpec: _TypeAlias = HealthSpec  # noqa: Y015
+
+@_typing.final
+class ChangeSpec(_message.Message):
+    """From a step on: another learning rate, or samples that are left out. Changes add up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    LR_SCALE_FIELD_NUMBER: _builtins.int
+    SKIP_SAMPLES_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """The first step, from 0, that it is for."""
+    lr_scale: _builtins.float
+    """What the learning rate is multiplied by from there on."""
+    @_builtins.property
+    def skip_samples(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Samples of the training data that are left out from there on, by their numbers."""
+
+    def __init__(
+        self,
+        *,
+        step: _builtins.int | None = ...,
+        lr_scale: _builtins.float | None = ...,
+        skip_samples: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lr_scale", b"_lr_scale", "_step", b"_step", "lr_scale", b"lr_scale", "step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lr_scale", b"_lr_scale", "_step", b"_step", "lr_scale", b"lr_scale", "skip_samples", b"skip_samples", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__lr_scale: _TypeAlias = _typing.Literal["lr_scale"]  # noqa: Y015
+    _WhichOneofArgType__lr_scale: _TypeAlias = _typing.Literal["_lr_scale", b"_lr_scale"]  # noqa: Y015
+    _WhichOneofReturnType__step: _TypeAlias = _typing.Literal["step"]  # noqa: Y015
+    _WhichOneofArgType__step: _TypeAlias = _typing.Literal["_step", b"_step"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lr_scale) -> _WhichOneofReturnType__lr_scale | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step) -> _WhichOneofReturnType__step | None: ...
+
+Global___ChangeSpec: _TypeAlias = ChangeSpec  # noqa: Y015
 
 @_typing.final
 class AverageSpec(_message.Message):
@@ -1194,7 +1234,7 @@ class TelemetrySpec(_message.Message):
     PROFILE_STEPS_FIELD_NUMBER: _builtins.int
     HISTOGRAMS_EVERY_FIELD_NUMBER: _builtins.int
     every: _builtins.int
-    """Keep the record of every so many steps in the history."""
+    """Keep the record of every so many steps in the history, and of those that stand out."""
     parameter_norms: _builtins.bool
     """Keep the gradient norm of each parameter in the records."""
     signals_every: _builtins.int
@@ -1388,6 +1428,7 @@ class TrainingJobSpec(_message.Message):
     AVERAGE_FIELD_NUMBER: _builtins.int
     COMPILE_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Seed of everything random: initial parameters, order of the data, dropout, augmentation."""
     steps: _builtins.int
@@ -1466,6 +1507,10 @@ class TrainingJobSpec(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Words to find the job by: KEY = VALUE, as team = vision."""
 
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChangeSpec]:
+        """What is done otherwise from a step on: each with step, lr_scale and skip_samples."""
+
     def __init__(
         self,
         *,
@@ -1494,10 +1539,11 @@ class TrainingJobSpec(_message.Message):
         average: Global___AverageSpec | None = ...,
         compile: _builtins.bool | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        changes: _abc.Iterable[Global___ChangeSpec] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_checkpoint_seconds", b"_checkpoint_seconds", "_compile", b"_compile", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "average", b"average", "best", b"best", "checkpoint_every", b"checkpoint_every", "checkpoint_seconds", b"checkpoint_seconds", "clip", b"clip", "compile", b"compile", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "health", b"health", "init_from", b"init_from", "init_strict", b"init_strict", "memory", b"memory", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_checkpoint_seconds", b"_checkpoint_seconds", "_compile", b"_compile", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "average", b"average", "best", b"best", "checkpoint_every", b"checkpoint_every", "checkpoint_seconds", b"checkpoint_seconds", "clip", b"clip", "compile", b"compile", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "health", b"health", "init_from", b"init_from", "init_strict", b"init_strict", "labels", b"labels", "memory", b"memory", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_checkpoint_seconds", b"_checkpoint_seconds", "_compile", b"_compile", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "average", b"average", "best", b"best", "changes", b"changes", "checkpoint_every", b"checkpoint_every", "checkpoint_seconds", b"checkpoint_seconds", "clip", b"clip", "compile", b"compile", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "health", b"health", "init_from", b"init_from", "init_strict", b"init_strict", "labels", b"labels", "memory", b"memory", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checkpoint_every: _TypeAlias = _typing.Literal["checkpoint_every"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_every: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every"]  # noqa: Y015
@@ -1622,6 +1668,7 @@ class TrainingJobStatus(_message.Message):
     BEST_STEP_FIELD_NUMBER: _builtins.int
     FINDINGS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
     state: Global___TrainingJobState.ValueType
     reason: _builtins.str
     step: _builtins.int
@@ -1653,6 +1700,10 @@ class TrainingJobStatus(_message.Message):
     def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Finding]:
         """What was found of the job's health, oldest first."""
 
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChangeSpec]:
+        """What rollbacks have made otherwise, besides what the spec says."""
+
     def __init__(
         self,
         *,
@@ -1676,10 +1727,11 @@ class TrainingJobStatus(_message.Message):
         best_step: _builtins.int | None = ...,
         findings: _abc.Iterable[Global___Finding] | None = ...,
         priority: _builtins.int = ...,
+        changes: _abc.Iterable[Global___ChangeSpec] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_best_step", b"_best_step", "_loss", b"_loss", "_samples_per_second", b"_samples_per_second", "best_step", b"best_step", "loss", b"loss", "samples_per_second", b"samples_per_second"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_step", b"_best_step", "_loss", b"_loss", "_samples_per_second", b"_samples_per_second", "began_at_step", b"began_at_step", "best_step", b"best_step", "checkpoint_directory", b"checkpoint_directory", "error", b"error", "findings", b"findings", "incarnation", b"incarnation", "loss", b"loss", "metrics", b"metrics", "parameters_sha256", b"parameters_sha256", "priority", b"priority", "reason", b"reason", "samples", b"samples", "samples_per_second", b"samples_per_second", "servers", b"servers", "state", b"state", "state_sha256", b"state_sha256", "step", b"step", "total_steps", b"total_steps", "wall_seconds", b"wall_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_step", b"_best_step", "_loss", b"_loss", "_samples_per_second", b"_samples_per_second", "began_at_step", b"began_at_step", "best_step", b"best_step", "changes", b"changes", "checkpoint_directory", b"checkpoint_directory", "error", b"error", "findings", b"findings", "incarnation", b"incarnation", "loss", b"loss", "metrics", b"metrics", "parameters_sha256", b"parameters_sha256", "priority", b"priority", "reason", b"reason", "samples", b"samples", "samples_per_second", b"samples_per_second", "servers", b"servers", "state", b"state", "state_sha256", b"state_sha256", "step", b"step", "total_steps", b"total_steps", "wall_seconds", b"wall_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_step: _TypeAlias = _typing.Literal["best_step"]  # noqa: Y015
     _WhichOneofArgType__best_step: _TypeAlias = _typing.Literal["_best_step", b"_best_step"]  # noqa: Y015
@@ -1712,7 +1764,7 @@ class Finding(_message.Message):
     SAMPLES_FIELD_NUMBER: _builtins.int
     rule: _builtins.str
     """vanishing, exploding, dead_units, saturated, initialization, stalled, diverging, update_ratio, update_spike,
-    nonfinite, outlier, overfitting, straggler or input_bound
+    nonfinite, outlier, overfitting, straggler, input_bound or staleness
     """
     severity: _builtins.str
     """warning or critical"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -76,6 +77,7 @@ def test_a_sample_that_is_not_a_number_is_blamed_by_its_number(client: Client) -
 
 def test_a_corrupt_shard_of_data_is_blamed_by_its_samples(client: Client) -> None:
     spec = {**BASE, "data": {"global_batch": 16, "micro_batch": 8, "shuffle": False}, "steps": 40}
+    spec["telemetry"] = {"every": 7}  # the step that stands out is kept all the same
     hashes = set()
     for workers in (1, 2):
         job = client.submit(f"{SICK}:corrupt_shard", **spec, placement={"workers": workers})
@@ -117,22 +119,113 @@ def test_a_job_that_diverges_goes_back_with_a_smaller_rate_until_it_does_not(cli
     info = job.wait()
     reasons = [event.reason for event in job.events() if event.state == "RECOVERING"]
     assert reasons
-    assert "with 0.05 times the learning rate of the spec" in reasons[0]
+    assert "with 0.05 times the learning rate" in reasons[0]
     records = list(job.history())
     assert [record["step"] for record in records] == list(range(400))
     assert records[-1]["lr"] == pytest.approx(40.0 * 0.05 ** len(reasons))
     assert records[-1]["loss"] < records[0]["loss"]
     assert info.state == "SUCCEEDED"
+    assert [change.lr_scale for change in info.changes] == [0.05] * len(reasons)
+    replayed = client.replay(job.name, workers=2)
+    assert replayed.wait().state_sha256 == info.state_sha256
+
+
+def test_a_job_goes_back_and_leaves_out_the_samples_that_are_to_blame(client: Client) -> None:
+    spec = {**BASE, "checkpoint_every": 2, "steps": 30}
+    job = client.submit(f"{SICK}:one_bad_sample", **spec, health={"actions": {"nonfinite": "rollback"}})
+    info = job.wait()
+    [finding] = info.findings
+    [change] = info.changes
+    assert (change.skip_samples, change.lr_scale) == ((77,), 1.0)
+    assert finding.step - 2 < change.step <= finding.step
+    [reason] = [event.reason for event in job.events() if event.state == "RECOVERING"]
+    assert f"returning to step {change.step} without that sample" in reason or change.step == 0
+    records = {record["step"]: record for record in job.history()}
+    assert list(records) == list(range(30))
+    assert records[finding.step]["samples"] == 31  # of 32
+    assert {record["lr"] for record in records.values()} == {0.05}
+    again = client.replay(job.name, name="again", workers=2)
+    replayed = again.wait()
+    assert replayed.state_sha256 == info.state_sha256
+    assert (replayed.findings, replayed.incarnation, len(replayed.workers)) == ((), 1, 2)
+    assert replayed.spec.changes == info.changes
+    assert replayed.to_dict()["changes"] == info.to_dict()["changes"]
+
+
+@pytest.mark.full
+def test_a_corrupt_shard_of_data_is_left_out(client: Client) -> None:
+    spec = {
+        **BASE,
+        "data": {"global_batch": 16, "micro_batch": 8, "shuffle": False},
+        "steps": 60,
+        "checkpoint_every": 5,
+    }
+    job = client.submit(f"{SICK}:corrupt_shard", **spec, health={"actions": {"outlier": "rollback"}})
+    info = job.wait()
+    left_out = {sample for change in info.changes for sample in change.skip_samples}
+    assert left_out <= set(range(160, 176))
+    assert len(left_out) >= 12  # by chance, a target times a thousand may still be small
+    assert {change.lr_scale for change in info.changes} == {1.0}
+    records = {record["step"]: record for record in job.history()}
+    assert [step for step, record in records.items() if record["samples"] == 0] == [
+        26,
+        42,
+        58,
+    ]  # nothing is left of them
+    assert all(records[step]["skipped"] for step in (26, 42, 58))
+    for workers in (1, 2):
+        assert client.replay(job.name, workers=workers).wait().state_sha256 == info.state_sha256
+
+
+def test_steps_whose_gradient_explodes_are_not_taken(client: Client) -> None:
+    spec = {**BASE, "optimizer": {"name": "sgd", "lr": 1e-12}, "health": {"actions": {"exploding": "skip"}}}
+    hashes, steps = set(), set()
+    for workers in (1, 2):
+        job = client.submit(f"{SICK}:recurrent", **spec, checkpoint_every=15, placement={"workers": workers})
+        info = job.wait()
+        [finding] = [each for each in info.findings if each.rule == "exploding"]
+        assert "and the step was not taken" in finding.message
+        records = {record["step"]: record for record in job.history()}
+        skipped = [step for step, record in records.items() if record["skipped"]]
+        assert skipped[0] == finding.step
+        assert len(skipped) > 3  # once an epoch
+        usual = 100 * median(record["gradient_norm"] for record in records.values())
+        assert skipped == [step for step, record in records.items() if step >= 10 and record["gradient_norm"] > usual]
+        assert all(records[step]["clip_coefficient"] == 0 for step in skipped)
+        hashes.add(info.state_sha256)
+        steps.add(tuple(skipped))
+    assert len(hashes) == len(steps) == 1
+    with pytest.raises(SpecError, match=r"actions\.stalled = 'skip'.*allowed for exploding and nonfinite"):
+        client.submit(f"{SICK}:recurrent", **BASE, health={"actions": {"stalled": "skip"}})
+
+
+def test_samples_that_are_not_there_cannot_be_left_out(client: Client) -> None:
+    with pytest.raises(SpecError, match=r"changes\.1\.skip_samples: 256 is not there; allowed: 0 to 255"):
+        client.submit(f"{SICK}:healthy", **BASE, changes=[{"lr_scale": 0.5}, {"skip_samples": [3, 256]}])
+    with pytest.raises(SpecError, match=r"changes\.0\.rate: no such field; allowed: step, lr_scale, skip_samples"):
+        client.submit(f"{SICK}:healthy", **BASE, changes=[{"rate": 0.5}])
 
 
 def test_rollbacks_that_do_not_help_end_the_job(client: Client) -> None:
     health = {"actions": {"nonfinite": "rollback"}, "max_rollbacks": 2}
-    job = client.submit(f"{SICK}:one_bad_sample", **BASE, health=health)
+    job = client.submit(f"{SICK}:breaks_down", **BASE, health=health)
     with pytest.raises(JobFailedError, match=r"after 2 rollbacks; health\.max_rollbacks = 2"):
         job.wait()
     info = job.get()
-    assert [finding.samples for finding in info.findings] == [(77,)] * 3
+    assert [finding.samples for finding in info.findings] == [None] * 3
     assert "rollbacks have not helped" in job.events()[-1].reason
+
+
+def test_a_job_that_is_stuck_says_so(client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.jobs.staleness.LEAST_SECONDS", 1.5)
+    arguments = {"mark": str(tmp_path / "mark"), "seconds": 6.0}
+    job = client.submit(f"{SICK}:stuck", **BASE, arguments=arguments, health={"actions": {"staleness": "pause"}})
+    until(lambda: job.get().state == "PAUSED")
+    [finding] = [each for each in job.get().findings if each.rule == "staleness"]
+    assert finding.step > 10
+    assert "no step has ended for" in finding.message
+    job.resume()
+    assert job.wait().step == BASE["steps"]
 
 
 @pytest.mark.full

@@ -71,6 +71,24 @@ def one_bad_sample(row: int = 77) -> steepest.Task:
     return steepest.Task(model=network(), loss=nn.MSELoss(), train_data=rows)
 
 
+class _BreaksDown(nn.Module):
+    """Its outputs are no numbers from the thirtieth pass on, whatever the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes = self.passes + 1
+        return self.inner(x) * torch.where(self.passes >= 30, torch.nan, 1.0)
+
+
+def breaks_down() -> steepest.Task:
+    """No sample is to blame for what is not a number."""
+    return steepest.Task(model=_BreaksDown(), loss=nn.MSELoss(), train_data=data())
+
+
 def corrupt_shard(first: int = 160, last: int = 175) -> steepest.Task:
     """A stretch of the data has targets in another unit; the model draws numbers, and has buffers."""
     rows = data()
@@ -135,3 +153,25 @@ class _Lame(nn.Module):
 def straggler(mark: str) -> steepest.Task:
     """One worker is slower than the others. mark: a file that does not exist yet."""
     return steepest.Task(model=_Lame(mark), loss=nn.MSELoss(), train_data=data())
+
+
+class _Stuck(nn.Module):
+    """Sleeps for a while in one pass, after some that make the mark."""
+
+    def __init__(self, mark: str, seconds: float) -> None:
+        super().__init__()
+        self.inner = network()
+        self._mark = Path(mark)
+        self._seconds = seconds
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with self._mark.open("a") as file:
+            file.write(".")
+        if self._mark.stat().st_size == 60:
+            time.sleep(self._seconds)
+        return self.inner(x)
+
+
+def stuck(mark: str, seconds: float) -> steepest.Task:
+    """One step takes long. mark: a file that does not exist yet."""
+    return steepest.Task(model=_Stuck(mark, seconds), loss=nn.MSELoss(), train_data=data())

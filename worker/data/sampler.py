@@ -7,17 +7,24 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from steepest.change_spec import ChangeSpec
 from steepest.spec import DataSpec
 
 
 class Sampler:
     """Cuts a data set of `num_samples` into steps and micro-batches; remembers the order of one epoch.
 
-    order: by epoch, where the source has an order of its own.
+    order: by epoch, where the source has an order of its own. changes: samples that are left out, from steps on;
+    with half of a micro-batch, all of it is.
     """
 
     def __init__(
-        self, num_samples: int, data: DataSpec, seed: int, order: Callable[[int], Sequence[int]] | None = None
+        self,
+        num_samples: int,
+        data: DataSpec,
+        seed: int,
+        order: Callable[[int], Sequence[int]] | None = None,
+        changes: Sequence[ChangeSpec] = (),
     ) -> None:
         self._num_samples = num_samples
         self._data = data
@@ -26,11 +33,21 @@ class Sampler:
         self.steps_per_epoch = data.steps_per_epoch(num_samples)
         self._seed = seed
         self._own_order = order
+        self._skipped = [(c.step, np.array(c.skip_samples, np.int64)) for c in changes if c.skip_samples]
         self._epoch = -1
         self._order: Sequence[int] | NDArray[np.int64] = ()
 
     def indices(self, step: int, micro_batch: int) -> NDArray[np.int64]:
         """The samples of a micro-batch, possibly none. step: from 0, over all epochs."""
+        every = self._all_indices(step, micro_batch)
+        left = every
+        for since, skipped in self._skipped:
+            if step >= since:
+                left = left[~np.isin(left, skipped)]
+        # A batch normalization can do nothing with one sample, and little with few.
+        return left if len(left) == len(every) or 2 * len(left) > len(every) else left[:0]
+
+    def _all_indices(self, step: int, micro_batch: int) -> NDArray[np.int64]:
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self._global_batch
         stop = min(start + self._global_batch, self._num_samples)

@@ -38,7 +38,8 @@ class Batches:
         engine.train_source.prepare(num_samples, spec.data, spec.seed, shuffle=spec.data.shuffle)
         if engine.eval_source is not None:
             engine.eval_source.prepare(num_evaluation_samples, spec.data, spec.seed, shuffle=False)
-        self._sampler = Sampler(num_samples, spec.data, spec.seed, engine.train_source.order(spec.seed))
+        order = engine.train_source.order(spec.seed)
+        self._sampler = Sampler(num_samples, spec.data, spec.seed, order, spec.changes)
         self._eval_sampler = Sampler(max(num_evaluation_samples, 1), spec.data, spec.seed)
         self._total_steps = spec.total_steps(num_samples)
         self._ahead: dict[tuple[int, int], tuple[Any, int]] = {}  # by step and micro-batch

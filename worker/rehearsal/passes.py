@@ -66,7 +66,7 @@ class Passes:
         self.engine.bind(self.flat)
         source = self.engine.train_source
         source.prepare(num_samples, spec.data, spec.seed, shuffle=spec.data.shuffle)
-        self.sampler = Sampler(num_samples, spec.data, spec.seed, source.order(spec.seed))
+        self.sampler = Sampler(num_samples, spec.data, spec.seed, source.order(spec.seed), spec.changes)
         self._gradients: dict[str, torch.Tensor] = {}
         self.alter: Callable[[Any, NDArray[np.int64]], Any] = lambda batch, indices: batch  # before a pass
         self.fetched: Any = None

@@ -18,6 +18,7 @@ from steepest.errors import SpecError
 from steepest.spec import TrainingJobSpec, spec_from_dict
 from steepest.task import AnalyticTask, Task
 from worker.data.loader import LoaderData
+from worker.data.streams import is_stream
 from worker.gradients.activations import Activations
 from worker.rehearsal.conduct import OtherConductError
 from worker.rehearsal.fingerprint import fingerprint
@@ -47,6 +48,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
             problem = f"nothing is left of {samples} samples: a step has {spec.data.global_batch} (data.global_batch)"
             raise TaskError("data.drop_last", problem)
         evaluation = 0 if task.eval_data is None else num_samples(task.eval_data, "eval_data")
+        _check_changes(spec, task)
         factors = factors_of(task, spec, samples)
         check_optimizer(spec, model, layout_of(model, spec), samples)
         seen = fingerprint(task)
@@ -89,6 +91,18 @@ def _loaded(spec: TrainingJobSpec, code: Path | None) -> Task | AnalyticTask:
     task = load_task(spec.task, code, spec.seed)
     initialize(task, spec.init_from, strict=spec.init_strict)
     return task
+
+
+def _check_changes(spec: TrainingJobSpec, task: Task | AnalyticTask) -> None:
+    """Samples that are to be left out are there. A stream counts its samples on from epoch to epoch."""
+    data: Any = task.train_data.dataset if isinstance(task.train_data, LoaderData) else task.train_data
+    if is_stream(data):
+        return
+    size = len(data)
+    for index, change in enumerate(spec.changes):
+        if change.skip_samples and max(change.skip_samples) >= size:
+            problem = f"{max(change.skip_samples)} is not there; allowed: 0 to {size - 1}, the samples of train_data"
+            raise TaskError(f"changes.{index}.skip_samples", problem)
 
 
 def _with_wishes(spec: TrainingJobSpec, wishes: dict[str, Any]) -> TrainingJobSpec:

@@ -120,7 +120,7 @@ def test_waiting_for_samples_is_input_bound() -> None:
 
 
 def test_a_skipped_step_is_not_finite() -> None:
-    [finding] = found([record(i, skipped=i == 3) for i in range(6)])
+    [finding] = found([record(i, norm=math.nan if i == 3 else 1.0, skipped=i == 3) for i in range(6)])
     assert (finding.rule, finding.step) == ("nonfinite", 3)
 
 

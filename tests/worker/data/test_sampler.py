@@ -4,6 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steepest.change_spec import ChangeSpec
 from steepest.spec import DataSpec
 from worker.data.sampler import Sampler
 
@@ -26,6 +27,18 @@ def test_an_epoch_visits_every_sample_once(
         assert sorted(np.concatenate(steps)) == list(range(num_samples))
         assert all(len(s) == global_batch for s in steps[:-1])
         assert 1 <= len(steps[-1]) <= global_batch
+
+
+@given(st.sets(st.integers(0, 99)), st.integers(0, 30), st.booleans())
+def test_samples_are_left_out_from_a_step_on(skipped: set[int], since: int, shuffle: bool) -> None:
+    spec = DataSpec(global_batch=16, shuffle=shuffle)
+    changes = [ChangeSpec(step=since, skip_samples=tuple(skipped)), ChangeSpec(step=since, lr_scale=0.5)]
+    plain, sampler = Sampler(100, spec, 1), Sampler(100, spec, 1, changes=changes)
+    for step in range(40):
+        for m in range(spec.num_micro_batches):
+            every = plain.indices(step, m).tolist()
+            left = [i for i in every if step < since or i not in skipped]
+            assert sampler.indices(step, m).tolist() == (left if left == every or 2 * len(left) > len(every) else [])
 
 
 @given(st.integers(2, 300), st.integers(0, 2**62))
