@@ -17,7 +17,8 @@ class Settings:
     Ray in this process tree. num_cpus: of embedded Ray. tls_certificate, tls_key: PEM files, the
     certificate with its chain; without them neither port is encrypted. database: URL of a PostgreSQL
     to keep jobs in; empty: SQLite, beside the rest. retention_days: how long jobs are kept after they
-    ended; 0: until they are deleted. health_actions: by rule, of jobs whose spec does not name it.
+    ended; 0: until they are deleted. keeps_jobs: whether jobs on an existing Ray cluster go on while there
+    is no service, which takes one that comes back. health_actions: by rule, of jobs whose spec does not name it.
     """
 
     data_directory: Path
@@ -35,6 +36,7 @@ class Settings:
     max_code_bytes: int = 256 << 20
     max_log_bytes: int = 64 << 20
     retention_days: float = 0.0
+    keeps_jobs: bool = False
     health_actions: Mapping[Rule, Action] = field(default_factory=dict)
 
     @property

@@ -52,6 +52,7 @@ class ServeSettings(BaseSettings):
             "tls_certificate": self.tls_cert,
             "tls_key": self.tls_key,
             "retention_days": self.retention_days,
+            "keeps_jobs": True,
             "health_actions": dict(self.health_actions),
         }
 

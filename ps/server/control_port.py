@@ -45,6 +45,9 @@ class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
         self._completed: list[CompletedStep] = []  # for the history, and not told yet
         self._newest: CompletedStep | None = None
         self._unstored: deque[StepRecord] = deque(maxlen=MAX_UNSTORED)
+        self._number = 0
+        self._unseen: deque[pb.SupervisionMessage] = deque()
+        self._caller: object = None  # the controller that called last
         self._stopped = False
         self._grpc = grpc.server(futures.ThreadPoolExecutor(MAX_STREAMS), options=GRPC_OPTIONS)
         pb_grpc.add_ParameterExchangeServiceServicer_to_server(self, self._grpc)
@@ -58,17 +61,27 @@ class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
     def Supervise(  # noqa: N802  # the name on the wire
         self, request_iterator: Iterator[pb.ControllerMessage], context: grpc.ServicerContext
     ) -> Iterator[pb.SupervisionMessage]:
-        """The controller's stream."""
+        """The controller's stream. A new one replaces the one before, and hears again what that has not seen."""
         first = next(request_iterator)
         refusal = self._refusal(first.hello.fence, first.hello.token)
         if refusal:
             context.abort(grpc.StatusCode.PERMISSION_DENIED, refusal)
         threading.Thread(target=self._obey, args=(request_iterator,), daemon=True).start()
+        with self._news:
+            caller = self._caller = object()
+            again = list(self._unseen)
+        yield from again
         while context.is_active() and not self._stopped:
             with self._news:
                 self._news.wait_for(lambda: self._stopped or self._is_urgent, timeout=self._pause)
+                if self._caller is not caller:
+                    return
                 report = self._take_report()
-            if report.ByteSize():
+                if report.ByteSize():
+                    self._number += 1
+                    report.number = self._number
+                    self._unseen.append(report)
+            if report.number:
                 yield report
 
     def _take_report(self) -> pb.SupervisionMessage:
@@ -93,6 +106,8 @@ class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
                 self._pause = message.report_seconds or self._pause
                 if message.WhichOneof("message") == "stored":
                     self._forget(message.stored)
+                elif message.WhichOneof("message") == "seen":
+                    self._let_go(message.seen)
                 elif message.HasField("command"):
                     self._obey_command(message.command.verb, message.command.worker)
         except grpc.RpcError:
@@ -102,6 +117,11 @@ class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
         with self._news:
             while self._unstored and self._unstored[0].step <= step:
                 self._unstored.popleft()
+
+    def _let_go(self, number: int) -> None:
+        with self._news:
+            while self._unseen and self._unseen[0].number <= number:
+                self._unseen.popleft()
 
     def _tell(self, add: Callable[[pb.SupervisionMessage], object]) -> None:
         with self._news:

@@ -17,6 +17,8 @@ import ray
 from services.cluster.fork_server import ForkServer
 from services.cluster.fork_servers import ForkServers
 from services.cluster.job_room import JobRoom, demand, num_hosts
+from services.cluster.kept_life import KeptLife
+from services.cluster.kept_room import Keeper, KeptRoom
 from services.settings import Settings
 from steepest.errors import ServiceUnavailableError
 from steepest.spec import PlacementSpec, TrainingJobSpec
@@ -36,6 +38,9 @@ class Cluster:
         self._stop = threading.Event()
         self._problem = ""
         self.fork_servers = ForkServers(forks)
+        keeps = settings.keeps_jobs and settings.ray_address is not None
+        identity = f"{settings.data_directory.resolve()} {settings.database_url}"
+        self._keeper = Keeper(identity) if keeps else None
         self._thread = threading.Thread(target=self._run, name="ray", daemon=True)
 
     def start(self) -> None:
@@ -78,6 +83,8 @@ class Cluster:
 
     def stop(self) -> None:
         """Leave the cluster; an embedded one ends."""
+        if self._keeper is not None:
+            self._keeper.stop()
         self._stop.set()
         self._thread.join()
 
@@ -111,17 +118,35 @@ class Cluster:
             return f"{text}, {total - left:g} are in use{by}"
         return ""
 
-    def reserve(self, spec: TrainingJobSpec, num_workers: int, layout_bytes: int) -> JobRoom | None:
+    def reserve(
+        self, job: str, spec: TrainingJobSpec, num_workers: int, layout_bytes: int, code: bytes
+    ) -> JobRoom | KeptRoom | None:
         """Room for all servers and workers of a job, or None when the cluster cannot grant it now."""
         self.wait_ready()
+        if self._keeper is not None:
+            return self._keeper.reserve(job, spec, num_workers, layout_bytes, code)
         room = JobRoom(spec.placement, layout_bytes, self.fork_servers, inline=spec.is_inline)
-        for _ in range(num_workers):
-            room.add_group()
-        if room.wait(GROUP_SECONDS) and room.add_servers(GROUP_SECONDS):
-            self.fork_servers.start(room.nodes())
-            return room
-        room.release()
-        return None
+        if not room.reserve(num_workers, GROUP_SECONDS):
+            return None
+        self.fork_servers.start(room.nodes())
+        return room
+
+    def kept(self) -> list[str]:
+        """Jobs that went on without a service; waits for a cluster that can have such."""
+        if self._keeper is None:
+            return []
+        self.wait_ready()
+        return self._keeper.jobs()
+
+    def adopt(self, job: str) -> tuple[KeptRoom, KeptLife] | None:
+        """One of them, with its life; None, and its room is given back, when that is not whole."""
+        assert self._keeper is not None  # noqa: S101  # `kept` has named the job
+        return self._keeper.adopt(job)
+
+    def give_back(self, job: str) -> None:
+        """Let go of the room of one of them."""
+        assert self._keeper is not None  # noqa: S101  # `kept` has named the job
+        self._keeper.ask("release", job)
 
 
 def _number(count: float, resource: str) -> str:

@@ -108,6 +108,15 @@ class JobRoom:
         """Ask for room for one more worker."""
         self._spare.append(placement_group([demand(self._placement, 1)]))
 
+    def reserve(self, num_workers: int, seconds: float) -> bool:
+        """Get room for all servers and workers; whether it was granted in time, else nothing is held."""
+        for _ in range(num_workers):
+            self.add_group()
+        if self.wait(seconds) and self.add_servers(seconds):
+            return True
+        self.release()
+        return False
+
     @property
     def _servers_on_gpus(self) -> bool:
         return self._placement.server_device == "cuda"
@@ -282,6 +291,18 @@ class JobRoom:
             if group is not None:
                 _remove(group)
         self._server_group, self._spare, self._on_gpus = None, [], []
+
+    def leave(self) -> None:
+        """See services.jobs.room.Room: nothing outlives the service."""
+        self.release()
+
+    def listen(self, *_: Any) -> None:
+        """See services.jobs.room.Room: this one has started all its processes itself."""
+
+    @property
+    def is_gone(self) -> bool:
+        """See services.jobs.room.Room."""
+        return False
 
 
 def _remove(group: PlacementGroup) -> None:

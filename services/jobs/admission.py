@@ -7,18 +7,21 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Protocol
 
+from services.cluster.kept_life import KeptLife
 from services.jobs.code_bundles import CodeStore
-from services.jobs.controller import Assignment, Controller
+from services.jobs.controller import Controller
+from services.jobs.life import Assignment
 from services.jobs.room import Room
 from services.jobs.running import Running
 from services.jobs.task_probe import TaskDescription
 from services.settings import Settings
 from services.store.lifecycle import ENDED, JobState
 from services.store.store import JobRow, Store
-from steepest.errors import ServiceUnavailableError
+from steepest.errors import NotFoundError, ServiceUnavailableError
 from steepest.spec import PlacementSpec, TrainingJobSpec, spec_from_dict
 
 log = logging.getLogger(__name__)
@@ -37,8 +40,17 @@ class Landlord(Protocol):
     def shortage(self, placement: PlacementSpec, num_workers: int, users: Sequence[str]) -> str:
         """What a job would have to wait for, or nothing. users: names of the jobs that hold resources."""
 
-    def reserve(self, spec: TrainingJobSpec, num_workers: int, layout_bytes: int) -> Room | None:
+    def reserve(self, job: str, spec: TrainingJobSpec, num_workers: int, layout_bytes: int, code: bytes) -> Room | None:
         """Room for all servers and workers of a job, or None when there is none now."""
+
+    def kept(self) -> Sequence[str]:
+        """Jobs that went on without a service."""
+
+    def adopt(self, job: str) -> tuple[Room, KeptLife] | None:
+        """One of them, with its life; None, and its room is given back, when that is not whole."""
+
+    def give_back(self, job: str) -> None:
+        """Let go of the room of one of them."""
 
 
 class Admission:
@@ -63,9 +75,40 @@ class Admission:
         self._thread = threading.Thread(target=self._run, name="admission", daemon=True)
 
     def start(self) -> None:
-        """Take over what was live, then admit until `stop`."""
-        take_over(self._store, time.time())
+        """Go on with jobs that went on, take over the rest of what was live, then admit until `stop`."""
+        adopted = self._adopt_all()
+        take_over(self._store, time.time(), adopted)
         self._thread.start()
+
+    def _adopt_all(self) -> set[str]:
+        """The jobs that this service goes on with, as their processes have."""
+        adopted = set()
+        try:
+            for job in self._landlord.kept():
+                if self._adopt(job):
+                    adopted.add(job)
+        except Exception:
+            log.exception("jobs that went on without a service")
+        return adopted
+
+    def _adopt(self, job: str) -> bool:
+        try:
+            row = self._store.get(job)
+        except NotFoundError:
+            row = None
+        if row is None or row.state in ENDED or row.state == JobState.QUEUED:
+            self._landlord.give_back(job)
+            return False
+        found = self._landlord.adopt(job)
+        if found is None:
+            return False
+        room, kept = found
+        if kept.config.incarnation != row.incarnation:
+            room.release()
+            return False
+        self._store.note(job, "a service is back; the job has gone on meanwhile", time.time())
+        self._run_job(self._assignment(row), room, kept)
+        return True
 
     def stop(self) -> None:
         """Admit no more, and have every running job left as it is."""
@@ -109,17 +152,15 @@ class Admission:
 
     def _try_to_start(self, row: JobRow) -> str:
         """Start a job, or say what it waits for."""
-        spec = spec_from_dict(json.loads(row.spec))
+        job = self._assignment(row)
         users = [controller.job_name for controller in self._running.all()]
-        reason = self._landlord.shortage(spec.placement, row.workers, users)
+        reason = self._landlord.shortage(job.spec.placement, row.workers, users)
         if reason:
             return reason
-        description = TaskDescription.from_json(row.description)
-        layout_bytes = 8 * sum(p.numel for p in description.model.parameters)
-        code = self._bundles.read(spec.task.code_bundle)
-        room = self._landlord.reserve(spec, row.workers, layout_bytes)
+        layout_bytes = 8 * sum(p.numel for p in job.description.model.parameters)
+        room = self._landlord.reserve(row.id, job.spec, row.workers, layout_bytes, job.code)
         if room is None:
-            return _no_room(spec.placement)
+            return _no_room(job.spec.placement)
         with self._running.lock, contextlib.ExitStack() as stack:
             stack.callback(room.release)  # if the database is away, or the job was cancelled meanwhile
             row = self._store.get(row.id)
@@ -127,22 +168,31 @@ class Admission:
                 return ""
             if row.state == JobState.QUEUED:
                 self._store.move(row.id, JobState.STARTING, "starting servers and workers", time.time())
-            job = Assignment(row, spec, description, code)
-            controller = Controller(job, self._store, self._settings, room, self._on_end)
-            self._running.add(controller)
+            self._run_job(replace(job, row=row), room)
             stack.pop_all()
-        controller.start()
         return ""
+
+    def _assignment(self, row: JobRow) -> Assignment:
+        spec = spec_from_dict(json.loads(row.spec))
+        code = self._bundles.read(spec.task.code_bundle)
+        return Assignment(row, spec, TaskDescription.from_json(row.description), code)
+
+    def _run_job(self, job: Assignment, room: Room, kept: KeptLife | None = None) -> None:
+        controller = Controller(job, self._store, self._settings, room, self._on_end, kept=kept)
+        self._running.add(controller)
+        controller.start()
 
     def _on_end(self, job: str) -> None:
         self._running.remove(job)
         self._wake.set()
 
 
-def take_over(store: Store, now: float) -> None:
+def take_over(store: Store, now: float, adopted: Collection[str] = ()) -> None:
     """Jobs that were live when the last service stopped go on from their last checkpoint, or end as users asked."""
     live = set(JobState) - ENDED - {JobState.QUEUED, JobState.PAUSED, JobState.RECOVERING}
     for row in store.in_states(live):
+        if row.id in adopted:
+            continue
         match row.state:
             case JobState.PAUSING:
                 store.move(row.id, JobState.PAUSED, "paused; the service was restarted meanwhile", now)

@@ -12,14 +12,14 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 
-from ps.checkpoint.files import Written, newest_verified, read_records
+from ps.checkpoint.files import Written, newest_verified
 from ps.job.config import JobConfig
 from ps.wire.address import ServerAddress
-from services.cluster.processes import Exit, ExitKind, Started, named
+from services.cluster.kept_life import KeptLife
+from services.cluster.processes import Exit, ExitKind, named
 from services.jobs import policy
 from services.jobs.blame import nonfinite
 from services.jobs.health import Health
@@ -27,45 +27,26 @@ from services.jobs.inbox import Asked, Detach, Event, Reported, ServerEnded, Wor
 from services.jobs.job_log import JobLog
 from services.jobs.leader_client import CheckpointReport, LeaderClient, Report
 from services.jobs.ledger import Ledger
+from services.jobs.life import Assignment, Life, ends_of
 from services.jobs.rollback import discard_after
 from services.jobs.room import Dial, LeaderLink, Room
-from services.jobs.task_probe import TaskDescription
-from services.jobs.team import Team, WorkerState, server_name
+from services.jobs.team import Team, WorkerState
 from services.jobs.totals import Totals
 from services.settings import Settings
 from services.store.history import JobHistory
 from services.store.lifecycle import JobState
-from services.store.store import JobRow, Store
-from steepest.spec import TrainingJobSpec
+from services.store.store import Store
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """A stored job with what it takes to run it."""
-
-    row: JobRow
-    spec: TrainingJobSpec
-    description: TaskDescription
-    code: bytes
-
-
-@dataclass
-class Life:
-    """One incarnation's servers and the stream to their leader. lost: what happened to the servers, when it is over."""
-
-    config: JobConfig
-    addresses: list[ServerAddress]
-    servers: list[Started]
-    leader: LeaderLink
-    lost: str = ""
-
-
 class Controller(threading.Thread):
-    """One job that holds resources. on_end is called when it holds none any more."""
+    """One job that holds resources. on_end is called when it holds none any more.
+
+    kept: a life that went on without a service, and goes on with this controller.
+    """
 
     def __init__(
         self,
@@ -75,6 +56,7 @@ class Controller(threading.Thread):
         room: Room,
         on_end: Callable[[str], None],
         dial: Dial = LeaderClient,
+        kept: KeptLife | None = None,
     ) -> None:
         super().__init__(name=f"controller-{job.row.id}", daemon=True)
         self.job = job.row.id
@@ -98,7 +80,8 @@ class Controller(threading.Thread):
         self._inbox: SimpleQueue[Event] = SimpleQueue()
         self._team = Team(job.row.workers)
         self._life: Life | None = None
-        self._checkpoint: Written | None = None  # that the next life begins from
+        self._kept = kept
+        self._checkpoint: Written | None = None  # that the next life begins from; sought while no server runs
         self._patience = policy.Patience(job.spec.placement.max_worker_restarts)
         self._pause_wanted = False
         self._cancel_deadline: float | None = None
@@ -120,7 +103,8 @@ class Controller(threading.Thread):
         """Live until the job has ended, or the service stops."""
         try:
             self._room.set_code(self._code)
-            self._find_checkpoint()
+            if self._kept is None:
+                self._checkpoint = newest_verified(self._settings.checkpoints_of(self.job))
             while not self._is_over() and self._live():
                 pass
         except Exception as error:
@@ -129,22 +113,22 @@ class Controller(threading.Thread):
                 self._end(policy.End(JobState.FAILED, "the controller failed", f"internal error: {error!r}"))
         finally:
             self._hang_up()
-            self._room.release()
+            self._room.leave() if self._detached else self._room.release()
             self._on_end(self.job)
 
     def _is_over(self) -> bool:
         if self._cancel_deadline is not None and time.time() > self._cancel_deadline:
-            seconds = self._settings.cancel_grace_seconds
-            reason = f"cancelled; no step ended within {seconds:g} s, so the unfinished one is lost"
-            self._end(policy.End(JobState.CANCELLED, reason))
+            self._end(policy.on_no_step(self._settings.cancel_grace_seconds))
         return self._detached or self.ledger.has_ended
 
     def _live(self) -> bool:
         """One life of the job. Returns whether there is to be another."""
-        self._incarnation += 1
-        self._restore()
+        kept, self._kept = self._kept, None
+        if kept is None:
+            self._incarnation += 1
+            self.ledger.begin_life(self._incarnation, self._checkpoint)
         try:
-            life = self._begin_life()
+            life = self._begin_life() if kept is None else self._take_up(kept)
         except Exception as error:
             return self._after_loss(f"the servers did not start: {error}")
         self._life = life
@@ -154,20 +138,6 @@ class Controller(threading.Thread):
         while not life.lost and not self._is_over():
             self._handle_next()
         return bool(life.lost) and not self._detached and self._after_loss(life.lost)
-
-    def _find_checkpoint(self) -> None:
-        """Look, while no server runs, for the checkpoint that the next life begins from."""
-        self._checkpoint = newest_verified(self._settings.checkpoints_of(self.job))
-
-    def _restore(self) -> None:
-        """Have the store say what the servers are about to find on disk."""
-        written = self._checkpoint
-        if written is None:
-            self.ledger.begin_life(self._incarnation, 0, [], 0)
-            return
-        of_incarnation, records = read_records(written.path)
-        self.ledger.note_result(parameters_sha256=written.parameters_sha256, state_sha256=written.state_sha256)
-        self.ledger.begin_life(self._incarnation, written.step, records, of_incarnation)
 
     def _begin_life(self) -> Life:
         incarnation, changes = self._incarnation, (*self.spec.changes, *self.ledger.result.changes)
@@ -182,21 +152,49 @@ class Controller(threading.Thread):
         )
         started = self._room.start_servers(config, lambda i, end: self._inbox.put(ServerEnded(incarnation, i, end)))
         addresses = [address for address, _ in started]
-        leader = self._dial(addresses[0].control, config, lambda report: self._inbox.put(Reported(incarnation, report)))
+        leader = self._call_leader(config, addresses[0])
         self._team.clear()
         return Life(config, addresses, [where for _, where in started], leader)
+
+    def _take_up(self, kept: KeptLife) -> Life:
+        """Go on with a life that went on without a service."""
+        self._team.take_up(kept, {id_: state for _, id_, _, _, state in self.ledger.result.members})
+        incarnation, put = self._incarnation, self._inbox.put
+        self._room.listen(
+            lambda index, end: put(ServerEnded(incarnation, index, end)),
+            lambda name, generation, at: put(WorkerStarted(incarnation, name, generation, at)),
+            lambda name, generation, end: put(WorkerEnded(incarnation, name, generation, end)),
+        )
+        for event in ends_of(kept, incarnation):
+            put(event)
+        leader = self._call_leader(kept.config, kept.addresses[0])
+        state = self.ledger.take_up()
+        self._pause_wanted = state in (JobState.PAUSING, JobState.PAUSED)
+        if state == JobState.CANCELLING:
+            self.ask("cancel")
+        elif not self._pause_wanted:
+            leader.send("resume")  # the service may have ended before it could
+        return Life(kept.config, list(kept.addresses), list(kept.servers), leader)
+
+    def _call_leader(self, config: JobConfig, address: ServerAddress) -> LeaderLink:
+        incarnation = self._incarnation
+        return self._dial(address.control, config, lambda report: self._inbox.put(Reported(incarnation, report)))
 
     def _after_loss(self, what_happened: str) -> bool:
         """The servers are gone. Returns whether the job starts again from its last checkpoint."""
         self._hang_up()
         self._room.stop_actors()
+        if self._room.is_gone:
+            self.ledger.move(JobState.RECOVERING, f"{what_happened}; waiting for room anew")
+            self._detached = True  # whoever admits jobs starts it again
+            return False
         cancelling = self._cancel_deadline is not None
         culprit = None if cancelling else self.ledger.culprit
         rollbacks, health = self.ledger.result.rollbacks, self.spec.health
         if culprit is not None and rollbacks < health.max_rollbacks:
             self._room.wait_stopped()  # or a checkpoint could still be written
             discard_after(self._settings.checkpoints_of(self.job), policy.suspect_step(culprit))
-        self._find_checkpoint()
+        self._checkpoint = newest_verified(self._settings.checkpoints_of(self.job))
         at, step = self.ledger.result.step, None if self._checkpoint is None else self._checkpoint.step
         if culprit is not None:
             decision = policy.on_rollback(rollbacks, health, culprit, step)
@@ -237,8 +235,7 @@ class Controller(threading.Thread):
             return  # of a life that is over
         match event:
             case ServerEnded(_, index, end):
-                who = named(server_name(index, self.spec.placement.num_servers), life.servers[index])
-                life.lost = f"{who} {end.message}"
+                life.lost = f"{named(life.name(index), life.servers[index])} {end.message}"
             case WorkerStarted(_, name, generation, started):
                 worker = self._team.current(name, generation)
                 if worker is not None:
@@ -327,6 +324,9 @@ class Controller(threading.Thread):
     # -- reports of the leader ----------------------------------------------------------------------------------------
 
     def _on_report(self, life: Life, report: Report) -> None:
+        if report.number <= self.ledger.result.reports and report.number:
+            life.leader.seen(report.number)  # by the service before this one
+            return
         is_kept = self.ledger.append(self._incarnation, report.records, report.newest)
         if report.records and is_kept:
             life.leader.acknowledge(report.records[-1].step)
@@ -356,8 +356,10 @@ class Controller(threading.Thread):
                 else:
                     self.ledger.move(decision.state, decision.reason)
         self._act_on_findings()
-        if self.ledger.is_stale or report.members or report.evaluations or report.phases:
+        self.ledger.note_result(reports=report.number)
+        if self.ledger.is_stale or not report.is_of_steps_only:
             self._publish()
+        life.leader.seen(report.number)
 
     def _act_on_findings(self) -> None:
         while not self.ledger.wanted.empty():
@@ -366,8 +368,8 @@ class Controller(threading.Thread):
     def _on_checkpoint(self, checkpoint: CheckpointReport) -> None:
         if checkpoint.problem:
             self.ledger.say(checkpoint.problem)
-            return
-        self.ledger.note_result(parameters_sha256=checkpoint.parameters_sha256, state_sha256=checkpoint.state_sha256)
+        else:
+            self.ledger.note_checkpoint(checkpoint.parameters_sha256, checkpoint.state_sha256)
 
     def _on_member(self, name: str, change: str) -> None:
         worker = self._team.get(name)
@@ -388,10 +390,8 @@ class Controller(threading.Thread):
     # -- the store ----------------------------------------------------------------------------------------------------
 
     def _publish(self) -> None:
-        servers = self._life.servers if self._life is not None else []
-        names = [server_name(i, self.spec.placement.num_servers) for i in range(len(servers))]
-        members = [("server", name, s.pid, s.host, "running") for name, s in zip(names, servers, strict=True)]
-        self.ledger.publish([*members, *self._team.members()])
+        servers = self._life.members() if self._life is not None else []
+        self.ledger.publish([*servers, *self._team.members()])
 
     def _end(self, decision: policy.End) -> None:
         self.ledger.note_result(error=decision.error)

@@ -45,7 +45,8 @@ class CheckpointReport:
 class Report:
     """What happened since the last report. members: (worker, change). evaluations: (step, metrics, whether the best).
 
-    records: those that go to the history. newest: of the last step, whether it is one of them or not.
+    records: those that go to the history. newest: of the last step, whether it is one of them or not. number: counts
+    the reports of a life from 1.
     """
 
     records: list[StepRecord]
@@ -55,6 +56,12 @@ class Report:
     members: list[tuple[str, str]]
     phases: list[PhaseReport]
     printed: list[Printed]
+    number: int = 0
+
+    @property
+    def is_of_steps_only(self) -> bool:
+        """Whether it tells of nothing else."""
+        return not (self.evaluations or self.checkpoints or self.members or self.phases or self.printed)
 
 
 def report_from_proto(message: pb.SupervisionMessage) -> Report:
@@ -80,6 +87,7 @@ def report_from_proto(message: pb.SupervisionMessage) -> Report:
             for p in message.phases
         ],
         printed=convert.printed_from_proto(message.printed),
+        number=message.number,
     )
 
 
@@ -124,6 +132,10 @@ class LeaderClient:
     def acknowledge(self, step: int) -> None:
         """The records up to this step are stored."""
         self._outbox.put(pb.ControllerMessage(stored=step))
+
+    def seen(self, number: int) -> None:
+        """The reports up to this number have done their work."""
+        self._outbox.put(pb.ControllerMessage(seen=number))
 
     def close(self) -> None:
         """Hang up."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
+from ps.checkpoint.files import Written, read_records
 from ps.step.messages import StepRecord
 from services.jobs import policy
 from services.jobs.health import Health
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 PERSIST_SECONDS = 1.0
 MAX_LAYERS = 16  # of a job, that Prometheus sees
+FIRST_STEPS, RECENT_STEPS = 50, 500  # of its history, that a service looks at when it goes on with a job
 MAX_FINDINGS = 50  # of a job; the oldest go first
 
 
@@ -82,6 +84,10 @@ class Ledger:
         self.result = replace(self.result, **changes)
         self._has_news = True
 
+    def note_checkpoint(self, parameters_sha256: str, state_sha256: str) -> None:
+        """What the newest checkpoint has."""
+        self.note_result(parameters_sha256=parameters_sha256, state_sha256=state_sha256)
+
     def note_step(self, step: int) -> None:
         """So many steps are done."""
         per_epoch = -(-self._num_samples // self._global_batch)
@@ -89,20 +95,42 @@ class Ledger:
         in_epoch = min(rest * self._global_batch, self._num_samples)
         self.note_result(step=step, samples=epochs * self._num_samples + in_epoch)
 
-    def begin_life(self, incarnation: int, step: int, records: Iterable[StepRecord], of_incarnation: int) -> None:
-        """Begin an incarnation at `step`. records: of the one before, which had no time to report them."""
+    def begin_life(self, incarnation: int, written: Written | None) -> None:
+        """Begin an incarnation with a checkpoint, or at step 0: the store says what the servers are about to find."""
+        step, of_incarnation, records = 0, 0, list[StepRecord]()
+        if written is not None:
+            step = written.step
+            of_incarnation, records = read_records(written.path)
+            self.note_checkpoint(written.parameters_sha256, written.state_sha256)
         try:
-            self._history.append(of_incarnation, list(records))
+            self._history.append(of_incarnation, records)  # it had no time to report them
             self._history.begin(incarnation, step)
         except OSError as error:
             self._on_full(error)
+        self._catch_up()
         self._store.rewind(self.job, step)
-        self.note_result(began_at=step)
+        self.note_result(began_at=step, reports=0)
         # After all that: who sees the new incarnation finds nothing of the old one's later steps any more.
         self._store.update(self.job, incarnation=incarnation, result=self.result)
         if self.result.best_step is not None and self.result.best_step > step:
             self.note_result(best_step=None)  # it comes again, or another one
         self.note_step(step)
+
+    def take_up(self) -> JobState:
+        """Go on with an incarnation that went on without a service. Returns the job's state."""
+        self._catch_up()
+        return self.state
+
+    def _catch_up(self) -> None:
+        """Have the health rules know what they would have seen of this job, so that they say nothing twice."""
+        self._health = self._make_health()
+        try:
+            self._health.observe(self._history.records(0, FIRST_STEPS, signals=True))
+            last = self._history.last()
+            recent = FIRST_STEPS if last is None else max(FIRST_STEPS, last.step - RECENT_STEPS)
+            self._health.observe(self._history.records(recent, signals=True))
+        except OSError:
+            log.warning("the history of %s cannot be read", self.name)
 
     def append(self, incarnation: int, records: list[StepRecord], newest: StepRecord | None) -> bool:
         """Steps are done. records: those that go to the history. Returns whether they are on disk."""
@@ -145,9 +173,8 @@ class Ledger:
             self.wanted.put(action)
 
     def note_rollback(self, change: ChangeSpec) -> None:
-        """The job goes back; what is known of its health was of steps that are undone."""
+        """The job goes back, and something changes."""
         self.culprit = None
-        self._health = self._make_health()
         self.note_result(rollbacks=self.result.rollbacks + 1, changes=with_change(self.result.changes, change))
 
     def note_evaluation(self, step: int, metrics: dict[str, float], *, is_best: bool) -> None:

@@ -110,6 +110,11 @@ def on_worker_exit(patience: Patience, who: str, state: WorkerState, end: Exit, 
     return Replace(f"{who} {end.message}; a new process takes its place, and no step is lost")
 
 
+def on_no_step(seconds: float) -> End:
+    """A cancelled job has not come to the end of its step in so many seconds."""
+    return End(JobState.CANCELLED, f"cancelled; no step ended within {seconds:g} s, so the unfinished one is lost")
+
+
 def on_rollback(done: int, health: HealthSpec, finding: Finding, checkpoint_step: int | None) -> Recover | End:
     """A health rule wants the job to go back. done: rollbacks so far. checkpoint_step: of the one to go back to."""
     what_happened = finding.message

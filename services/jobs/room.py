@@ -48,6 +48,21 @@ class Room(Protocol):
     def release(self) -> None:
         """Kill all processes and give the room back."""
 
+    def leave(self) -> None:
+        """The service stops: leave all to the next one if it can be kept, else release it."""
+
+    def listen(
+        self,
+        on_server_exit: Callable[[int, Exit], None],
+        on_start: Callable[[str, int, Started], None],
+        on_exit: Callable[[str, int, Exit], None],
+    ) -> None:
+        """Be told of processes that a service before this one has started; of workers with name and generation."""
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the room was lost with what kept it: then the job needs another."""
+
 
 class LeaderLink(Protocol):
     """The controller's stream to the leader."""
@@ -57,6 +72,9 @@ class LeaderLink(Protocol):
 
     def acknowledge(self, step: int) -> None:
         """The records up to this step are stored."""
+
+    def seen(self, number: int) -> None:
+        """The reports up to this number have done their work."""
 
     def close(self) -> None:
         """Hang up."""

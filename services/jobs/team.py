@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from services.cluster.kept_life import KeptLife
 from services.cluster.processes import Started
 
 
@@ -63,6 +64,14 @@ class Team(dict[str, Worker]):
         """The worker of that name, if it is still of that generation."""
         worker = self.get(name)
         return worker if worker is not None and worker.generation == generation else None
+
+    def take_up(self, kept: KeptLife, states: Mapping[str, str]) -> None:
+        """Have the workers of a life that went on without a service. states: by name, as far as they are known."""
+        for name, worker in kept.workers.items():
+            known = states.get(name, "")
+            state = WorkerState.RUNNING if known and known != WorkerState.STARTING else WorkerState.STARTING
+            self[name] = Worker(worker.generation, worker.started, state)
+        self._generations = 1 + max((worker.generation for worker in self.values()), default=-1)
 
     def members(self) -> list[tuple[str, str, int, str, str]]:
         """(role, id, pid, host, state) of each."""

@@ -43,6 +43,7 @@ class Result:
     members: tuple[tuple[str, str, int, str, str], ...] = ()  # (role, id, pid, host, state)
     rollbacks: int = 0
     changes: tuple[ChangeSpec, ...] = ()  # that rollbacks have made, besides those of the spec
+    reports: int = 0  # of the leader of this incarnation, that have done their work
     began_at: int = 0  # the step at which this incarnation began
 
 

@@ -998,9 +998,12 @@ class ControllerMessage(_message.Message):
     COMMAND_FIELD_NUMBER: _builtins.int
     HELLO_FIELD_NUMBER: _builtins.int
     STORED_FIELD_NUMBER: _builtins.int
+    SEEN_FIELD_NUMBER: _builtins.int
     REPORT_SECONDS_FIELD_NUMBER: _builtins.int
     stored: _builtins.int
     """Step records up to this step are stored."""
+    seen: _builtins.int
+    """Reports up to this number have done their work, and need not be told again."""
     report_seconds: _builtins.float
     """How long to wait between reports of steps, in seconds; 0: as before."""
     @_builtins.property
@@ -1015,13 +1018,14 @@ class ControllerMessage(_message.Message):
         command: Global___Command | None = ...,
         hello: Global___Hello | None = ...,
         stored: _builtins.int = ...,
+        seen: _builtins.int = ...,
         report_seconds: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "hello", b"hello", "message", b"message", "stored", b"stored"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "hello", b"hello", "message", b"message", "seen", b"seen", "stored", b"stored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "hello", b"hello", "message", b"message", "report_seconds", b"report_seconds", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "hello", b"hello", "message", b"message", "report_seconds", b"report_seconds", "seen", b"seen", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["command", "hello", "stored"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["command", "hello", "stored", "seen"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -1343,6 +1347,9 @@ class SupervisionMessage(_message.Message):
     MEMBERS_FIELD_NUMBER: _builtins.int
     PHASES_FIELD_NUMBER: _builtins.int
     PRINTED_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Counts the reports of a life from 1. Those that were not seen come again when the controller calls anew."""
     @_builtins.property
     def records(self) -> Global___StepRecords:
         """Those that go to the history."""
@@ -1373,10 +1380,11 @@ class SupervisionMessage(_message.Message):
         members: _abc.Iterable[Global___MembershipChanged] | None = ...,
         phases: _abc.Iterable[Global___PhaseChanged] | None = ...,
         printed: _abc.Iterable[Global___PrintedLine] | None = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["newest", b"newest", "records", b"records"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "evaluations", b"evaluations", "members", b"members", "newest", b"newest", "phases", b"phases", "printed", b"printed", "records", b"records"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "evaluations", b"evaluations", "members", b"members", "newest", b"newest", "number", b"number", "phases", b"phases", "printed", b"printed", "records", b"records"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

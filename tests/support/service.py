@@ -76,9 +76,9 @@ def serving(
         yield lines[0].split()[1]
     finally:
         process.send_signal(ending)
-        process.communicate(timeout=60)
+        said = process.communicate(timeout=60)[1]
     if ending == signal.SIGINT:
-        assert process.returncode == 0
+        assert process.returncode == 0, (process.returncode, said)
 
 
 def free_port() -> int:

@@ -17,8 +17,9 @@ from ps.step.effects import Phase
 from ps.step.messages import StepRecord
 from ps.wire.address import ServerAddress
 from services.cluster.processes import Exit, ExitKind, Started
-from services.jobs.controller import Assignment, Controller
+from services.jobs.controller import Controller
 from services.jobs.leader_client import PhaseReport, Report
+from services.jobs.life import Assignment
 from services.jobs.task_probe import TaskDescription
 from services.settings import Settings
 from services.store.history import JobHistory
@@ -38,7 +39,8 @@ class StandInRoom:
         self.workers: dict[str, tuple[Callable[[Started], None], Callable[[Exit], None]]] = {}
         self.started: list[str] = []
         self.stopped: list[tuple[str, bool]] = []
-        self.released = False
+        self.released = self.left = False
+        self.listeners: tuple[Callable[..., None], ...] = ()
 
     def set_code(self, code: bytes) -> None:
         pass
@@ -77,6 +79,14 @@ class StandInRoom:
     def release(self) -> None:
         self.released = True
 
+    def leave(self) -> None:
+        self.left = self.released = True
+
+    def listen(self, *callbacks: Callable[..., None]) -> None:
+        self.listeners = callbacks
+
+    is_gone = False
+
 
 class StandInLeader:
     """Takes commands and reports what the test says."""
@@ -85,6 +95,7 @@ class StandInLeader:
         self.incarnation = config.incarnation
         self.commands: list[tuple[str, str]] = []
         self.closed = False
+        self.heard = 0
         self._on_report = on_report
 
     def send(self, verb: str, worker: str = "") -> None:
@@ -92,6 +103,9 @@ class StandInLeader:
 
     def acknowledge(self, step: int) -> None:
         self.commands.append(("stored", str(step)))
+
+    def seen(self, number: int) -> None:
+        self.heard = number
 
     def close(self) -> None:
         self.closed = True

@@ -73,6 +73,8 @@ class Leader:
     def acknowledge(self, step: int) -> None:
         pass
 
+    seen = acknowledge
+
     def close(self) -> None:
         self._over = True
 
@@ -136,6 +138,9 @@ class Room:
     def release(self) -> None:
         self.cluster.give_back(self)
 
+    leave = release
+    is_gone = False
+
 
 class Cluster:
     """Has SLOTS places for workers, as jobs begin; what they are scaled to later is not counted."""
@@ -158,7 +163,10 @@ class Cluster:
         with self._lock:
             return "" if num_workers <= self.free else f"waiting for {num_workers} CPUs"
 
-    def reserve(self, spec: TrainingJobSpec, num_workers: int, layout_bytes: int) -> Room | None:
+    def kept(self) -> list[str]:
+        return []
+
+    def reserve(self, job: str, spec: TrainingJobSpec, num_workers: int, layout_bytes: int, code: bytes) -> Room | None:
         with self._lock:
             if num_workers > self.free:
                 return None
@@ -224,8 +232,8 @@ class Lives(RuleBasedStateMachine):
         self._directory = tempfile.TemporaryDirectory()
         self.cluster = Cluster()
 
-        def controller(*arguments: Any) -> Controller:
-            return Controller(*arguments, self.cluster.dial)  # type: ignore[arg-type]
+        def controller(*arguments: Any, **named: Any) -> Controller:
+            return Controller(*arguments, self.cluster.dial, **named)  # type: ignore[arg-type]
 
         self._patch.setattr(admission, "Controller", controller)
         self.plane = Plane(Path(self._directory.name), self.cluster)
