@@ -132,8 +132,7 @@ class Room:
     def stop_actors(self) -> None:
         self.workers.clear()
 
-    def wait_stopped(self) -> None:
-        pass
+    def wait_stopped(self) -> None: ...
 
     def release(self) -> None:
         self.cluster.give_back(self)
@@ -150,8 +149,7 @@ class Cluster:
         self.free = SLOTS
         self.rooms: dict[str, Room] = {}
 
-    def wait_ready(self) -> None:
-        pass
+    def wait_ready(self) -> None: ...
 
     def totals(self) -> dict[str, float]:
         return {"CPU": SLOTS, "memory": 1e12}
