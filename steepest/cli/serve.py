@@ -80,7 +80,9 @@ def serve(
         sys.stderr.flush()
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
-        sys.stderr.write("stopping; jobs that run go on from their last checkpoint at the next start\n")
+        kept = service.settings.ray_address is not None
+        later = "; the next service goes on with them" if kept else " from their last checkpoint at the next start"
+        sys.stderr.write(f"stopping; jobs that run go on{later}\n")
 
 
 def _actions(texts: list[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from harness.local_job import hashes, job_config, run_here
@@ -114,3 +115,25 @@ def test_a_service_that_is_killed_again_and_again_changes_nothing(tmp_path: Path
                     assert [event.sequence for event in events] == list(range(1, len(events) + 1))
                     told = [event.reason for event in events if not event.reason.startswith("a service is back")]
                     assert len(told) == len(set(told))
+
+
+@pytest.mark.full
+def test_jobs_return_to_their_checkpoint_when_what_keeps_them_dies(tmp_path: Path) -> None:
+    spec: dict[str, Any] = {**SPEC, "steps": 400, "checkpoint_every": 20}
+    task = "tests.support.tasks:evaluated"
+    expected = hashes(run_here(job_config(tmp_path / "here", task, arguments={"delay": 0.0}, **spec)))
+    with (
+        raylets([{"num_cpus": 4}]) as cluster,
+        serving(tmp_path / "data", "--ray-address", cluster) as address,
+        Client(address) as client,
+    ):
+        job = client.submit(f"{TASKS}:evaluated", arguments={"delay": 0.005}, **spec)
+        until(lambda: job.get().step >= 50)
+        [keeper] = [p for p in psutil.process_iter(["name", "cmdline"]) if "ray::KeptRooms" in str(p.info)]
+        keeper.kill()
+        info = job.wait()
+        assert (info.parameters_sha256, info.state_sha256) == expected
+        assert info.incarnation == 2
+        [reason] = [event.reason for event in job.events() if event.state == "RECOVERING"][:1]
+        assert "is gone with the process that kept the jobs of this service; waiting for room anew" in reason
+        assert [record["step"] for record in job.history()] == list(range(400))
