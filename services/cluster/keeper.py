@@ -6,9 +6,9 @@ next service on the same data finds it by its name, and goes on with the jobs th
 
 from __future__ import annotations
 
-import os
 import threading
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import ray
@@ -60,10 +60,10 @@ class KeptRooms:
 
     # -- a service looks ----------------------------------------------------------------------------------------------
 
-    def jobs(self) -> tuple[int, list[str], int]:
-        """(pid of this process, the jobs that have a room, the number of the last thing told)."""
+    def jobs(self) -> tuple[str, list[str], int]:
+        """(version of this package, the jobs that have a room, the number of the last thing told)."""
         with self._news:
-            return os.getpid(), list(self._rooms), self._number
+            return version("steepest"), list(self._rooms), self._number
 
     def life(self, job: str) -> Kept | None:
         """What is known of a job's life; None when its servers are not all there."""

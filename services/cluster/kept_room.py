@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import threading
@@ -16,6 +17,7 @@ from ps.wire.address import ServerAddress
 from services.cluster.keeper import CALLS_AT_ONCE, KeeperActor, Kept, Key
 from services.cluster.kept_life import KeptLife, KeptWorker
 from services.cluster.processes import Exit, ExitKind, Started
+from steepest.errors import ServiceUnavailableError
 from steepest.spec import TrainingJobSpec
 
 log = logging.getLogger(__name__)
@@ -27,7 +29,7 @@ LISTEN_SECONDS, POLL_SECONDS = 10.0, 0.2
 Callback = Callable[[Any], None]
 
 
-class KeeperGoneError(Exception):
+class KeeperGoneError(ServiceUnavailableError):
     """What keeps the rooms of jobs is gone, and with it their processes."""
 
 
@@ -35,8 +37,7 @@ class Keeper:
     """The actor of this name, which is found or started, and what it tells of processes. identity: of the data."""
 
     def __init__(self, identity: str) -> None:
-        # One of another version would not understand what it is asked.
-        self._name = hashlib.sha256(f"{identity} {version('steepest')}".encode()).hexdigest()[:16]
+        self._name = hashlib.sha256(identity.encode()).hexdigest()[:16]
         self._lock = threading.Lock()
         self._actor: Any = None
         self._rooms: dict[str, KeptRoom] = {}
@@ -61,17 +62,30 @@ class Keeper:
     def _current(self) -> Any:
         with self._lock:
             if self._actor is None:
-                options: dict[str, Any] = {"name": self._name, "namespace": NAMESPACE, "lifetime": "detached"}
-                options |= {"get_if_exists": True, "num_cpus": 0, "max_concurrency": CALLS_AT_ONCE}
-                actor = KeeperActor.options(**options).remote()
                 try:
-                    after = ray.get(actor.jobs.remote(), timeout=ANSWER_SECONDS)[2]
+                    actor, after = self._found()
                 except Exception as error:
-                    raise KeeperGoneError(f"the process that keeps jobs does not start: {error}") from error
+                    problem = f"waiting for the process that keeps jobs, which does not start: {error}"
+                    raise KeeperGoneError(problem) from error
                 self._actor = actor
                 self._listener = threading.Thread(target=self._listen, args=(actor, after), daemon=True)
                 self._listener.start()
             return self._actor
+
+    def _found(self) -> tuple[Any, int]:
+        """The actor, and the number of the last thing that it has told."""
+        options: dict[str, Any] = {"name": self._name, "namespace": NAMESPACE, "lifetime": "detached"}
+        options |= {"get_if_exists": True, "num_cpus": 0, "max_concurrency": CALLS_AT_ONCE}
+        for _ in range(2):
+            actor = KeeperActor.options(**options).remote()
+            its_version, _, after = ray.get(actor.jobs.remote(), timeout=ANSWER_SECONDS)
+            if its_version == version("steepest"):
+                return actor, after
+            log.info("jobs are kept by version %s, and go on from their checkpoints with this one", its_version)
+            ray.kill(actor)
+            with contextlib.suppress(ray.exceptions.RayActorError):
+                ray.get(actor.jobs.remote(), timeout=ANSWER_SECONDS)
+        raise ValueError(f"this service is version {version('steepest')}, and the cluster's hosts have {its_version}")
 
     def _listen(self, actor: Any, after: int) -> None:
         """Pass on what the actor tells, for as long as it lives."""

@@ -87,6 +87,8 @@ class Admission:
             for job in self._landlord.kept():
                 if self._adopt(job):
                     adopted.add(job)
+        except ServiceUnavailableError as error:  # jobs that wait for room say so
+            log.info("no job is gone on with: %s", error)
         except Exception:
             log.exception("jobs that went on without a service")
         return adopted
@@ -158,7 +160,10 @@ class Admission:
         if reason:
             return reason
         layout_bytes = 8 * sum(p.numel for p in job.description.model.parameters)
-        room = self._landlord.reserve(row.id, job.spec, row.workers, layout_bytes, job.code)
+        try:
+            room = self._landlord.reserve(row.id, job.spec, row.workers, layout_bytes, job.code)
+        except ServiceUnavailableError as error:
+            return str(error)
         if room is None:
             return _no_room(job.spec.placement)
         with self._running.lock, contextlib.ExitStack() as stack:

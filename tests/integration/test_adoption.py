@@ -118,6 +118,24 @@ def test_a_service_that_is_killed_again_and_again_changes_nothing(tmp_path: Path
 
 
 @pytest.mark.full
+def test_a_service_of_another_version_ends_what_it_does_not_understand(tmp_path: Path) -> None:
+    spec: dict[str, Any] = {**SPEC, "steps": 4000, "checkpoint_every": 20}
+    other = "import importlib.metadata as m; real = m.version; m.version = lambda n: '9' if n[0] == 's' else real(n)"
+    with raylets([{"num_cpus": 4}]) as cluster:
+        serve = (tmp_path / "data", "--ray-address", cluster)
+        with serving(*serve, ending=signal.SIGKILL) as address, Client(address) as client:
+            job = client.submit(f"{TASKS}:evaluated", name="old", arguments={"delay": 0.005}, **spec)
+            until(lambda: job.get().step >= 50)
+            pids = [member.pid for member in [*job.get().workers, *job.get().servers]]
+        with serving(*serve, first=other) as address, Client(address) as client:
+            job = client.job("old")
+            why = "this service is version 9, and the cluster's hosts have"
+            until(lambda: job.get().state == "RECOVERING" and why in job.get().reason)
+            until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+            job.cancel()
+
+
+@pytest.mark.full
 def test_jobs_return_to_their_checkpoint_when_what_keeps_them_dies(tmp_path: Path) -> None:
     spec: dict[str, Any] = {**SPEC, "steps": 400, "checkpoint_every": 20}
     task = "tests.support.tasks:evaluated"

@@ -60,11 +60,19 @@ def raylets(nodes: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def serving(
-    directory: Path, *options: str, prefix: Sequence[str] = (), ending: signal.Signals = signal.SIGINT
+    directory: Path,
+    *options: str,
+    prefix: Sequence[str] = (),
+    ending: signal.Signals = signal.SIGINT,
+    first: str = "",
 ) -> Iterator[str]:
-    """The address of a service in a process of its own, which gets the signal at the end; Ctrl-C must end it well."""
+    """The address of a service in a process of its own, which gets the signal at the end; Ctrl-C must end it well.
+
+    first: Python that it runs before all else.
+    """
+    command = [*COMMAND[:2], f"{first}\n{COMMAND[2]}"]
     process = subprocess.Popen(
-        [*prefix, *COMMAND, "serve", "--port", "0", "--http-port", "0", "--data-dir", str(directory), *options],
+        [*prefix, *command, "serve", "--port", "0", "--http-port", "0", "--data-dir", str(directory), *options],
         stderr=subprocess.PIPE,
         text=True,
         env=RAY_ENVIRONMENT if "--ray-address" in options else None,
