@@ -40,7 +40,7 @@ class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
         self._layout = layout
         self._news = threading.Condition()
         self._report = pb.SupervisionMessage()
-        self._is_urgent = False
+        self._is_urgent = self._stepped = False
         self._pause = REPORT_SECONDS
         self._completed: list[CompletedStep] = []  # for the history, and not told yet
         self._newest: CompletedStep | None = None
@@ -133,6 +133,9 @@ class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
         """A step was made."""
         with self._news:
             self._newest = completed
+            if not self._stepped:  # somebody waits for it
+                self._stepped = self._is_urgent = True
+                self._news.notify()
             if self._is_kept(completed):
                 self._completed.append(completed)
                 if len(self._completed) > MAX_UNSTORED:  # no controller is connected

@@ -102,6 +102,7 @@ class JobRoom:
         self._workers: dict[str, _Process] = {}
         self._servers: list[_Process] = []
         self._stopping: list[_Process] = []
+        self._early: dict[PlacementGroup, _Process] = {}  # processes that are no worker yet, by their room
         self._code: Any = None
 
     def add_group(self) -> None:
@@ -178,6 +179,8 @@ class JobRoom:
             server = _Process(actor, group, node)
             self._servers.append(server)
             self._watch(server, actor.wait.remote(), partial(on_exit, index))
+        # Their processes start beside those of the servers, whose addresses they learn later.
+        self._early = {group: self._new_worker(group) for group in self._spare if group not in self._on_gpus}
         described = ray.get([server.actor.describe.remote() for server in self._servers])
         addresses = [address for address, _, _ in described]
         for server, (_, pid, host) in zip(self._servers, described, strict=True):
@@ -203,15 +206,7 @@ class JobRoom:
             server = self._servers[self._on_gpus.index(group)]
             process = _Process(server.actor, group, server.node, server.started, beside=server)
         else:
-            group.wait(PLACING_SECONDS)  # a fork needs to know where
-            resources = demand(self._placement, 1)
-            actor = WorkerActor.options(  # type: ignore[attr-defined]
-                num_cpus=resources["CPU"],
-                num_gpus=resources.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
-                runtime_env=self._fork_servers.runtime_env(node := nodes_of(group)[0]),
-            ).remote()
-            process = _Process(actor, group, node)
+            process = self._early.pop(group) if group in self._early else self._new_worker(group)
         self._workers[worker] = process
 
         def started(future: Any) -> None:
@@ -221,6 +216,18 @@ class JobRoom:
 
         process.actor.describe.remote().future().add_done_callback(started)
         self._watch(process, process.actor.run.remote(config, worker, generation, self._code, list(addresses)), on_exit)
+
+    def _new_worker(self, group: PlacementGroup) -> _Process:
+        """A process for a worker, which does not know yet for which."""
+        group.wait(PLACING_SECONDS)  # a fork needs to know where
+        resources = demand(self._placement, 1)
+        actor = WorkerActor.options(  # type: ignore[attr-defined]
+            num_cpus=resources["CPU"],
+            num_gpus=resources.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+            runtime_env=self._fork_servers.runtime_env(node := nodes_of(group)[0]),
+        ).remote()
+        return _Process(actor, group, node)
 
     def _watch(self, process: _Process, reference: Any, on_exit: Callable[[Exit], None]) -> None:
         """Tell how a process ended, unless this room has killed it. reference: of the call that it lives for."""
@@ -272,8 +279,9 @@ class JobRoom:
 
     def stop_actors(self) -> None:
         """Kill everything, but keep the room."""
-        for server in self._servers:
-            server.stop()
+        for process in (*self._servers, *self._early.values()):
+            process.stop()
+        self._early = {}
         for worker in list(self._workers):
             self.stop_worker(worker, keep_room=True)
         self._stopping, self._servers = self._servers, []
