@@ -24,13 +24,14 @@ from services.jobs.job_log import JobLog
 from services.jobs.running import Running
 from services.jobs.task_probe import TaskDescription, TaskProbe
 from services.settings import Settings
-from services.store.lifecycle import JobState, check_verb
+from services.store.lifecycle import ENDED, JobState, check_verb
 from services.store.store import JobRow, Result, Store
 from steepest.errors import ChangedError, ConflictError, SpecError, Violation
 from steepest.jobs import MAX_PRIORITY, SUBMISSION
 from steepest.spec import TrainingJobSpec, spec_from_dict
 
 MESSAGE_ROOM = 1 << 20  # for what else is in a message
+ENDING_SECONDS = 5.0  # that the processes of a job may take to end when it is to be deleted
 _JOB_ID = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -205,6 +206,9 @@ class Operations:
 
     def delete(self, job: str, etag: str = "") -> None:
         """Forget a job that has ended, and all that is kept of it. Raises NotFoundError, ConflictError."""
+        ending = self._running.get(job)
+        if ending is not None and self._seen(job, etag).state in ENDED:
+            ending.join(ENDING_SECONDS)  # outside the lock, which it takes
         with self._running.lock:
             row = self._seen(job, etag)
             check_verb(row.name, row.state, "delete")

@@ -24,6 +24,7 @@ from steepest.errors import PermissionDeniedError, ServiceUnavailableError, Spec
 from steepest.jobs import JobInfo
 from tests.support.certificates import Certificates, certificates
 from tests.support.command import run
+from tests.support.documented import is_documented
 from tests.support.programs import need_program
 from tests.support.service import COMMAND, TASKS, free_port, until
 
@@ -89,8 +90,10 @@ def test_the_command(closed: _Closed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEEPEST_TLS_CA", str(closed.files.authority))
     refused = run("list", "--server", closed.address)
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert "give --token, or set STEEPEST_TOKEN" in refused.stderr
-    assert run("list", "--server", closed.address, "--token", "wrong").returncode == 2
+    assert is_documented("a token is missing", refused.stderr)
+    wrong = run("list", "--server", closed.address, "--token", "wrong")
+    assert wrong.returncode == 2
+    assert is_documented("a token is wrong", wrong.stderr)
     listed = run("list", "--server", closed.address, "--token", closed.tokens["viewer"], "--json")
     assert listed.returncode == 0, listed.stderr
     owned = run("list", "--server", closed.address, "--token", closed.tokens["admin"], "--filter", "owner = nobody")

@@ -16,6 +16,7 @@ from harness.local_job import hashes, job_config, run_here
 from steepest.client import Client
 from steepest.jobs import Event
 from tests.support.choices import full
+from tests.support.documented import is_documented
 from tests.support.service import TASKS, raylets, serving, until
 
 pytestmark = pytest.mark.cluster
@@ -54,7 +55,7 @@ def test_jobs_go_on_without_a_service_and_with_the_next(ending: signal.Signals, 
             assert [record["step"] for record in records] == list(range(400))
             assert [evaluation.step for evaluation in job.evaluations()] == list(range(50, 401, 50))
             reasons = [event.reason for event in job.events()]
-            assert "a service is back; the job has gone on meanwhile" in reasons
+            assert is_documented("the service was away, on an existing cluster", "\n".join(reasons))
             assert not [reason for reason in reasons if "restarted" in reason or "checkpoint" in reason]
             held.resume()
             assert held.wait().state_sha256 == expected[1]
@@ -129,8 +130,8 @@ def test_a_service_of_another_version_ends_what_it_does_not_understand(tmp_path:
             pids = [member.pid for member in [*job.get().workers, *job.get().servers]]
         with serving(*serve, first=other) as address, Client(address) as client:
             job = client.job("old")
-            why = "this service is version 9, and the cluster's hosts have"
-            until(lambda: job.get().state == "RECOVERING" and why in job.get().reason)
+            until(lambda: job.get().state == "RECOVERING" and "version 9" in job.get().reason)
+            assert is_documented("the cluster has another version", job.get().reason)
             until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
             job.cancel()
 
@@ -153,5 +154,5 @@ def test_jobs_return_to_their_checkpoint_when_what_keeps_them_dies(tmp_path: Pat
         assert (info.parameters_sha256, info.state_sha256) == expected
         assert info.incarnation == 2
         [reason] = [event.reason for event in job.events() if event.state == "RECOVERING"][:1]
-        assert "is gone with the process that kept the jobs of this service; waiting for room anew" in reason
+        assert is_documented("what keeps jobs on an existing cluster is killed", reason)
         assert [record["step"] for record in job.history()] == list(range(400))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -19,9 +20,9 @@ from services.jobs.task_probe import TaskProbe
 from services.service import Service
 from steepest.client import Client, Job
 from steepest.errors import ChangedError, SpecError
-from steepest.jobs import Event
 from steepest.v1 import training_jobs_pb2 as pb
 from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
+from tests.support.documented import is_documented
 from tests.support.service import TASKS, until
 
 pytestmark = pytest.mark.cluster
@@ -133,7 +134,7 @@ def test_a_watch_goes_on_without_a_gap_or_is_refused(stub: Any, submit: Callable
 
 
 def test_many_who_watch_see_the_same(service: Service, stub: Any, submit: Callable[..., Job]) -> None:
-    job = submit("slow", arguments={"delay": 0.002}, steps=300)
+    job = submit("slow", arguments={"delay": 0.002}, steps=2000)
     seen: list[list[int]] = [[] for _ in range(300)]  # more than a pool of threads for short calls would hold
     streams = [stub.WatchTrainingJob(pb.WatchTrainingJobRequest(name=job.name)) for _ in seen]
 
@@ -215,38 +216,43 @@ def test_a_download_goes_on_while_checkpoints_are_pruned(
     assert files == {"manifest.json", "model.safetensors", "optimizer.safetensors"}
 
 
-@pytest.fixture
-def small_disk(service: Service) -> Iterator[str]:
-    """The id of a job whose checkpoints lie on a disk of 256 KiB."""
+@contextlib.contextmanager
+def small_disk(directory: Path, size: str) -> Iterator[None]:
+    """A disk of its own for a directory that is not there yet."""
     if os.geteuid():
         pytest.skip("mounting a file system needs root")
-    name = "on-a-small-disk"
-    directory: Path = service.settings.checkpoints_of(name)
     directory.mkdir(parents=True)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(directory)],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)]
+    mounted = subprocess.run(command, check=False, capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"tmpfs cannot be mounted here: {mounted.stderr.strip()}")
-    yield name
-    subprocess.run(["umount", "-l", str(directory)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(directory)], check=True)
 
 
-def test_a_full_disk_is_told_and_the_last_checkpoint_stays(
-    small_disk: str, submit: Callable[..., Job], service: Service
-) -> None:
-    job = submit("regression", name=small_disk, arguments={"hidden": 1000}, steps=12, checkpoint_every=2)
-    info = until(lambda: job.get() if job.get().has_ended else None)
-    assert info.state == "FAILED"
-    said = "\n".join(update.reason for update in job.watch() if isinstance(update, Event))
-    assert "the checkpoint of step 4 could not be written" in said
-    assert "No space left on device" in said
-    kept = list(service.settings.checkpoints_of(small_disk).glob("step-*"))
-    assert [path.name for path in kept] == ["step-000000000002"]
-    assert info.parameters_sha256
+def test_a_full_disk_is_told_and_the_last_checkpoint_stays(submit: Callable[..., Job], service: Service) -> None:
+    name = "on-a-small-disk"
+    directory = service.settings.checkpoints_of(name)
+    with small_disk(directory, "256k"):
+        job = submit("regression", name=name, arguments={"hidden": 1000}, steps=12, checkpoint_every=2)
+        info = until(lambda: job.get() if job.get().has_ended else None)
+        assert info.state == "FAILED"
+        said = "\n".join(event.reason for event in job.events())
+        assert "the checkpoint of step 4 could not be written" in said
+        assert is_documented("the disk is full", said)
+        assert [path.name for path in directory.glob("step-*")] == ["step-000000000002"]
+        assert info.parameters_sha256
+
+
+def test_a_disk_without_room_for_records_costs_records_alone(submit: Callable[..., Job], service: Service) -> None:
+    name = "without-records"
+    with small_disk(service.settings.history_of(name), "128k"):
+        job = submit("regression", name=name, steps=2000)
+        assert job.wait().step == 2000
+        assert is_documented("there is no room for records", "\n".join(event.reason for event in job.events()))
+        assert 0 < len(list(job.history())) < 2000
 
 
 def test_a_task_that_does_not_return_is_refused_in_time(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 from services.service import Service
 from steepest.client import Client, Job
 from tests.support.command import Ran, run
+from tests.support.documented import is_documented
 from tests.support.service import TASKS, until
 
 pytestmark = pytest.mark.cluster
@@ -100,7 +101,7 @@ def test_what_is_kept_of_a_job(steepest: Callable[..., Ran], submit: Callable[..
         file.write(b"\xff")
     torn = run("verify", str(fetched))
     assert torn.returncode == 1
-    assert "its SHA-256 is not the one in the manifest" in torn.stderr
+    assert is_documented("a checkpoint is damaged", torn.stderr)
 
     picture, paper, table = tmp_path / "a.png", tmp_path / "a.html", tmp_path / "a.csv"
     assert steepest("plot", job.name, "--output", str(picture)).returncode == 0

@@ -15,6 +15,7 @@ from steepest.client import Client, Job
 from steepest.errors import SpecError
 from steepest.jobs import Event, JobInfo
 from tests.support.choices import full
+from tests.support.documented import is_documented
 from tests.support.service import BROUGHT, EXAMPLES, NUM_CPUS, TASKS, until
 
 pytestmark = pytest.mark.cluster
@@ -80,26 +81,22 @@ def _free_cpus() -> float:
 
 
 @pytest.mark.parametrize(
-    ("function", "spec", "words"),
+    ("function", "spec", "failure"),
     [
-        full("nonfinite_loss", {}, ["the loss is not finite at step", "worker worker-", "micro-batch", "nan"]),
-        ("nonfinite_gradient", {}, ["the gradient of 0.weight is not finite at step 0", "worker", "micro-batch 0"]),
-        ("failing_dataset", {}, ["OSError: sample", "is torn", "micro-batch", "Traceback", "__getitem__"]),
-        full("misbehaving", {"arguments": {"how": "exit"}}, ["SystemExit: 3", "micro-batch"]),
+        full("nonfinite_loss", {}, "a loss is not finite"),
+        ("nonfinite_gradient", {}, "a gradient is not finite"),
+        ("failing_dataset", {}, "user code raises"),
+        full("misbehaving", {"arguments": {"how": "exit"}}, "user code exits"),
         (
             "misbehaving",
             {"arguments": {"how": "die"}, "placement": {"max_worker_restarts": 1}},
-            [
-                "was killed by signal 9 (SIGKILL) at step",
-                "deaths without progress",
-                "placement.max_worker_restarts = 1",
-            ],
+            "a worker is killed again and again",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_job_that_fails_says_why_and_frees_everything(
-    submit: Callable[..., Job], bystander: Job, service: Service, function: str, spec: dict[str, Any], words: list[str]
+    submit: Callable[..., Job], bystander: Job, service: Service, function: str, spec: dict[str, Any], failure: str
 ) -> None:
     spec = {"steps": 50, "data": {"global_batch": 64}, **spec}
     spec["placement"] = {"workers": 2, **spec.get("placement", {})}
@@ -107,7 +104,7 @@ def test_a_job_that_fails_says_why_and_frees_everything(
     info = until(lambda: job.get() if job.get().has_ended else None)
     assert info.state == "FAILED"
     assert info.error is not None
-    assert all(word in info.error for word in words), info.error
+    assert is_documented(failure, info.error)
     until(lambda: _free_cpus() == NUM_CPUS - 1)
     until(lambda: len(service.running.all()) == 1)
     pids = [m.pid for m in (*info.workers, *info.servers) if m.pid]
@@ -118,7 +115,7 @@ def test_a_job_that_fails_says_why_and_frees_everything(
 
 def test_a_parameter_that_is_written_to_in_mid_training_fails_the_job(client: Client) -> None:
     job = client.submit(f"{BROUGHT}:writes_to_a_parameter_later", steps=10)
-    assert "the forward pass writes to the parameter 'line.weight'" in str(_failed(job).error)
+    assert is_documented("the forward pass writes to a parameter", str(_failed(job).error))
 
 
 def test_a_metric_that_fails_in_the_end_does_not_lose_the_model(client: Client, tmp_path: Path) -> None:
@@ -163,7 +160,7 @@ def test_a_worker_that_hangs_is_replaced(submit: Callable[..., Job], tmp_path: P
     )
     assert job.wait().step == 8
     said = "\n".join(u.reason for u in job.watch() if isinstance(u, Event))
-    assert "did not answer within 5 s (placement.worker_timeout_seconds)" in said
+    assert is_documented("a worker hangs", said)
 
 
 def _segments(job: Job) -> list[str]:

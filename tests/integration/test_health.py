@@ -12,6 +12,7 @@ from steepest.client import Client, Job
 from steepest.errors import JobFailedError, SpecError
 from steepest.jobs import Finding
 from tests.support.choices import full
+from tests.support.documented import is_documented
 from tests.support.service import until
 
 pytestmark = pytest.mark.cluster
@@ -119,7 +120,7 @@ def test_a_job_that_diverges_goes_back_with_a_smaller_rate_until_it_does_not(cli
     info = job.wait()
     reasons = [event.reason for event in job.events() if event.state == "RECOVERING"]
     assert reasons
-    assert "with 0.05 times the learning rate" in reasons[0]
+    assert is_documented("a job goes back for the learning rate", reasons[0])
     records = list(job.history())
     assert [record["step"] for record in records] == list(range(400))
     assert records[-1]["lr"] == pytest.approx(40.0 * 0.05 ** len(reasons))
@@ -139,7 +140,7 @@ def test_a_job_goes_back_and_leaves_out_the_samples_that_are_to_blame(client: Cl
     assert (change.skip_samples, change.lr_scale) == ((77,), 1.0)
     assert finding.step - 2 < change.step <= finding.step
     [reason] = [event.reason for event in job.events() if event.state == "RECOVERING"]
-    assert f"returning to step {change.step} without that sample" in reason or change.step == 0
+    assert is_documented("a job goes back for a sample", reason)
     records = {record["step"]: record for record in job.history()}
     assert list(records) == list(range(30))
     assert records[finding.step]["samples"] == 31  # of 32
@@ -209,8 +210,9 @@ def test_samples_that_are_not_there_cannot_be_left_out(client: Client) -> None:
 def test_rollbacks_that_do_not_help_end_the_job(client: Client) -> None:
     health = {"actions": {"nonfinite": "rollback"}, "max_rollbacks": 2}
     job = client.submit(f"{SICK}:breaks_down", **BASE, health=health)
-    with pytest.raises(JobFailedError, match=r"after 2 rollbacks; health\.max_rollbacks = 2"):
+    with pytest.raises(JobFailedError) as raised:
         job.wait()
+    assert is_documented("rollbacks have not helped", str(raised.value))
     info = job.get()
     assert [finding.samples for finding in info.findings] == [None] * 3
     assert "rollbacks have not helped" in job.events()[-1].reason
@@ -223,7 +225,7 @@ def test_a_job_that_is_stuck_says_so(client: Client, tmp_path: Path, monkeypatch
     until(lambda: job.get().state == "PAUSED")
     [finding] = [each for each in job.get().findings if each.rule == "staleness"]
     assert finding.step > 10
-    assert "no step has ended for" in finding.message
+    assert is_documented("a job is stuck", "\n".join(event.reason for event in job.events()))
     job.resume()
     assert job.wait().step == BASE["steps"]
 

@@ -19,6 +19,7 @@ from steepest.client import Client, Job
 from steepest.errors import ConflictError, JobFailedError, NotFoundError, SpecError
 from steepest.jobs import Event, JobInfo, Progress
 from tests.support.choices import full
+from tests.support.documented import is_documented
 from tests.support.service import EXAMPLES, NUM_CPUS, until
 
 pytestmark = pytest.mark.cluster
@@ -73,7 +74,7 @@ def test_a_worker_killed_in_mid_step_leaves_no_trace(submit: Callable[..., Job],
     assert found(info) == slow_hashes
     said = reasons(job)
     assert f"{victim.id} (pid {victim.pid} on {victim.host}) was killed by signal 9 (SIGKILL)" in said
-    assert "a new process takes its place" in said
+    assert is_documented("a worker is killed", said)
     assert "Ray" not in said
     assert [r["step"] for r in job.history()] == list(range(60))
 
@@ -90,7 +91,7 @@ def test_a_killed_server_costs_only_the_steps_since_the_checkpoint(
     assert found(info) == slow_hashes
     said = reasons(job)
     assert f"server-{server} (pid {victim.pid} on {victim.host}) was killed by signal 9 (SIGKILL)" in said
-    assert "; returning to the checkpoint of step " in said
+    assert is_documented("a server is killed", said)
     assert [r["step"] for r in job.history()] == list(range(60))
 
 
@@ -155,9 +156,10 @@ def test_jobs_queue_when_the_cluster_is_full_and_say_what_they_wait_for(submit: 
     until(lambda: first.get().state == "RUNNING")
     second = submit("regression", steps=2, placement={"workers": 2})
     until(lambda: "waiting for 2 CPUs" in second.get().reason)
-    assert "in use by trainingJobs/first" in second.get().reason
+    assert is_documented("the cluster is full", second.get().reason)
     third = submit("regression", steps=2)
     until(lambda: "waiting behind" in third.get().reason)
+    assert is_documented("a job that waits is behind another", third.get().reason)
     first.cancel()
     assert second.wait().state == "SUCCEEDED"
     assert third.wait().state == "SUCCEEDED"

@@ -18,6 +18,7 @@ from services.jobs.policy import (
 )
 from services.jobs.team import Team, WorkerState
 from services.store.lifecycle import JobState
+from tests.support.documented import is_documented
 
 DIED = Exit(ExitKind.DIED, "was killed by signal 9 (SIGKILL)")
 
@@ -55,7 +56,9 @@ def test_a_lost_server_takes_the_job_back_to_its_checkpoint() -> None:
         return on_server_loss(Patience(limit), "server-0 was killed", 7, checkpoint, cancelling=cancelling)
 
     assert decide(5) == Recover("server-0 was killed; returning to the checkpoint of step 5")
-    assert decide(None) == Recover("server-0 was killed; there is no checkpoint, starting again from step 0")
+    again = decide(None)
+    assert again == Recover("server-0 was killed; there is no checkpoint, starting again from step 0")
+    assert is_documented("a server is killed before there is a checkpoint", again.reason)
     assert decide(5, cancelling=True) == End(JobState.CANCELLED, "cancelled")
     end = decide(5, limit=0)
     assert isinstance(end, End)
@@ -87,6 +90,7 @@ def test_a_task_that_cannot_be_loaded_is_not_tried_again() -> None:
     refused = Exit(ExitKind.REFUSED, "there is no module 'x'", "Traceback")
     decided = on_worker_exit(Patience(3), "worker-0", WorkerState.STARTING, refused, 0)
     assert decided == End(JobState.FAILED, "the task cannot be run on worker-0", "there is no module 'x'\nTraceback")
+    assert is_documented("the task cannot be run on a host", decided.reason)
 
 
 def test_a_worker_that_keeps_dying_ends_the_job() -> None:
