@@ -36,6 +36,11 @@ def lr_scale_at(changes: Iterable[ChangeSpec], step: int) -> float:
     return scale
 
 
+def samples_left_out(changes: Iterable[ChangeSpec]) -> set[int]:
+    """By any of the changes."""
+    return {sample for change in changes for sample in change.skip_samples}
+
+
 def with_change(changes: Sequence[ChangeSpec], change: ChangeSpec) -> tuple[ChangeSpec, ...]:
     """With one more, of a job that has gone back to its step: what began after that step begins there now."""
     earlier = (c if c.step <= change.step else c.model_copy(update={"step": change.step}) for c in changes)

@@ -130,7 +130,9 @@ class KeptRooms:
     def stop_worker(self, job: str, worker: str, *, keep_room: bool) -> None:
         """See Room."""
         with self._news:
-            self._kept[job].workers.pop(worker, None)
+            kept = self._kept[job]
+            kept.workers.pop(worker, None)
+            kept.happened = {key: what for key, what in kept.happened.items() if key[1] != worker}
         self._rooms[job].stop_worker(worker, keep_room=keep_room)
 
     def stop_actors(self, job: str) -> None:

@@ -203,6 +203,11 @@ def test_steps_whose_gradient_explodes_are_not_taken(client: Client) -> None:
 def test_samples_that_are_not_there_cannot_be_left_out(client: Client) -> None:
     with pytest.raises(SpecError, match=r"changes\.1\.skip_samples: 256 is not there; allowed: 0 to 255"):
         client.submit(f"{SICK}:healthy", **BASE, changes=[{"lr_scale": 0.5}, {"skip_samples": [3, 256]}])
+    with pytest.raises(SpecError, match=r"changes: of 256 samples they leave 0, and a step has 32"):
+        client.submit(f"{SICK}:healthy", **BASE, changes=[{"skip_samples": list(range(256))}])
+    nothing_first = [{"skip_samples": list(range(16))}]  # of the first micro-batch
+    data = {"global_batch": 32, "micro_batch": 16, "shuffle": False}
+    assert client.submit(f"{SICK}:healthy", **{**BASE, "data": data}, changes=nothing_first).wait().step == 60
     with pytest.raises(SpecError, match=r"changes\.0\.rate: no such field; allowed: step, lr_scale, skip_samples"):
         client.submit(f"{SICK}:healthy", **BASE, changes=[{"rate": 0.5}])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ class Sampler:
         num_samples: int,
         data: DataSpec,
         seed: int,
-        order: Callable[[int], Sequence[int]] | None = None,
+        order: Callable[[int], Sequence[int] | NDArray[np.int64]] | None = None,
         changes: Sequence[ChangeSpec] = (),
     ) -> None:
         self._num_samples = num_samples
@@ -56,9 +56,23 @@ class Sampler:
         if self._own_order is None and not self._data.shuffle:
             return np.arange(low, high)
         if epoch != self._epoch:
-            self._order = self._permutation(epoch) if self._own_order is None else self._own_order(epoch)
-            self._epoch = epoch
+            self._order, self._epoch = self._order_of(epoch), epoch
         return np.asarray(self._order[low:high], dtype=np.int64)
+
+    def without(self, samples: Collection[int]) -> Sampler:
+        """The same order as if these samples were not there."""
+        left_out = np.array(sorted(samples), np.int64)
+
+        def order(epoch: int) -> NDArray[np.int64]:
+            every = np.asarray(self._order_of(epoch), dtype=np.int64)
+            return every[~np.isin(every, left_out)]
+
+        return Sampler(len(order(0)), self._data, self._seed, order)
+
+    def _order_of(self, epoch: int) -> Sequence[int] | NDArray[np.int64]:
+        if self._own_order is not None:
+            return self._own_order(epoch)
+        return self._permutation(epoch) if self._data.shuffle else np.arange(self._num_samples)
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, epoch])))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ps.job.config import layout_of
 from ps.parameters.description import ModelDescription
+from steepest.change_spec import samples_left_out
 from steepest.spec import TrainingJobSpec
 from steepest.task import AnalyticTask, Task
 from worker.data.sampler import Sampler
@@ -66,7 +67,9 @@ class Passes:
         self.engine.bind(self.flat)
         source = self.engine.train_source
         source.prepare(num_samples, spec.data, spec.seed, shuffle=spec.data.shuffle)
-        self.sampler = Sampler(num_samples, spec.data, spec.seed, source.order(spec.seed), spec.changes)
+        self.sampler = Sampler(num_samples, spec.data, spec.seed, source.order(spec.seed))
+        if left_out := samples_left_out(spec.changes):
+            self.sampler = self.sampler.without(left_out)
         self._gradients: dict[str, torch.Tensor] = {}
         self.alter: Callable[[Any, NDArray[np.int64]], Any] = lambda batch, indices: batch  # before a pass
         self.fetched: Any = None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ps.job.config import layout_of
+from steepest.change_spec import samples_left_out
 from steepest.errors import SpecError
 from steepest.spec import TrainingJobSpec, spec_from_dict
 from steepest.task import AnalyticTask, Task
@@ -103,6 +104,9 @@ def _check_changes(spec: TrainingJobSpec, task: Task | AnalyticTask) -> None:
         if change.skip_samples and max(change.skip_samples) >= size:
             problem = f"{max(change.skip_samples)} is not there; allowed: 0 to {size - 1}, the samples of train_data"
             raise TaskError(f"changes.{index}.skip_samples", problem)
+    left = size - len(samples_left_out(spec.changes))
+    if not spec.data.steps_per_epoch(left):
+        raise TaskError("changes", f"of {size} samples they leave {left}, and a step has {spec.data.global_batch}")
 
 
 def _with_wishes(spec: TrainingJobSpec, wishes: dict[str, Any]) -> TrainingJobSpec:
