@@ -273,6 +273,9 @@ class TrainingJobSpec(SpecModel):
     epochs: PositiveInt | None = Field(
         default=None, description="Length in passes over the data; give steps or epochs."
     )
+    max_seconds: PositiveFloat | None = Field(
+        default=None, description="End the job after so many seconds of training steps, with a checkpoint."
+    )
     data: DataSpec = Field(default=DataSpec(), description="How the data are cut into steps.")
     optimizer: AnyOptimizer = Field(default=AdamwSpec(), description="Which optimizer.")
     schedule: ScheduleSpec = Field(default=ScheduleSpec(), description="How the learning rate moves.")
@@ -361,11 +364,6 @@ class TrainingJobSpec(SpecModel):
                 f"clip.agc one of {', '.join(ELEMENTWISE)}"
             )
         return self
-
-    @property
-    def skips_nonfinite(self) -> bool:
-        """Whether a step that is not finite is not taken; else it fails the job."""
-        return self.on_nonfinite == "skip" or self.health.skips("nonfinite")
 
     @property
     def needs_whole_parameters(self) -> str:

@@ -151,6 +151,7 @@ def write_checkpoint(
             "best": _best_to_json(state.standing.best),
             "clip": list(state.standing.clip),
             "norms": list(state.standing.norms),
+            "seconds": state.standing.seconds,
             "files": {name: {"sha256": _file_sha256(temporary / name)} for name in files},
         }
         kept = {"incarnation": incarnation, "records": [_plain(r) for r in records]}
@@ -235,6 +236,7 @@ def _read(path: Path) -> tuple[Written, State]:
             _best_from_json(manifest.get("best")),
             tuple(map(float, manifest.get("clip", ()))),
             tuple(map(float, manifest.get("norms", ()))),
+            float(manifest.get("seconds", 0.0)),
         ),
         tensors[MODEL],
         tensors[OPTIMIZER],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,10 +82,11 @@ class JobConfig:
             segment_owners=tuple(self.layout().segment_owners.tolist()) if spec.clip.is_by_parameter else (),
             evaluation_leaves=-(-self.num_evaluation_samples // spec.data.evaluation_batch),
             metric_names=self.metric_names,
+            max_seconds=spec.max_seconds or math.inf,
             eval_every=spec.eval_every,
             checkpoint_every=spec.checkpoint_every,
             checkpoint_seconds=spec.checkpoint_interval,
-            skip_nonfinite=spec.skips_nonfinite,
+            skip_nonfinite=spec.on_nonfinite == "skip" or spec.health.skips("nonfinite"),
             skip_exploding=spec.health.skips("exploding"),
             worker_timeout_seconds=spec.placement.worker_timeout_seconds,
             factors=self.factors,

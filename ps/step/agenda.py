@@ -15,8 +15,9 @@ class Agenda:
     steps since are ever lost; those that are due by the clock are written while the job goes on, one at a time.
     """
 
-    def __init__(self, plan: Plan, saved: int, best: Best) -> None:
+    def __init__(self, plan: Plan, saved: int, best: Best, seconds: float = 0.0) -> None:
         self._plan = plan
+        self.seconds = seconds  # that training steps have taken
         self._saved = saved
         self._evaluated = -1
         self._pursuit = Pursuit(plan.aim, best)
@@ -33,7 +34,10 @@ class Agenda:
         """Why the job is over, with `step` steps done, or nothing."""
         if self._pursuit.stop_reason:
             return self._pursuit.stop_reason
-        return f"all {step} steps are done" if step >= self._plan.total_steps else ""
+        if step >= self._plan.total_steps:
+            return f"all {step} steps are done"
+        is_late = self.seconds >= self._plan.max_seconds
+        return f"stopped at step {step} after {self.seconds:.0f} s of training (max_seconds)" if is_late else ""
 
     def wants_checkpoint(self, step: int, now: float, *, ends: bool) -> bool | None:
         """Whether to wait for the checkpoint that is due; None when none is. ends: whether the job ends here."""

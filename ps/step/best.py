@@ -40,6 +40,7 @@ class Standing:
 
     updates: of the optimizer, which is less than `step` after skipped steps. best: the best evaluation so far. clip:
     what the job's clip policy has learned, see ClipPolicy. norms: the last ones, of jobs that skip explosions.
+    seconds: that the steps have taken.
     """
 
     step: int = 0
@@ -47,6 +48,7 @@ class Standing:
     best: Best = NONE
     clip: tuple[float, ...] = ()
     norms: tuple[float, ...] = ()
+    seconds: float = 0.0
 
 
 class Pursuit:

@@ -68,9 +68,8 @@ class Leader:
         self._deal_out = Dealer()
         self._initialized = initialized
         self._round: RoundState | None = None
-        self._agenda = Agenda(plan, since.step if initialized else -1, since.best)
-        norms = since.norms if plan.skip_exploding else None
-        self._clip = Clipping(plan.clip, plan.segment_owners, since.clip, norms)
+        self._agenda = Agenda(plan, since.step if initialized else -1, since.best, since.seconds)
+        self._clip = Clipping(plan.clip, plan.segment_owners, since.clip, since.norms if plan.skip_exploding else None)
         self._pause = False
         self._cancel = False
         self._served_seconds = 0.0  # that the servers took for the last step
@@ -80,7 +79,8 @@ class Leader:
     @property
     def standing(self) -> Standing:
         """Where the training stands, for a checkpoint."""
-        return Standing(self.step, self.updates, self._agenda.best, self._clip.state, self._clip.norms)
+        agenda, clip = self._agenda, self._clip
+        return Standing(self.step, self.updates, agenda.best, clip.state, clip.norms, agenda.seconds)
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
@@ -359,6 +359,7 @@ class Leader:
         clip, slowest = self.plan.clip, self.members.slowest()
         completed = current.completed(len(self.members), now, clip=clip, slowest=slowest)
         self._served_seconds = completed.committed - completed.collected
+        self._agenda.seconds += completed.committed - completed.began
         self.members.favour_idle()
         self.step += 1
         self.updates += completed.decision.apply
@@ -383,8 +384,7 @@ class Leader:
 
     def _end(self, phase: Phase, reason: str) -> list[Effect]:
         self.phase = phase
-        dismissals: list[Effect] = [Dismiss(name, reason) for name in self.members]
-        return [PhaseChanged(phase, reason), *dismissals]
+        return [PhaseChanged(phase, reason), *(Dismiss(name, reason) for name in self.members)]
 
     # -- members ----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ps.numerics.schedule import learning_rate
@@ -18,6 +19,7 @@ class Plan:
     factors: of the learning rate at each update, if the task has a schedule of its own.
     segment_owners: see Layout; of jobs that clip every parameter by itself.
     changes: of the learning rate, from steps on. skip_exploding: whether steps are not taken whose gradient explodes.
+    max_seconds: of training steps, after which the job ends.
     aim: what the best evaluation is, if that matters.
     part_leaves: micro-batches that are compressed together, with a residual that stays at the worker; 0: nothing is.
     """
@@ -32,6 +34,7 @@ class Plan:
     part_leaves: int = 0
     evaluation_leaves: int = 0
     metric_names: tuple[str, ...] = ()
+    max_seconds: float = math.inf
     eval_every: int = 0
     checkpoint_every: int = 0
     checkpoint_seconds: float = 0.0

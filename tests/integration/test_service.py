@@ -151,6 +151,16 @@ def test_a_cancelled_job_keeps_a_checkpoint(submit: Callable[..., Job], tmp_path
         job.cancel()
 
 
+def test_a_job_ends_when_its_time_is_over(submit: Callable[..., Job], service: Service) -> None:
+    job = submit("slow", steps=100_000, arguments={"delay": 0.01}, max_seconds=2.0, checkpoint_every=5)
+    until(lambda: job.get().step >= 5)
+    kill(job.get().servers[0].pid)  # the seconds before a checkpoint count
+    info = job.wait()
+    assert info.reason == f"stopped at step {info.step} after 2 s of training (max_seconds)"
+    assert 2.0 <= sum(record["step_seconds"] for record in job.history()) < 2.5
+    assert job.checkpoints()[0].step == info.step
+
+
 def test_jobs_queue_when_the_cluster_is_full_and_say_what_they_wait_for(submit: Callable[..., Job]) -> None:
     first = submit("slow", name="first", arguments={"delay": 0.05}, steps=10_000, placement={"workers": NUM_CPUS - 1})
     until(lambda: first.get().state == "RUNNING")

@@ -62,3 +62,12 @@ def test_the_best_evaluation_is_saved_once_more_and_the_job_ends_without_a_bette
     assert again.end_reason(6) == ""
     assert not again.evaluated(8, {"loss": 0.6})
     assert again.end_reason(8) == it.end_reason(8)
+
+
+def test_a_job_ends_after_so_many_seconds_of_training() -> None:
+    it = agenda(0, max_seconds=10.0)
+    it.seconds += 9.9
+    assert it.end_reason(7) == ""
+    it.seconds += 0.2
+    assert it.end_reason(8) == "stopped at step 8 after 10 s of training (max_seconds)"
+    assert it.end_reason(10) == "all 10 steps are done"
