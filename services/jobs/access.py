@@ -98,7 +98,9 @@ class Access:
             return ANYBODY
         if not token:
             raise UnauthenticatedError("this service needs a token: give --token, or set STEEPEST_TOKEN")
-        raise UnauthenticatedError("the token is unknown here, or was revoked: ask an administrator for another")
+        raise UnauthenticatedError(
+            "the token is unknown here, was revoked, or has expired: ask an administrator for another"
+        )
 
     def check(self, caller: Caller, need: Need, job: str) -> None:
         """Raises PermissionDeniedError, and NotFoundError for a job that is not there. job: its id, for OWN."""

@@ -55,6 +55,7 @@ tokens = sa.Table(
     sa.Column("hash", sa.String(64), nullable=False, unique=True),
     sa.Column("created", sa.Double, nullable=False),
     sa.Column("revoked", sa.Double),
+    sa.Column("expires", sa.Double),
 )
 
 evaluations = sa.Table(

@@ -9,6 +9,7 @@ import hashlib
 import re
 import secrets
 import threading
+import time
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -32,12 +33,13 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """A token as it is stored. created, revoked: seconds since the epoch."""
+    """A token as it is stored. created, revoked, expires: seconds since the epoch."""
 
     name: str
     role: Role
     created: float
     revoked: float | None
+    expires: float | None = None
 
 
 class Tokens:
@@ -50,8 +52,11 @@ class Tokens:
         self._is_any = False
 
     @retried
-    def create(self, name: str, role: str, now: float) -> str:
-        """A new token, which is kept nowhere. Raises SpecError, ConflictError when the name is taken."""
+    def create(self, name: str, role: str, now: float, expires: float | None = None) -> str:
+        """A new token, which is kept nowhere. Raises SpecError, ConflictError when the name is taken.
+
+        expires: when it ends by itself, in seconds since the epoch; None: never.
+        """
         if not _NAME.fullmatch(name):
             problem = f"{name!r}; allowed: lower-case letters, digits and '-', beginning with a letter, at most 63"
             raise SpecError([Violation("name", problem)])
@@ -61,7 +66,7 @@ class Tokens:
         with self._write, self._engine.begin() as connection:
             if connection.execute(sa.select(tokens.c.name).where(tokens.c.name == name)).first() is not None:
                 raise ConflictError(f"there is a token {name!r}, perhaps a revoked one; choose another name")
-            values = {"name": name, "role": role, "hash": _hash(token), "created": now}
+            values = {"name": name, "role": role, "hash": _hash(token), "created": now, "expires": expires}
             connection.execute(sa.insert(tokens).values(**values))
         return token
 
@@ -81,8 +86,9 @@ class Tokens:
 
     @retried
     def find(self, token: str) -> TokenRow | None:
-        """The token that this is, unless it is revoked or none."""
-        query = sa.select(tokens).where(tokens.c.hash == _hash(token), tokens.c.revoked.is_(None))
+        """The token that this is, unless it is revoked, has expired, or is none."""
+        holds = sa.or_(tokens.c.expires.is_(None), tokens.c.expires > time.time())
+        query = sa.select(tokens).where(tokens.c.hash == _hash(token), tokens.c.revoked.is_(None), holds)
         with self._engine.connect() as connection:
             row = connection.execute(query).first()
         return None if row is None else _row(row)
@@ -101,4 +107,4 @@ def _hash(token: str) -> str:
 
 
 def _row(row: sa.Row[tuple[object, ...]]) -> TokenRow:
-    return TokenRow(row.name, Role(row.role), row.created, row.revoked)
+    return TokenRow(row.name, Role(row.role), row.created, row.revoked, row.expires)

@@ -23,6 +23,7 @@ app.add_typer(token, name="token", rich_help_panel="The service")
 
 Name = Annotated[str, Argument(metavar="NAME", help="Of a person or program; jobs that it submits bear it.")]
 DataDirectory = Annotated[Path, Option("--data-dir", help="Of the service.")]
+SECONDS_A_DAY = 86_400.0
 DEFAULT_DIRECTORY = Path("steepest-data")
 Database = Annotated[
     str, Option("--database-url", envvar="STEEPEST_DATABASE_URL", help="Of the service, if it has one.")
@@ -35,6 +36,7 @@ def create(
     role: Annotated[
         str, Option(help="viewer: look; submitter: submit jobs and act on those; admin: act on all jobs.")
     ] = "submitter",
+    days: Annotated[float | None, Option(min=0.0, help="After which it expires; without them it never does.")] = None,
     data_dir: DataDirectory = DEFAULT_DIRECTORY,
     database_url: Database = "",
     as_json: Json = False,
@@ -43,9 +45,11 @@ def create(
     from steepest.embedded import tokens_of
 
     with tokens_of(data_dir, database_url) as tokens:
-        made = tokens.create(name, role, time.time())
+        now = time.time()
+        expires = None if days is None else now + days * SECONDS_A_DAY
+        made = tokens.create(name, role, now, expires)
     if as_json:
-        sys.stdout.write(json.dumps({"name": name, "role": role, "token": made}) + "\n")
+        sys.stdout.write(json.dumps({"name": name, "role": role, "token": made, "expires": expires}) + "\n")
         return
     sys.stderr.write(f"{name} is a {role}; keep the token, it is not shown again\n")
     sys.stdout.write(made + "\n")
@@ -55,21 +59,28 @@ def create(
 def list_tokens(
     data_dir: DataDirectory = DEFAULT_DIRECTORY, database_url: Database = "", as_json: Json = False
 ) -> None:
-    """List all tokens, those that were revoked too."""
+    """List all tokens, those that were revoked or have expired too."""
     from steepest.embedded import tokens_of
 
     with tokens_of(data_dir, database_url) as tokens:
         rows = tokens.all()
     if as_json:
-        keys = ("name", "role", "created", "revoked")
+        keys = ("name", "role", "created", "revoked", "expires")
         shown = [{key: getattr(row, key) for key in keys} for row in rows]
         sys.stdout.write(json.dumps({"tokens": shown}) + "\n")
         return
     for row in rows:
-        made = time.strftime("%Y-%m-%d", time.localtime(row.created))
-        sys.stdout.write(f"{row.name:24} {row.role:10} made {made}{', revoked' if row.revoked else ''}\n")
+        ends = ""
+        if row.expires is not None:
+            ends = f", {'expired' if row.expires <= time.time() else 'expires'} {_day(row.expires)}"
+        revoked = ", revoked" if row.revoked else ""
+        sys.stdout.write(f"{row.name:24} {row.role:10} made {_day(row.created)}{ends}{revoked}\n")
     if not rows:
         sys.stderr.write("there is none: the service is open to all on its machine\n")
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(seconds))
 
 
 @token.command()

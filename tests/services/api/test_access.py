@@ -19,6 +19,7 @@ from services.store.store import Store
 from services.store.tokens import Role
 from services.telemetry.calls import CallMetrics
 from steepest.channel import open_channel, with_token
+from steepest.errors import UnauthenticatedError
 from steepest.v1 import training_jobs_pb2 as pb
 from steepest.v1 import training_jobs_pb2_grpc as pb_grpc
 from tests.support.certificates import certificates
@@ -132,3 +133,16 @@ def test_only_a_hash_is_kept(tmp_path: Path) -> None:
     files = list(tmp_path.iterdir())
     assert any(b"viewer" in file.read_bytes() for file in files)
     assert all(token.encode() not in file.read_bytes() for file in files)
+
+
+def test_a_token_may_expire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(f"sqlite:///{tmp_path / 'jobs.db'}")
+    token = store.tokens.create("me", "viewer", 0.0, expires=1000.0)
+    access = Access(store)
+    monkeypatch.setattr("services.store.tokens.time.time", lambda: 999.0)
+    assert access.caller(f"Bearer {token}").name == "me"
+    monkeypatch.setattr("services.store.tokens.time.time", lambda: 1000.0)
+    with pytest.raises(UnauthenticatedError, match="has expired"):
+        access.caller(f"Bearer {token}")
+    assert [(row.name, row.expires, row.revoked) for row in store.tokens.all()] == [("me", 1000.0, None)]
+    store.close()
