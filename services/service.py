@@ -122,6 +122,9 @@ def _check_exposure(settings: Settings, access: Access) -> None:
 def _check_tls(settings: Settings) -> None:
     """Raises OSError for a certificate and a key that do not make a pair."""
     certificate, key = settings.tls_certificate, settings.tls_key
+    authority = settings.tls_client_ca
+    if authority is not None and certificate is None:
+        raise OSError("--tls-client-ca takes --tls-cert and --tls-key: without TLS nobody shows a certificate")
     if certificate is None and key is None:
         return
     if certificate is None or key is None:
@@ -132,6 +135,11 @@ def _check_tls(settings: Settings) -> None:
         raise OSError(f"--tls-cert {certificate} or --tls-key {key} is not there") from None
     except ssl.SSLError as error:
         raise OSError(f"{certificate} and {key} are no certificate and its key: {error.reason}") from None
+    try:
+        if authority is not None:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_verify_locations(authority)
+    except (OSError, ssl.SSLError) as error:
+        raise OSError(f"--tls-client-ca {authority} holds no certificate: {error}") from None
 
 
 def _lock(directory: Path) -> IO[str]:

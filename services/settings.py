@@ -15,7 +15,8 @@ class Settings:
 
     http_port, grpc_port: 0 takes any free one. ray_address: an existing Ray cluster; None starts
     Ray in this process tree. num_cpus: of embedded Ray. tls_certificate, tls_key: PEM files, the
-    certificate with its chain; without them neither port is encrypted. database: URL of a PostgreSQL
+    certificate with its chain; without them neither port is encrypted. tls_client_ca: of the authority that
+    has to have signed the certificate of every caller, if they need one. database: URL of a PostgreSQL
     to keep jobs in; empty: SQLite, beside the rest. retention_days: how long jobs are kept after they
     ended; 0: until they are deleted. keeps_jobs: whether jobs on an existing Ray cluster go on while there
     is no service, which takes one that comes back. health_actions: by rule, of jobs whose spec does not name it.
@@ -31,6 +32,7 @@ class Settings:
     num_cpus: int | None = None
     tls_certificate: Path | None = None
     tls_key: Path | None = None
+    tls_client_ca: Path | None = None
     probe_timeout_seconds: float = 300.0
     cancel_grace_seconds: float = 20.0
     max_code_bytes: int = 256 << 20

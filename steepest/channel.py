@@ -15,14 +15,18 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 OPTIONS = [("grpc.enable_retries", 0)]
 
 
-def open_channel(address: str, tls_ca: str | Path | None, token: str) -> grpc.Channel:
-    """A channel to a service. Raises SpecError for a file that cannot be read, or a token that would be overheard."""
+def open_channel(
+    address: str, tls_ca: str | Path | None, token: str, certificate: tuple[str | Path, str | Path] | None = None
+) -> grpc.Channel:
+    """A channel to a service. certificate: the caller's own and its key, PEM files, for a service that asks for one.
+
+    Raises SpecError for a file that cannot be read, or a token that would be overheard.
+    """
     if tls_ca or address.startswith(HTTPS):
-        try:
-            authorities = Path(tls_ca).read_bytes() if tls_ca else None
-        except OSError as error:
-            raise SpecError([Violation("--tls-ca", f"cannot read {tls_ca}: {error.strerror}")]) from None
-        credentials = grpc.ssl_channel_credentials(authorities)
+        authorities = _content("--tls-ca", tls_ca) if tls_ca else None
+        chain = _content("certificate", certificate[0]) if certificate else None
+        key = _content("certificate", certificate[1]) if certificate else None
+        credentials = grpc.ssl_channel_credentials(authorities, key, chain)
         return grpc.secure_channel(address.removeprefix(HTTPS), credentials, options=OPTIONS)
     if token and address.rpartition(":")[0] not in LOOPBACK:
         problem = (
@@ -30,6 +34,13 @@ def open_channel(address: str, tls_ca: str | Path | None, token: str) -> grpc.Ch
         )
         raise SpecError([Violation("--token", problem)])
     return grpc.insecure_channel(address, options=OPTIONS)
+
+
+def _content(option: str, path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise SpecError([Violation(option, f"cannot read {path}: {error.strerror}")]) from None
 
 
 def with_token(channel: grpc.Channel, token: str) -> grpc.Channel:

@@ -48,16 +48,26 @@ class Client:
 
     token: by default what STEEPEST_TOKEN says. tls_ca: a PEM file with the certificate of the authority that the
     service's own is checked against, by default what STEEPEST_TLS_CA says; "https://" before the address also asks for
-    TLS, with the authorities that gRPC knows. Empty for neither, whatever the variables say.
+    TLS, with the authorities that gRPC knows. Empty for neither, whatever the variables say. certificate: (certificate,
+    key), PEM files, for a service that asks its callers for one; by default those that STEEPEST_CLIENT_CERT and
+    STEEPEST_CLIENT_KEY name.
 
     Raises ServiceUnavailableError when nothing answers there, SpecError for a token that would go unencrypted to
     another machine.
     """
 
-    def __init__(self, address: str = "", *, token: str | None = None, tls_ca: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        address: str = "",
+        *,
+        token: str | None = None,
+        tls_ca: str | Path | None = None,
+        certificate: tuple[str | Path, str | Path] | None = None,
+    ) -> None:
         self.address = address = address or os.environ.get("STEEPEST_SERVER") or contexts.read().address
         token = os.environ.get("STEEPEST_TOKEN", "") if token is None else token
-        self._channel = open_channel(address, os.environ.get("STEEPEST_TLS_CA") if tls_ca is None else tls_ca, token)
+        tls_ca = os.environ.get("STEEPEST_TLS_CA") if tls_ca is None else tls_ca
+        self._channel = open_channel(address, tls_ca, token, certificate or _own_certificate())
         self._stub = pb_grpc.TrainingJobServiceStub(with_token(self._channel, token))
         try:
             grpc.channel_ready_future(self._channel).result(timeout=CONNECT_SECONDS)
@@ -179,6 +189,15 @@ class Client:
             case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED:
                 return ServiceUnavailableError(f"the service at {self.address} does not answer: {message}")
         return SteepestError(f"{code.name}: {message}")
+
+
+def _own_certificate() -> tuple[str, str] | None:
+    """What the environment says of the caller's certificate and its key. Raises SpecError for one without the other."""
+    names = ("STEEPEST_CLIENT_CERT", "STEEPEST_CLIENT_KEY")
+    certificate, key = (os.environ.get(name, "") for name in names)
+    if bool(certificate) != bool(key):
+        raise SpecError([Violation(names[not certificate], f"is set without {names[not key]}; they come together")])
+    return (certificate, key) if certificate else None
 
 
 def _violations(error: grpc.RpcError) -> list[Violation]:

@@ -36,6 +36,7 @@ class ServeSettings(BaseSettings):
     cpus: int | None = Field(default=None, ge=1)
     tls_cert: Path | None = None
     tls_key: Path | None = None
+    tls_client_ca: Path | None = None
     retention_days: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     health_actions: dict[Rule, Action] = {}
 
@@ -51,6 +52,7 @@ class ServeSettings(BaseSettings):
             "num_cpus": self.cpus,
             "tls_certificate": self.tls_cert,
             "tls_key": self.tls_key,
+            "tls_client_ca": self.tls_client_ca,
             "retention_days": self.retention_days,
             "keeps_jobs": True,
             "health_actions": dict(self.health_actions),

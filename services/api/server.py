@@ -38,7 +38,9 @@ class GrpcServer:
                 self.port = self._server.add_insecure_port(address)
             else:
                 pair = settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes()
-                self.port = self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+                authority = None if settings.tls_client_ca is None else settings.tls_client_ca.read_bytes()
+                credentials = grpc.ssl_server_credentials([pair], authority, require_client_auth=bool(authority))
+                self.port = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: address already in use; choose another port") from error
 

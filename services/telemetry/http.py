@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Sequence
 
@@ -78,6 +79,7 @@ class HttpServer:
             Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False),
             Middleware(AccessMiddleware, access=self._access),
         ]
+        authority = self._settings.tls_client_ca
         config = uvicorn.Config(
             Starlette(routes=routes, middleware=middleware),
             log_config=None,
@@ -86,6 +88,8 @@ class HttpServer:
             timeout_graceful_shutdown=STOP_SECONDS,
             ssl_certfile=self._settings.tls_certificate,
             ssl_keyfile=self._settings.tls_key,
+            ssl_ca_certs=None if authority is None else str(authority),
+            ssl_cert_reqs=ssl.CERT_NONE if authority is None else ssl.CERT_REQUIRED,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(

@@ -37,6 +37,9 @@ def serve(
     cpus: Annotated[int | None, Option(min=1, help="CPUs embedded Ray may hand out (default: at least 8).")] = None,
     tls_cert: Annotated[Path | None, Option(help="PEM file: the certificate of both ports, with its chain.")] = None,
     tls_key: Annotated[Path | None, Option(help="PEM file: the certificate's private key.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, Option(help="PEM file: the authority that has to have signed the certificate of every caller.")
+    ] = None,
     retention_days: Annotated[
         float | None, Option(min=0.0, help="Delete jobs so many days after they ended; 0: never.", show_default="0")
     ] = None,
@@ -61,6 +64,7 @@ def serve(
         "cpus": cpus,
         "tls_cert": tls_cert,
         "tls_key": tls_key,
+        "tls_client_ca": tls_client_ca,
         "retention_days": retention_days,
         "health_actions": _actions(health_action or []) or None,
     }

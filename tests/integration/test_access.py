@@ -26,7 +26,7 @@ from tests.support.certificates import Certificates, certificates
 from tests.support.command import run
 from tests.support.documented import is_documented
 from tests.support.programs import need_program
-from tests.support.service import COMMAND, TASKS, free_port, until
+from tests.support.service import COMMAND, TASKS, free_port, serving, until
 
 pytestmark = pytest.mark.cluster
 OUTSIDE = Path(__file__).parents[1] / "support" / "outside"
@@ -169,6 +169,8 @@ def test_the_page_asks_for_a_token(closed: _Closed, browser: Browser) -> None:
         (["--tls-cert", "cert.pem"], "--tls-cert and --tls-key come together"),
         (["--tls-cert", "none.pem", "--tls-key", "none.pem"], "is not there"),
         (["--tls-cert", "ca.pem", "--tls-key", "key.pem"], "are no certificate and its key"),
+        (["--tls-client-ca", "ca.pem"], "--tls-client-ca takes --tls-cert and --tls-key"),
+        (["--tls-cert", "cert.pem", "--tls-key", "key.pem", "--tls-client-ca", "key.pem"], "holds no certificate"),
     ],
 )
 def test_a_service_that_would_be_open_does_not_start(tmp_path: Path, options: list[str], said: str) -> None:
@@ -176,6 +178,32 @@ def test_a_service_that_would_be_open_does_not_start(tmp_path: Path, options: li
     ran = run("serve", "--port", "0", "--http-port", "0", "--data-dir", "data", *options, directory=tmp_path)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert said in ran.stderr
+
+
+def test_callers_may_have_to_show_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = certificates(tmp_path)
+    own, other = (tmp_path / "own-cert.pem", tmp_path / "own-key.pem"), tmp_path / "other"
+    other.mkdir()
+    certificates(other)  # of another authority
+    monkeypatch.setattr("steepest.client.CONNECT_SECONDS", 2.0)
+    tls = ["--tls-cert", str(files.certificate), "--tls-key", str(files.key), "--tls-client-ca", str(files.authority)]
+    port = free_port()
+    with serving(tmp_path / "data", *tls, "--http-port", str(port)) as address:
+        with Client(address, tls_ca=files.authority, certificate=own) as client:
+            assert client.server_info().tls
+        for wrong in (None, (other / "own-cert.pem", other / "own-key.pem")):
+            with pytest.raises(ServiceUnavailableError):
+                Client(address, tls_ca=files.authority, certificate=wrong)
+        context = ssl.create_default_context(cafile=str(files.authority))
+        with pytest.raises((urllib.error.URLError, ssl.SSLError, ConnectionError)):
+            urllib.request.urlopen(f"https://127.0.0.1:{port}/healthz", context=context, timeout=10).read()
+        context.load_cert_chain(*own)
+        assert urllib.request.urlopen(f"https://127.0.0.1:{port}/healthz", context=context, timeout=10).status == 200
+        monkeypatch.setenv("STEEPEST_CLIENT_CERT", str(own[0]))
+        with pytest.raises(SpecError, match="STEEPEST_CLIENT_CERT: is set without STEEPEST_CLIENT_KEY"):
+            Client(address, tls_ca=files.authority)
+        monkeypatch.setenv("STEEPEST_CLIENT_KEY", str(own[1]))
+        assert run("list", "--server", address, "--tls-ca", str(files.authority)).returncode == 0
 
 
 def test_tokens_are_made_listed_and_revoked(tmp_path: Path) -> None:
