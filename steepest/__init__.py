@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from steepest.asynchronous import AsyncClient
     from steepest.client import Client, Job
     from steepest.data import ParquetData, TarData
     from steepest.errors import SteepestError
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AnalyticTask": "steepest.task",
+    "AsyncClient": "steepest.asynchronous",
     "ArrayData": "steepest.task",
     "ParameterGroup": "steepest.task",
     "ParquetData": "steepest.data",
@@ -34,6 +36,7 @@ _HOME = {
 __all__ = [
     "AnalyticTask",
     "ArrayData",
+    "AsyncClient",
     "ParameterGroup",
     "ParquetData",
     "Client",

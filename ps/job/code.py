@@ -6,6 +6,7 @@ import errno
 import hashlib
 import importlib
 import os
+import secrets
 import shutil
 import stat
 import sys
@@ -61,8 +62,8 @@ def unpack_code(bundle: bytes, directory: Path) -> Path:
     target = directory / hashlib.sha256(bundle).hexdigest()
     if target.exists():
         return target
-    temporary = directory / f".{target.name}.{os.getpid()}"
-    temporary.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".{target.name}.{secrets.token_hex(4)}"  # another thread may unpack the same
+    temporary.mkdir(parents=True)
     try:
         with opened(bundle) as archive:
             archive.extractall(temporary)
@@ -73,7 +74,8 @@ def unpack_code(bundle: bytes, directory: Path) -> Path:
         raise ValueError(f"it cannot be unpacked: {error}") from error
     try:
         temporary.rename(target)
-    except OSError:  # another process was first
+    except OSError:  # somebody else was first
+        shutil.rmtree(temporary, ignore_errors=True)
         if not target.exists():
             raise
     return target

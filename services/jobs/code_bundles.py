@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class CodeStore:
         digest = hashlib.sha256(data).hexdigest()
         path = self._directory / f"{digest}.zip"
         if not path.exists():
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")  # another call may have the same code
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
