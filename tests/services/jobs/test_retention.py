@@ -38,7 +38,7 @@ def test_what_ended_long_ago_is_deleted_with_its_files(tmp_path: Path, store: St
         if ended is not None:
             store.move(job, JobState.CANCELLED, "cancelled", NOW - ended * DAY_SECONDS)
         settings.checkpoints_of(job).mkdir(parents=True)
-    controller: Any = SimpleNamespace(job="ending")
+    controller: Any = SimpleNamespace(job="ending", join=lambda seconds: None)
     running.add(controller)  # its processes are still ending
     retention = Retention(store, operations, 7.0)
     assert retention.delete_old(NOW) == ["old"]
