@@ -67,9 +67,9 @@ class Passes:
         self.engine.bind(self.flat)
         source = self.engine.train_source
         source.prepare(num_samples, spec.data, spec.seed, shuffle=spec.data.shuffle)
-        self.sampler = Sampler(num_samples, spec.data, spec.seed, source.order(spec.seed))
-        if left_out := samples_left_out(spec.changes):
-            self.sampler = self.sampler.without(left_out)
+        self.every = Sampler(num_samples, spec.data, spec.seed, source.order(spec.seed))  # what the steps are cut from
+        left_out = samples_left_out(spec.changes)
+        self.sampler = self.every.without(left_out) if left_out else self.every
         self._gradients: dict[str, torch.Tensor] = {}
         self.alter: Callable[[Any, NDArray[np.int64]], Any] = lambda batch, indices: batch  # before a pass
         self.fetched: Any = None

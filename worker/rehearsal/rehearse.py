@@ -255,15 +255,15 @@ def _check_compiling(passes: Passes, indices: NDArray[np.int64]) -> None:
 
 def _check_last_step(passes: Passes) -> None:
     """The last micro-batch of an epoch may be short."""
-    spec, sampler, last = passes.spec, passes.sampler, passes.sampler.steps_per_epoch - 1
+    spec, every, last = passes.spec, passes.every, passes.every.steps_per_epoch - 1
     if spec.total_steps(passes.num_samples) <= last:
         return
-    sizes = [len(sampler.indices(last, index)) for index in range(spec.data.num_micro_batches)]
+    sizes = [len(every.indices(last, index)) for index in range(spec.data.num_micro_batches)]
     short = min((size for size in sizes if size), default=0)
     if not short or short == passes.samples or short >= spec.data.micro_batch_size:
         return
     try:
-        passes.compute(sampler.indices(0, 0)[:short], what="the last micro-batch of an epoch")
+        passes.compute(passes.sampler.indices(0, 0)[:short], what="the last micro-batch of an epoch")
     except TaskError as error:
         raise TaskError(
             "data.global_batch",
