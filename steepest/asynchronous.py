@@ -12,6 +12,8 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from steepest.client import Client
 from steepest.job import Job
+from steepest.jobs import JobInfo
+from steepest.server_info import ServerInfo
 
 CALLS_AT_ONCE = 256  # threads at most; each watch has one for as long as it waits
 AT_ONCE = 1000  # records that a thread fetches in one go
@@ -140,10 +142,10 @@ class AsyncClient:
         """See Client.job."""
         return AsyncJob(self._client.job(name), self._threads)
 
-    def list(self, filter: str = "", order_by: str = "") -> AsyncIterator[Any]:  # noqa: A002  # the API's own word
+    def list(self, filter: str = "", order_by: str = "") -> AsyncIterator[JobInfo]:  # noqa: A002  # the API's own word
         """See Client.list."""
         return self._threads.each(self._client.list(filter, order_by), AT_ONCE)
 
-    def server_info(self) -> Awaitable[Any]:
+    def server_info(self) -> Awaitable[ServerInfo]:
         """See Client.server_info."""
         return self._threads.run(self._client.server_info)

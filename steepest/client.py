@@ -110,8 +110,11 @@ class Client:
         message = spec_to_proto(checked)
         if bundle.data:
             message.task.code_bundle = self._upload(bundle.data)
+        return self._create(name, message, request_id)
+
+    def _create(self, name: str, spec: pb.TrainingJobSpec, request_id: str = "") -> Job:
         request = pb.CreateTrainingJobRequest(
-            training_job_id=name, spec=message, request_id=request_id or str(uuid.uuid4())
+            training_job_id=name, spec=spec, request_id=request_id or str(uuid.uuid4())
         )
         return Job(self, self._call(self._stub.CreateTrainingJob, request, CREATE_SECONDS).name)
 
@@ -129,8 +132,7 @@ class Client:
                 message.health.actions[rule] = "record"
         message.changes.extend(map(change_to_proto, known.changes))
         message.placement.workers = workers or known.spec.placement.workers
-        request = pb.CreateTrainingJobRequest(training_job_id=name, spec=message, request_id=str(uuid.uuid4()))
-        return Job(self, self._call(self._stub.CreateTrainingJob, request, CREATE_SECONDS).name)
+        return self._create(name, message)
 
     def _upload(self, data: bytes) -> str:
         pieces = (pb.UploadCodeRequest(data=data[i : i + CHUNK_BYTES]) for i in range(0, len(data), CHUNK_BYTES))

@@ -25,7 +25,6 @@ from steepest.spec import PlacementSpec, TrainingJobSpec
 
 log = logging.getLogger(__name__)
 
-GROUP_SECONDS = 10.0
 EMBEDDED_CPUS = 8
 
 
@@ -126,10 +125,7 @@ class Cluster:
         if self._keeper is not None:
             return self._keeper.reserve(job, spec, num_workers, layout_bytes, code)
         room = JobRoom(spec.placement, layout_bytes, self.fork_servers, inline=spec.is_inline)
-        if not room.reserve(num_workers, GROUP_SECONDS):
-            return None
-        self.fork_servers.start(room.nodes())
-        return room
+        return room if room.reserve(num_workers) else None
 
     def kept(self) -> list[str]:
         """Jobs that went on without a service; waits for a cluster that can have such."""

@@ -34,6 +34,7 @@ from worker.process.actor import GpuActor, WorkerActor
 
 log = logging.getLogger(__name__)
 
+GROUP_SECONDS = 10.0  # that room may take to be granted
 STOPPING_SECONDS = 10.0
 PLACING_SECONDS = 1.0  # more than it takes where there is room
 # A server holds its shard's parameters, two moments of each, and scratch.
@@ -109,11 +110,12 @@ class JobRoom:
         """Ask for room for one more worker."""
         self._spare.append(placement_group([demand(self._placement, 1)]))
 
-    def reserve(self, num_workers: int, seconds: float) -> bool:
+    def reserve(self, num_workers: int) -> bool:
         """Get room for all servers and workers; whether it was granted in time, else nothing is held."""
         for _ in range(num_workers):
             self.add_group()
-        if self.wait(seconds) and self.add_servers(seconds):
+        if self.wait(GROUP_SECONDS) and self.add_servers(GROUP_SECONDS):
+            self._fork_servers.start(self.nodes())
             return True
         self.release()
         return False

@@ -17,12 +17,12 @@ from ps.job.config import JobConfig
 from ps.wire.address import ServerAddress
 from services.cluster.fork_servers import ForkServers
 from services.cluster.job_room import JobRoom
+from services.cluster.kept_life import KeptLife, KeptWorker
 from services.cluster.processes import Exit, Started
 from steepest.spec import PlacementSpec
 
 CALLS_AT_ONCE = 200
 MAX_EVENTS = 10_000
-ROOM_SECONDS = 10.0
 
 Key = tuple[str, str, int]  # ("server", "", number), or ("started" or "ended", name of a worker, generation)
 
@@ -46,6 +46,24 @@ class Kept:
     workers: dict[str, int] = field(default_factory=dict)  # generation by name
     happened: dict[Key, Started | Exit] = field(default_factory=dict)
 
+    def life(self) -> KeptLife | None:
+        """All of it; None when the servers are not all there."""
+        if self.config is None or not self.addresses:
+            return None
+        ends = {key[2]: what for key, what in self.happened.items() if key[0] == "server" and isinstance(what, Exit)}
+        workers = {}
+        for name, generation in self.workers.items():
+            started, end = (
+                self.happened.get(("started", name, generation)),
+                self.happened.get(("ended", name, generation)),
+            )
+            workers[name] = KeptWorker(
+                generation,
+                started if isinstance(started, Started) else None,
+                end if isinstance(end, Exit) else None,
+            )
+        return KeptLife(self.config, self.addresses, self.servers, ends, workers)
+
 
 class KeptRooms:
     """The rooms by job. Safe to use from many threads; each job is spoken for by one controller."""
@@ -65,11 +83,11 @@ class KeptRooms:
         with self._news:
             return version("steepest"), list(self._rooms), self._number
 
-    def life(self, job: str) -> Kept | None:
-        """What is known of a job's life; None when its servers are not all there."""
+    def life(self, job: str) -> KeptLife | None:
+        """A job's life; None when its servers are not all there."""
         with self._news:
             kept = self._kept.get(job)
-            return kept if kept is not None and kept.config is not None and kept.addresses else None
+            return None if kept is None else kept.life()
 
     def told(self, after: int, seconds: float) -> list[Told]:
         """What happened after that number; waits for something."""
@@ -94,9 +112,8 @@ class KeptRooms:
         """Whether a job could be given room. In place of what it had, if it had any."""
         self.release(job)
         room = JobRoom(placement, layout_bytes, self._fork_servers, inline=inline)
-        if not room.reserve(num_workers, ROOM_SECONDS):
+        if not room.reserve(num_workers):
             return False
-        self._fork_servers.start(room.nodes())
         room.set_code(code)
         with self._news:
             self._rooms[job], self._kept[job] = room, Kept()

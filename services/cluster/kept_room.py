@@ -14,8 +14,8 @@ import ray
 
 from ps.job.config import JobConfig
 from ps.wire.address import ServerAddress
-from services.cluster.keeper import CALLS_AT_ONCE, KeeperActor, Kept, Key
-from services.cluster.kept_life import KeptLife, KeptWorker
+from services.cluster.keeper import CALLS_AT_ONCE, KeeperActor, Key
+from services.cluster.kept_life import KeptLife
 from services.cluster.processes import Exit, ExitKind, Started
 from steepest.errors import ServiceUnavailableError
 from steepest.spec import TrainingJobSpec
@@ -126,11 +126,11 @@ class Keeper:
     def adopt(self, job: str) -> tuple[KeptRoom, KeptLife] | None:
         """The room of a job with its life; None, and the room is given back, when that is not whole."""
         room = self._rooms[job] = KeptRoom(self, job)
-        kept: Kept | None = self.ask("life", job)
-        if kept is None or kept.config is None:
+        life: KeptLife | None = self.ask("life", job)
+        if life is None:
             room.release()
             return None
-        return room, _life(kept, kept.config)
+        return room, life
 
     def forget(self, job: str) -> None:
         """A room is not this service's any more."""
@@ -141,20 +141,6 @@ class Keeper:
         self._stopped = True
         if self._listener is not None:
             self._listener.join()
-
-
-def _life(kept: Kept, config: JobConfig) -> KeptLife:
-    happened = kept.happened
-    ends = {key[2]: what for key, what in happened.items() if key[0] == "server" and isinstance(what, Exit)}
-    workers = {}
-    for name, generation in kept.workers.items():
-        started, end = happened.get(("started", name, generation)), happened.get(("ended", name, generation))
-        workers[name] = KeptWorker(
-            generation,
-            started if isinstance(started, Started) else None,
-            end if isinstance(end, Exit) else None,
-        )
-    return KeptLife(config, kept.addresses, kept.servers, ends, workers)
 
 
 class KeptRoom:
