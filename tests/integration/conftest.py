@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from playwright.sync_api import Browser, sync_playwright
 from services.service import Service
 from steepest.client import Client, Job
 from steepest.embedded import running_service
+from steepest.errors import ConflictError
 from tests.support.service import NUM_CPUS, TASKS, until
 
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/google-chrome") if Path(path).exists()), "")
@@ -46,7 +48,8 @@ def submit(client: Client) -> Iterator[Callable[..., Job]]:
     jobs = [job for job in jobs if job.name in there]
     for job in jobs:
         if not job.get().has_ended:
-            job.cancel()
+            with suppress(ConflictError):  # it ended just now
+                job.cancel()
     for job in jobs:
         until(lambda job=job: job.get().has_ended)
 
