@@ -92,6 +92,7 @@ class Health:
         # Biases may have no gradient for good reasons: before a batch normalization, and those of attention's keys.
         self._watched = np.array([len(shape) > 1 for shape in self.shapes], bool)
         self._growing = np.zeros(len(self.shapes), bool)
+        self._shares = np.zeros(len(self.activations))  # as each was seen last
 
     def observe(self, records: Iterable[StepRecord]) -> list[Finding]:
         """Look at the records of steps, in order."""
@@ -280,14 +281,15 @@ class Health:
         shares = np.frombuffer(record.activations, "<f8")
         if not len(shares) or len(shares) != len(self.activations):
             return []
-        shares = np.nan_to_num(shares)
-        worst = int(np.argmax(shares))
-        if not self._condition("saturated", LASTING_STEPS).holds(record.step, now=bool(shares[worst] > SATURATED)):
+        self._shares = np.where(np.isnan(shares), self._shares, shares)
+        worst = int(np.argmax(self._shares))
+        share = self._shares[worst]
+        if not self._condition("saturated", LASTING_STEPS).holds(record.step, now=bool(share > SATURATED)):
             return []
         return [
             Finding(
                 "saturated", "warning", record.step,
-                f"{shares[worst]:.0%} of the outputs of {self.activations[worst]} are at the end of their range, where "
+                f"{share:.0%} of the outputs of {self.activations[worst]} are at the end of their range, where "
                 "almost no gradient passes (of a ReLU: of its units are off for all samples of a micro-batch). Try a "
                 "smaller initialization (Xavier, He), normalization, or a smaller learning rate",
                 self.activations[worst],

@@ -22,6 +22,7 @@ _KINDS: dict[type[nn.Module], tuple[float, float] | None] = {
     nn.ReLU6: None,
 }
 LEAST_SAMPLES = 16  # of a micro-batch, with fewer of which a unit may well be off for all
+AT_ONCE = 50  # modules that are looked at in one pass of a running job; the others have their turn in later ones
 NEAR = 0.015  # of the distance between the bounds: for tanh, beyond 0.97, where a gradient loses 94 % of its size
 
 
@@ -43,10 +44,12 @@ class Activations:
         return tuple(self._modules)
 
     @contextmanager
-    def observed(self) -> Iterator[None]:
-        """Look at what the modules return meanwhile."""
+    def observed(self, turn: int | None = None) -> Iterator[None]:
+        """Look at what the modules return meanwhile: all of them, or those whose turn it is, at most AT_ONCE."""
         self._sums = {}
-        hooks = [module.register_forward_hook(self._hook(name)) for name, module in self._modules.items()]
+        turns = 1 if turn is None else math.ceil(len(self._modules) / AT_ONCE)
+        now = list(self._modules.items())[(turn or 0) % max(1, turns) :: max(1, turns)]
+        hooks = [module.register_forward_hook(self._hook(name)) for name, module in now]
         try:
             yield
         finally:
@@ -63,7 +66,7 @@ class Activations:
     def shares(self) -> bytes:
         """Of each module, the share of saturated outputs, or of units that were 0 for all samples: float64.
 
-        Not a number for a module that was not called, or had too few samples to say.
+        Not a number for a module that was not called or not looked at, or had too few samples to say.
         """
         found = [self._sums.get(name, [math.nan]) for name in self._modules]
         if any(isinstance(share, torch.Tensor) for own in found for share in own):  # one wait for all

@@ -70,7 +70,7 @@ class _Leaves:
             batch, num_samples = self._batches.training(self._step, index)
             activations = self._engine.activations
             if index == 0 and activations is not None and self._norms.wants(self._step, index):
-                with activations.observed():
+                with activations.observed(self._norms.turn(self._step)):
                     measured = self._engine.gradient(batch, num_samples, into, add=add)
                 self.activations = activations.shares()
             else:

@@ -7,7 +7,7 @@ import torch
 
 from ps.numerics.kernel import sums_of_squares
 from ps.parameters.layout import Layout
-from ps.step.signals import has_own_gradient, is_measured
+from ps.step.signals import FIRST_STEPS, has_own_gradient, is_measured
 from worker.gradients.slots import Slots
 
 
@@ -22,6 +22,10 @@ class LeafNorms:
     def wants(self, step: int, leaf: int) -> bool:
         """Whether a micro-batch is to be measured."""
         return has_own_gradient(leaf) and is_measured(step, self._every)
+
+    def turn(self, step: int) -> int | None:
+        """Of a measured step, its number among those at the interval; None: one of the first, which measure all."""
+        return None if step < FIRST_STEPS else step // self._every
 
     def squares(self, slot: int) -> bytes:
         """The sum of squares of each parameter's gradient in a slot: float64, little-endian."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from worker.gradients.activations import Activations
+from worker.gradients.activations import AT_ONCE, Activations
 
 
 def shares(model: nn.Module, *inputs: torch.Tensor) -> dict[str, float]:
@@ -31,6 +31,18 @@ def test_a_unit_is_off_when_it_is_so_for_all_samples() -> None:
     channels = torch.zeros(16, 3, 4, 4)
     channels[1, 0, 2, 2] = 1.0
     assert shares(nn.Sequential(nn.ReLU()), channels) == {"0": 2 / 3}
+
+
+def test_many_modules_take_turns() -> None:
+    model = nn.Sequential(*[nn.Tanh() for _ in range(2 * AT_ONCE + 1)])
+    watched = Activations([("", model)])
+    seen = []
+    for turn in range(5, 8):
+        with watched.observed(turn):
+            model(torch.zeros(3, 4))
+        seen.append(np.flatnonzero(~np.isnan(np.frombuffer(watched.shares(), "<f8"))))
+    assert all(len(one) <= AT_ONCE for one in seen)
+    assert sorted(np.concatenate(seen)) == list(range(len(model)))
 
 
 def test_a_module_that_is_used_twice_or_not_at_all() -> None:
