@@ -4,8 +4,9 @@
 with two workers through the service. Off: the record of one step in 50 goes to the history, without norms of
 parameters. Norms: that of every step, with the gradient norm of every parameter. Default: as a job
 has it that says nothing, with the seven other signals of every parameter in one step of twenty, and histograms in one
-of a hundred. All: with the signals in every step. They run in turns; a figure is the mean step of a
-round, a ratio the median over the rounds.
+of a hundred. All: with the signals in every step. Curvature, only with --sides: the default, and the curvature in one
+step of 1,000, for which every round has so many steps. They run in turns; a figure is the mean step of a round, a ratio
+the median over the rounds.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ SIDES: dict[str, dict[str, Any]] = {
     "norms": {"every": 1, "signals_every": 0},
     "default": {},
     "all": {"every": 1, "signals_every": 1},
+    "curvature": {"curvature_every": 1000},
 }
 
 
@@ -40,19 +42,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11, help="rounds of each side [11]")
     parser.add_argument("--seconds", type=float, default=5.0, help="of a round [5]")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=list(SIDES)[:-1], help="all but curvature by default"
+    )
     parser.add_argument("--json", type=Path, default=RESULTS / "telemetry.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as data, running_service(Path(data), grpc_port=0, http_port=0) as service:
         service.cluster.wait_ready()
         with Client(f"127.0.0.1:{service.grpc_port}") as client:
             jobs = {}
-            for side, telemetry in SIDES.items():
-                jobs[side] = Ours(client, SIZE, 16, options.workers, 1, telemetry)
+            for side in options.sides:
+                jobs[side] = Ours(client, SIZE, 16, options.workers, 1, SIDES[side])
                 jobs[side].pause()
-            means: dict[str, list[float]] = {side: [] for side in SIDES}
+            least_steps = (
+                SIDES["curvature"]["curvature_every"] if "curvature" in options.sides else 3 * SIDES["off"]["every"]
+            )
+            means: dict[str, list[float]] = {side: [] for side in options.sides}
             for number in range(options.rounds):
-                for side in list(SIDES)[:: 1 if number % 2 else -1]:
-                    means[side].append(jobs[side].mean_step(options.seconds, 3 * SIDES["off"]["every"]))
+                for side in options.sides[:: 1 if number % 2 else -1]:
+                    means[side].append(jobs[side].mean_step(options.seconds, least_steps))
             for job in jobs.values():
                 job.close()
     print("| telemetry | step, ms | to off | spread of rounds |")

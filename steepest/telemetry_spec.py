@@ -26,6 +26,11 @@ class TelemetrySpec(SpecModel):
         description="Count how large the elements of each parameter's gradient are, by powers of four, in every so "
         "many steps; 0: never.",
     )
+    curvature_every: NonNegativeInt = Field(
+        default=0,
+        description="Measure the sharpness (the largest eigenvalue of the loss's Hessian) and the smallest "
+        "eigenvalue in every so many steps; 0: never.",
+    )
     profile_start: NonNegativeInt = Field(default=10, description="First step that torch.profiler records.")
     profile_steps: NonNegativeInt = Field(
         default=0, le=1000, description="Steps that torch.profiler records in every worker; 0: none."

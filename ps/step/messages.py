@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-PROTOCOL = 8
+PROTOCOL = 9
 
 
 class Round(StrEnum):
@@ -94,7 +95,8 @@ class Push(NamedTuple):
 
     host_ranges: as in the Assign. constants: the frozen parameters, once, when parameters are initialized.
     data_seconds: spent reading samples since the last push, while the servers worked or after that.
-    activations: of micro-batch 0, in some steps; see StepRecord.
+    activations: of micro-batch 0, in some steps; see StepRecord. curvature: of micro-batch 0 in some steps: the largest
+    and the smallest eigenvalue of its mean loss's Hessian.
     """
 
     step: int
@@ -107,6 +109,7 @@ class Push(NamedTuple):
     constants: bytes | None = None
     data_seconds: float = 0.0
     activations: bytes | None = None
+    curvature: tuple[float, ...] = ()
 
 
 class Ready(NamedTuple):
@@ -182,7 +185,8 @@ class StepRecord(NamedTuple):
     they are measured; activations: of each of the model's activation functions, in the order of its description, the
     share of saturated outputs, or of units that were off for all samples of micro-batch 0. All are float64,
     little-endian. histograms: of each parameter, where they are counted, in uint32; see ps.numerics.histogram.
-    outlier: the worst Outlier of the step, if there is one.
+    outlier: the worst Outlier of the step, if there is one. sharpness, smallest_eigenvalue: of the mean
+    loss's Hessian in micro-batch 0, see worker.gradients.curvature; not a number where they are not measured.
     """
 
     step: int
@@ -212,6 +216,8 @@ class StepRecord(NamedTuple):
     mean_worker_seconds: float = 0.0
     histograms: bytes = b""
     outlier: bytes = b""
+    sharpness: float = math.nan
+    smallest_eigenvalue: float = math.nan
 
 
 # Those fields of a StepRecord.

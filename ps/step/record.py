@@ -20,7 +20,7 @@ class CompletedStep(NamedTuple):
     segment_sums: of squares of the summed gradient, for each segment of the layout.
     clipped_norm: after the clip; clipped_sum: of its squares, where the shards clip; else None.
     logged: means of what the loss function returned besides. data_seconds, slowest_worker, slowest_ratio: see
-    StepRecord. signals: None in a step that they are not measured in. activations: see StepRecord.
+    StepRecord. signals: None in a step that they are not measured in. activations: see StepRecord. curvature: see Push.
     worker_seconds: that each worker spent on its micro-batches.
     began, collected, reported, committed: when the round began, all pushes were there, all shards had reduced, applied.
     """
@@ -47,6 +47,7 @@ class CompletedStep(NamedTuple):
     worker_seconds: tuple[float, ...] = ()
     histogram: NDArray[np.uint32] | None = None
     outlier: Outlier | None = None
+    curvature: tuple[float, ...] = ()
 
     def record(self, parameter_norms: bytes = b"", signals: bytes = b"", histograms: bytes = b"") -> StepRecord:
         """The record of the step."""
@@ -54,6 +55,7 @@ class CompletedStep(NamedTuple):
         clipped_norm = self.clipped_norm
         if self.clipped_sum is not None and decision.apply:
             clipped_norm = math.sqrt(self.clipped_sum)
+        sharpness, smallest = self.curvature or (math.nan, math.nan)
         return StepRecord(
             step=decision.step,
             time=self.committed,
@@ -82,6 +84,8 @@ class CompletedStep(NamedTuple):
             mean_worker_seconds=sum(self.worker_seconds) / max(1, len(self.worker_seconds)),
             histograms=histograms,
             outlier=b"" if self.outlier is None else self.outlier.to_bytes(),
+            sharpness=sharpness,
+            smallest_eigenvalue=smallest,
         )
 
 

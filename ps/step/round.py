@@ -37,6 +37,7 @@ class RoundState:
         self.buffers: bytes | None = None
         self.constants: bytes | None = None
         self.activations: bytes | None = None
+        self.curvature: tuple[float, ...] = ()
         self._everything = (1 << num_leaves) - 1
         self._undealt = self._everything
         self._missing = self._everything
@@ -119,6 +120,7 @@ class RoundState:
             self.buffers = push.buffers
         if push.activations is not None and self.activations is None:
             self.activations = push.activations
+        self.curvature = self.curvature or push.curvature
         if push.constants is not None and self.constants is None:
             self.constants = push.constants
         if self.has_all_pushes and not self.collected:
@@ -201,6 +203,7 @@ class RoundState:
             signals=self._signals(),
             histogram=_joined([self._update_signals[i].histogram for i in sorted(self._update_signals)]),
             activations=self.activations or b"",
+            curvature=self.curvature,
             outlier=self._outlier(),
         )
 

@@ -71,6 +71,7 @@ def push_to_proto(push: Push) -> pb.Push:
         seconds=push.seconds,
         data_seconds=push.data_seconds,
         activations=push.activations,
+        curvature=push.curvature,
         host_bounds=chain(*push.host_ranges),
     )
     for result in push.leaves:
@@ -122,6 +123,7 @@ def push_from_proto(message: pb.Push) -> Push:
         constants=message.constants if message.HasField("constants") else None,
         data_seconds=message.data_seconds,
         activations=message.activations if message.HasField("activations") else None,
+        curvature=tuple(message.curvature),
     )
 
 

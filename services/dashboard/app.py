@@ -83,6 +83,7 @@ class Page:
             Route("/api/jobs/{job}/series", self._series),
             Route("/api/jobs/{job}/layers", self._layers),
             Route("/api/jobs/{job}/noise", self._noise),
+            Route("/api/jobs/{job}/curvature", self._curvature),
             Route("/api/jobs/{job}/histograms", self._histograms),
             Route("/api/jobs/{job}/live", self._live_job),
             Route("/api/jobs/{job}/{verb}", self._act, methods=["POST"]),
@@ -118,6 +119,9 @@ class Page:
 
     def _noise(self, request: Request) -> Response:
         return self._answer(lambda: self._views.noise(_job(request), *_range(request)))
+
+    def _curvature(self, request: Request) -> Response:
+        return self._answer(lambda: self._views.curvature(_job(request), *_range(request)))
 
     def _histograms(self, request: Request) -> Response:
         def make() -> Any:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ps.checkpoint.files import checkpoints, step_of
 from ps.numerics.histogram import edges
+from ps.numerics.stability import stable_sharpness
 from ps.step.messages import StepRecord
 from ps.step.signals import NAMES, noise_of
 from services.jobs.job_log import JobLog
@@ -175,6 +176,21 @@ class Views:
                 name: dict(zip(("min", "max", "mean"), found.series[name], strict=True)) for name in ("noise", "cosine")
             },
         }
+
+    def curvature(self, job: str, first: int, last: int | None, points: int) -> dict[str, Any]:
+        """Sharpness and smallest eigenvalue of the steps that they are measured in, and what is stable at their lr.
+
+        Raises NotFoundError.
+        """
+        stable = stable_sharpness(spec_from_dict(json.loads(self._store.get(job).spec)).optimizer)
+        raw = self._history(job).columns(["sharpness", "smallest_eigenvalue", "lr"], first, last)
+        measured = np.isfinite(raw["sharpness"])
+        kept = {name: values[measured] for name, values in raw.items()}
+        with np.errstate(divide="ignore"):
+            kept["stable"] = stable / kept.pop("lr")
+        found = downsample(kept, min(points, MAX_POINTS))
+        series = {name: dict(zip(("min", "max", "mean"), own, strict=True)) for name, own in found.series.items()}
+        return {"steps": found.steps, **series}
 
     def layer(
         self, job: str, name: str, first: int, last: int | None, points: int, signal: str = GRADIENT_NORM

@@ -222,6 +222,7 @@ class Push(_message.Message):
     TIMES_USUAL_FIELD_NUMBER: _builtins.int
     SQUARES_FIELD_NUMBER: _builtins.int
     ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    CURVATURE_FIELD_NUMBER: _builtins.int
     BUFFERS_FIELD_NUMBER: _builtins.int
     CONSTANTS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
@@ -264,6 +265,10 @@ class Push(_message.Message):
         """By leaf, in some steps: the sum of squares of each parameter's gradient, float64, little-endian."""
 
     @_builtins.property
+    def curvature(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """As in the StepRecord: sharpness and smallest eigenvalue, of micro-batch 0 in some steps."""
+
+    @_builtins.property
     def host_bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """As in the assignment."""
 
@@ -280,6 +285,7 @@ class Push(_message.Message):
         times_usual: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
         squares: _abc.Mapping[_builtins.int, _builtins.bytes] | None = ...,
         activations: _builtins.bytes | None = ...,
+        curvature: _abc.Iterable[_builtins.float] | None = ...,
         buffers: _builtins.bytes | None = ...,
         constants: _builtins.bytes | None = ...,
         seconds: _builtins.float = ...,
@@ -288,7 +294,7 @@ class Push(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_buffers", b"_buffers", "_constants", b"_constants", "activations", b"activations", "buffers", b"buffers", "constants", b"constants"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_buffers", b"_buffers", "_constants", b"_constants", "activations", b"activations", "bad_samples", b"bad_samples", "buffers", b"buffers", "constants", b"constants", "data_seconds", b"data_seconds", "host_bounds", b"host_bounds", "kind", b"kind", "leaves", b"leaves", "nodes", b"nodes", "nonfinite", b"nonfinite", "seconds", b"seconds", "squares", b"squares", "step", b"step", "times_usual", b"times_usual", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_buffers", b"_buffers", "_constants", b"_constants", "activations", b"activations", "bad_samples", b"bad_samples", "buffers", b"buffers", "constants", b"constants", "curvature", b"curvature", "data_seconds", b"data_seconds", "host_bounds", b"host_bounds", "kind", b"kind", "leaves", b"leaves", "nodes", b"nodes", "nonfinite", b"nonfinite", "seconds", b"seconds", "squares", b"squares", "step", b"step", "times_usual", b"times_usual", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__activations: _TypeAlias = _typing.Literal["activations"]  # noqa: Y015
     _WhichOneofArgType__activations: _TypeAlias = _typing.Literal["_activations", b"_activations"]  # noqa: Y015
@@ -1229,6 +1235,8 @@ class StepRecords(_message.Message):
     MEAN_WORKER_SECONDS_FIELD_NUMBER: _builtins.int
     HISTOGRAMS_FIELD_NUMBER: _builtins.int
     OUTLIER_FIELD_NUMBER: _builtins.int
+    SHARPNESS_FIELD_NUMBER: _builtins.int
+    SMALLEST_EIGENVALUE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def step(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -1295,6 +1303,10 @@ class StepRecords(_message.Message):
     def outlier(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """JSON, in few steps: see Outlier in ps/step/messages.py."""
 
+    @_builtins.property
+    def sharpness(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def smallest_eigenvalue(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
     def __init__(
         self,
         *,
@@ -1325,10 +1337,12 @@ class StepRecords(_message.Message):
         mean_worker_seconds: _abc.Iterable[_builtins.float] | None = ...,
         histograms: _abc.Iterable[_builtins.bytes] | None = ...,
         outlier: _abc.Iterable[_builtins.bytes] | None = ...,
+        sharpness: _abc.Iterable[_builtins.float] | None = ...,
+        smallest_eigenvalue: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "data_seconds", b"data_seconds", "gradient_norm", b"gradient_norm", "histograms", b"histograms", "logged", b"logged", "loss", b"loss", "lr", b"lr", "mean_worker_seconds", b"mean_worker_seconds", "outlier", b"outlier", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "signals", b"signals", "skipped", b"skipped", "slowest_ratio", b"slowest_ratio", "slowest_worker", b"slowest_worker", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "worker_seconds", b"worker_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "data_seconds", b"data_seconds", "gradient_norm", b"gradient_norm", "histograms", b"histograms", "logged", b"logged", "loss", b"loss", "lr", b"lr", "mean_worker_seconds", b"mean_worker_seconds", "outlier", b"outlier", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "sharpness", b"sharpness", "signals", b"signals", "skipped", b"skipped", "slowest_ratio", b"slowest_ratio", "slowest_worker", b"slowest_worker", "smallest_eigenvalue", b"smallest_eigenvalue", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "worker_seconds", b"worker_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

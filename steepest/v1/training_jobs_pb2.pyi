@@ -1233,6 +1233,7 @@ class TelemetrySpec(_message.Message):
     PROFILE_START_FIELD_NUMBER: _builtins.int
     PROFILE_STEPS_FIELD_NUMBER: _builtins.int
     HISTOGRAMS_EVERY_FIELD_NUMBER: _builtins.int
+    CURVATURE_EVERY_FIELD_NUMBER: _builtins.int
     every: _builtins.int
     """Keep the record of every so many steps in the history, and of those that stand out."""
     parameter_norms: _builtins.bool
@@ -1247,6 +1248,10 @@ class TelemetrySpec(_message.Message):
     """Steps that torch.profiler records in every worker; 0: none."""
     histograms_every: _builtins.int
     """Count how large the elements of each parameter's gradient are, by powers of four, in every so many steps; 0: never."""
+    curvature_every: _builtins.int
+    """Measure the sharpness (the largest eigenvalue of the loss's Hessian) and the smallest eigenvalue in every so many
+    steps; 0: never.
+    """
     def __init__(
         self,
         *,
@@ -1256,11 +1261,14 @@ class TelemetrySpec(_message.Message):
         profile_start: _builtins.int | None = ...,
         profile_steps: _builtins.int | None = ...,
         histograms_every: _builtins.int | None = ...,
+        curvature_every: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_every", b"_every", "_histograms_every", b"_histograms_every", "_parameter_norms", b"_parameter_norms", "_profile_start", b"_profile_start", "_profile_steps", b"_profile_steps", "_signals_every", b"_signals_every", "every", b"every", "histograms_every", b"histograms_every", "parameter_norms", b"parameter_norms", "profile_start", b"profile_start", "profile_steps", b"profile_steps", "signals_every", b"signals_every"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_curvature_every", b"_curvature_every", "_every", b"_every", "_histograms_every", b"_histograms_every", "_parameter_norms", b"_parameter_norms", "_profile_start", b"_profile_start", "_profile_steps", b"_profile_steps", "_signals_every", b"_signals_every", "curvature_every", b"curvature_every", "every", b"every", "histograms_every", b"histograms_every", "parameter_norms", b"parameter_norms", "profile_start", b"profile_start", "profile_steps", b"profile_steps", "signals_every", b"signals_every"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_every", b"_every", "_histograms_every", b"_histograms_every", "_parameter_norms", b"_parameter_norms", "_profile_start", b"_profile_start", "_profile_steps", b"_profile_steps", "_signals_every", b"_signals_every", "every", b"every", "histograms_every", b"histograms_every", "parameter_norms", b"parameter_norms", "profile_start", b"profile_start", "profile_steps", b"profile_steps", "signals_every", b"signals_every"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_curvature_every", b"_curvature_every", "_every", b"_every", "_histograms_every", b"_histograms_every", "_parameter_norms", b"_parameter_norms", "_profile_start", b"_profile_start", "_profile_steps", b"_profile_steps", "_signals_every", b"_signals_every", "curvature_every", b"curvature_every", "every", b"every", "histograms_every", b"histograms_every", "parameter_norms", b"parameter_norms", "profile_start", b"profile_start", "profile_steps", b"profile_steps", "signals_every", b"signals_every"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__curvature_every: _TypeAlias = _typing.Literal["curvature_every"]  # noqa: Y015
+    _WhichOneofArgType__curvature_every: _TypeAlias = _typing.Literal["_curvature_every", b"_curvature_every"]  # noqa: Y015
     _WhichOneofReturnType__every: _TypeAlias = _typing.Literal["every"]  # noqa: Y015
     _WhichOneofArgType__every: _TypeAlias = _typing.Literal["_every", b"_every"]  # noqa: Y015
     _WhichOneofReturnType__histograms_every: _TypeAlias = _typing.Literal["histograms_every"]  # noqa: Y015
@@ -1273,6 +1281,8 @@ class TelemetrySpec(_message.Message):
     _WhichOneofArgType__profile_steps: _TypeAlias = _typing.Literal["_profile_steps", b"_profile_steps"]  # noqa: Y015
     _WhichOneofReturnType__signals_every: _TypeAlias = _typing.Literal["signals_every"]  # noqa: Y015
     _WhichOneofArgType__signals_every: _TypeAlias = _typing.Literal["_signals_every", b"_signals_every"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__curvature_every) -> _WhichOneofReturnType__curvature_every | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__every) -> _WhichOneofReturnType__every | None: ...
     @_typing.overload
@@ -3055,6 +3065,8 @@ class StepRecord(_message.Message):
     SIGNALS_FIELD_NUMBER: _builtins.int
     WORKER_SECONDS_FIELD_NUMBER: _builtins.int
     MEAN_WORKER_SECONDS_FIELD_NUMBER: _builtins.int
+    SHARPNESS_FIELD_NUMBER: _builtins.int
+    SMALLEST_EIGENVALUE_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     time: _builtins.float
     loss: _builtins.float
@@ -3081,6 +3093,11 @@ class StepRecord(_message.Message):
     worker_seconds: _builtins.float
     """That the worker with most to do spent on its micro-batches, and the mean of all that had something to do."""
     mean_worker_seconds: _builtins.float
+    sharpness: _builtins.float
+    """The largest and the smallest eigenvalue of the mean loss's Hessian in the step's first micro-batch; not a
+    number in steps that they are not measured in.
+    """
+    smallest_eigenvalue: _builtins.float
     @_builtins.property
     def parameter_norms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Before the clip, in the order of QueryHistoryResponse.parameter_names; empty when the job does not keep them."""
@@ -3120,10 +3137,12 @@ class StepRecord(_message.Message):
         signals: _abc.Mapping[_builtins.str, Global___ParameterSignals] | None = ...,
         worker_seconds: _builtins.float = ...,
         mean_worker_seconds: _builtins.float = ...,
+        sharpness: _builtins.float = ...,
+        smallest_eigenvalue: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "data_seconds", b"data_seconds", "gradient_norm", b"gradient_norm", "logged", b"logged", "loss", b"loss", "lr", b"lr", "mean_worker_seconds", b"mean_worker_seconds", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "signals", b"signals", "skipped", b"skipped", "slowest_ratio", b"slowest_ratio", "slowest_worker", b"slowest_worker", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "worker_seconds", b"worker_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply_seconds", b"apply_seconds", "clip_coefficient", b"clip_coefficient", "clipped", b"clipped", "clipped_norm", b"clipped_norm", "compute_seconds", b"compute_seconds", "data_seconds", b"data_seconds", "gradient_norm", b"gradient_norm", "logged", b"logged", "loss", b"loss", "lr", b"lr", "mean_worker_seconds", b"mean_worker_seconds", "parameter_norms", b"parameter_norms", "reduce_seconds", b"reduce_seconds", "samples", b"samples", "sharpness", b"sharpness", "signals", b"signals", "skipped", b"skipped", "slowest_ratio", b"slowest_ratio", "slowest_worker", b"slowest_worker", "smallest_eigenvalue", b"smallest_eigenvalue", "step", b"step", "step_seconds", b"step_seconds", "time", b"time", "weight", b"weight", "worker_seconds", b"worker_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

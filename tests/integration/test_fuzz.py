@@ -228,8 +228,9 @@ def _uploaded(channel: grpc.Channel, pieces: list[bytes]) -> str:
 def test_http_requests_of_any_kind(service: Service, draw: random.Random) -> None:
     paths = (
         "/", "/jobs/x", "/metrics", "/healthz", "/readyz", "/api/jobs", "/api/jobs/x", "/api/jobs/x/series",
-        "/api/jobs/x/layers", "/api/jobs/x/noise", "/api/jobs/x/histograms", "/api/jobs/x/pause", "/api/jobs/x/scale",
-        "/api/sign-in", "/static/job.js", "/static/../views.py", "/static/%2e%2e/views.py", "/api/session", "//",
+        "/api/jobs/x/layers", "/api/jobs/x/noise", "/api/jobs/x/curvature", "/api/jobs/x/histograms",
+        "/api/jobs/x/pause", "/api/jobs/x/scale", "/api/sign-in", "/static/job.js", "/static/../views.py",
+        "/static/%2e%2e/views.py", "/api/session", "//",
         "/api/jobs/%00", "/api/jobs/..%2f..",
     )  # fmt: skip
     own = {

@@ -99,7 +99,7 @@ def finished(service: Service) -> Any:
                 data={"global_batch": 24, "micro_batch": 12},
                 optimizer={"name": "adamw", "lr": 0.003 * (1 + index)},
                 clip={"norm": 0.5},
-                telemetry={"histograms_every": 2},
+                telemetry={"histograms_every": 2, "curvature_every": 10},
                 eval_every=20,
                 checkpoint_every=50,
                 best={"metric": "loss"},
@@ -119,6 +119,7 @@ def test_a_page_is_whole_and_accessible(
         page = visit(path, width, theme)
         if what == "job":
             expect(page.locator("[data-chart=loss] canvas")).to_be_visible()
+            expect(page.locator("[data-chart=curvature] canvas")).to_be_visible()
             expect(page.get_by_role("img", name="A signal of each parameter")).to_be_visible()
             expect(page.locator(".events li").first).to_contain_text("all 120 steps are done")
         else:
@@ -252,6 +253,14 @@ def test_a_query_that_makes_no_sense_is_refused(
 ) -> None:
     code, answer = ask(service, f"/api/jobs/{finished}/{path}")
     assert (code, words in json.loads(answer)["error"]) == (status, True), answer
+
+
+def test_curvature_has_the_steps_that_it_is_measured_in(service: Service, finished: str) -> None:
+    found = json.loads(ask(service, f"/api/jobs/{finished}/curvature?first=15")[1])
+    assert found["steps"] == list(range(20, 120, 10))
+    least, most = found["smallest_eigenvalue"]["mean"], found["sharpness"]["mean"]
+    assert all(low < high for low, high in zip(least, most, strict=True))
+    assert found["stable"]["mean"] == [None] * 10  # of AdamW
 
 
 def test_a_spike_survives_any_zoom(service: Service, finished: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from functools import cache
 from itertools import product
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from harness.local_job import hashes, job_config, run_here, run_processes, running
+from ps.checkpoint.files import newest_verified, read_records
 from tests.support.choices import full
 
 pytestmark = pytest.mark.cluster
@@ -155,3 +157,22 @@ def test_activations_that_are_computed_again_leave_no_trace(name: str, how: str,
     if how == "all":  # its one layer has no list of four or more in it
         raw["memory"] = {"checkpoint_activations": "*layer*"}
     assert hashes(run_processes(job_config(tmp_path, **raw), 2)) == _expected(name)
+
+
+@pytest.mark.parametrize(("workers", "transport"), [(1, "auto"), (3, "inline")])
+def test_curvature_is_the_same_at_every_placement_and_changes_nothing(
+    workers: int, transport: str, tmp_path: Path
+) -> None:
+    name = "transformer with dropout and tied embeddings"
+    raw = {**JOBS[name], "telemetry": {"curvature_every": 2}}
+    measured = []
+    for directory, count in ((tmp_path / "one", 1), (tmp_path / "other", workers)):
+        directory.mkdir()
+        config = job_config(directory, **raw, placement={"servers": 2, "transport": transport})
+        assert hashes(run_processes(config, count)) == _expected(name)
+        written = newest_verified(config.checkpoint_directory)
+        assert written is not None
+        measured.append([(r.sharpness, r.smallest_eigenvalue) for r in read_records(written.path)[1]])
+    assert repr(measured[0]) == repr(measured[1])  # with what is not a number
+    assert [math.isfinite(sharpness) for sharpness, _ in measured[0]] == [True, False, True]
+    assert all(sharpness > smallest for sharpness, smallest in measured[0][::2])

@@ -29,6 +29,7 @@ def row(step: int, **values: Any) -> dict[str, Any]:
         "workers": 2, "step_seconds": 0.1, "compute_seconds": 0.07, "reduce_seconds": 0.02, "apply_seconds": 0.01,
         "data_seconds": 0.03, "slowest_worker": -1, "slowest_ratio": 1.0,
         "worker_seconds": 0.05, "mean_worker_seconds": 0.05,
+        "sharpness": 5.0, "smallest_eigenvalue": -1.0,
         "parameter_norms": {"a.weight": 1.0 + step, "a.bias": 0.5}, "logged": {"kl": 0.1 * step},
         "signals": {"zeros": {"a.weight": 0.25, "a.bias": 0.0}} if step % 2 == 0 else {},
     }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from steepest.spec import TrainingJobSpec
 from steepest.task import AnalyticTask, Task
 from worker.gradients.analytic import AnalyticEngine
 from worker.gradients.backend import CpuBackend
+from worker.gradients.curvature import CurvatureError, Hessian, check_twice
 from worker.gradients.engine import InPartsError
 from worker.gradients.losses import LossValue
 from worker.gradients.seeding import COMPUTE, DATA, seed_all
@@ -138,23 +139,10 @@ class Subject:
         Raises TaskError for a task that is not twice differentiable.
         """
         engine = self._torch_engine("curvature")
-        parameters = engine.parameters
         found = self._forward(leaf)
         out = torch.zeros_like(self.flat)
-        try:
-            first = torch.autograd.grad(found.value, parameters, create_graph=True, allow_unused=True)
-            _check_twice(first)
-            views = self.layout.views(vector)
-            product = sum(
-                ((g * v).sum() for g, v in zip(first, views, strict=True) if g is not None and g.requires_grad),
-                torch.zeros((), dtype=torch.float64),
-            )
-            if product.requires_grad:  # else the loss is linear
-                second = torch.autograd.grad(product, parameters, allow_unused=True)
-                self._write(out, second)
-        except RuntimeError as error:
-            problem = f"the model cannot be differentiated twice, which curvature needs: {error}"
-            raise TaskError("task.model", problem) from error
+        with _told():
+            self._write(out, Hessian(found, engine.parameters).times(self.layout.views(vector)))
         return out.mul_(found.factor), found.weight
 
     def gauss_newton_product(self, leaf: int, vector: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -199,7 +187,8 @@ class Subject:
         """The derivative of the outputs along a vector: of what goes back for `dual`, which is linear in it."""
         dual = [torch.zeros_like(output, requires_grad=True) for output in outputs]
         back = torch.autograd.grad(outputs, parameters, dual, create_graph=True, allow_unused=True)
-        _check_twice(back)
+        with _told():
+            check_twice(back)
         views = self.layout.views(vector)
         inner = sum(
             ((b * v).sum() for b, v in zip(back, views, strict=True) if b is not None),
@@ -241,7 +230,7 @@ class Subject:
     @contextlib.contextmanager
     def _modes(self) -> Iterator[None]:
         if self._question.freezes and isinstance(self._engine, TorchEngine):
-            with self._engine.frozen():
+            with self._engine.differentiable_twice():
                 yield
         else:
             yield
@@ -270,24 +259,12 @@ class Subject:
         return np.array(np.unravel_index(entry, self.layout.parameters[parameter].shape or (1,)), dtype=np.int64)
 
 
-def _check_twice(gradients: Iterable[torch.Tensor | None]) -> None:
-    """Raises TaskError where the graph of a gradient ends in an operation that has no second derivative.
-
-    torch itself takes such a derivative for zero when it is asked for parameters that it cannot reach.
-    """
-    waiting = [gradient.grad_fn for gradient in gradients if gradient is not None and gradient.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        name = node.name()
-        if "Error" in name or "NotImplemented" in name:
-            problem = (
-                "an operation of the model cannot be differentiated twice (a function that is once_differentiable)"
-            )
-            raise TaskError("task.model", f"{problem}, which curvature needs: {name}")
-        fresh = [following for following, _ in node.next_functions if following is not None and following not in seen]
-        seen.update(fresh)
-        waiting += fresh
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except CurvatureError as error:
+        raise TaskError("task.model", str(error)) from error
 
 
 def _outputs(outputs: Any) -> list[torch.Tensor]:

@@ -20,4 +20,5 @@ def compile_model(model: nn.Module) -> None:
     torch._inductor.config.compile_threads = 1  # each worker compiles for itself, or finds it compiled on disk
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MOST_SHAPES
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    model.compile(dynamic=False)
+    # model.compile() leaves torch's own modules as they are: of nn.Sequential, nothing would be compiled.
+    model.forward = torch.compile(model.forward, dynamic=False)

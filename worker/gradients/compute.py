@@ -16,6 +16,7 @@ from ps.step.messages import Assign, LeafResult, Push, PushedNode, Ready, Round
 from worker.gradients.batches import Batches
 from worker.gradients.buckets import Overlap
 from worker.gradients.compressor import Compressor
+from worker.gradients.curvature import CurvatureSignal
 from worker.gradients.engine import Engine, InPartsError, Pending, finite_parameters
 from worker.gradients.guilty import guilty
 from worker.gradients.leaf_norms import LeafNorms
@@ -120,7 +121,7 @@ class _Leaves:
 class Computer:
     """Does what assignments say. Knows nothing of who asks. num_leaves: micro-batches of a step.
 
-    signals_every: of the spec's telemetry.
+    signals_every: of the spec's telemetry. curvature: None where nobody looks at it.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class Computer:
         compressor: Compressor | None = None,
         *,
         signals_every: int = 0,
+        curvature: CurvatureSignal | None = None,
     ) -> None:
         self._engine = engine
         self._layout = layout
@@ -140,6 +142,7 @@ class Computer:
         self._batches = batches
         self._num_leaves = num_leaves
         self._compressor = compressor
+        self._curvature = curvature
         self._leaves = _Leaves(engine, batches, LeafNorms(layout, slots, signals_every))
         self._outliers = Outliers(self._mean_loss)
         self._tree = TreeSum(slots, self._leaves)
@@ -189,18 +192,30 @@ class Computer:
                 for low, high in assign.ranges:
                     for index in range(low, high):
                         self._diagnose(index)
+        results = self._watched(leaves.ordered()) if assign.kind == Round.TRAIN else leaves.ordered()
+        seconds = time.perf_counter() - began
         return Push(
             assign.step,
             assign.kind,
             tuple(nodes),
-            self._watched(leaves.ordered()) if assign.kind == Round.TRAIN else leaves.ordered(),
+            results,
             leaves.buffers,
-            time.perf_counter() - began,
+            seconds,  # before the look at curvature, which says nothing of the worker's speed
             assign.host_ranges,
             constants,
             self._read_seconds(),
             leaves.activations,
+            self._look_at_curvature(assign),
         )
+
+    def _look_at_curvature(self, assign: Assign) -> tuple[float, ...]:
+        """Of micro-batch 0, by the worker that has it, in some steps."""
+        if self._curvature is None or assign.kind != Round.TRAIN or not any(low == 0 for low, _ in assign.ranges):
+            return ()
+        try:
+            return self._curvature.look(assign.step) or ()
+        except BaseException as error:
+            raise MicroBatchError(0) from error
 
     def _watched(self, results: tuple[LeafResult, ...]) -> tuple[LeafResult, ...]:
         """The results, with what is to be said of outliers among them."""

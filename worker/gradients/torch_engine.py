@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ps.checkpoint.named_state import pack_buffers, unpack_buffers
 from ps.memory.segment import Segment, constant_start
@@ -139,7 +140,7 @@ class TorchEngine:
             (value,), (self._factor(factor, value),), False, False, (), allow_unreachable=True, accumulate_grad=True
         )
         self._sink.finish()
-        self._check_parameters()
+        self.check_parameters()
         for name, parameter in self._unreached:
             if parameter.grad is not None:
                 raise StateError(first_gradient(name))
@@ -191,7 +192,7 @@ class TorchEngine:
                     with self._precision():
                         outputs = self._task.model(inputs)
                 values = measure_metrics(self._task.metrics, outputs, targets, num_samples)
-        self._check_parameters()
+        self.check_parameters()
         return Measured(found.value.item() * found.factor, found.weight, values)
 
     def set_buffers(self, packed: bytes) -> None:
@@ -238,6 +239,17 @@ class TorchEngine:
         finally:
             self._is_frozen = False
 
+    @contextlib.contextmanager
+    def differentiable_twice(self) -> Iterator[None]:
+        """As `frozen`, in operations that have second derivatives where torch has faster ones that have none."""
+        with (
+            self.frozen(),
+            torch.enable_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            torch.backends.cudnn.flags(enabled=False),
+        ):
+            yield
+
     def _start(self, *, training: bool) -> None:
         self._modes.set(training=training and not self._is_frozen)
         self._buffers.start()
@@ -247,7 +259,7 @@ class TorchEngine:
         """What changes when somebody writes to a parameter, or gives it other memory."""
         return list(map(_version_of, self._watched)), list(map(_address_of, self._watched))
 
-    def _check_parameters(self) -> None:
+    def check_parameters(self) -> None:
         """Raises StateError when user code wrote to a parameter."""
         if self._marks() == (self._versions, self._addresses):
             return

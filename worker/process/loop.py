@@ -26,6 +26,7 @@ from worker.gradients.batches import Batches
 from worker.gradients.compiled import compile_model
 from worker.gradients.compressor import Compressor
 from worker.gradients.compute import Computer, MicroBatchError
+from worker.gradients.curvature import CurvatureSignal
 from worker.gradients.engine import Engine, LossError, Rehearsed, StateError
 from worker.gradients.readers import Readers, Reading
 from worker.gradients.recompute import checkpoint_activations
@@ -158,7 +159,14 @@ class WorkerLoop:
             num_leaves,
             self._compressor,
             signals_every=config.signals_every,
+            curvature=self._curvature(batches),
         )
+
+    def _curvature(self, batches: Batches) -> CurvatureSignal | None:
+        every, engine = self._config.spec.telemetry.curvature_every, self._engine
+        if not every or not isinstance(engine, TorchEngine):
+            return None
+        return CurvatureSignal(engine, self._layout, batches, every, self._config.spec.seed)
 
     def run(self, addresses: Sequence[ServerAddress], server: ParameterServer | None = None) -> None:
         """Work until dismissed. addresses: of the servers, the leader first. server: the one in this process, if any.

@@ -20,13 +20,16 @@ UNKNOWN = "what a pass of this task takes cannot be measured (it is no task of t
 def peak_bytes(passes: Passes, indices: NDArray[np.int64], samples: int) -> int:
     """How much memory the tensors of a micro-batch's forward and backward pass take at most; 0 where it is not known.
 
-    indices: of samples of it. samples: that it has: the figure is scaled when those are fewer.
+    Of what is looked at in some steps, too. indices: of samples of it. samples: that it has: the figure is scaled when
+    those are fewer.
     """
     if not isinstance(passes.task, Task):
         return 0
     try:
         with PeakMemory() as memory:
             passes.compute(indices)
+            if passes.spec.telemetry.curvature_every:
+                passes.look_at_curvature(indices)
     except TaskError:  # the same pass is fine without being watched
         return 0
     return int(memory.peak) * samples // len(indices)

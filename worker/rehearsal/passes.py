@@ -21,6 +21,7 @@ from worker.data.sampler import Sampler
 from worker.data.sources import Source
 from worker.gradients.analytic import AnalyticEngine
 from worker.gradients.backend import CpuBackend
+from worker.gradients.curvature import CurvatureError, measure_curvature
 from worker.gradients.engine import Engine, InPartsError, LossError, Measured, StateError
 from worker.gradients.seeding import COMPUTE, DATA, EVALUATE, seed_all
 from worker.gradients.torch_engine import TorchEngine, written_to
@@ -107,6 +108,22 @@ class Passes:
             except InPartsError:  # once: the engine waits for the rest from then on
                 self.seed(seed)
                 return self.engine.gradient(batch, len(indices), views, add=False)
+
+    def look_at_curvature(self, indices: NDArray[np.int64]) -> None:
+        """As telemetry does in some steps, with fewer products. Raises TaskError."""
+        field = "telemetry.curvature_every"
+        if not isinstance(self.engine, TorchEngine):
+            raise TaskError(field, "curvature needs a task of torch; this is an AnalyticTask: leave it out")
+        pairs = [p.name for p in self.model.parameters if p.is_complex]
+        if pairs:
+            raise TaskError(field, f"curvature needs real parameters, and {pairs[0]} is complex: leave it out")
+        batch = self.fetch(indices)
+        with blamed(field, f"measuring the curvature of {len(indices)} samples"):
+            self.seed()
+            try:
+                measure_curvature(self.engine, batch, len(indices), self.layout, 0, products=2)
+            except CurvatureError as error:
+                raise TaskError(field, f"{error}; leave it out") from error
 
     def seed(self, seed: int | None = None, purpose: int = COMPUTE) -> None:
         """Seed for a pass, always for the same one unless another seed is given."""

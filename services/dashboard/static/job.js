@@ -136,7 +136,7 @@ export function showJob(main, id) {
       for (const other of others) { other.first = first; other.last = last; }
       back.hidden = last === null;
       await Promise.all([series, ...others].map((each) => each.read()));
-      await Promise.all([heat.read(first, last), readNoise()]);
+      await Promise.all([heat.read(first, last), readNoise(), readCurvature()]);
       drawCharts();
     }
 
@@ -218,9 +218,26 @@ export function showJob(main, id) {
       if (!cosineCard.hidden) cosineChart.draw({ steps, values: { cosine } });
     }
 
+    const curvatureHolder = h("div", { class: "chart", "data-chart": "curvature" });
+    const isSgd = ["sgd", "momentum", "nesterov"].includes(about.spec.optimizer.name);
+    const curvatureLines = [["sharpness", "sharpness", 1], ["smallest_eigenvalue", "smallest eigenvalue", 2]].concat(isSgd ? [["stable", "stable up to", 4]] : []);
+    const curvatureChart = new Chart(curvatureHolder, curvatureLines, { settings, linear: true, height: 220 }, zoom);
+    closers.push(() => curvatureChart.destroy());
+    const curvatureCard = h("section", { class: "card span-6", hidden: true, "aria-label": "Curvature of the loss" },
+      h("header", {}, h("h2", {}, "Curvature of the loss")),
+      h("p", { class: "muted" }, `The extreme eigenvalues of the Hessian in the first micro-batch.${isSgd ? " A sharpness that stays above what is stable makes the loss jump: a smaller learning rate helps." : ""}`), curvatureHolder);
+
+    async function readCurvature() {
+      if (!about.spec.telemetry.curvature_every) return;
+      const range = series.last === null ? `first=${series.first}` : `first=${series.first}&last=${series.last}`;
+      const { steps, ...values } = await get(`${path}/curvature?${range}`);
+      curvatureCard.hidden = !steps.length;
+      if (steps.length) curvatureChart.draw({ steps, values });
+    }
+
     grid.append(
       h("section", { class: "card span-12", "aria-label": "Gradients of all layers" }, h("header", {}, h("h2", {}, "Gradients of all layers"), h("span", { class: "grow" }), layers, layer, signal), heatHolder, layerTitle, layerHolder, histogramHolder),
-      noiseCard, cosineCard);
+      noiseCard, cosineCard, curvatureCard);
 
     // -- where the time goes, processes, events, log ---------------------------------------------------------------
     const shares = h("div");
@@ -283,7 +300,7 @@ export function showJob(main, id) {
     main.replaceChildren(headline, h("div", { class: "tools", role: "toolbar", "aria-label": "Charts" }, back, log, h("label", { class: "muted" }, "Smoothing ", smoothing), compare), grid);
     headline.after(findings);
     drawHeadline(); drawFindings(); drawRest(); drawEvaluations(about.evaluations); drawSaved(about.checkpoints); drawSpec();
-    await Promise.all([series.read().then(() => closed || drawCharts()), heat.read(), readNoise()]);
+    await Promise.all([series.read().then(() => closed || drawCharts()), heat.read(), readNoise(), readCurvature()]);
     if (closed) return;
     const redraw = () => { drawCharts(); heat.draw(); if (layerName) openLayer(layerName); };
     document.addEventListener("theme", redraw);
@@ -317,7 +334,7 @@ export function showJob(main, id) {
     };
     async function refresh() {
       heatRead = Date.now();
-      const [now] = await Promise.all([get(path), heat.read(series.first, series.last), readNoise()]);
+      const [now] = await Promise.all([get(path), heat.read(series.first, series.last), readNoise(), readCurvature()]);
       Object.assign(about, now);
       drawSaved(now.checkpoints);
       if (layerName) openLayer(layerName);

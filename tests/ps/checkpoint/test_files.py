@@ -60,8 +60,7 @@ def test_records_lie_beside_the_state_and_are_no_part_of_it(tmp_path: Path) -> N
     written = write_checkpoint(tmp_path, state(), records=[record], incarnation=3)
     incarnation, (back,) = read_records(written.path)
     assert incarnation == 3
-    assert math.isnan(back.loss)
-    assert back._replace(loss=0.0) == record._replace(loss=0.0)
+    assert repr(back) == repr(record)  # with what is not a number
     assert RECORDS not in {p.name for p in files_of(written.path)}
     (written.path / RECORDS).write_text("torn")
     assert read_records(written.path) == (0, [])
@@ -190,8 +189,9 @@ def test_the_best_checkpoint_stays_and_is_found(tmp_path: Path) -> None:
 def test_records_of_an_older_version_have_fewer_numbers(tmp_path: Path) -> None:
     record = StepRecord(6, 1.5, 0.5, *[0.5] * 2, 8, *[1.0] * 3, True, False, 2, *[0.1] * 4, b"norms", 0.25, b"beside")
     written = write_checkpoint(tmp_path, state(), records=[record], incarnation=3)
-    assert read_records(written.path) == (3, [record])
+    assert repr(read_records(written.path)) == repr((3, [record]))
     kept = json.loads((written.path / RECORDS).read_text())
-    kept["records"] = [kept["records"][0][:-10]]
+    kept["records"] = [kept["records"][0][:-12]]
     (written.path / RECORDS).write_text(json.dumps(kept))
-    assert read_records(written.path) == (3, [record._replace(data_seconds=0.0, logged=b"")])
+    older = record._replace(data_seconds=0.0, logged=b"")
+    assert repr(read_records(written.path)) == repr((3, [older]))

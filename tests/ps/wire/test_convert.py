@@ -57,7 +57,18 @@ def test_assign(it: Assign) -> None:
 
 @given(
     st.builds(
-        Push, STEP, KIND, st.lists(NODES, max_size=4).map(tuple), leaves(), BYTES, REAL, RANGES, BYTES, REAL, BYTES
+        Push,
+        STEP,
+        KIND,
+        st.lists(NODES, max_size=4).map(tuple),
+        leaves(),
+        BYTES,
+        REAL,
+        RANGES,
+        BYTES,
+        REAL,
+        BYTES,
+        st.one_of(st.just(()), st.tuples(REAL, REAL)),
     )
 )
 def test_push(it: Push) -> None:
@@ -101,6 +112,7 @@ RECORDS = st.builds(
     REAL,
     st.binary(max_size=20),
     st.binary(max_size=20),
+    *[REAL] * 2,
 )
 
 

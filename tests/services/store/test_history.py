@@ -18,7 +18,9 @@ def record(
     step: int, time: float = 0.0, loss: float = 1.0, norms: bytes = b"", logged: bytes = b"", signals: bytes = b""
 ) -> StepRecord:
     numbers = (0.1, 4.0, 4, 2.0, 1.0, 0.5, True, False, 1, 0.1, 0.1, 0.0, 0.0)
-    return StepRecord(step, time, loss, *numbers, norms, 0.05, logged, 1, 1.5, signals)
+    return StepRecord(
+        step, time, loss, *numbers, norms, 0.05, logged, 1, 1.5, signals, sharpness=2.0, smallest_eigenvalue=-0.5
+    )
 
 
 def packed(*values: float) -> bytes:

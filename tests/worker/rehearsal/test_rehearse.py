@@ -102,6 +102,28 @@ def test_what_is_right_is_accepted_without_a_warning(function: str, raw: dict[st
     assert [code for code, _ in found if code != "small_micro_batch"] == []
 
 
+@pytest.mark.parametrize(
+    ("task", "raw", "said"),
+    [
+        ("tests.support.tasks:least_squares", {}, "curvature needs a task of torch"),
+        ("tests.support.brought_types:complex_layer", {}, "real parameters, and turn is complex"),
+        ("tests.worker.analysis.test_curvature:once", {}, "cannot be differentiated twice.*leave it out"),
+    ],
+)
+def test_curvature_that_cannot_be_measured_is_refused(task: str, raw: dict[str, Any], said: str) -> None:
+    with pytest.raises(RefusedError, match=f"(?s){said}") as refused:
+        rehearsed(task, epochs=1, telemetry={"curvature_every": 5}, **raw)
+    assert refused.value.field == "telemetry.curvature_every"
+    rehearsed(task, epochs=1)
+
+
+def test_looking_at_curvature_takes_memory() -> None:
+    def peak(**telemetry: int) -> int:
+        return rehearsed(f"{BROUGHT}:plain_line", epochs=1, telemetry=telemetry).peak_bytes
+
+    assert peak(curvature_every=5) > peak() > 0
+
+
 def test_parameters_are_what_a_pass_makes_of_them() -> None:
     moving = rehearsed(f"{BROUGHT}:momentum_encoder", epochs=1).model
     assert {b.name for b in moving.buffers} == {"teacher.weight", "teacher.bias"}
