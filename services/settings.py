@@ -19,7 +19,8 @@ class Settings:
     has to have signed the certificate of every caller, if they need one. database: URL of a PostgreSQL
     to keep jobs in; empty: SQLite, beside the rest. retention_days: how long jobs are kept after they
     ended; 0: until they are deleted. keeps_jobs: whether jobs on an existing Ray cluster go on while there
-    is no service, which takes one that comes back. health_actions: by rule, of jobs whose spec does not name it.
+    is no service, which takes one that comes back. preemption: whether a running job gives its room to a waiting one of
+    higher priority. health_actions: by rule, of jobs whose spec does not name it.
     """
 
     data_directory: Path
@@ -39,6 +40,7 @@ class Settings:
     max_log_bytes: int = 64 << 20
     retention_days: float = 0.0
     keeps_jobs: bool = False
+    preemption: bool = False
     health_actions: Mapping[Rule, Action] = field(default_factory=dict)
 
     @property

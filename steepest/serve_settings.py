@@ -38,6 +38,7 @@ class ServeSettings(BaseSettings):
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
     retention_days: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    preemption: bool = False
     health_actions: dict[Rule, Action] = {}
 
     def of_service(self) -> dict[str, Any]:
@@ -55,6 +56,7 @@ class ServeSettings(BaseSettings):
             "tls_client_ca": self.tls_client_ca,
             "retention_days": self.retention_days,
             "keeps_jobs": True,
+            "preemption": self.preemption,
             "health_actions": dict(self.health_actions),
         }
 

@@ -70,7 +70,10 @@ def job_to_proto(row: JobRow, settings: Settings, samples_per_second: float | No
         members.append(pb.Member(id=id_, pid=pid, host=host, state=state))
     job = pb.TrainingJob(name=row.name, status=status, create_time=timestamp(row.created), owner=row.owner)
     job.spec.CopyFrom(_spec_message(row.spec))
-    job.spec.placement.workers = row.workers
+    placement = job.spec.placement
+    placement.workers = row.workers
+    if placement.HasField("min_workers"):
+        placement.min_workers = min(placement.min_workers, row.workers)
     job.etag = row.etag
     if row.ended is not None:
         job.end_time.CopyFrom(timestamp(row.ended))

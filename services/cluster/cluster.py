@@ -14,9 +14,10 @@ prepare_ray_environment()
 
 import ray
 
+from services.cluster.demand import demand
 from services.cluster.fork_server import ForkServer
 from services.cluster.fork_servers import ForkServers
-from services.cluster.job_room import JobRoom, demand, num_hosts
+from services.cluster.job_room import JobRoom, num_hosts
 from services.cluster.kept_life import KeptLife
 from services.cluster.kept_room import Keeper, KeptRoom
 from services.settings import Settings

@@ -27,6 +27,7 @@ from ps.job.config import JobConfig
 from ps.job.topology import gpus_of_servers, server_places
 from ps.server.actor import ServerActor
 from ps.wire.address import ServerAddress
+from services.cluster.demand import demand
 from services.cluster.fork_servers import ForkServers
 from services.cluster.processes import Exit, ExitKind, Started, explain_status
 from steepest.spec import PlacementSpec
@@ -41,14 +42,6 @@ PLACING_SECONDS = 1.0  # more than it takes where there is room
 SERVER_COPIES = 4
 MIN_SERVER_BYTES = 1 << 20
 NODE_LABEL = "ray.io/node-id"
-
-
-def demand(placement: PlacementSpec, num_workers: int) -> dict[str, float]:
-    """Ray's resources for so many workers."""
-    needed = {"CPU": float(placement.threads_per_worker * num_workers)}
-    if placement.device == "cuda":
-        needed["GPU"] = float(num_workers)
-    return needed
 
 
 def num_hosts() -> int:

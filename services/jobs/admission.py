@@ -1,4 +1,7 @@
-"""Starts waiting jobs, first come, first served, as room appears; takes over what an earlier service left."""
+"""Starts waiting jobs as room appears, and has others make room; takes over what an earlier service left.
+
+`services.jobs.scheduling` decides; this module asks the cluster and the controllers.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from services.cluster.demand import demand
 from services.cluster.kept_life import KeptLife
+from services.jobs import scheduling
 from services.jobs.code_bundles import CodeStore
 from services.jobs.controller import Controller
 from services.jobs.life import Assignment
 from services.jobs.room import Room
 from services.jobs.running import Running
+from services.jobs.scheduling import Holder, Resize, Wish
 from services.jobs.task_probe import TaskDescription
 from services.settings import Settings
 from services.store.lifecycle import ENDED, JobState
@@ -36,6 +42,9 @@ class Landlord(Protocol):
 
     def wait_ready(self) -> None:
         """Return when the cluster is there."""
+
+    def free(self) -> dict[str, float]:
+        """Resources that nothing uses."""
 
     def shortage(self, placement: PlacementSpec, num_workers: int, users: Sequence[str]) -> str:
         """What a job would have to wait for, or nothing. users: names of the jobs that hold resources."""
@@ -109,7 +118,10 @@ class Admission:
             room.release()
             return False
         self._store.note(job, "a service is back; the job has gone on meanwhile", time.time())
-        self._run_job(self._assignment(row), room, kept)
+        own = self._assignment(row)
+        if _least(own.spec.placement, row.workers) <= len(kept.workers) < row.workers:
+            own = replace(own, row=replace(row, workers=len(kept.workers)))  # it grows when there is room
+        self._run_job(own, room, kept)
         return True
 
     def stop(self) -> None:
@@ -138,30 +150,77 @@ class Admission:
             self._wake.clear()
 
     def _admit(self) -> None:
+        holding = self._holders()
         waiting = [row for row in self._store.in_states(WAITING) if row.id not in self._running]
         blocked = ""
-        for row in waiting:
-            reason = f"waiting behind {blocked}" if blocked else self._try_to_start(row)
-            if reason:
+        while waiting:
+            waiting.sort(key=lambda row: (-row.priority, self._held_by(row.owner), row.created, row.id))
+            started = None
+            for row in waiting:
+                reason = f"waiting behind {blocked}" if blocked else self._try_to_start(row, holding)
+                if not reason:
+                    started = row
+                    break
                 blocked = blocked or row.name
                 if reason != row.reason:
                     self._say(row, reason)
+            if started is None:
+                return
+            waiting.remove(started)
+            holding = self._holders()
+        able = any(holder.target < holder.most for holder in holding)
+        resize = scheduling.grow(holding, self._landlord.free()) if able else None
+        if resize is not None:
+            self._resize(resize, "there is room, and nobody waits")
+
+    def _held_by(self, owner: str) -> float:
+        """How many CPUs the jobs of an owner hold."""
+        own = (c for c in self._running.all() if c.assignment.row.owner == owner)
+        return sum(demand(c.spec.placement, c.target)["CPU"] for c in own)
+
+    def _holders(self) -> list[Holder]:
+        """The jobs that hold resources."""
+        controllers = self._running.all()
+        rows = {row.id: row for row in self._store.in_states(set(JobState) - ENDED - {JobState.QUEUED})}
+        return [_holder(each, rows[each.job]) for each in controllers if each.job in rows]
+
+    def _resize(self, resize: Resize, why: str) -> None:
+        controller = self._running.get(resize.job)
+        if controller is not None:
+            self._store.note(resize.job, f"{resize.workers} workers instead of {controller.target}: {why}", time.time())
+            controller.ask("scale", resize.workers)
+
+    def _make_room(self, row: JobRow, wish: Wish, holding: Sequence[Holder]) -> None:
+        """Have others give room to a job that waits."""
+        for action in scheduling.make_room(wish, holding, self._landlord.free(), preempts=self._settings.preemption):
+            whom = f"{row.name}, which has priority {row.priority}"
+            controller = self._running.get(action.job)
+            if isinstance(action, Resize):
+                self._resize(action, f"to make room for {whom}")
+            elif controller is not None:
+                controller.vacate(whom)
 
     def _say(self, row: JobRow, reason: str) -> None:
         with self._running.lock:
             if self._store.get(row.id).state == row.state:
                 self._store.move(row.id, row.state, reason, time.time())
 
-    def _try_to_start(self, row: JobRow) -> str:
+    def _try_to_start(self, row: JobRow, holding: Sequence[Holder]) -> str:
         """Start a job, or say what it waits for."""
         job = self._assignment(row)
+        placement = job.spec.placement
+        wish = Wish(row.id, row.priority, demand(placement, 1), _least(placement, row.workers), row.workers)
         users = [controller.job_name for controller in self._running.all()]
-        reason = self._landlord.shortage(job.spec.placement, row.workers, users)
+        reason, workers = self._landlord.shortage(placement, row.workers, users), row.workers
+        if reason and wish.least < wish.most:
+            workers = scheduling.fitting(wish, self._landlord.free())
+            reason = "" if workers else self._landlord.shortage(placement, wish.least, users)
         if reason:
+            self._make_room(row, wish, holding)
             return reason
         layout_bytes = 8 * sum(p.numel for p in job.description.model.parameters)
         try:
-            room = self._landlord.reserve(row.id, job.spec, row.workers, layout_bytes, job.code)
+            room = self._landlord.reserve(row.id, job.spec, workers, layout_bytes, job.code)
         except ServiceUnavailableError as error:
             return str(error)
         if room is None:
@@ -173,6 +232,9 @@ class Admission:
                 return ""
             if row.state == JobState.QUEUED:
                 self._store.move(row.id, JobState.STARTING, "starting servers and workers", time.time())
+            if wish.least < wish.most and workers < row.workers:
+                self._store.note(row.id, f"begins with {workers} of {row.workers} workers", time.time())
+                row = replace(row, workers=workers)
             self._run_job(replace(job, row=row), room)
             stack.pop_all()
         return ""
@@ -188,7 +250,11 @@ class Admission:
         controller.start()
 
     def _on_end(self, job: str) -> None:
-        self._running.remove(job)
+        with self._running.lock:
+            self._running.remove(job)
+            if not self._stopping.is_set():
+                with contextlib.suppress(NotFoundError):  # what was asked of it when it no longer listened
+                    _leave_behind(self._store, self._store.get(job), "its processes had ended", time.time())
         self._wake.set()
 
 
@@ -196,15 +262,41 @@ def take_over(store: Store, now: float, adopted: Collection[str] = ()) -> None:
     """Jobs that were live when the last service stopped go on from their last checkpoint, or end as users asked."""
     live = set(JobState) - ENDED - {JobState.QUEUED, JobState.PAUSED, JobState.RECOVERING}
     for row in store.in_states(live):
-        if row.id in adopted:
-            continue
-        match row.state:
-            case JobState.PAUSING:
-                store.move(row.id, JobState.PAUSED, "paused; the service was restarted meanwhile", now)
-            case JobState.CANCELLING:
-                store.move(row.id, JobState.CANCELLED, "cancelled; the service was restarted meanwhile", now)
-            case _:
-                store.move(row.id, JobState.RECOVERING, "the service was restarted", now)
+        if row.id not in adopted:
+            _leave_behind(store, row, "the service was restarted", now)
+
+
+def _leave_behind(store: Store, row: JobRow, what_happened: str, now: float) -> None:
+    """Nobody runs a job any more: it waits, or ends as users asked."""
+    match row.state:
+        case JobState.PAUSING:
+            store.move(row.id, JobState.PAUSED, f"paused; {what_happened} meanwhile", now)
+        case JobState.CANCELLING:
+            store.move(row.id, JobState.CANCELLED, f"cancelled; {what_happened} meanwhile", now)
+        case JobState.STARTING | JobState.RUNNING:
+            store.move(row.id, JobState.RECOVERING, what_happened, now)
+
+
+def _least(placement: PlacementSpec, workers: int) -> int:
+    """With how few workers a job may run. workers: how many it is to have."""
+    return min(placement.min_workers or workers, workers)
+
+
+def _holder(controller: Controller, row: JobRow) -> Holder:
+    placement, team = controller.spec.placement, controller.team
+    is_settled = row.state == JobState.RUNNING and team.is_settled and team.wanted == controller.target
+    return Holder(
+        row.id,
+        row.priority,
+        row.created,
+        demand(placement, 1),
+        _least(placement, row.workers),
+        row.workers,
+        controller.target,
+        len(team),
+        is_settled,
+        leaves=bool(controller.room_for),
+    )
 
 
 def _no_room(placement: PlacementSpec) -> str:

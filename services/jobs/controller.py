@@ -8,11 +8,9 @@ and ends when one of them is lost, or with the job.
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from queue import Empty, SimpleQueue
 
 from ps.checkpoint.files import Written, newest_verified
@@ -22,10 +20,9 @@ from services.cluster.kept_life import KeptLife
 from services.cluster.processes import Exit, ExitKind, named
 from services.jobs import policy
 from services.jobs.blame import nonfinite
-from services.jobs.health import Health
 from services.jobs.inbox import Asked, Detach, Event, Reported, ServerEnded, WorkerEnded, WorkerStarted
 from services.jobs.job_log import JobLog
-from services.jobs.leader_client import CheckpointReport, LeaderClient, Report
+from services.jobs.leader_client import LeaderClient, Report
 from services.jobs.ledger import Ledger
 from services.jobs.life import Assignment, Life, ends_of
 from services.jobs.rollback import discard_after
@@ -65,12 +62,9 @@ class Controller(threading.Thread):
         self.total_steps = job.row.total_steps
         self.totals = Totals()
         history = JobHistory(settings.history_of(job.row.id))
-        parameters = job.description.layout(job.spec).parameters
-        names, shapes = [p.name for p in parameters], [p.shape for p in parameters]
-        make_health = partial(Health, names, shapes, job.description.fan_in, job.description.activations)
-        self.ledger = Ledger(store, history, make_health, job.row, job.spec, job.description.num_samples)
+        self.ledger = Ledger(store, history, job.health, job.row, job.spec, job.description.num_samples)
         self.description = job.description
-        self._code = job.code
+        self.assignment = job
         self._settings = settings
         self._log = JobLog(settings.log_of(job.row.id), settings.max_log_bytes)
         self._room = room
@@ -78,12 +72,14 @@ class Controller(threading.Thread):
         self._dial = dial
         self._incarnation = job.row.incarnation
         self._inbox: SimpleQueue[Event] = SimpleQueue()
-        self._team = Team(job.row.workers)
+        self.team = Team(job.row.workers)
         self._life: Life | None = None
         self._kept = kept
         self._checkpoint: Written | None = None  # that the next life begins from; sought while no server runs
         self._patience = policy.Patience(job.spec.placement.max_worker_restarts)
-        self._pause_wanted = False
+        self.target = job.row.workers  # how many workers it is to have
+        self.room_for = ""  # who it vacates its room for, once it is to
+        self._pause_wanted = self._has_vacated = False
         self._cancel_deadline: float | None = None
         self._detached = False
 
@@ -91,7 +87,14 @@ class Controller(threading.Thread):
 
     def ask(self, verb: str, workers: int = 0) -> None:
         """Have a verb carried out: pause, resume, cancel, scale."""
+        if verb == "scale":
+            self.target = workers
         self._inbox.put(Asked(verb, workers))
+
+    def vacate(self, room_for: str) -> None:
+        """Have the job give its room back at the next step boundary, and wait. room_for: for whom, in words."""
+        self.room_for = room_for
+        self._inbox.put(Asked("vacate"))
 
     def detach(self) -> None:
         """Leave the job as it is: the service is stopping, and the next one takes the job over."""
@@ -102,7 +105,7 @@ class Controller(threading.Thread):
     def run(self) -> None:
         """Live until the job has ended, or the service stops."""
         try:
-            self._room.set_code(self._code)
+            self._room.set_code(self.assignment.code)
             if self._kept is None:
                 self._checkpoint = newest_verified(self._settings.checkpoints_of(self.job))
             while not self._is_over() and self._live():
@@ -119,7 +122,7 @@ class Controller(threading.Thread):
     def _is_over(self) -> bool:
         if self._cancel_deadline is not None and time.time() > self._cancel_deadline:
             self._end(policy.on_no_step(self._settings.cancel_grace_seconds))
-        return self._detached or self.ledger.has_ended
+        return self._detached or self._has_vacated or self.ledger.has_ended
 
     def _live(self) -> bool:
         """One life of the job. Returns whether there is to be another."""
@@ -140,25 +143,17 @@ class Controller(threading.Thread):
         return bool(life.lost) and not self._detached and self._after_loss(life.lost)
 
     def _begin_life(self) -> Life:
-        incarnation, changes = self._incarnation, (*self.spec.changes, *self.ledger.result.changes)
-        config = JobConfig(
-            job=self.job,
-            incarnation=incarnation,
-            token=secrets.token_urlsafe(32),
-            spec=self.spec.model_copy(update={"changes": changes}),
-            **self.description.known,
-            num_servers=self.spec.placement.num_servers,
-            checkpoint_directory=self._settings.checkpoints_of(self.job),
-        )
+        incarnation = self._incarnation
+        config = self.assignment.config(incarnation, self.ledger.result.changes, self._settings)
         started = self._room.start_servers(config, lambda i, end: self._inbox.put(ServerEnded(incarnation, i, end)))
         addresses = [address for address, _ in started]
         leader = self._call_leader(config, addresses[0])
-        self._team.clear()
+        self.team.clear()
         return Life(config, addresses, [where for _, where in started], leader)
 
     def _take_up(self, kept: KeptLife) -> Life:
         """Go on with a life that went on without a service."""
-        self._team.take_up(kept, {id_: state for _, id_, _, _, state in self.ledger.result.members})
+        self.team.take_up(kept, {id_: state for _, id_, _, _, state in self.ledger.result.members})
         incarnation, put = self._incarnation, self._inbox.put
         self._room.listen(
             lambda index, end: put(ServerEnded(incarnation, index, end)),
@@ -237,12 +232,12 @@ class Controller(threading.Thread):
             case ServerEnded(_, index, end):
                 life.lost = f"{named(life.name(index), life.servers[index])} {end.message}"
             case WorkerStarted(_, name, generation, started):
-                worker = self._team.current(name, generation)
+                worker = self.team.current(name, generation)
                 if worker is not None:
                     worker.started = started
                     self._publish()
             case WorkerEnded(_, name, generation, end):
-                if self._team.current(name, generation) is not None and not self.ledger.has_ended:
+                if self.team.current(name, generation) is not None and not self.ledger.has_ended:
                     self._worker_ended(name, end)
             case Reported(_, report):
                 self._on_report(life, report)
@@ -251,16 +246,23 @@ class Controller(threading.Thread):
         life = self._life
         match asked.verb:
             case "scale":
-                self._team.wanted = asked.workers
+                self.team.wanted = asked.workers
                 if life is not None:
                     self._match_workers()
                 return
             case "cancel":
-                if life is None or not self._team.any_running():
+                if life is None or not self.team.any_running():
                     while_ = "" if self.ledger.state == JobState.CANCELLING else " while starting"
                     self._end(policy.End(JobState.CANCELLED, f"cancelled{while_}"))
                     return
                 self._cancel_deadline = time.time() + self._settings.cancel_grace_seconds
+            case "vacate":
+                if life is None or not self.team.any_running():
+                    self._give_back(JobState.RECOVERING)
+                    return
+                self.ledger.say(f"makes room for {self.room_for} at the next step boundary, with a checkpoint")
+                life.leader.send("cancel")
+                return
             case "rollback":
                 if life is not None and not self.ledger.has_ended:
                     life.lost = self.ledger.result.findings[-1].message
@@ -274,15 +276,15 @@ class Controller(threading.Thread):
 
     def _match_workers(self) -> None:
         """Start or retire workers until there are as many as wanted."""
-        for name in self._team.surplus(self._room.has_server):
+        for name in self.team.surplus(self._room.has_server):
             self._retire(name)
-        for name in self._team.missing():
+        for name in self.team.missing():
             self._start_worker(name)
 
     def _start_worker(self, name: str) -> None:
         life, incarnation = self._life, self._incarnation
         assert life is not None  # noqa: S101  # only called in a life
-        generation = self._team.add(name).generation
+        generation = self.team.add(name).generation
         self._room.start_worker(
             life.config,
             name,
@@ -294,18 +296,18 @@ class Controller(threading.Thread):
         self._publish()
 
     def _retire(self, name: str) -> None:
-        worker = self._team[name]
+        worker = self.team[name]
         if worker.state == WorkerState.RUNNING and self._life is not None:
             worker.state = WorkerState.RETIRING
             self._life.leader.send("retire", name)
             return
         if self._room.has_server(name):  # not to be killed alone: it retires once it has joined
             return
-        del self._team[name]
+        del self.team[name]
         self._room.stop_worker(name, keep_room=False)
 
     def _worker_ended(self, name: str, end: Exit) -> None:
-        worker = self._team.pop(name)
+        worker = self.team.pop(name)
         who = named(name, worker.started)
         match policy.on_worker_exit(self._patience, who, worker.state, end, self.ledger.result.step):
             case policy.End() as decision:
@@ -327,17 +329,13 @@ class Controller(threading.Thread):
         if report.number <= self.ledger.result.reports and report.number:
             life.leader.seen(report.number)  # by the service before this one
             return
-        is_kept = self.ledger.append(self._incarnation, report.records, report.newest)
+        is_kept = self.ledger.note_report(self._incarnation, report)
         if report.records and is_kept:
             life.leader.acknowledge(report.records[-1].step)
         if report.newest is not None:
             self.totals.count(report.records or [report.newest])
-        for step, metrics, is_best in report.evaluations:
-            self.ledger.note_evaluation(step, metrics, is_best=is_best)
         if report.printed:
             self._log.append(report.printed)
-        for checkpoint in report.checkpoints:
-            self._on_checkpoint(checkpoint)
         for worker, change in report.members:
             self._on_member(worker, change)
         for phase in report.phases:
@@ -353,6 +351,8 @@ class Controller(threading.Thread):
             ):
                 if isinstance(decision, policy.End):
                     self._end(decision)
+                elif isinstance(decision, policy.GiveBack):
+                    self._give_back(decision.state)
                 else:
                     self.ledger.move(decision.state, decision.reason)
         self._act_on_findings()
@@ -365,19 +365,13 @@ class Controller(threading.Thread):
         while not self.ledger.wanted.empty():
             self._obey(Asked(self.ledger.wanted.get()))
 
-    def _on_checkpoint(self, checkpoint: CheckpointReport) -> None:
-        if checkpoint.problem:
-            self.ledger.say(checkpoint.problem)
-        else:
-            self.ledger.note_checkpoint(checkpoint.parameters_sha256, checkpoint.state_sha256)
-
     def _on_member(self, name: str, change: str) -> None:
-        worker = self._team.get(name)
+        worker = self.team.get(name)
         if worker is None:
             return
         if change == "joined" and worker.state == WorkerState.STARTING:
             worker.state = WorkerState.RUNNING
-            if len(self._team) > self._team.wanted:
+            if len(self.team) > self.team.wanted:
                 self._match_workers()
         elif change == "hung" and worker.state != WorkerState.STARTING:  # else it is the successor of the one that hung
             seconds = self.spec.placement.worker_timeout_seconds
@@ -389,9 +383,16 @@ class Controller(threading.Thread):
 
     # -- the store ----------------------------------------------------------------------------------------------------
 
+    def _give_back(self, state: JobState) -> None:
+        """End this life, but not the job: it begins another one when there is room for it again."""
+        why = f" for {self.room_for}" if self.room_for else ""
+        waits = "resume it" if state == JobState.PAUSED else "it goes on from there when there is room for it"
+        self.ledger.move(state, f"made room{why} at step {self.ledger.result.step}; {waits}")
+        self._has_vacated = True
+
     def _publish(self) -> None:
         servers = self._life.members() if self._life is not None else []
-        self.ledger.publish([*servers, *self._team.members()])
+        self.ledger.publish([*servers, *self.team.members()])
 
     def _end(self, decision: policy.End) -> None:
         self.ledger.note_result(error=decision.error)

@@ -10,7 +10,7 @@ from services.jobs.leader_client import Report
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A user asks for something: pause, resume, cancel, or scale to `workers`."""
+    """Asked from outside: pause, resume, cancel, scale to `workers`, or vacate the room."""
 
     verb: str
     workers: int = 0

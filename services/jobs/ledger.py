@@ -13,6 +13,7 @@ from ps.checkpoint.files import Written, read_records
 from ps.step.messages import StepRecord
 from services.jobs import policy
 from services.jobs.health import Health
+from services.jobs.leader_client import Report
 from services.jobs.staleness import Staleness
 from services.store.history import JobHistory
 from services.store.lifecycle import ENDED, JobState
@@ -131,6 +132,18 @@ class Ledger:
             self._health.observe(self._history.records(recent, signals=True))
         except OSError:
             log.warning("the history of %s cannot be read", self.name)
+
+    def note_report(self, incarnation: int, report: Report) -> bool:
+        """What the leader tells of steps, evaluations and checkpoints. Returns whether the records are on disk."""
+        is_kept = self.append(incarnation, report.records, report.newest)
+        for step, metrics, is_best in report.evaluations:
+            self.note_evaluation(step, metrics, is_best=is_best)
+        for checkpoint in report.checkpoints:
+            if checkpoint.problem:
+                self.say(checkpoint.problem)
+            else:
+                self.note_checkpoint(checkpoint.parameters_sha256, checkpoint.state_sha256)
+        return is_kept
 
     def append(self, incarnation: int, records: list[StepRecord], newest: StepRecord | None) -> bool:
         """Steps are done. records: those that go to the history. Returns whether they are on disk."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ps.job.config import JobConfig
 from ps.wire.address import ServerAddress
 from services.cluster.kept_life import KeptLife
 from services.cluster.processes import Started
+from services.jobs.health import Health
 from services.jobs.inbox import ServerEnded, WorkerEnded
 from services.jobs.room import LeaderLink
 from services.jobs.task_probe import TaskDescription
 from services.jobs.team import server_name
+from services.settings import Settings
 from services.store.store import JobRow
+from steepest.change_spec import ChangeSpec
 from steepest.spec import TrainingJobSpec
 
 
@@ -24,6 +29,24 @@ class Assignment:
     spec: TrainingJobSpec
     description: TaskDescription
     code: bytes
+
+    def config(self, incarnation: int, changes: Sequence[ChangeSpec], settings: Settings) -> JobConfig:
+        """What the processes of an incarnation are told. changes: what has been decided while the job ran."""
+        return JobConfig(
+            job=self.row.id,
+            incarnation=incarnation,
+            token=secrets.token_urlsafe(32),
+            spec=self.spec.model_copy(update={"changes": (*self.spec.changes, *changes)}),
+            **self.description.known,
+            num_servers=self.spec.placement.num_servers,
+            checkpoint_directory=settings.checkpoints_of(self.row.id),
+        )
+
+    def health(self) -> Health:
+        """Rules that have seen nothing of the job yet."""
+        parameters = self.description.layout(self.spec).parameters
+        names, shapes = [p.name for p in parameters], [p.shape for p in parameters]
+        return Health(names, shapes, self.description.fan_in, self.description.activations)
 
 
 @dataclass

@@ -223,15 +223,17 @@ class Operations:
             row = self._seen(job, etag)
             check_verb(row.name, row.state, "scale")
             spec = json.loads(row.spec)
-            spec["placement"]["workers"] = workers
+            placement = spec["placement"]
+            least = placement.get("min_workers")
+            placement |= {"workers": workers, "min_workers": least and min(least, workers)}
             micro_batches = spec_from_dict(spec).data.num_micro_batches
             self._store.update(job, workers=workers)
             idle = workers - micro_batches
             note = f"; a step has {micro_batches} micro-batches, so {idle} will have nothing to do" if idle > 0 else ""
             self._store.note(job, f"scaling from {row.workers} to {workers} workers{note}", time.time())
             controller = self._running.get(job)
-            if controller is not None:
-                controller.ask("scale", workers)
+            if controller is not None and (least is None or workers < controller.target):
+                controller.ask("scale", workers)  # an elastic job grows when there is room
         self._wake.set()
         return self._store.get(job)
 

@@ -36,6 +36,16 @@ class End:
 
 
 @dataclass(frozen=True, slots=True)
+class GiveBack:
+    """The job has stopped at a step boundary, with a checkpoint, to give its room back; it waits in this state."""
+
+    state: JobState
+
+
+Decision = Move | End | GiveBack
+
+
+@dataclass(frozen=True, slots=True)
 class Recover:
     """Start all processes again from the last checkpoint. change: what is done otherwise from there on."""
 
@@ -144,12 +154,14 @@ def on_finding(rule: str, message: str, action: str, state: JobState) -> Move | 
     return Move(wanted[1], f"{action} asked for by the rule {rule} (health.actions.{rule}): {message}")
 
 
-def on_phase(phase: str, reason: str, traceback: str, state: JobState, *, pause_wanted: bool) -> list[Move | End]:
+def on_phase(
+    phase: str, reason: str, traceback: str, state: JobState, *, pause_wanted: bool
+) -> list[Move | End | GiveBack]:
     """The leader is in another phase. state: of the job so far."""
     pausing = Move(JobState.PAUSING, "pausing again: the pause was requested before")
     match phase:
         case Phase.WORKING:
-            moves: list[Move | End] = []
+            moves: list[Decision] = []
             if state in (JobState.STARTING, JobState.RECOVERING, JobState.PAUSED):
                 moves.append(Move(JobState.RUNNING, reason))
             if pause_wanted and state == JobState.RECOVERING:
@@ -163,6 +175,8 @@ def on_phase(phase: str, reason: str, traceback: str, state: JobState, *, pause_
             return []
         case Phase.FINISHED:
             return [End(JobState.SUCCEEDED, reason)]
+        case Phase.CANCELLED if state in (JobState.RUNNING, JobState.PAUSING):  # nobody has cancelled the job
+            return [GiveBack(JobState.PAUSED if state == JobState.PAUSING else JobState.RECOVERING)]
         case Phase.CANCELLED:
             return [End(JobState.CANCELLED, reason)]
         case Phase.FAILED:

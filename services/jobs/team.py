@@ -78,6 +78,12 @@ class Team(dict[str, Worker]):
         started = {name: worker.started or Started(0, "") for name, worker in self.items()}
         return [("worker", n, started[n].pid, started[n].host, str(worker.state)) for n, worker in self.items()]
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether there are as many as wanted, and all have joined. May be asked from any thread."""
+        workers = list(self.values())
+        return len(workers) == self.wanted and all(worker.state == WorkerState.RUNNING for worker in workers)
+
     def any_running(self) -> bool:
         """Whether one has joined the servers."""
         return any(worker.state == WorkerState.RUNNING for worker in self.values())

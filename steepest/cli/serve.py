@@ -43,6 +43,15 @@ def serve(
     retention_days: Annotated[
         float | None, Option(min=0.0, help="Delete jobs so many days after they ended; 0: never.", show_default="0")
     ] = None,
+    preemption: Annotated[
+        bool | None,
+        Option(
+            "--preemption/--no-preemption",
+            help="Whether a running job gives its room to a waiting one of higher priority, at a step boundary and "
+            "with a checkpoint, and goes on from there later.",
+            show_default="no",
+        ),
+    ] = None,
     health_action: Annotated[
         list[str] | None,
         Option(metavar="RULE=ACTION", help="What a health rule does in jobs that do not say so; repeatable."),
@@ -66,6 +75,7 @@ def serve(
         "tls_key": tls_key,
         "tls_client_ca": tls_client_ca,
         "retention_days": retention_days,
+        "preemption": preemption,
         "health_actions": _actions(health_action or []) or None,
     }
     prepare_for_embedded_ray()

@@ -1313,6 +1313,7 @@ class PlacementSpec(_message.Message):
     MAX_WORKER_RESTARTS_FIELD_NUMBER: _builtins.int
     SERVER_DEVICE_FIELD_NUMBER: _builtins.int
     MAX_WORKERS_FIELD_NUMBER: _builtins.int
+    MIN_WORKERS_FIELD_NUMBER: _builtins.int
     workers: _builtins.int
     """Number of workers."""
     servers: _builtins.int
@@ -1331,6 +1332,10 @@ class PlacementSpec(_message.Message):
     """Device of the servers: cpu or cuda, each on the GPU of a worker."""
     max_workers: _builtins.int
     """The most workers that a step is cut for; fewer and larger micro-batches take less time in all."""
+    min_workers: _builtins.int
+    """Elastic: begin with as few if there is no room for more, grow when there is, and give workers up, down to so many,
+    when others wait.
+    """
     def __init__(
         self,
         *,
@@ -1343,10 +1348,11 @@ class PlacementSpec(_message.Message):
         max_worker_restarts: _builtins.int | None = ...,
         server_device: _builtins.str | None = ...,
         max_workers: _builtins.int | None = ...,
+        min_workers: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "_max_worker_restarts", b"_max_worker_restarts", "_max_workers", b"_max_workers", "_server_device", b"_server_device", "_servers", b"_servers", "_threads_per_worker", b"_threads_per_worker", "_transport", b"_transport", "_worker_timeout_seconds", b"_worker_timeout_seconds", "_workers", b"_workers", "device", b"device", "max_worker_restarts", b"max_worker_restarts", "max_workers", b"max_workers", "server_device", b"server_device", "servers", b"servers", "threads_per_worker", b"threads_per_worker", "transport", b"transport", "worker_timeout_seconds", b"worker_timeout_seconds", "workers", b"workers"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "_max_worker_restarts", b"_max_worker_restarts", "_max_workers", b"_max_workers", "_min_workers", b"_min_workers", "_server_device", b"_server_device", "_servers", b"_servers", "_threads_per_worker", b"_threads_per_worker", "_transport", b"_transport", "_worker_timeout_seconds", b"_worker_timeout_seconds", "_workers", b"_workers", "device", b"device", "max_worker_restarts", b"max_worker_restarts", "max_workers", b"max_workers", "min_workers", b"min_workers", "server_device", b"server_device", "servers", b"servers", "threads_per_worker", b"threads_per_worker", "transport", b"transport", "worker_timeout_seconds", b"worker_timeout_seconds", "workers", b"workers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "_max_worker_restarts", b"_max_worker_restarts", "_max_workers", b"_max_workers", "_server_device", b"_server_device", "_servers", b"_servers", "_threads_per_worker", b"_threads_per_worker", "_transport", b"_transport", "_worker_timeout_seconds", b"_worker_timeout_seconds", "_workers", b"_workers", "device", b"device", "max_worker_restarts", b"max_worker_restarts", "max_workers", b"max_workers", "server_device", b"server_device", "servers", b"servers", "threads_per_worker", b"threads_per_worker", "transport", b"transport", "worker_timeout_seconds", b"worker_timeout_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "_max_worker_restarts", b"_max_worker_restarts", "_max_workers", b"_max_workers", "_min_workers", b"_min_workers", "_server_device", b"_server_device", "_servers", b"_servers", "_threads_per_worker", b"_threads_per_worker", "_transport", b"_transport", "_worker_timeout_seconds", b"_worker_timeout_seconds", "_workers", b"_workers", "device", b"device", "max_worker_restarts", b"max_worker_restarts", "max_workers", b"max_workers", "min_workers", b"min_workers", "server_device", b"server_device", "servers", b"servers", "threads_per_worker", b"threads_per_worker", "transport", b"transport", "worker_timeout_seconds", b"worker_timeout_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__device: _TypeAlias = _typing.Literal["device"]  # noqa: Y015
     _WhichOneofArgType__device: _TypeAlias = _typing.Literal["_device", b"_device"]  # noqa: Y015
@@ -1354,6 +1360,8 @@ class PlacementSpec(_message.Message):
     _WhichOneofArgType__max_worker_restarts: _TypeAlias = _typing.Literal["_max_worker_restarts", b"_max_worker_restarts"]  # noqa: Y015
     _WhichOneofReturnType__max_workers: _TypeAlias = _typing.Literal["max_workers"]  # noqa: Y015
     _WhichOneofArgType__max_workers: _TypeAlias = _typing.Literal["_max_workers", b"_max_workers"]  # noqa: Y015
+    _WhichOneofReturnType__min_workers: _TypeAlias = _typing.Literal["min_workers"]  # noqa: Y015
+    _WhichOneofArgType__min_workers: _TypeAlias = _typing.Literal["_min_workers", b"_min_workers"]  # noqa: Y015
     _WhichOneofReturnType__server_device: _TypeAlias = _typing.Literal["server_device"]  # noqa: Y015
     _WhichOneofArgType__server_device: _TypeAlias = _typing.Literal["_server_device", b"_server_device"]  # noqa: Y015
     _WhichOneofReturnType__servers: _TypeAlias = _typing.Literal["servers"]  # noqa: Y015
@@ -1372,6 +1380,8 @@ class PlacementSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_worker_restarts) -> _WhichOneofReturnType__max_worker_restarts | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_workers) -> _WhichOneofReturnType__max_workers | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_workers) -> _WhichOneofReturnType__min_workers | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__server_device) -> _WhichOneofReturnType__server_device | None: ...
     @_typing.overload

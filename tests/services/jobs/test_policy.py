@@ -6,6 +6,7 @@ from ps.step.effects import Phase
 from services.cluster.processes import Exit, ExitKind, Started, explain_status, named
 from services.jobs.policy import (
     End,
+    GiveBack,
     LetGo,
     Move,
     Patience,
@@ -115,6 +116,9 @@ def test_a_worker_that_keeps_dying_ends_the_job() -> None:
         (Phase.PAUSED, JobState.CANCELLING, True, []),
         (Phase.FINISHED, JobState.CANCELLING, False, [JobState.SUCCEEDED]),
         (Phase.CANCELLED, JobState.CANCELLING, False, [JobState.CANCELLED]),
+        # It has stopped, and nobody has cancelled it: it makes room.
+        (Phase.CANCELLED, JobState.RUNNING, False, [JobState.RECOVERING]),
+        (Phase.CANCELLED, JobState.PAUSING, True, [JobState.PAUSED]),
         (Phase.FAILED, JobState.RUNNING, False, [JobState.FAILED]),
         (Phase.SAVING, JobState.RUNNING, False, []),
     ],
@@ -123,7 +127,8 @@ def test_a_phase_of_the_leader(phase: Phase, state: JobState, pause_wanted: bool
     decided = on_phase(phase, "because", "Traceback", state, pause_wanted=pause_wanted)
     assert [d.state for d in decided] == states
     ends = [JobState.SUCCEEDED, JobState.CANCELLED, JobState.FAILED]
-    assert all(isinstance(d, End if d.state in ends else Move) for d in decided)
+    kind = GiveBack if phase == Phase.CANCELLED else Move
+    assert all(isinstance(d, End if d.state in ends else kind) for d in decided)
     assert [d.error for d in decided if isinstance(d, End) and d.state == JobState.FAILED] in (
         [],
         ["because\nTraceback"],
