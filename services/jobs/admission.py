@@ -120,7 +120,7 @@ class Admission:
         self._store.note(job, "a service is back; the job has gone on meanwhile", time.time())
         own = self._assignment(row)
         if _least(own.spec.placement, row.workers) <= len(kept.workers) < row.workers:
-            own = replace(own, row=replace(row, workers=len(kept.workers)))  # it grows when there is room
+            own = replace(own, workers=len(kept.workers))  # it grows when there is room
         self._run_job(own, room, kept)
         return True
 
@@ -150,14 +150,13 @@ class Admission:
             self._wake.clear()
 
     def _admit(self) -> None:
-        holding = self._holders()
         waiting = [row for row in self._store.in_states(WAITING) if row.id not in self._running]
         blocked = ""
         while waiting:
             waiting.sort(key=lambda row: (-row.priority, self._held_by(row.owner), row.created, row.id))
             started = None
             for row in waiting:
-                reason = f"waiting behind {blocked}" if blocked else self._try_to_start(row, holding)
+                reason = f"waiting behind {blocked}" if blocked else self._try_to_start(row)
                 if not reason:
                     started = row
                     break
@@ -167,9 +166,8 @@ class Admission:
             if started is None:
                 return
             waiting.remove(started)
-            holding = self._holders()
-        able = any(holder.target < holder.most for holder in holding)
-        resize = scheduling.grow(holding, self._landlord.free()) if able else None
+        able = any(controller.target < controller.most for controller in self._running.all())
+        resize = scheduling.grow(self._holders(), self._landlord.free()) if able else None
         if resize is not None:
             self._resize(resize, "there is room, and nobody waits")
 
@@ -190,9 +188,10 @@ class Admission:
             self._store.note(resize.job, f"{resize.workers} workers instead of {controller.target}: {why}", time.time())
             controller.ask("scale", resize.workers)
 
-    def _make_room(self, row: JobRow, wish: Wish, holding: Sequence[Holder]) -> None:
+    def _make_room(self, row: JobRow, wish: Wish) -> None:
         """Have others give room to a job that waits."""
-        for action in scheduling.make_room(wish, holding, self._landlord.free(), preempts=self._settings.preemption):
+        holding, free = self._holders(), self._landlord.free()
+        for action in scheduling.make_room(wish, holding, free, preempts=self._settings.preemption):
             whom = f"{row.name}, which has priority {row.priority}"
             controller = self._running.get(action.job)
             if isinstance(action, Resize):
@@ -205,7 +204,7 @@ class Admission:
             if self._store.get(row.id).state == row.state:
                 self._store.move(row.id, row.state, reason, time.time())
 
-    def _try_to_start(self, row: JobRow, holding: Sequence[Holder]) -> str:
+    def _try_to_start(self, row: JobRow) -> str:
         """Start a job, or say what it waits for."""
         job = self._assignment(row)
         placement = job.spec.placement
@@ -216,7 +215,7 @@ class Admission:
             workers = scheduling.fitting(wish, self._landlord.free())
             reason = "" if workers else self._landlord.shortage(placement, wish.least, users)
         if reason:
-            self._make_room(row, wish, holding)
+            self._make_room(row, wish)
             return reason
         layout_bytes = 8 * sum(p.numel for p in job.description.model.parameters)
         try:
@@ -234,7 +233,7 @@ class Admission:
                 self._store.move(row.id, JobState.STARTING, "starting servers and workers", time.time())
             if wish.least < wish.most and workers < row.workers:
                 self._store.note(row.id, f"begins with {workers} of {row.workers} workers", time.time())
-                row = replace(row, workers=workers)
+                job = replace(job, workers=workers)
             self._run_job(replace(job, row=row), room)
             stack.pop_all()
         return ""
@@ -290,8 +289,8 @@ def _holder(controller: Controller, row: JobRow) -> Holder:
         row.priority,
         row.created,
         demand(placement, 1),
-        _least(placement, row.workers),
-        row.workers,
+        _least(placement, controller.most),
+        controller.most,
         controller.target,
         len(team),
         is_settled,

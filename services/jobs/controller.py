@@ -72,12 +72,12 @@ class Controller(threading.Thread):
         self._dial = dial
         self._incarnation = job.row.incarnation
         self._inbox: SimpleQueue[Event] = SimpleQueue()
-        self.team = Team(job.row.workers)
+        self.team = Team(job.workers or job.row.workers)
         self._life: Life | None = None
         self._kept = kept
         self._checkpoint: Written | None = None  # that the next life begins from; sought while no server runs
         self._patience = policy.Patience(job.spec.placement.max_worker_restarts)
-        self.target = job.row.workers  # how many workers it is to have
+        self.target, self.most = self.team.wanted, job.row.workers  # of workers, now and when there is room
         self.room_for = ""  # who it vacates its room for, once it is to
         self._pause_wanted = self._has_vacated = False
         self._cancel_deadline: float | None = None
@@ -385,9 +385,7 @@ class Controller(threading.Thread):
 
     def _give_back(self, state: JobState) -> None:
         """End this life, but not the job: it begins another one when there is room for it again."""
-        why = f" for {self.room_for}" if self.room_for else ""
-        waits = "resume it" if state == JobState.PAUSED else "it goes on from there when there is room for it"
-        self.ledger.move(state, f"made room{why} at step {self.ledger.result.step}; {waits}")
+        self.ledger.move(state, policy.made_room(self.room_for, self.ledger.result.step, state))
         self._has_vacated = True
 
     def _publish(self) -> None:

@@ -23,12 +23,13 @@ from steepest.spec import TrainingJobSpec
 
 @dataclass(frozen=True)
 class Assignment:
-    """A stored job with what it takes to run it."""
+    """A stored job with what it takes to run it. workers: that it begins with; 0: as many as it is to have."""
 
     row: JobRow
     spec: TrainingJobSpec
     description: TaskDescription
     code: bytes
+    workers: int = 0
 
     def config(self, incarnation: int, changes: Sequence[ChangeSpec], settings: Settings) -> JobConfig:
         """What the processes of an incarnation are told. changes: what has been decided while the job ran."""

@@ -232,8 +232,10 @@ class Operations:
             note = f"; a step has {micro_batches} micro-batches, so {idle} will have nothing to do" if idle > 0 else ""
             self._store.note(job, f"scaling from {row.workers} to {workers} workers{note}", time.time())
             controller = self._running.get(job)
-            if controller is not None and (least is None or workers < controller.target):
-                controller.ask("scale", workers)  # an elastic job grows when there is room
+            if controller is not None:
+                controller.most = workers
+                if least is None or workers < controller.target:  # else an elastic job grows when there is room
+                    controller.ask("scale", workers)
         self._wake.set()
         return self._store.get(job)
 

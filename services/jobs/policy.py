@@ -120,6 +120,13 @@ def on_worker_exit(patience: Patience, who: str, state: WorkerState, end: Exit, 
     return Replace(f"{who} {end.message}; a new process takes its place, and no step is lost")
 
 
+def made_room(room_for: str, step: int, state: JobState) -> str:
+    """Why a job waits in this state: it has given its room back after so many steps. room_for: whom for, if known."""
+    why = f" for {room_for}" if room_for else ""
+    then = "resume it" if state == JobState.PAUSED else "it goes on from there when there is room for it"
+    return f"made room{why} at step {step}; {then}"
+
+
 def on_no_step(seconds: float) -> End:
     """A cancelled job has not come to the end of its step in so many seconds."""
     return End(JobState.CANCELLED, f"cancelled; no step ended within {seconds:g} s, so the unfinished one is lost")
