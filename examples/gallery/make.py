@@ -33,7 +33,7 @@ from steepest.embedded import running_service
 HERE = Path(__file__).parent
 NAMES = (
     "depth", "initialization", "normalization", "residual", "memory", "clipping",
-    "accumulation", "optimizers", "noise", "modes", "differences",
+    "accumulation", "recomputing", "optimizers", "noise", "stability", "modes", "differences",
 )  # fmt: skip
 HEAD = """# Gallery
 

@@ -16,9 +16,9 @@ from torch.nn import functional
 
 import steepest
 
-RATES = (0.02, 0.05, 0.1)
+RATES = (0.08, 0.1, 0.15)
 SAMPLES = 1797
-STEPS = 600
+STEPS = 3000
 
 
 def network() -> steepest.Task:
@@ -35,7 +35,7 @@ def network() -> steepest.Task:
 def draw(runs: Runs, pyplot: Any) -> str:
     """The sharpness over the steps, for some learning rates, and 2 / η."""
     whole = {"global_batch": SAMPLES, "micro_batch": SAMPLES}
-    telemetry = {"curvature_every": 5}
+    telemetry = {"curvature_every": 20}
     cases = [
         ({}, {"steps": STEPS, "data": whole, "optimizer": {"name": "sgd", "lr": rate}, "telemetry": telemetry})
         for rate in RATES

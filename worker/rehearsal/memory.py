@@ -20,9 +20,18 @@ UNKNOWN = "what a pass of this task takes cannot be measured (it is no task of t
 def peak_bytes(passes: Passes, indices: NDArray[np.int64], samples: int) -> int:
     """How much memory the tensors of a micro-batch's forward and backward pass take at most; 0 where it is not known.
 
-    Of what is looked at in some steps, too. indices: of samples of it. samples: that it has: the figure is scaled when
-    those are fewer.
+    Of what is looked at in some steps, too. indices: of samples of it. samples: that it has: when those are fewer,
+    twice as many say what each further one takes.
     """
+    few = _peak(passes, indices)
+    if len(indices) >= samples or not few:
+        return few
+    more = passes.sampler.indices(0, 0)[: 2 * len(indices)]
+    each = max(0, _peak(passes, more) - few) / (len(more) - len(indices))
+    return int(few + each * (samples - len(indices)))
+
+
+def _peak(passes: Passes, indices: NDArray[np.int64]) -> int:
     if not isinstance(passes.task, Task):
         return 0
     try:
@@ -32,7 +41,7 @@ def peak_bytes(passes: Passes, indices: NDArray[np.int64], samples: int) -> int:
                 passes.look_at_curvature(indices)
     except TaskError:  # the same pass is fine without being watched
         return 0
-    return int(memory.peak) * samples // len(indices)
+    return int(memory.peak)
 
 
 def plan(passes: Passes, indices: NDArray[np.int64], samples: int) -> str:

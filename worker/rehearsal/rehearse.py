@@ -29,6 +29,7 @@ from worker.task.load import TaskError
 
 FEW_SAMPLES = 2
 SLOW_SECONDS = 2.0  # a micro-batch that takes longer is rehearsed with a few samples
+GROWTH, QUICK_SECONDS = 4, 0.25  # how often more samples are tried, as long as their pass would not take longer
 COPIES = 6  # of the parameters, that a rehearsal holds at most
 EXPENSIVE = 1.5
 NOTICEABLE_SECONDS = 0.003
@@ -91,9 +92,14 @@ def rehearse(
     _check_data(passes, whole[:FEW_SAMPLES])
     indices = watch_first_pass(passes, whole[:FEW_SAMPLES], whole)
     measured = passes.timed(indices)
-    if len(whole) > len(indices) and passes.seconds * len(whole) / len(indices) <= SLOW_SECONDS:
-        indices = whole
-        measured = passes.timed(whole)
+    while len(indices) < len(whole):  # a pass of few samples may take as long as one of many
+        if passes.seconds * len(whole) / len(indices) <= SLOW_SECONDS:
+            indices = whole
+        elif passes.seconds * GROWTH <= QUICK_SECONDS:
+            indices = whole[: GROWTH * len(indices)]
+        else:
+            break
+        measured = passes.timed(indices)
     found.batch = shape_of(passes.fetched)
     found.counts = choose_counts(passes)
     if found.counts:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from services.jobs.task_probe import TaskDescription
 from steepest.spec import TaskReference
 from tests.support.submission import RefusedError, rehearsed
+from worker.rehearsal import rehearse
 from worker.rehearsal.fingerprint import difference, fingerprint
 from worker.task.load import load_task
 
@@ -115,6 +117,21 @@ def test_curvature_that_cannot_be_measured_is_refused(task: str, raw: dict[str, 
         rehearsed(task, epochs=1, telemetry={"curvature_every": 5}, **raw)
     assert refused.value.field == "telemetry.curvature_every"
     rehearsed(task, epochs=1)
+
+
+@pytest.mark.parametrize(("quick_seconds", "samples"), [(0.0, 2), (1e9, 64)])
+def test_a_slow_pass_is_rehearsed_with_few_samples_and_its_memory_is_that_of_all(
+    quick_seconds: float, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> TaskDescription:
+        return rehearsed("tests.support.tasks:deep", epochs=1, data={"global_batch": 64, "micro_batch": 64})
+
+    whole = found()
+    monkeypatch.setattr(rehearse, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(rehearse, "QUICK_SECONDS", quick_seconds)
+    few = found()
+    assert few.weight.startswith(f"{samples} for {samples} samples")
+    assert few.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.05)
 
 
 def test_looking_at_curvature_takes_memory() -> None:
