@@ -245,7 +245,7 @@ class Job:
             if not page.records:
                 return
             for record in page.records:
-                yield record_from_proto(record, page.parameter_names)
+                yield record_from_proto(record, page.parameter_names, page.activation_names)
             first_step = page.records[-1].step + 1
 
     def histograms(self, parameters: Sequence[str] = (), first_step: int = 0) -> Iterator[StepHistograms]:

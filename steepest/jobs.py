@@ -327,12 +327,16 @@ def event_from_proto(message: pb.Event) -> Event:
     return Event(message.sequence, message.time.ToNanoseconds() / 1e9, state_from_proto(message.state), message.reason)
 
 
-def record_from_proto(message: pb.StepRecord, parameters: Sequence[str]) -> dict[str, Any]:
-    """A step record with all there is in it, from the wire. parameters: their names, in order."""
+def record_from_proto(
+    message: pb.StepRecord, parameters: Sequence[str], functions: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A step record with all there is in it, from the wire. parameters, functions: names, in order."""
     values = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
     norms = dict(zip(parameters, message.parameter_norms))  # noqa: B905  # there may be none
     measured = {signal: dict(zip(parameters, own.values, strict=True)) for signal, own in message.signals.items()}
-    return {**values, "parameter_norms": norms, "logged": dict(message.logged), "signals": measured}
+    seen = {signal: dict(zip(functions, own.values, strict=True)) for signal, own in message.activations.items()}
+    nested = {"parameter_norms": norms, "logged": dict(message.logged), "signals": measured, "activations": seen}
+    return {**values, **nested}
 
 
 def histograms_from_proto(message: pb.QueryHistogramsResponse) -> Iterator[StepHistograms]:

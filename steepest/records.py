@@ -68,7 +68,7 @@ def records_of(
     return Records(columns, norms, signals, tuple(evaluations), tuple(histograms))
 
 
-_NESTED = ("parameter_norms", "logged", "signals")
+_NESTED = ("parameter_norms", "logged", "signals", "activations")
 
 
 def signal_rows(row: Mapping[str, Any]) -> list[dict[str, Any]]:

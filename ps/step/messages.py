@@ -183,10 +183,11 @@ class StepRecord(NamedTuple):
     parameter_norms: of each parameter's gradient before the clip, in the layout's order; logged: means of what the loss
     function returned besides, in the order of JobConfig.logged_names; signals: see ps.step.signals, row by row, where
     they are measured; activations: of each of the model's activation functions, in the order of its description, the
-    share of saturated outputs, or of units that were off for all samples of micro-batch 0. All are float64,
-    little-endian. histograms: of each parameter, where they are counted, in uint32; see ps.numerics.histogram.
-    outlier: the worst Outlier of the step, if there is one. sharpness, smallest_eigenvalue: of the mean
-    loss's Hessian in micro-batch 0, see worker.gradients.curvature; not a number where they are not measured.
+    share of saturated outputs, or of units that were off for all samples of micro-batch 0, then of each the root mean
+    square of its outputs. All are float64, little-endian. histograms: of each parameter, where they are counted, in
+    uint32; see ps.numerics.histogram. outlier: the worst Outlier of the step, if there is one. sharpness,
+    smallest_eigenvalue: of the mean loss's Hessian in micro-batch 0, see worker.gradients.curvature; not a number where
+    they are not measured.
     """
 
     step: int
@@ -220,5 +221,7 @@ class StepRecord(NamedTuple):
     smallest_eigenvalue: float = math.nan
 
 
+# What is measured of activation functions, in order.
+ACTIVATION_SIGNALS = ("activation_share", "activation_rms")
 # Those fields of a StepRecord.
 RECORD_BYTES = ("parameter_norms", "logged", "signals", "activations", "histograms", "outlier")

@@ -11,7 +11,19 @@ from numpy.typing import NDArray
 
 from ps.memory.segment import SegmentReference
 from ps.numerics.histogram import BINS
-from ps.step.messages import Assign, Decision, Failure, LeafResult, Printed, Push, PushedNode, Ready, Round, StepRecord
+from ps.step.messages import (
+    ACTIVATION_SIGNALS,
+    Assign,
+    Decision,
+    Failure,
+    LeafResult,
+    Printed,
+    Push,
+    PushedNode,
+    Ready,
+    Round,
+    StepRecord,
+)
 from ps.step.signals import NAMES, UpdateSignals
 from steepest.v1 import exchange_pb2 as pb
 from steepest.v1 import training_jobs_pb2 as jobs_pb
@@ -228,11 +240,15 @@ def record_to_proto(record: StepRecord, logged_names: Sequence[str]) -> jobs_pb.
     values["parameter_norms"] = norms
     values["logged"] = dict(zip(logged_names, logged.tolist(), strict=False))  # a step that was skipped has none
     signals = sums_from_bytes(values.pop("signals"))
-    del values["activations"], values["histograms"], values["outlier"]
+    activations = sums_from_bytes(values.pop("activations"))
+    del values["histograms"], values["outlier"]
     message = jobs_pb.StepRecord(**values)
     if len(signals):
         for name, row in zip(NAMES, signals.reshape(len(NAMES), -1), strict=True):
             message.signals[name].values.extend(row)
+    if len(activations):
+        for name, row in zip(ACTIVATION_SIGNALS, activations.reshape(2, -1), strict=True):
+            message.activations[name].values.extend(row)
     return message
 
 

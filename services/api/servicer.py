@@ -210,10 +210,11 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         numbers = len(names) * (1 + len(NAMES) * request.signals)
         most = max(1, min(HISTORY_PAGE_SIZE, HISTORY_PAGE_NUMBERS // numbers))
         size = _page_size(request.page_size, most, most)
-        logged = TaskDescription.from_json(row.description).logged_names
+        description = TaskDescription.from_json(row.description)
         records = self._history(row.id).records(request.first_step, size, signals=request.signals)
-        shown = [ps_convert.record_to_proto(record, logged) for record in records]
-        return pb.QueryHistoryResponse(records=shown, parameter_names=names)
+        shown = [ps_convert.record_to_proto(record, description.logged_names) for record in records]
+        functions = description.activations if request.signals else ()
+        return pb.QueryHistoryResponse(records=shown, parameter_names=names, activation_names=functions)
 
     def QueryHistograms(  # noqa: N802
         self, request: pb.QueryHistogramsRequest, context: grpc.ServicerContext

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from ps.checkpoint.files import checkpoints, step_of
 from ps.numerics.histogram import edges
 from ps.numerics.stability import stable_sharpness
-from ps.step.messages import StepRecord
+from ps.step.messages import ACTIVATION_SIGNALS, StepRecord
 from ps.step.signals import NAMES, noise_of
 from services.jobs.job_log import JobLog
 from services.jobs.task_probe import TaskDescription, parameter_names
 from services.settings import Settings
-from services.store.history import SCALARS, JobHistory
+from services.store.history import JobHistory
 from services.store.lifecycle import ENDED, JobState
+from services.store.row_layout import SCALARS
 from services.store.series import bucket_starts, downsample, largest
 from services.store.store import JobRow, Store
 from steepest.bottleneck import COLUMNS, RECENT_STEPS, bottleneck
@@ -32,7 +33,7 @@ MAX_LAYERS = 500  # rows of the view of all layers, which is not higher on the p
 FRESH_SECONDS = 0.25  # for which pages share the summary of a job that has not changed
 LIVE_RECORDS, LIVE_LINES = 1000, 500
 GRADIENT_NORM, UPDATE_RATIO = "gradient_norm", "update_ratio"
-LAYER_SIGNALS = (GRADIENT_NORM, UPDATE_RATIO, *NAMES)
+LAYER_SIGNALS = (GRADIENT_NORM, UPDATE_RATIO, *NAMES, *ACTIVATION_SIGNALS)
 
 
 class Cursor(NamedTuple):
@@ -69,6 +70,7 @@ class Views:
             "defaults": _defaults(spec).model_dump(mode="json", exclude_none=True),
             "model": description.model_class,
             "micro_batch_bytes": description.peak_bytes,
+            "activations": description.activations,
             "parameters": [{"name": p.name, "shape": p.shape} for p in layout.parameters],
             "logged": description.logged_names,
             "evaluations": self._evaluations(job),
@@ -111,7 +113,7 @@ class Views:
         signal: one of LAYER_SIGNALS. Of more than MAX_LAYERS parameters, some neighbours share a row, whose largest
         value counts: names are of the first of each, and sizes say how many there are.
         """
-        names = parameter_names(self._store.get(job))
+        names = self._names(job, signal)
         points = min(points, MAX_POINTS)
         values: NDArray[np.floating]
         if signal == GRADIENT_NORM:
@@ -132,11 +134,18 @@ class Views:
             "values": np.ascontiguousarray(np.round(powers.T, 3)),
         }
 
-    def _parameter(self, job: str, name: str) -> int:
-        """The number of a parameter. Raises NotFoundError, SpecError."""
-        names = parameter_names(self._store.get(job))
+    def _names(self, job: str, signal: str) -> Sequence[str]:
+        """Of what has the signal: the activation functions, or the parameters. Raises NotFoundError."""
+        row = self._store.get(job)
+        of_functions = signal in ACTIVATION_SIGNALS
+        return TaskDescription.from_json(row.description).activations if of_functions else parameter_names(row)
+
+    def _number(self, job: str, name: str, signal: str = GRADIENT_NORM) -> int:
+        """The number of a parameter or an activation function. Raises NotFoundError, SpecError."""
+        names = self._names(job, signal)
         if name not in names:
-            raise SpecError([Violation("name", f"{name!r} is no parameter of trainingJobs/{job}")])
+            kind = "activation function" if signal in ACTIVATION_SIGNALS else "parameter"
+            raise SpecError([Violation("name", f"{name!r} is no {kind} of trainingJobs/{job}")])
         return names.index(name)
 
     def _layer_signal(
@@ -148,6 +157,13 @@ class Views:
             return history.norms(first, last, parameter)
         if signal not in LAYER_SIGNALS:
             raise SpecError([Violation("signal", f"{signal!r} is none; there are: {', '.join(LAYER_SIGNALS)}")])
+        if signal in ACTIVATION_SIGNALS:
+            steps, values = history.activations(first, last)
+            own = values[:, ACTIVATION_SIGNALS.index(signal)]
+            if parameter is None:
+                return steps, own
+            seen = np.isfinite(own[:, parameter]) if len(own) else slice(0)
+            return steps[seen], own[seen, parameter]
         if signal == UPDATE_RATIO:
             steps, updates = history.signal("update_norm", first, last, parameter)
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -196,8 +212,7 @@ class Views:
         self, job: str, name: str, first: int, last: int | None, points: int, signal: str = GRADIENT_NORM
     ) -> dict[str, Any]:
         """One signal of one parameter. Raises NotFoundError, SpecError."""
-        parameter = self._parameter(job, name)
-        steps, values = self._layer_signal(job, signal, first, last, parameter)
+        steps, values = self._layer_signal(job, signal, first, last, self._number(job, name, signal))
         found = downsample({"step": steps, "norm": values}, min(points, MAX_POINTS))
         return {"steps": found.steps, **dict(zip(("min", "max", "mean"), found.series["norm"], strict=True))}
 
@@ -206,7 +221,7 @@ class Views:
 
         powers: of ten, of the edges of the bins that anything is in. Raises NotFoundError, SpecError.
         """
-        parameter = self._parameter(job, name)
+        parameter = self._number(job, name)
         steps, counts = self._history(job).histograms(first, last)
         starts = bucket_starts(len(steps), min(points, MAX_POINTS))
         if not len(starts):

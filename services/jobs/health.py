@@ -278,8 +278,8 @@ class Health:
 
     def _units(self, record: StepRecord) -> list[Finding]:
         """Activation functions whose outputs are mostly at their bounds, or 0 for all samples."""
-        shares = np.frombuffer(record.activations, "<f8")
-        if not len(shares) or len(shares) != len(self.activations):
+        shares = np.frombuffer(record.activations, "<f8")[: len(self.activations)]
+        if not len(shares) or 16 * len(shares) != len(record.activations):
             return []
         self._shares = np.where(np.isnan(shares), self._shares, shares)
         worst = int(np.argmax(self._shares))

@@ -3,7 +3,8 @@
 Each incarnation of the job has a folder of its own. `layout.json` says which numbers a row has, and from which step on
 this incarnation counts: what earlier ones recorded of that step and later was computed again, so it is hidden. `rows`
 has the numbers of a step, `norms` those of its parameters, and, for the steps that they are measured in, `signals` what
-`ps.step.signals` names and `histograms` what `ps.numerics.histogram` counts. `blocks` has the largest norms of every
+`ps.step.signals` names, `histograms` what `ps.numerics.histogram` counts and `activations` what comes out of activation
+functions. `blocks` has the largest norms of every
 BLOCK rows, so that a view of a long job need not read them all, and `noise` what the noise estimates of all parameters
 come to. A row that is not whole, as after a full disk, is not there.
 """
@@ -17,7 +18,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,54 +26,14 @@ from numpy.typing import NDArray
 from ps.numerics.histogram import BINS
 from ps.step.messages import RECORD_BYTES, StepRecord
 from ps.step.signals import NAMES, NOISE
+from services.store.row_layout import SCALARS, TOTAL, RowLayout, activation_row
 from services.store.rows import append, append_measured, bounds, joined, mapped, measured_rows, size
 from services.store.series import bucket_starts, largest
 
 LAYOUT, ROWS, NORMS, SIGNALS, HISTOGRAMS, BLOCKS = "layout.json", "rows", "norms", "signals", "histograms", "blocks"
-NOISES = "noise"
+NOISES, ACTIVATIONS = "noise", "activations"
 NOISE_ROW = np.dtype([("step", "<i8"), ("values", "<f8", (len(NOISE),))])
 BLOCK = 16
-_TYPES = {int: "<i8", float: "<f8", bool: "?"}
-_KINDS = get_type_hints(StepRecord)
-SCALARS = tuple(name for name in StepRecord._fields if name not in RECORD_BYTES)
-_TOTAL = "total_samples"  # of this incarnation so far, so that throughput takes two rows
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Of one incarnation's rows. begins: the first step that it counts for; 0 parameters: norms are not kept."""
-
-    begins: int
-    scalars: tuple[str, ...] = ()
-    num_parameters: int = 0
-    num_logged: int = 0
-    signals: tuple[str, ...] = ()
-
-    @property
-    def row(self) -> np.dtype[Any]:
-        """A row of `rows`."""
-        numbers = [(name, _TYPES[_KINDS[name]]) for name in self.scalars]
-        return np.dtype([*numbers, (_TOTAL, "<i8"), ("logged", "<f8", (self.num_logged,))])
-
-    @property
-    def norm_row(self) -> np.dtype[Any]:
-        """A row of `norms`."""
-        return np.dtype(("<f8", (self.num_parameters,)))
-
-    @property
-    def block_row(self) -> np.dtype[Any]:
-        """A row of `blocks`."""
-        return np.dtype(("<f4", (self.num_parameters,)))
-
-    @property
-    def signal_row(self) -> np.dtype[Any]:
-        """A row of `signals`."""
-        return np.dtype([("step", "<i8"), ("values", "<f8", (len(self.signals), self.num_parameters))])
-
-    @property
-    def histogram_row(self) -> np.dtype[Any]:
-        """A row of `histograms`."""
-        return np.dtype([("step", "<i8"), ("values", "<u4", (self.num_parameters, BINS))])
 
 
 @dataclass(frozen=True)
@@ -114,19 +75,19 @@ class JobHistory:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._lock = threading.Lock()
-        self._layouts: dict[int, _Layout] = {}  # by incarnation, those that cannot change any more
+        self._layouts: dict[int, RowLayout] = {}  # by incarnation, those that cannot change any more
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def begin(self, incarnation: int, step: int) -> None:
         """An incarnation computes `step` and later; what there is of them is hidden from now on. Raises OSError."""
         with self._lock:
-            self._write_layout(incarnation, _Layout(step))
+            self._write_layout(incarnation, RowLayout(step))
 
     def append(self, incarnation: int, records: Sequence[StepRecord]) -> None:
         """Add the records of steps, in order; those that are there already are left out. Raises OSError."""
         with self._lock:
-            layout = self._layout(incarnation) or _Layout(0)
+            layout = self._layout(incarnation) or RowLayout(0)
             before = self._read(incarnation, layout)
             last = before.rows["step"][-1] if len(before.rows) else layout.begins - 1
             records = [record for record in records if record.step > last]
@@ -134,17 +95,18 @@ class JobHistory:
                 return
             if not layout.scalars:
                 widths = {name: max(len(getattr(r, name)) for r in records) // 8 for name in RECORD_BYTES}
-                layout = _Layout(layout.begins, SCALARS, widths["parameter_norms"], widths["logged"], NAMES)
+                layout = RowLayout(layout.begins, SCALARS, widths["parameter_norms"], widths["logged"], NAMES)
                 self._write_layout(incarnation, layout)
             rows = np.zeros(len(records), layout.row)
             for name in layout.scalars:
                 rows[name] = [getattr(record, name) for record in records]
-            total = int(before.rows[_TOTAL][-1]) if len(before.rows) else 0
-            rows[_TOTAL] = total + np.cumsum(rows["samples"])
+            total = int(before.rows[TOTAL][-1]) if len(before.rows) else 0
+            rows[TOTAL] = total + np.cumsum(rows["samples"])
             rows["logged"] = [_numbers(record.logged, layout.num_logged) for record in records]
             folder = self._folder(incarnation)
             append_measured(folder / SIGNALS, layout.signal_row, [(r.step, r.signals) for r in records])
             self._append_noise(folder, layout, records)
+            self._append_activations(folder, records)
             append_measured(folder / HISTOGRAMS, layout.histogram_row, [(r.step, r.histograms) for r in records])
             if layout.num_parameters:
                 norms = np.array([_numbers(r.parameter_norms, layout.num_parameters) for r in records])
@@ -152,14 +114,21 @@ class JobHistory:
                 self._append_blocks(folder, layout, len(before.rows), len(before.rows) + len(rows))
             append(folder / ROWS, rows, len(before.rows))
 
-    def _append_noise(self, folder: Path, layout: _Layout, records: Sequence[StepRecord]) -> None:
+    def _append_activations(self, folder: Path, records: Sequence[StepRecord]) -> None:
+        """The name of the file says how many functions a row has: the first rows of an incarnation may have none."""
+        functions = max(len(record.activations) for record in records) // 16
+        if functions:
+            measured = [(record.step, record.activations) for record in records]
+            append_measured(folder / f"{ACTIVATIONS}.{functions}", activation_row(functions), measured)
+
+    def _append_noise(self, folder: Path, layout: RowLayout, records: Sequence[StepRecord]) -> None:
         whole = [r for r in records if len(r.signals) == layout.signal_row.itemsize - 8 > 0]
         if whole:
             values = np.array([np.frombuffer(r.signals, "<f8").reshape(len(NAMES), -1) for r in whole])
             packed = [row.tobytes() for row in _noise_totals(values)]
             append_measured(folder / NOISES, NOISE_ROW, zip([r.step for r in whole], packed, strict=True))
 
-    def _append_blocks(self, folder: Path, layout: _Layout, before: int, now: int) -> None:
+    def _append_blocks(self, folder: Path, layout: RowLayout, before: int, now: int) -> None:
         """With rows up to `now`, some blocks are whole that were not with those up to `before`."""
         first, last = before // BLOCK, now // BLOCK
         written = size(folder / BLOCKS) // layout.block_row.itemsize
@@ -183,7 +152,16 @@ class JobHistory:
         if not signals or not found:
             return found
         measured = dict(zip(*self.signals(first, found[-1].step), strict=True))
-        return [r._replace(signals=measured[r.step].tobytes()) if r.step in measured else r for r in found]
+        seen = dict(zip(*self.activations(first, found[-1].step), strict=True))
+
+        def whole(record: StepRecord) -> StepRecord:
+            signals, activations = measured.get(record.step), seen.get(record.step)
+            return record._replace(
+                signals=b"" if signals is None else signals.tobytes(),
+                activations=b"" if activations is None else activations.tobytes(),
+            )
+
+        return list(map(whole, found))
 
     def last(self) -> StepRecord | None:
         """The newest record."""
@@ -247,6 +225,19 @@ class JobHistory:
             return steps, joined([values[:, parameter] for values in own])
         return steps, joined(own) if own else np.empty((0, 0))
 
+    def activations(self, first: int = 0, last: int | None = None) -> tuple[NDArray[Any], NDArray[np.float64]]:
+        """(steps that have them, shares and sizes of activation functions, shape (steps, 2, functions)).
+
+        See worker.gradients.activations.
+        """
+        files = [
+            (path, activation_row(int(path.suffix[1:])), hidden)
+            for incarnation, _, hidden in self._visible()
+            for path in self._folder(incarnation).glob(f"{ACTIVATIONS}.*")
+        ]
+        steps, parts = measured_rows(files, first, last)
+        return steps, joined(parts) if parts else np.empty((0, 2, 0))
+
     def noise(self, last: int | None = None) -> tuple[NDArray[Any], NDArray[np.float64]]:
         """(steps that were measured, totals of the noise estimates, shape (steps, 2)); see ps.step.signals.noise_of."""
         files = [(path.with_name(NOISES), NOISE_ROW, hidden) for path, _, hidden in self._signal_files()]
@@ -291,7 +282,7 @@ class JobHistory:
             low, high = bounds(rows["step"], half, None)
             if high > low:
                 ends += [rows[low], rows[high - 1]]
-                samples += int(rows[high - 1][_TOTAL] - rows[low][_TOTAL] + rows[low]["samples"])
+                samples += int(rows[high - 1][TOTAL] - rows[low][TOTAL] + rows[low]["samples"])
         if not ends or ends[-1]["time"] <= ends[0]["time"]:
             return None
         return float((samples - ends[0]["samples"]) / (ends[-1]["time"] - ends[0]["time"]))
@@ -307,11 +298,11 @@ class JobHistory:
         except FileNotFoundError:
             return []
 
-    def _layout(self, incarnation: int) -> _Layout | None:
+    def _layout(self, incarnation: int) -> RowLayout | None:
         if incarnation not in self._layouts:
             try:
                 raw: Mapping[str, Any] = json.loads((self._folder(incarnation) / LAYOUT).read_text())
-                layout = _Layout(
+                layout = RowLayout(
                     raw["begins"],
                     tuple(raw["scalars"]),
                     raw["num_parameters"],
@@ -325,14 +316,14 @@ class JobHistory:
             self._layouts[incarnation] = layout
         return self._layouts[incarnation]
 
-    def _write_layout(self, incarnation: int, layout: _Layout) -> None:
+    def _write_layout(self, incarnation: int, layout: RowLayout) -> None:
         folder = self._folder(incarnation)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{LAYOUT}"
         temporary.write_text(json.dumps(layout.__dict__))
         temporary.rename(folder / LAYOUT)
 
-    def _read(self, incarnation: int, layout: _Layout) -> _Part:
+    def _read(self, incarnation: int, layout: RowLayout) -> _Part:
         """All whole rows, hidden ones too."""
         folder, width = self._folder(incarnation), layout.num_parameters
         row = layout.row
@@ -345,7 +336,7 @@ class JobHistory:
         blocks = mapped(folder / BLOCKS, layout.block_row) if width else np.empty((0, 0), np.float32)
         return _Part(mapped(folder / ROWS, row, count), norms, blocks)
 
-    def _visible(self) -> Iterator[tuple[int, _Layout, int | None]]:
+    def _visible(self) -> Iterator[tuple[int, RowLayout, int | None]]:
         """The incarnations that have rows, in order, each with the first of its steps that is hidden."""
         layouts = {i: layout for i in self._incarnations() if (layout := self._layout(i)) is not None}
         for incarnation, layout in layouts.items():

@@ -154,6 +154,34 @@ def test_a_row_of_the_heat_map_opens_its_layer(visit: Callable[..., Page], finis
     expect(heading(page, "‖g‖ of 3.bias")).to_be_visible()
 
 
+def test_activation_functions_are_signals_of_the_heat_map(
+    visit: Callable[..., Page], service: Service, submit: Callable[..., Job]
+) -> None:
+    job = submit("regression", steps=30)
+    job.wait()
+    seen = [record for record in job.history(signals=True) if record["activations"]]
+    assert [record["step"] for record in seen] == [*range(20), 20]
+    assert set(seen[0]["activations"]) == {"activation_share", "activation_rms"}
+    [(name, size)] = seen[0]["activations"]["activation_rms"].items()
+    assert size > 0
+    path = f"/api/jobs/{name_of(job)}/layers?signal=activation_rms"
+    rows = json.loads(ask(service, path)[1])
+    assert (rows["names"], rows["sizes"]) == ([name], [1])
+    assert 10 ** rows["values"][0][0] == pytest.approx(size, rel=1e-2)
+    assert json.loads(ask(service, f"{path}&name=0.weight")[1])["error"].endswith(
+        "no activation function of " + job.name
+    )
+    page = visit(f"/jobs/{name_of(job)}")
+    page.get_by_label("Signal of the layers").select_option("activation_rms")
+    expect(page.get_by_text("1 activation function, from the input")).to_be_visible()
+    page.get_by_label("Open a layer by its name").fill(name)
+    page.keyboard.press("Enter")
+    expect(heading(page, f"RMS of activations of {name}")).to_be_visible()
+    page.get_by_label("Open a layer by its name").fill("0.weight")
+    page.keyboard.press("Enter")
+    expect(heading(page, "‖g‖ of 0.weight")).to_be_visible()
+
+
 def test_zoom_scale_smoothing_and_comparison(visit: Callable[..., Page], finished: str) -> None:
     page = visit(f"/jobs/{finished}")
     chart = page.locator("[data-chart=loss] .u-over")

@@ -1,4 +1,4 @@
-"""What comes out of a model's activation functions in one pass: units that are off, units that are at their bounds."""
+"""What comes out of a model's activation functions in one pass: how large it is, what is off, what is at its bounds."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ import numpy as np
 import torch
 from torch import nn
 
-# Of each kind of module, the bounds of its outputs, or None where being off is what matters.
-_KINDS: dict[type[nn.Module], tuple[float, float] | None] = {
+# Of each kind of module, the bounds of its outputs, OFF where a unit can be off, or FREE where it is never quite that.
+OFF, FREE = "off", "free"
+_KINDS: dict[type[nn.Module], tuple[float, float] | str] = {
     nn.Sigmoid: (0.0, 1.0),
     nn.Hardsigmoid: (0.0, 1.0),
     nn.Tanh: (-1.0, 1.0),
     nn.Hardtanh: (-1.0, 1.0),
     nn.Softsign: (-1.0, 1.0),
-    nn.ReLU: None,
-    nn.ReLU6: None,
+    nn.ReLU: OFF,
+    nn.ReLU6: OFF,
+    nn.LeakyReLU: FREE,
+    nn.ELU: FREE,
+    nn.GELU: FREE,
+    nn.SiLU: FREE,
+    nn.Mish: FREE,
+    nn.Softplus: FREE,
 }
 LEAST_SAMPLES = 16  # of a micro-batch, with fewer of which a unit may well be off for all
 AT_ONCE = 50  # modules that are looked at in one pass of a running job; the others have their turn in later ones
@@ -36,7 +43,7 @@ class Activations:
             for name, module in root.named_modules(prefix=prefix[:-1])
             if type(module) in _KINDS
         }
-        self._sums: dict[str, list[float | torch.Tensor]] = {}
+        self._seen: dict[str, list[tuple[float | torch.Tensor, float | torch.Tensor]]] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -46,7 +53,7 @@ class Activations:
     @contextmanager
     def observed(self, turn: int | None = None) -> Iterator[None]:
         """Look at what the modules return meanwhile: all of them, or those whose turn it is, at most AT_ONCE."""
-        self._sums = {}
+        self._seen = {}
         turns = 1 if turn is None else math.ceil(len(self._modules) / AT_ONCE)
         now = list(self._modules.items())[(turn or 0) % max(1, turns) :: max(1, turns)]
         hooks = [module.register_forward_hook(self._hook(name)) for name, module in now]
@@ -59,40 +66,51 @@ class Activations:
     def _hook(self, name: str) -> Any:
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, torch.Tensor) and output.numel() and output.dim():
-                self._sums.setdefault(name, []).append(_share(module, output.detach()))
+                detached = output.detach()
+                self._seen.setdefault(name, []).append((_share(module, detached), _size(detached)))
 
         return look
 
-    def shares(self) -> bytes:
-        """Of each module, the share of saturated outputs, or of units that were 0 for all samples: float64.
+    def measured(self) -> bytes:
+        """Of each module, the share of saturated outputs, or of units that were 0 for all samples; then of each, the
+        root mean square of its outputs. float64, little-endian.
 
-        Not a number for a module that was not called or not looked at, or had too few samples to say.
+        Not a number for a module that was not called or not looked at; a share, too, where it has no meaning or there
+        were too few samples to say.
         """
-        found = [self._sums.get(name, [math.nan]) for name in self._modules]
-        if any(isinstance(share, torch.Tensor) for own in found for share in own):  # one wait for all
-            flat = torch.stack([torch.as_tensor(share, dtype=torch.float64).cpu() for own in found for share in own])
+        nothing = [(math.nan, math.nan)]
+        found = [[each[kind] for each in self._seen.get(name, nothing)] for kind in (0, 1) for name in self._modules]
+        if any(isinstance(value, torch.Tensor) for own in found for value in own):  # one wait for all
+            flat = torch.stack([torch.as_tensor(value, dtype=torch.float64).cpu() for own in found for value in own])
             values = iter(flat.tolist())
             found = [[next(values) for _ in own] for own in found]
         return np.array([sum(own) / len(own) for own in found], "<f8").tobytes()
 
 
+def _size(output: torch.Tensor) -> float | torch.Tensor:
+    """The root mean square of an output."""
+    if output.device.type != "cpu" or output.dtype not in (torch.float32, torch.float64):
+        return output.double().square().mean().sqrt()
+    flat = output.numpy().reshape(-1)
+    return math.sqrt(float(np.dot(flat, flat)) / flat.size)
+
+
 def _share(module: nn.Module, output: torch.Tensor) -> float | torch.Tensor:
     """Of one output; a tensor where it is on a GPU, for which nobody waits here."""
     bounds = _KINDS[type(module)]
-    if bounds is None and len(output) < LEAST_SAMPLES:
+    if bounds == FREE or (bounds == OFF and len(output) < LEAST_SAMPLES):
         return math.nan
     # A unit is a channel of a convolution, else an element.
     over = (0,) if output.dim() < 4 else (0, *range(2, output.dim()))
+    low, high = (0.0, 0.0) if isinstance(bounds, str) else _limits(*bounds)
     if output.device.type == "cpu":  # operations of NumPy take a quarter of the time of torch's on small arrays
         array = (output if output.dtype in (torch.float32, torch.float64) else output.float()).numpy()
-        if bounds is None:
+        if bounds == OFF:
             on = array.any(axis=over)
             return (on.size - np.count_nonzero(on)) / on.size
-        low, high = _limits(*bounds)
         return (np.count_nonzero(array < low) + np.count_nonzero(array > high)) / array.size
-    if bounds is None:
+    if bounds == OFF:
         return (output.abs().amax(dim=over) == 0).double().mean()
-    low, high = _limits(*bounds)
     return ((output < low) | (output > high)).double().mean()
 
 

@@ -73,7 +73,7 @@ class _Leaves:
             if index == 0 and activations is not None and self._norms.wants(self._step, index):
                 with activations.observed(self._norms.turn(self._step)):
                     measured = self._engine.gradient(batch, num_samples, into, add=add)
-                self.activations = activations.shares()
+                self.activations = activations.measured()
             else:
                 measured = self._engine.gradient(batch, num_samples, into, add=add)
             if index == 0:

@@ -16,6 +16,9 @@ export const SIGNALS = {
   gradient_norm: "‖g‖", update_ratio: "‖Δw‖ / ‖w‖", mean_abs: "mean |g|", max_abs: "max |g|", zeros: "share of g = 0",
   update_norm: "‖Δw‖", parameter_norm: "‖w‖",
 };
+// Of activation functions, which are the rows then.
+export const FUNCTION_SIGNALS = { activation_rms: "RMS of activations", activation_share: "share saturated or off" };
+export const TITLES = { ...SIGNALS, ...FUNCTION_SIGNALS };
 
 export class HeatMap {
   // onLayer: called with the name of a parameter that was chosen.
@@ -76,7 +79,7 @@ export class HeatMap {
     for (let x = 0; x < 160; x += 1) { brush.fillStyle = `rgb(${shade(x / 159).join()})`; brush.fillRect(x, 0, 1, 10); }
     const count = found.sizes.reduce((sum, size) => sum + size, 0);
     const shared = count > rows ? `, ${Math.ceil(count / rows)} to a row, whose largest counts` : "";
-    this.note.textContent = `${count} parameters, from the input (top) to the output${shared}. Choose a row to see its curve; grey is zero or not finite.`;
+    this.note.textContent = `${count} ${this.signal in FUNCTION_SIGNALS ? "activation function" : "parameter"}${count === 1 ? "" : "s"}, from the input (top) to the output${shared}. Choose a row to see its curve; grey is zero or not finite.`;
   }
 
   title(row) {
@@ -102,7 +105,7 @@ export class HeatMap {
   show(row, column, x, y) {
     const value = this.found.values[row][column];
     this.tip.hidden = false;
-    this.tip.textContent = `${this.title(row)} · step ${this.found.steps[column]} · ${SIGNALS[this.signal]} ${value === null ? "0 or not finite" : number(10 ** value, 3)}`;
+    this.tip.textContent = `${this.title(row)} · step ${this.found.steps[column]} · ${TITLES[this.signal]} ${value === null ? "0 or not finite" : number(10 ** value, 3)}`;
     this.tip.style.left = `${Math.min(x + 12, Math.max(0, this.holder.clientWidth - this.tip.offsetWidth - 4))}px`;
     this.tip.style.top = `${y + 14}px`;
   }

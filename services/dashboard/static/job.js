@@ -1,6 +1,6 @@
 // One job: is it healthy, how long yet, what is it waiting for; its curves, its layers, its steps, its words.
 import { Chart, Series } from "./charts.js";
-import { HeatMap, SIGNALS } from "./heatmap.js";
+import { FUNCTION_SIGNALS, HeatMap, SIGNALS, TITLES } from "./heatmap.js";
 import { Histogram } from "./histogram.js";
 import { bytes, clock, connection, count, duration, get, h, number, pill, post, progress, recall, remember, toast, when } from "./util.js";
 
@@ -114,7 +114,7 @@ export function showJob(main, id) {
       findings.replaceChildren(h("header", {}, h("h2", {}, "Findings")), h("ul", { class: "findings" }, job.findings.slice().reverse().map((each) => {
         const where = [`step ${count(each.step)}`, each.worker, each.micro_batch === null ? null : `micro-batch ${each.micro_batch}`].filter(Boolean).join(" · ");
         return h("li", {}, h("b", { class: each.severity }, each.rule.replace("_", " ")), h("span", { class: "muted" }, where),
-          each.layer && about.parameters.some((one) => one.name === each.layer) ? h("button", { type: "button", class: "quiet", onclick: () => openLayer(each.layer) }, each.layer) : null,
+          each.layer && isKnown(each.layer) ? h("button", { type: "button", class: "quiet", onclick: () => openLayer(each.layer) }, each.layer) : null,
           h("div", {}, each.message));
       })));
     }
@@ -169,32 +169,47 @@ export function showJob(main, id) {
     const heat = new HeatMap(heatHolder, id, openLayer);
     closers.push(() => heat.destroy(), () => layerChart && layerChart.destroy());
 
+    const isFunction = (name) => about.activations.includes(name);
+    const isKnown = (name) => isFunction(name) || about.parameters.some((one) => one.name === name);
+
     async function openLayer(name) {
       layerName = name;
+      if (isFunction(name) !== (heat.signal in FUNCTION_SIGNALS)) {
+        heat.signal = signal.value = isFunction(name) ? "activation_share" : "gradient_norm";
+        await heat.read(series.first, series.last);
+      }
       const range = series.last === null ? `first=${series.first}` : `first=${series.first}&last=${series.last}`;
       const found = await get(`${path}/layers?name=${encodeURIComponent(name)}&signal=${heat.signal}&${range}`);
       layerHolder.hidden = false;
-      layerTitle.textContent = `${SIGNALS[heat.signal]} of ${name}`;
+      layerTitle.textContent = `${TITLES[heat.signal]} of ${name}`;
       layerChart ??= new Chart(layerHolder, [["norm", "", 1]], { settings, height: 220 }, zoom);
-      layerChart.lines = [["norm", SIGNALS[heat.signal], 1]];
+      layerChart.lines = [["norm", TITLES[heat.signal], 1]];
       layerChart.draw({ steps: found.steps, values: { norm: found } });
-      await histogram.read(name, range);
+      histogramHolder.hidden = heat.signal in FUNCTION_SIGNALS;
+      if (!histogramHolder.hidden) await histogram.read(name, range);
       layerTitle.scrollIntoView({ block: "nearest" });
     }
 
-    const signal = h("select", { "aria-label": "Signal of the layers" }, Object.entries(SIGNALS).map(([name, text]) => h("option", { value: name }, text)));
+    function closeLayer() {
+      layerName = null;
+      layerTitle.textContent = "";
+      layerHolder.hidden = histogramHolder.hidden = true;
+    }
+
+    const signal = h("select", { "aria-label": "Signal of the layers" }, Object.entries(about.activations.length ? TITLES : SIGNALS).map(([name, text]) => h("option", { value: name }, text)));
     signal.addEventListener("change", async () => {
       heat.signal = signal.value;
       try {
         await heat.read(series.first, series.last);
-        if (layerName) await openLayer(layerName);
+        if (layerName && heat.found.names.includes(layerName)) await openLayer(layerName);
+        else closeLayer();
       } catch (error) { toast(error.message, true); }
     });
-    const layers = h("datalist", { id: "layers" }, about.parameters.map((one) => h("option", { value: one.name })));
+    const layers = h("datalist", { id: "layers" }, [...about.parameters.map((one) => one.name), ...about.activations].map((name) => h("option", { value: name })));
     const layer = h("input", { type: "search", list: "layers", placeholder: "Open a layer …", "aria-label": "Open a layer by its name" });
     layer.addEventListener("change", () => {
-      if (about.parameters.some((one) => one.name === layer.value)) openLayer(layer.value);
-      else if (layer.value) toast(`${layer.value} is no parameter of this job`, true);
+      if (isKnown(layer.value)) openLayer(layer.value);
+      else if (layer.value) toast(`${layer.value} is no parameter or activation function of this job`, true);
     });
     const noiseHolder = h("div", { class: "chart", "data-chart": "noise" });
     const noiseChart = new Chart(noiseHolder, [["noise", "tr(Σ) / ‖G‖², in samples", 2]], { settings, height: 220 }, zoom);

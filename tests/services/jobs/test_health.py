@@ -223,8 +223,15 @@ def test_small_gradients_of_a_job_that_has_converged_are_no_fault() -> None:
 
 def test_a_layer_at_the_end_of_its_range_is_saturated() -> None:
     health = Health(NAMES, SHAPES, activations=("1", "3"))
-    shares = np.array([0.1, 0.95], "<f8").tobytes()
+    shares = np.array([0.1, 0.95, 1.0, 1.0], "<f8").tobytes()
     [finding] = found([record(i)._replace(activations=shares) for i in range(LASTING_STEPS)], health)
     assert (finding.rule, finding.layer, finding.step) == ("saturated", "3", LASTING_STEPS - 1)
-    unknown = np.array([math.nan, 0.5], "<f8").tobytes()
-    assert found([record(i)._replace(activations=unknown) for i in range(100)], health) == []
+    fine = np.array([math.nan, 0.5, 9.0, 9.0], "<f8").tobytes()
+    assert found([record(i)._replace(activations=fine) for i in range(100)], health) == []
+
+
+def test_a_layer_that_is_looked_at_in_turn_counts_as_it_was_seen_last() -> None:
+    turns = [np.array([0.95, math.nan, 1.0, math.nan]), np.array([math.nan, 0.1, math.nan, 1.0])]
+    records = [record(i)._replace(activations=turns[i % 2].astype("<f8").tobytes()) for i in range(LASTING_STEPS)]
+    [finding] = found(records, Health(NAMES, SHAPES, activations=("1", "3")))
+    assert (finding.rule, finding.layer) == ("saturated", "1")

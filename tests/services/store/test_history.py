@@ -60,6 +60,25 @@ def test_every_bit_of_a_record_comes_back(history: JobHistory, tmp_path: Path) -
     assert history.records(2)[0].logged == b""
 
 
+def test_activations_are_kept_from_whenever_there_are_some(history: JobHistory, tmp_path: Path) -> None:
+    def made(step: int) -> StepRecord:
+        seen = packed(0.5, math.nan, step, 2.0) if step in (3, 5) else b""
+        return record(step)._replace(activations=seen)
+
+    for step in range(5):
+        history.append(1, [made(step)])
+    history.begin(2, 4)
+    history.append(2, [made(step) for step in range(4, 8)])
+    for reader in (history, JobHistory(tmp_path / "history")):
+        steps, values = reader.activations()
+        assert steps.tolist() == [3, 5]
+        assert values[:, 1].tolist() == [[3.0, 2.0], [5.0, 2.0]]
+        assert reader.activations(4)[0].tolist() == [5]
+        found = reader.records(signals=True)
+        assert [r.activations for r in found] == [made(step).activations for step in range(8)]
+    assert history.records()[3].activations == b""
+
+
 def test_signals_are_kept_of_the_steps_that_have_them(history: JobHistory) -> None:
     def made(step: int) -> StepRecord:
         own = [100.0 * step + i for i in range(2 * len(NAMES))]

@@ -3,19 +3,37 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from worker.gradients.activations import AT_ONCE, Activations
 
 
-def shares(model: nn.Module, *inputs: torch.Tensor) -> dict[str, float]:
+def measured(model: nn.Module, *inputs: torch.Tensor) -> tuple[dict[str, float], dict[str, float]]:
+    """(shares, root mean squares) by module."""
     watched = Activations([("", model)])
     with watched.observed():
         for each in inputs:
             model(each)
     model(torch.zeros_like(inputs[0]))  # nobody looks any more
-    return dict(zip(watched.names, np.frombuffer(watched.shares(), "<f8").tolist(), strict=True))
+    both = np.frombuffer(watched.measured(), "<f8").reshape(2, -1).tolist()
+    return dict(zip(watched.names, both[0], strict=True)), dict(zip(watched.names, both[1], strict=True))
+
+
+def shares(model: nn.Module, *inputs: torch.Tensor) -> dict[str, float]:
+    return measured(model, *inputs)[0]
+
+
+def test_the_size_of_what_comes_out() -> None:
+    values = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.GELU(), nn.Tanh())
+    off, sizes = measured(model, values, 2 * values)
+    expected = [nn.functional.gelu(each).square().mean().sqrt().item() for each in (values, 2 * values)]
+    assert sizes["0"] == pytest.approx(sum(expected) / 2, rel=1e-6)
+    assert 0 < sizes["1"] < 1
+    assert math.isnan(off["0"])  # of a GELU, nothing is quite off
+    assert 0.0 < off["1"] < 0.2
 
 
 def test_bounded_functions_are_saturated_at_their_ends() -> None:
@@ -40,7 +58,9 @@ def test_many_modules_take_turns() -> None:
     for turn in range(5, 8):
         with watched.observed(turn):
             model(torch.zeros(3, 4))
-        seen.append(np.flatnonzero(~np.isnan(np.frombuffer(watched.shares(), "<f8"))))
+        both = np.frombuffer(watched.measured(), "<f8").reshape(2, -1)
+        assert (np.isnan(both[0]) == np.isnan(both[1])).all()
+        seen.append(np.flatnonzero(~np.isnan(both[1])))
     assert all(len(one) <= AT_ONCE for one in seen)
     assert sorted(np.concatenate(seen)) == list(range(len(model)))
 
