@@ -185,7 +185,8 @@ class Admission:
     def _resize(self, resize: Resize, why: str) -> None:
         controller = self._running.get(resize.job)
         if controller is not None:
-            self._store.note(resize.job, f"{resize.workers} workers instead of {controller.target}: {why}", time.time())
+            count = f"{resize.workers} worker{'s' if resize.workers != 1 else ''}"
+            self._store.note(resize.job, f"{count} instead of {controller.target}: {why}", time.time())
             controller.ask("scale", resize.workers)
 
     def _make_room(self, row: JobRow, wish: Wish) -> None:

@@ -168,9 +168,8 @@ def test_activation_functions_are_signals_of_the_heat_map(
     rows = json.loads(ask(service, path)[1])
     assert (rows["names"], rows["sizes"]) == ([name], [1])
     assert 10 ** rows["values"][0][0] == pytest.approx(size, rel=1e-2)
-    assert json.loads(ask(service, f"{path}&name=0.weight")[1])["error"].endswith(
-        "no activation function of " + job.name
-    )
+    refused = json.loads(ask(service, f"{path}&name=0.weight")[1])["error"]
+    assert refused.endswith(f"'0.weight' is no activation function of {job.name}")
     page = visit(f"/jobs/{name_of(job)}")
     page.get_by_label("Signal of the layers").select_option("activation_rms")
     expect(page.get_by_text("1 activation function, from the input")).to_be_visible()

@@ -74,7 +74,7 @@ def test_an_elastic_job_begins_small_shrinks_for_others_and_grows_again(client: 
     assert "3 workers instead of 2: there is room, and nobody waits" in reasons(elastic)
     second = submit(client, steps=5, placement={"workers": 2})
     assert second.wait().state == "SUCCEEDED"
-    assert f"1 workers instead of 3: to make room for {second.name}" in reasons(elastic)
+    assert f"1 worker instead of 3: to make room for {second.name}" in reasons(elastic)
     until(lambda: workers(elastic) == 3 or elastic.get().has_ended)
     assert elastic.wait().state_sha256 == expected
     assert elastic.get().incarnation == 1  # nothing was computed again
