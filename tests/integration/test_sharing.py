@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from steepest.client import Client, Job
-from steepest.embedded import running_service
-from tests.support.service import TASKS, until
+from tests.support.service import TASKS, serving, until
 
 pytestmark = pytest.mark.cluster
 CPUS = 3
@@ -18,10 +17,8 @@ CPUS = 3
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     directory = tmp_path_factory.mktemp("shared")
-    with running_service(directory, grpc_port=0, http_port=0, num_cpus=CPUS, preemption=True) as service:
-        service.cluster.wait_ready()
-        with Client(f"127.0.0.1:{service.grpc_port}") as connected:
-            yield connected
+    with serving(directory, "--cpus", str(CPUS), "--preemption") as address, Client(address) as connected:
+        yield connected
 
 
 def submit(client: Client, delay: float = 0.0, priority: int = 0, **spec: Any) -> Job:
