@@ -252,9 +252,13 @@ class Admission:
     def _on_end(self, job: str) -> None:
         with self._running.lock:
             self._running.remove(job)
-            if not self._stopping.is_set():
-                with contextlib.suppress(NotFoundError):  # what was asked of it when it no longer listened
+            try:
+                if not self._stopping.is_set():  # what was asked of it when it no longer listened
                     _leave_behind(self._store, self._store.get(job), "its processes had ended", time.time())
+            except NotFoundError:  # it was deleted
+                pass
+            except Exception:
+                log.exception("the end of %s", job)
         self._wake.set()
 
 
