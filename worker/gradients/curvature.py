@@ -2,7 +2,7 @@
 
 Products are exact: the gradient is itself differentiated (Pearlmutter 1994, "Fast exact multiplication by the
 Hessian"). A few steps of Lanczos' method from a random vector find the extreme eigenvalues, which stand apart from the
-others in a neural network (Ghorbani, Krishnan, Xiao 2019): with 15 products the largest to 3 % and the smallest to a
+others in a neural network (Ghorbani, Krishnan, Xiao 2019): with 15 products the largest to 5 % and the smallest to a
 quarter at worst, for a small perceptron from its first step to its end. What is found lies inside the spectrum.
 """
 

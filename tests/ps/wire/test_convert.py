@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from ps.memory.segment import SegmentReference
 from ps.numerics.histogram import BINS
 from ps.step.messages import (
+    ACTIVATION_SIGNALS,
     RECORD_BYTES,
     Assign,
     Decision,
@@ -99,6 +100,7 @@ def test_decision(it: Decision) -> None:
 
 NORMS = st.lists(REAL, max_size=3).map(lambda values: np.array(values, dtype="<f8").tobytes())
 SIGNALS = st.lists(REAL, max_size=2).map(lambda values: np.array(values * len(NAMES), dtype="<f8").tobytes())
+ACTIVATIONS = st.lists(REAL, max_size=2).map(lambda values: np.array(values * 2, dtype="<f8").tobytes())
 ROWS_OF_TWO = st.integers(0, 4).map(lambda rows: np.arange(2.0 * rows).reshape(rows, 2))
 HISTOGRAMS = st.integers(0, 4).map(lambda rows: np.arange(rows * BINS, dtype="<u4").reshape(rows, BINS))
 RECORDS = st.builds(
@@ -107,7 +109,7 @@ RECORDS = st.builds(
     st.integers(-1, 100),
     REAL,
     SIGNALS,
-    NORMS,
+    ACTIVATIONS,
     REAL,
     REAL,
     st.binary(max_size=20),
@@ -139,6 +141,8 @@ def test_a_client_gets_the_same_record(it: StepRecord) -> None:
     assert np.array(message.parameter_norms, dtype="<f8").tobytes() == it.parameter_norms
     logged = [message.logged[name] for name in names if name in message.logged]
     assert np.array(logged, dtype="<f8").tobytes() == it.logged
+    seen = [message.activations[name].values for name in ACTIVATION_SIGNALS if name in message.activations]
+    assert np.array(seen, dtype="<f8").tobytes() == it.activations
     signals = [message.signals[name].values for name in NAMES if name in message.signals]
     assert np.array(signals, dtype="<f8").tobytes() == it.signals
 
