@@ -7,6 +7,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
 from services.service import Service
-from steepest.client import Job
+from steepest.client import Client, Job
+from steepest.records import records_of
+from steepest.report import report_html
 from tests.support.choices import full
 from tests.support.service import until
 
@@ -130,6 +133,27 @@ def test_a_page_is_whole_and_accessible(
         if SCREENSHOTS:
             page.wait_for_timeout(500)
             page.screenshot(path=f"{SCREENSHOTS}/{what}-{width}-{theme}.png", full_page=True)
+
+
+@pytest.mark.parametrize(("width", "theme"), [(1440, "light"), (390, "dark")])
+def test_a_report_is_whole_accessible_and_loads_nothing(
+    browser: Browser, client: Client, finished: str, tmp_path: Path, width: int, theme: Any
+) -> None:
+    job = client.job(finished)
+    text = report_html(job.get(), records_of(job.history(), job.evaluations()), job.events(), "0")
+    (tmp_path / "report.html").write_text(text, encoding="utf-8")
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(f"file://{tmp_path}/report.html")
+    expect(heading(page, finished)).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    found = Axe().run(page).response["violations"]
+    assert [v["id"] for v in found if v["impact"] in ("serious", "critical")] == []
+    assert [url for url in requests if not url.startswith(("file://", "data:"))] == []
+    if SCREENSHOTS:
+        page.screenshot(path=f"{SCREENSHOTS}/report-{width}-{theme}.png", full_page=True)
+    page.close()
 
 
 def test_a_row_of_the_heat_map_opens_its_layer(visit: Callable[..., Page], finished: str) -> None:
