@@ -10,6 +10,7 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -153,7 +154,8 @@ class Admission:
         waiting = [row for row in self._store.in_states(WAITING) if row.id not in self._running]
         blocked = ""
         while waiting:
-            waiting.sort(key=lambda row: (-row.priority, self._held_by(row.owner), row.created, row.id))
+            held = self._held_by_owner()
+            waiting.sort(key=lambda row: (-row.priority, held[row.owner], row.created, row.id))  # used at once
             started = None
             for row in waiting:
                 reason = f"waiting behind {blocked}" if blocked else self._try_to_start(row)
@@ -171,10 +173,13 @@ class Admission:
         if resize is not None:
             self._resize(resize, "there is room, and nobody waits")
 
-    def _held_by(self, owner: str) -> float:
-        """How many CPUs the jobs of an owner hold."""
-        own = (c for c in self._running.all() if c.assignment.row.owner == owner)
-        return sum(demand(c.spec.placement, c.target)["CPU"] for c in own)
+    def _held_by_owner(self) -> Counter[str]:
+        """How many CPUs the jobs of each owner hold."""
+        held = Counter[str]()
+        for controller in self._running.all():
+            placement = controller.spec.placement
+            held[controller.assignment.row.owner] += placement.threads_per_worker * controller.target
+        return held
 
     def _holders(self) -> list[Holder]:
         """The jobs that hold resources."""
