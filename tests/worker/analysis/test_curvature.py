@@ -14,6 +14,7 @@ from torch import nn
 import steepest
 from steepest.spec import spec_from_dict
 from tests.support.choices import full
+from tests.support.models import DifferentiableOnce
 from worker.analysis.curvature import Compact, hutch_plus_plus, kind_of_point, lanczos, measure, spectral_density
 from worker.analysis.subject import Question
 from worker.analysis.team import Team
@@ -45,17 +46,6 @@ def valley() -> steepest.Task:
     return steepest.Task(model=Point(), batch_loss=lambda model, batch: model(batch[0]), train_data=rows)
 
 
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return gradients[0]
-
-
 def once() -> steepest.Task:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -63,7 +53,7 @@ def once() -> steepest.Task:
             self.inner = nn.Linear(1, 1)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return _Once.apply(self.inner(x)) ** 2
+            return DifferentiableOnce.apply(self.inner(x)) ** 2
 
     rows = steepest.ArrayData(torch.ones(8, 1), torch.zeros(8, 1))
     return steepest.Task(model=Net(), loss=nn.MSELoss(), train_data=rows)

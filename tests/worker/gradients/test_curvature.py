@@ -13,6 +13,7 @@ from torch import nn
 
 import steepest
 from ps.parameters.layout import Layout, build_layout
+from tests.support.models import DifferentiableOnce
 from worker.gradients.backend import CpuBackend
 from worker.gradients.curvature import PRODUCTS, CurvatureError, Hessian, measure_curvature
 from worker.gradients.torch_engine import TorchEngine
@@ -46,24 +47,13 @@ class Wide(nn.Module):
         return self.layers(x[:, 0])
 
 
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return gradients[0]
-
-
 class Once(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.line = nn.Linear(WIDTH, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.line(_Once.apply(torch.tanh(self.line.weight.sum()) * x[:, 0]))
+        return self.line(DifferentiableOnce.apply(torch.tanh(self.line.weight.sum()) * x[:, 0]))
 
 
 def engine_of(model: Callable[[], nn.Module], loss: nn.Module | None = None) -> tuple[TorchEngine, Layout, Any]:
@@ -152,5 +142,5 @@ def test_what_is_not_finite_is_not_measured() -> None:
 
 def test_what_cannot_be_differentiated_twice_is_named() -> None:
     engine, layout, batch = engine_of(Once)
-    with pytest.raises(CurvatureError, match=r"cannot be differentiated twice.*_Once|once_differentiable"):
+    with pytest.raises(CurvatureError, match=r"cannot be differentiated twice.*DifferentiableOnce|once_differentiable"):
         measure_curvature(engine, batch, 32, layout, seed=0)
