@@ -68,10 +68,6 @@ def main() -> None:
                 list(client.list("state = RUNNING"))
             ) < len(jobs):
                 time.sleep(0.5)
-            paths = [
-                "/api/live" if number % 10 == 0 else f"/api/jobs/{ids[number % len(ids)]}/live?cursor=0:0:0"
-                for number in range(options.viewers)
-            ]
             me = psutil.Process()
             spans: dict[str, list[tuple[float, float]]] = {"alone": [], "watched": []}
             used: dict[str, list[float]] = {"alone": [], "watched": []}
@@ -79,6 +75,13 @@ def main() -> None:
             for number in range(options.rounds):
                 for side in list(spans)[:: 1 if number % 2 else -1]:
                     ours, theirs = multiprocessing.Pipe()
+                    steps = [job.get().step for job in jobs]  # of those before, a page has asked in fewer points
+                    paths = [
+                        "/api/live"
+                        if number % 10 == 0
+                        else f"/api/jobs/{ids[number % len(ids)]}/live?cursor={steps[number % len(ids)]}:0:0"
+                        for number in range(options.viewers)
+                    ]
                     viewer = multiprocessing.get_context("spawn").Process(
                         target=_look, args=(service.http_port, paths, theirs)
                     )
