@@ -29,6 +29,7 @@ import psutil
 import steepest
 from benchmarks.report import RESULTS, write_report
 from services.store.history import JobHistory
+from steepest.client import Job
 from steepest.embedded import running_service
 
 
@@ -46,6 +47,12 @@ def _look(port: int, paths: Sequence[str], pipe: Connection) -> None:
             assert isinstance(key.fileobj, socket.socket)
             received[key.fileobj] += len(key.fileobj.recv(1 << 16))
     pipe.send((sum(received.values()), sum(count > 1000 for count in received.values())))
+
+
+def _paths(jobs: Sequence[Job], num_viewers: int) -> list[str]:
+    """What the streams ask for: as a page does, which has asked for what was before in fewer points."""
+    own = [f"/api/{job.name.replace('trainingJobs', 'jobs')}/live?cursor={job.get().step}:0:0" for job in jobs]
+    return ["/api/live" if number % 10 == 0 else own[number % len(own)] for number in range(num_viewers)]
 
 
 def main() -> None:
@@ -75,13 +82,7 @@ def main() -> None:
             for number in range(options.rounds):
                 for side in list(spans)[:: 1 if number % 2 else -1]:
                     ours, theirs = multiprocessing.Pipe()
-                    steps = [job.get().step for job in jobs]  # of those before, a page has asked in fewer points
-                    paths = [
-                        "/api/live"
-                        if number % 10 == 0
-                        else f"/api/jobs/{ids[number % len(ids)]}/live?cursor={steps[number % len(ids)]}:0:0"
-                        for number in range(options.viewers)
-                    ]
+                    paths = _paths(jobs, options.viewers)
                     viewer = multiprocessing.get_context("spawn").Process(
                         target=_look, args=(service.http_port, paths, theirs)
                     )

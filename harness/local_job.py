@@ -23,6 +23,7 @@ import torch
 from harness.hosts import Host
 from ps.checkpoint.files import State, newest_valid, state_hashes
 from ps.job.config import JobConfig
+from ps.job.environment import set_variables
 from ps.memory.gpu import Device, device_of
 from ps.server.parameter_server import ParameterServer
 from ps.wire.address import ServerAddress
@@ -40,6 +41,7 @@ def job_config(directory: Path, task: str, **raw: Any) -> JobConfig:
     module, function = task.split(":")
     arguments = raw.pop("arguments", {})
     spec = spec_from_dict({**raw, "task": {"module": module, "function": function, "arguments": arguments}})
+    set_variables(spec.environment, {})
     loaded = load_task(spec.task, None, spec.seed)
     return JobConfig(
         job="local",

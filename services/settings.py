@@ -20,7 +20,8 @@ class Settings:
     to keep jobs in; empty: SQLite, beside the rest. retention_days: how long jobs are kept after they
     ended; 0: until they are deleted. keeps_jobs: whether jobs on an existing Ray cluster go on while there
     is no service, which takes one that comes back. preemption: whether a running job gives its room to a waiting one of
-    higher priority. health_actions: by rule, of jobs whose spec does not name it.
+    higher priority. secrets_directory: with a file for every secret that jobs may name. health_actions: by rule, of
+    jobs whose spec does not name it.
     """
 
     data_directory: Path
@@ -41,6 +42,7 @@ class Settings:
     retention_days: float = 0.0
     keeps_jobs: bool = False
     preemption: bool = False
+    secrets_directory: Path | None = None
     health_actions: Mapping[Rule, Action] = field(default_factory=dict)
 
     @property

@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import DirectoryPath, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -39,6 +39,7 @@ class ServeSettings(BaseSettings):
     tls_client_ca: Path | None = None
     retention_days: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     preemption: bool = False
+    secrets_dir: DirectoryPath | None = None
     health_actions: dict[Rule, Action] = {}
 
     def of_service(self) -> dict[str, Any]:
@@ -57,6 +58,7 @@ class ServeSettings(BaseSettings):
             "retention_days": self.retention_days,
             "keeps_jobs": True,
             "preemption": self.preemption,
+            "secrets_directory": self.secrets_dir,
             "health_actions": dict(self.health_actions),
         }
 

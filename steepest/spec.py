@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, JsonValue, PrivateAttr, ValidationError, model_validator
 
 from steepest.change_spec import Changes, ChangeSpec
+from steepest.environment_spec import SecretVariables, Variables
 from steepest.errors import SpecError
 from steepest.memory_spec import MemorySpec
 from steepest.optimizer_base import OptimizerSpec
@@ -206,6 +207,14 @@ class TrainingJobSpec(SpecModel):
 
     task: TaskReference = Field(description="The function that builds the task.")
     labels: Labels = Field(default={}, description="Words to find the job by: KEY = VALUE, as team = vision.")
+    environment: Variables = Field(
+        default={}, description="Environment variables of the task's code, in all its processes: NAME = VALUE."
+    )
+    secrets: SecretVariables = Field(
+        default={},
+        description="Environment variables that get their values from the service's secrets: NAME = SECRET. Values are "
+        "hidden in all that is printed and told.",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0,
         description="Seed of everything random: initial parameters, order of the data, dropout, augmentation.",

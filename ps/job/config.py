@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ps.compression.choose import pull_codec, push_codec
@@ -23,7 +24,7 @@ class JobConfig:
     evaluates_with_gradients: whether evaluations run with autograd on. caches: attributes in which modules keep what
     they computed. logged_names: what the loss function returns besides. fingerprint: of data and initial parameters, as
     they were when the job was submitted. factors: see Plan. loss_counts: what the mean of the loss is over, see
-    worker.gradients.losses.
+    worker.gradients.losses. secrets: by the variable of the environment that is to hold it.
     """
 
     job: str
@@ -42,6 +43,7 @@ class JobConfig:
     fingerprint: tuple[tuple[str, float], ...] = ()
     factors: tuple[float, ...] = ()
     loss_counts: str = ""
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def layout(self) -> Layout:
         """The layout of the parameters."""

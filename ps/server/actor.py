@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from ps.job.config import JobConfig
+from ps.job.environment import set_variables
 from ps.wire.address import ServerAddress
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def open_server(config: JobConfig, index: int, bind: str, code: bytes | None) ->
     from steepest.optimizer_spec import ClassSpec
 
     torch.set_num_threads(1)
+    set_variables(config.spec.environment, config.secrets)
     if code and isinstance(config.spec.optimizer, ClassSpec):
         put_first(unpack_code(code, code_directory()))
     has_shard = index < config.num_servers

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ps.checkpoint.files import MODEL, newest_verified, verified_at
+from ps.job.environment import hide, with_variables
 from services.jobs.code_bundles import CodeStore
+from services.jobs.secret_files import SecretFiles
 from services.jobs.task_probe import TaskDescription
 from services.settings import Settings
 from services.store.store import JobRow
@@ -50,11 +54,13 @@ class CurvatureQuestion:
 
 
 def run_analysis(
-    request: dict[str, Any], on_cancel: Callable[[Callable[[], None]], object] = lambda stop: None
+    request: dict[str, Any],
+    on_cancel: Callable[[Callable[[], None]], object] = lambda stop: None,
+    secrets: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[str | dict[str, Any]]:
     """What the process says, line by line, and at last its answer. Raises SpecError for what is wrong with the task.
 
-    on_cancel: called with what is to be called if nobody waits any more.
+    on_cancel: called with what is to be called if nobody waits any more. secrets: by variable of the environment.
     """
     with tempfile.TemporaryDirectory(prefix="steepest-analysis-") as directory:
         asked, reply = Path(directory) / "request", Path(directory) / "reply"
@@ -66,13 +72,14 @@ def run_analysis(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            env=with_variables(os.environ, request["spec"]["environment"], secrets),
         )
         on_cancel(process.kill)
         last = ""
         try:
             assert process.stdout is not None  # noqa: S101  # it is a pipe
             for line in process.stdout:
-                last = line.rstrip()
+                last = hide(line.rstrip(), secrets.values())
                 yield last
             process.wait()
         finally:
@@ -135,7 +142,8 @@ class Analyses:
                 "matrix": asked.matrix,
                 "jacobian": asked.jacobian,
             }
-            for said in run_analysis({**request, **more}, on_cancel):
+            values = SecretFiles(self._settings.secrets_directory).of(spec, row.owner)
+            for said in run_analysis({**request, **more}, on_cancel, values):
                 yield said if isinstance(said, str) else {**said, "step": written.step}
         finally:
             self._one.release()

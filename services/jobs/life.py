@@ -13,6 +13,7 @@ from services.cluster.processes import Started
 from services.jobs.health import Health
 from services.jobs.inbox import ServerEnded, WorkerEnded
 from services.jobs.room import LeaderLink
+from services.jobs.secret_files import SecretFiles
 from services.jobs.task_probe import TaskDescription
 from services.jobs.team import server_name
 from services.settings import Settings
@@ -41,6 +42,7 @@ class Assignment:
             **self.description.known,
             num_servers=self.spec.placement.num_servers,
             checkpoint_directory=settings.checkpoints_of(self.row.id),
+            secrets=SecretFiles(settings.secrets_directory).of(self.spec, self.row.owner),
         )
 
     def health(self) -> Health:

@@ -22,6 +22,7 @@ from services.jobs.access import current_caller
 from services.jobs.code_bundles import CodeStore
 from services.jobs.job_log import JobLog
 from services.jobs.running import Running
+from services.jobs.secret_files import SecretFiles
 from services.jobs.task_probe import TaskDescription, TaskProbe
 from services.settings import Settings
 from services.store.lifecycle import ENDED, JobState, check_verb
@@ -81,8 +82,12 @@ class Operations:
         if self._store.exists(job):
             raise ConflictError(f"training_job_id: {job!r} is taken; choose another --name")
         spec = self._with_rules(self._with_weights(spec))
+        owner = current_caller().name
         description = self._probe.describe(
-            spec, self._bundles.unpacked(spec.task.code_bundle), self._settings.probe_timeout_seconds
+            spec,
+            self._bundles.unpacked(spec.task.code_bundle),
+            self._settings.probe_timeout_seconds,
+            SecretFiles(self._settings.secrets_directory).of(spec, owner),
         )
         spec = description.completed(spec)
         _check_messages(description)
@@ -111,7 +116,7 @@ class Operations:
             created=time.time(),
             ended=None,
             result=Result(),
-            owner=current_caller().name,
+            owner=owner,
         )
         notes = [f"warning: {message}" for _, message in description.warnings]
         row = self._store.create(new, notes, spec.labels)

@@ -7,11 +7,13 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ps.job.config import layout_of
+from ps.job.environment import hide
 from ps.parameters.description import ModelDescription
 from ps.parameters.layout import Layout
 from services.cluster.fork_server import ForkServer
@@ -130,8 +132,14 @@ class TaskProbe:
     def __init__(self, forks: ForkServer) -> None:
         self._forks = forks
 
-    def describe(self, spec: TrainingJobSpec, code: Path | None, timeout_seconds: float) -> TaskDescription:
-        """Load the task and describe it. Raises SpecError, with the traceback of the user's code if that raised."""
+    def describe(
+        self, spec: TrainingJobSpec, code: Path | None, timeout_seconds: float, secrets: Mapping[str, str] | None = None
+    ) -> TaskDescription:
+        """Load the task and describe it. secrets: by variable, which the code finds in its environment.
+
+        Raises SpecError, with the traceback of the user's code if that raised.
+        """
+        values = (secrets or {}).values()
         name = f"{spec.task.module}:{spec.task.function}"
         with tempfile.TemporaryDirectory(prefix="steepest-probe-") as directory:
             request, reply, output = (Path(directory) / name for name in ("request", "reply", "output"))
@@ -142,6 +150,7 @@ class TaskProbe:
                         "set": sorted(spec.data.model_fields_set),
                         "code": str(code or ""),
                         "path": sys.path,
+                        "secrets": secrets or {},
                     }
                 )
             )
@@ -154,11 +163,11 @@ class TaskProbe:
                 problem = f"{name} did not return within {timeout_seconds:g} s"
                 raise SpecError([Violation("task.function", problem)]) from None
             if not reply.exists():
-                tail = output.read_bytes()[-2000:].decode(errors="replace").strip()
+                tail = hide(output.read_bytes().decode(errors="replace"), values)[-2000:].strip()
                 problem = f"loading {name} ended its process ({_ending(status)})\n{tail}"
                 raise SpecError([Violation("task.function", problem.strip())])
             answer = reply.read_text()
-            printed = output.read_bytes()[-MAX_PRINTED_BYTES:].decode(errors="replace")
+            printed = hide(output.read_bytes().decode(errors="replace"), values)[-MAX_PRINTED_BYTES:]
         raw = json.loads(answer)
         if "message" in raw:
             raise SpecError([Violation(raw["field"], f"{raw['message']}\n{raw['traceback']}".strip())])

@@ -63,6 +63,8 @@ class JobOptions:
 
     name: str = ""
     label: Sequence[str] = ()
+    env: Sequence[str] = ()
+    secret: Sequence[str] = ()
     arg: Sequence[str] = ()
     set: Sequence[str] = ()
     spec: Mapping[str, str] = field(default_factory=dict)
@@ -88,6 +90,16 @@ def _parameters() -> list[inspect.Parameter]:
     label = Option(metavar="KEY=VALUE", help="Label to find the job by, as team=vision; repeatable.")
     options["label"] = (Annotated[list[str], label], [])
     options["arg"] = (Annotated[list[str], argument], [])
+    variable = Option(
+        metavar="NAME=VALUE", help="Environment variable of the task's code; repeatable.", rich_help_panel=_TASK
+    )
+    secret = Option(
+        metavar="NAME=SECRET",
+        help="Environment variable that holds a secret of the service; repeatable.",
+        rich_help_panel=_TASK,
+    )
+    options["env"] = (Annotated[list[str], variable], [])
+    options["secret"] = (Annotated[list[str], secret], [])
     options["set"] = (Annotated[list[str], any_field], [])
     return [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
@@ -107,10 +119,10 @@ def takes_job_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def wrapped(**values: Any) -> Any:
-        name, label, arg, set_ = (values.pop(key) for key in ("name", "label", "arg", "set"))
+        texts = {key: values.pop(key) for key in ("name", "label", "env", "secret", "arg", "set")}
         given = {path: values.pop(key) for key, (path, _, _) in _OPTIONS.items()}
         spec = {path: value for path, value in given.items() if value is not None}
-        return command(options=JobOptions(name=name, label=label, arg=arg, set=set_, spec=spec), **values)
+        return command(options=JobOptions(**texts, spec=spec), **values)
 
     wrapped.__signature__ = inspect.Signature([own[0], *options, *own[1:]])  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
@@ -144,11 +156,16 @@ def submission(task: str, options: JobOptions) -> Submission:
     for item in options.set:
         path, value = _key_value("--set", item)
         put_field(spec, path, value)
-    for item in options.label:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise SpecError([Violation("--label", f"{item!r} is not of the form KEY=VALUE")])
-        spec["labels"] = {**spec.get("labels", {}), key: value}
+    for flag, field_, items in (
+        ("--label", "labels", options.label),
+        ("--env", "environment", options.env),
+        ("--secret", "secrets", options.secret),
+    ):
+        for item in items:
+            key, equals, value = item.partition("=")
+            if not equals:
+                raise SpecError([Violation(flag, f"{item!r} is not of the form KEY=VALUE")])
+            spec[field_] = {**spec.get(field_, {}), key: value}
     arguments.update(_key_value("--arg", item) for item in options.arg)
     name = spec.pop("name", "")
     return Submission(task, options.name or name, arguments, spec)

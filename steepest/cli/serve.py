@@ -52,6 +52,13 @@ def serve(
             show_default="no",
         ),
     ] = None,
+    secrets_dir: Annotated[
+        Path | None,
+        Option(
+            help="Folder of the secrets that jobs may name, a file each; those in a folder there are for the owner "
+            "of that name."
+        ),
+    ] = None,
     health_action: Annotated[
         list[str] | None,
         Option(metavar="RULE=ACTION", help="What a health rule does in jobs that do not say so; repeatable."),
@@ -76,6 +83,7 @@ def serve(
         "tls_client_ca": tls_client_ca,
         "retention_days": retention_days,
         "preemption": preemption,
+        "secrets_dir": secrets_dir,
         "health_actions": _actions(health_action or []) or None,
     }
     prepare_for_embedded_ray()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import tempfile
@@ -34,6 +35,7 @@ def train_embedded(request: Submission, output: Path | None) -> JobInfo:
             "grpc_port": 0,
             "http_port": 0,
             "num_cpus": placement.workers * placement.threads_per_worker,
+            "secrets_directory": Path(secrets) if (secrets := os.environ.get("STEEPEST_SECRETS_DIR")) else None,
         }
         with (
             running_service(Path(data), **settings) as service,

@@ -1423,6 +1423,46 @@ class TrainingJobSpec(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class EnvironmentEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class SecretsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     TASK_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
@@ -1450,6 +1490,8 @@ class TrainingJobSpec(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     CHANGES_FIELD_NUMBER: _builtins.int
     MAX_SECONDS_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_FIELD_NUMBER: _builtins.int
+    SECRETS_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Seed of everything random: initial parameters, order of the data, dropout, augmentation."""
     steps: _builtins.int
@@ -1534,6 +1576,16 @@ class TrainingJobSpec(_message.Message):
     def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChangeSpec]:
         """What is done otherwise from a step on: each with step, lr_scale and skip_samples."""
 
+    @_builtins.property
+    def environment(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Environment variables of the task's code, in all its processes: NAME = VALUE."""
+
+    @_builtins.property
+    def secrets(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Environment variables that get their values from the service's secrets: NAME = SECRET. Values are hidden in all that
+        is printed and told.
+        """
+
     def __init__(
         self,
         *,
@@ -1564,10 +1616,12 @@ class TrainingJobSpec(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         changes: _abc.Iterable[Global___ChangeSpec] | None = ...,
         max_seconds: _builtins.float | None = ...,
+        environment: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        secrets: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_checkpoint_seconds", b"_checkpoint_seconds", "_compile", b"_compile", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_max_seconds", b"_max_seconds", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "average", b"average", "best", b"best", "checkpoint_every", b"checkpoint_every", "checkpoint_seconds", b"checkpoint_seconds", "clip", b"clip", "compile", b"compile", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "health", b"health", "init_from", b"init_from", "init_strict", b"init_strict", "max_seconds", b"max_seconds", "memory", b"memory", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_checkpoint_seconds", b"_checkpoint_seconds", "_compile", b"_compile", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_max_seconds", b"_max_seconds", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "average", b"average", "best", b"best", "changes", b"changes", "checkpoint_every", b"checkpoint_every", "checkpoint_seconds", b"checkpoint_seconds", "clip", b"clip", "compile", b"compile", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "health", b"health", "init_from", b"init_from", "init_strict", b"init_strict", "labels", b"labels", "max_seconds", b"max_seconds", "memory", b"memory", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_checkpoint_seconds", b"_checkpoint_seconds", "_compile", b"_compile", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_max_seconds", b"_max_seconds", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "average", b"average", "best", b"best", "changes", b"changes", "checkpoint_every", b"checkpoint_every", "checkpoint_seconds", b"checkpoint_seconds", "clip", b"clip", "compile", b"compile", "compression", b"compression", "data", b"data", "environment", b"environment", "epochs", b"epochs", "eval_every", b"eval_every", "health", b"health", "init_from", b"init_from", "init_strict", b"init_strict", "labels", b"labels", "max_seconds", b"max_seconds", "memory", b"memory", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "secrets", b"secrets", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checkpoint_every: _TypeAlias = _typing.Literal["checkpoint_every"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_every: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every"]  # noqa: Y015

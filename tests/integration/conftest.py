@@ -17,13 +17,16 @@ from steepest.embedded import running_service
 from steepest.errors import ConflictError
 from tests.support.service import NUM_CPUS, TASKS, until
 
+SECRET = "correct-horse-battery"  # noqa: S105  # the service has it as `hub`
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/google-chrome") if Path(path).exists()), "")
 
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    directory = tmp_path_factory.mktemp("service")
-    with running_service(directory, grpc_port=0, http_port=0, num_cpus=NUM_CPUS) as started:
+    directory, secrets = tmp_path_factory.mktemp("service"), tmp_path_factory.mktemp("secrets")
+    (secrets / "hub").write_text(f"{SECRET}\n")
+    settings = {"grpc_port": 0, "http_port": 0, "num_cpus": NUM_CPUS, "secrets_directory": secrets}
+    with running_service(directory, **settings) as started:
         started.cluster.wait_ready()
         yield started
 

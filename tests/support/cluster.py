@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,6 +181,8 @@ class Cluster:
 class Probe:
     """Describes every task alike."""
 
-    def describe(self, spec: TrainingJobSpec, code: Path | None, timeout_seconds: float) -> TaskDescription:
+    def describe(
+        self, spec: TrainingJobSpec, code: Path | None, timeout_seconds: float, secrets: Mapping[str, str] | None = None
+    ) -> TaskDescription:
         model = ModelDescription((TensorDescription("w", (3,), "float32"),), (), (("w", "w"),))
         return TaskDescription(model, 64, 0, ())

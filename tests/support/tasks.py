@@ -239,6 +239,38 @@ def talkative() -> steepest.Task:
     return steepest.Task(model=perceptron(), batch_loss=loss, train_data=steepest.ArrayData(inputs, targets))
 
 
+class _Secretive(nn.Module):
+    """Prints a secret, at once and in two halves. fails: or raises it, after some steps."""
+
+    def __init__(self, *, fails: bool) -> None:
+        super().__init__()
+        self.inner = perceptron()
+        self.fails = fails
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        key = os.environ["API_KEY"]
+        print(f"with {key}", file=sys.stderr)
+        sys.stdout.write(key[:5])
+        sys.stdout.write(f"{key[5:]} in halves\n")
+        self.calls += 1
+        if self.fails and self.calls > 4:
+            raise ValueError(f"{key} is wrong")
+        outputs: torch.Tensor = self.inner(inputs)
+        return outputs
+
+
+def secretive(how: str = "print") -> steepest.Task:
+    """Prints variables of its environment, one of them secret. how: or raises it, here or in a pass, or exits."""
+    print(f"{os.environ['REGION']}: {os.environ['API_KEY']}", flush=True)
+    if how == "raise":
+        raise ValueError(f"{os.environ['API_KEY']} is wrong")
+    if how == "exit":
+        os._exit(3)
+    model = _Secretive(fails=how == "fail")
+    return steepest.Task(model=model, loss=nn.MSELoss(), train_data=steepest.ArrayData(*arrays()))
+
+
 def prints_markup() -> steepest.Task:
     """Prints what a page must not take for its own."""
     print("<img src=x onerror=alert(1)>")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from ps.job.config import JobConfig
+from ps.job.environment import set_variables
 from ps.server.actor import open_server
 from ps.wire.address import ServerAddress
 
@@ -82,6 +83,7 @@ def _work(
     from worker.process.output import Output
     from worker.task.load import TaskError, said, user_traceback
 
+    set_variables(config.spec.environment, config.secrets)
     try:
         directory = unpack_code(code, code_directory()) if code else None
         backend = backend_of(config.spec.placement.device)

@@ -15,6 +15,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from ps.job.config import JobConfig
+from ps.job.environment import hidden
 from ps.memory.segment import Segment
 from ps.parameters.layout import shards
 from ps.step.messages import Assign, Failure
@@ -238,6 +239,6 @@ class WorkerLoop:
         where = f"at step {assign.step}, worker {self._worker}, micro-batch {error.micro_batch}"
         reason = "bad_loss" if isinstance(cause, LossError) else "user_code_raised"
         if isinstance(cause, LossError | StateError):  # the message is complete, and no frame of it is the user's
-            return Failure(assign.step, error.micro_batch, reason, f"{cause} ({where})", "", assign.kind)
-        said = f"{type(cause).__name__}: {cause} ({where})"
+            return Failure(assign.step, error.micro_batch, reason, hidden(f"{cause} ({where})"), "", assign.kind)
+        said = hidden(f"{type(cause).__name__}: {cause} ({where})")
         return Failure(assign.step, error.micro_batch, reason, said, user_traceback(cause), assign.kind)

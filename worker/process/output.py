@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TextIO
 
+from ps.job.environment import hidden
 from ps.step.messages import Printed
 
 FLUSH_SECONDS = 0.25
@@ -17,7 +18,7 @@ MAX_LINE = 4096  # characters
 
 
 class Output:
-    """The standard streams of this process from now on: everything goes where it went, and is kept.
+    """The standard streams of this process from now on: whole lines go where they went, and are kept.
 
     What was printed before `attach` waits for it.
     """
@@ -91,18 +92,23 @@ class _Tee:
 
     def write(self, text: str) -> int:
         """Write, and keep."""
-        self._stream.write(text)
-        *lines, self._rest = (self._rest + text).split("\n")
+        *lines, rest = (self._rest + text).split("\n")
         for line in lines:
-            self._take(_as_shown(line))
-        self._rest = self._rest[-MAX_LINE:] if "\r" in self._rest else self._rest[:MAX_LINE]
+            self._pass_on(line, "\n")
+        self._rest = rest[-MAX_LINE:] if "\r" in rest else rest[:MAX_LINE]
         return len(text)
 
     def finish_line(self) -> None:
         """Give what has no end of line yet."""
         rest, self._rest = self._rest, ""
         if rest:
-            self._take(_as_shown(rest))
+            self._pass_on(rest)
+
+    def _pass_on(self, line: str, end: str = "") -> None:
+        """A secret may come in pieces, so that only whole lines go anywhere."""
+        shown = hidden(_as_shown(line))
+        self._stream.write(shown + end)
+        self._take(shown)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)

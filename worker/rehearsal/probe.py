@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ps.job.config import layout_of
+from ps.job.environment import set_variables
 from steepest.change_spec import samples_left_out
 from steepest.errors import SpecError
 from steepest.spec import TrainingJobSpec, spec_from_dict
@@ -37,6 +38,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
     sys.path += [entry for entry in request["path"] if entry not in sys.path]  # of the service, as workers have it
     spec = TrainingJobSpec.model_validate(request["spec"])
     code = Path(request["code"]) if request["code"] else None
+    set_variables(spec.environment, request.get("secrets", {}))
     try:
         task = _loaded(spec, code)
         model = describe_model(task)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from ps.job.code import put_first
+from ps.job.environment import hidden
 from steepest.spec import TaskReference
 from steepest.task import AnalyticTask, Task
 from worker.data.loader import DataError, LoaderData
@@ -38,7 +39,7 @@ def user_traceback(error: BaseException) -> str:
         frames = frames.tb_next
     shown = traceback.TracebackException(type(error), error, frames or error.__traceback__)
     _leave_out_ours(error, shown)
-    return "".join(shown.format()).rstrip()
+    return hidden("".join(shown.format()).rstrip())
 
 
 def _leave_out_ours(error: BaseException, shown: traceback.TracebackException) -> None:
@@ -142,8 +143,8 @@ def _out_of_loader(data: Any, name: str) -> Any:
 
 
 def said(error: BaseException) -> str:
-    """An exception in one line: type and message."""
-    text = str(error)
+    """An exception in one line: type and message, without secrets."""
+    text = hidden(str(error))
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -1,0 +1,46 @@
+"""Environment variables of a job's code, and secrets among them, which leave its processes in no text of ours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+SECRETS = "STEEPEST_SECRETS"  # names of the variables that hold secrets, for this process and those it starts
+LEAST_CHARACTERS = 8  # of what is hidden: a shorter text would be found everywhere
+HIDDEN = "***"
+
+
+def _secrets() -> list[str]:
+    names = os.environ.get(SECRETS, "").split(",")
+    return [os.environ[name] for name in names if name in os.environ]
+
+
+_known = _secrets()  # those of this process, whose code may take them out of its environment
+
+
+def set_variables(variables: Mapping[str, str], secrets: Mapping[str, str]) -> None:
+    """Set them in this process and those that it starts. secrets: by variable, values that are not to be shown."""
+    os.environ.update(with_variables({}, variables, secrets))
+    _known.clear()
+    _known.extend(_secrets())
+
+
+def with_variables(
+    environment: Mapping[str, str], variables: Mapping[str, str], secrets: Mapping[str, str]
+) -> dict[str, str]:
+    """An environment with these variables, for another process; see set_variables."""
+    return {**environment, **variables, **secrets, SECRETS: ",".join(secrets)}
+
+
+def hidden(text: str) -> str:
+    """The text without the secrets of this process."""
+    return hide(text, _known) if _known else text
+
+
+def hide(text: str, secrets: Iterable[str]) -> str:
+    """The text without secrets, nor any line of one that has several, such as a key in a PEM file."""
+    lines = {line.strip() for secret in secrets for line in (secret, *secret.splitlines())}
+    for line in sorted(lines, key=len, reverse=True):
+        if len(line) >= LEAST_CHARACTERS and line in text:
+            text = text.replace(line, HIDDEN)
+    return text
