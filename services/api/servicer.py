@@ -45,6 +45,7 @@ MAX_PAGE_SIZE = 1000
 HISTORY_PAGE_SIZE = 10_000
 HISTORY_PAGE_NUMBERS = 200_000  # norms and signals of parameters in a page
 CHUNK_BYTES = 1 << 20
+MAX_ENDED = 10_000  # jobs whose messages are kept
 PREFIX = "trainingJobs/"
 
 
@@ -67,6 +68,7 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         self._settings = settings
         self._closing = closing
         self._watches = Watches(store, settings)
+        self._of_ended: dict[str, tuple[JobRow, pb.TrainingJob]] = {}
 
     def _id(self, name: str) -> str:
         if not name.startswith(PREFIX) or len(name) == len(PREFIX):
@@ -81,7 +83,19 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
 
     def _messages(self, rows: Sequence[JobRow]) -> list[pb.TrainingJob]:
         now = time.time()
-        return [job_to_proto(row, self._settings, self._history(row.id).samples_per_second(), now) for row in rows]
+        return [self._ended(row) if row.state in ENDED else self._fresh(row, now) for row in rows]
+
+    def _fresh(self, row: JobRow, now: float) -> pb.TrainingJob:
+        return job_to_proto(row, self._settings, self._history(row.id).samples_per_second(), now)
+
+    def _ended(self, row: JobRow) -> pb.TrainingJob:
+        """Hardly anything changes of a job that has ended, and a list has many of them."""
+        known = self._of_ended.get(row.id)
+        if known is None or known[0] != row:
+            if len(self._of_ended) >= MAX_ENDED:
+                self._of_ended.clear()
+            known = self._of_ended[row.id] = row, self._fresh(row, 0.0)
+        return known[1]
 
     def _history(self, job: str) -> JobHistory:
         return JobHistory(self._settings.history_of(job))
