@@ -23,6 +23,7 @@ from services.dashboard.app import Page
 from services.jobs.access import Access
 from services.jobs.admission import Admission
 from services.jobs.analysis import Analyses
+from services.jobs.audit import Audit
 from services.jobs.code_bundles import CodeStore
 from services.jobs.operations import Operations
 from services.jobs.retention import Retention
@@ -52,7 +53,9 @@ class Service:
             stack.callback(self._lock_file.close)
             self.store = Store(settings.database_url, lost=lambda: os.kill(os.getpid(), signal.SIGTERM))
             stack.callback(self.store.close)
-            access = Access(self.store)
+            audit = Audit(settings.audit_log)
+            stack.callback(audit.close)
+            access = Access(self.store, audit)
             _check_exposure(settings, access)
             self._http = HttpServer(settings, access)
             stack.callback(self._http.stop)

@@ -50,6 +50,11 @@ class Settings:
         """Where jobs, their events and tokens are."""
         return self.database or f"sqlite:///{self.data_directory / 'steepest.db'}"
 
+    @property
+    def audit_log(self) -> Path:
+        """Where it is written who has changed what."""
+        return self.data_directory / "audit.jsonl"
+
     def directory_of(self, job: str) -> Path:
         """Where all that is kept of a job lies, but for the database."""
         return self.data_directory / "jobs" / job

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc
 
 from services.api.errors import rewrapped
 from services.jobs.access import NEEDS, Access, Caller, Need, answering
+from services.jobs.audit import Call
 
 PREFIX = "trainingJobs/"
 
@@ -24,26 +26,35 @@ class AccessInterceptor(grpc.ServerInterceptor):
         handler = continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith("/steepest."):
             return handler
-        need = NEEDS[handler_call_details.method.rpartition("/")[2]]
+        method = handler_call_details.method.rpartition("/")[2]
+        need = NEEDS[method]
+
+        def noted(request: Any, context: grpc.ServicerContext) -> AbstractContextManager[Call]:
+            call = Call(method, context.peer(), getattr(request, "name", ""))
+            return self._access.audit.of(call, changes=need is not Need.LOOK)
 
         def single(behaviour: Callable[..., Any]) -> Callable[..., Any]:
-            def call(request: Any, context: grpc.ServicerContext) -> Any:
-                with answering(self._admit(need, request, context)):
-                    return behaviour(request, context)
+            def answer_one(request: Any, context: grpc.ServicerContext) -> Any:
+                with noted(request, context) as call, answering(self._admit(need, request, context, call)):
+                    answer = behaviour(request, context)
+                    call.target = call.target or getattr(answer, "name", "")
+                    return answer
 
-            return call
+            return answer_one
 
         def stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
-            def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-                self._admit(need, request, context)
-                yield from behaviour(request, context)
+            def answer_many(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+                with noted(request, context) as call:
+                    self._admit(need, request, context, call)
+                    yield from behaviour(request, context)
 
-            return call
+            return answer_many
 
         return rewrapped(handler, single, stream)
 
-    def _admit(self, need: Need, request: Any, context: grpc.ServicerContext) -> Caller:
+    def _admit(self, need: Need, request: Any, context: grpc.ServicerContext, call: Call) -> Caller:
         said = dict(context.invocation_metadata()).get("authorization", "")
         caller = self._access.caller(said if isinstance(said, str) else "")
+        call.caller = caller.name
         self._access.check(caller, need, request.name.removeprefix(PREFIX) if need is Need.OWN else "")
         return caller

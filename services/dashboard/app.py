@@ -19,6 +19,7 @@ from services.dashboard.live import OPTIONS, Live
 from services.dashboard.sign_in import described, leave, sign_in
 from services.dashboard.views import GRADIENT_NORM, Cursor, Views
 from services.jobs.access import Access, Need
+from services.jobs.audit import Call
 from services.jobs.operations import Operations
 from services.settings import Settings
 from services.store.store import Store
@@ -148,9 +149,12 @@ class Page:
         raw = await request.body()
 
         def make() -> Any:
-            body = _body(request, raw)
-            self._access.check(caller_of(request), Need.OWN, _job(request))
-            row = act(self._operations, _job(request), request.path_params["verb"], body)
+            call = _call(request, str(request.path_params["verb"]), f"trainingJobs/{_job(request)}")
+            with self._access.audit.of(call, changes=True):
+                body, caller = _body(request, raw), caller_of(request)
+                call.caller = caller.name
+                self._access.check(caller, Need.OWN, _job(request))
+                row = act(self._operations, _job(request), call.method, body)
             return {"state": row.state, "reason": row.reason}
 
         return await run_in_threadpool(self._answer, make)
@@ -160,7 +164,9 @@ class Page:
 
         def make() -> Response:
             try:
-                caller, token = sign_in(self._access, _body(request, raw))
+                with self._access.audit.of(_call(request, "sign-in", ""), changes=True) as call:
+                    caller, token = sign_in(self._access, _body(request, raw))
+                    call.caller = caller.name
             except (SteepestError, ForbiddenError) as error:
                 return _refused(error)
             response = _json(described(caller))
@@ -206,6 +212,11 @@ def _body(request: Request, raw: bytes) -> Any:
         return orjson.loads(raw) if raw else {}
     except orjson.JSONDecodeError as error:
         raise SpecError([Violation("body", f"is no JSON: {error}")]) from None
+
+
+def _call(request: Request, method: str, target: str) -> Call:
+    """For the audit log."""
+    return Call(method, f"{request.client.host}:{request.client.port}" if request.client else "", target)
 
 
 def _job(request: Request) -> str:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
+from services.jobs.audit import Audit
 from services.store.store import JobRow, Store
 from services.store.tokens import Role
 from steepest.errors import PermissionDeniedError, UnauthenticatedError
@@ -79,10 +80,11 @@ def answering(caller: Caller) -> Iterator[None]:
 
 
 class Access:
-    """Answers for the calls of both ports."""
+    """Answers for the calls of both ports, and has them noted."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, audit: Audit) -> None:
         self._store = store
+        self.audit = audit
 
     def is_closed(self) -> bool:
         """Whether calls need a token."""

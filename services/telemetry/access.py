@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.jobs.access import BEARER, Access, Caller
+from services.jobs.audit import Call
 from steepest.errors import UnauthenticatedError
 
 COOKIE = "steepest_token"
@@ -28,8 +29,10 @@ class AccessMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
         if scope["type"] == "http" and scope["path"] not in OPEN and not scope["path"].startswith(OPEN_BELOW):
+            call = Call(f"{scope['method']} {scope['path']}", ":".join(map(str, scope["client"] or ())))
             try:
-                caller = await run_in_threadpool(self._access.caller, _authorization(HTTPConnection(scope)))
+                with self._access.audit.of(call, changes=False):
+                    caller = await run_in_threadpool(self._access.caller, _authorization(HTTPConnection(scope)))
             except UnauthenticatedError as error:
                 refusal = JSONResponse({"error": str(error)}, 401, {"WWW-Authenticate": BEARER.strip()})
                 await refusal(scope, receive, send)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -41,6 +42,7 @@ class _Closed(NamedTuple):
     page: str
     files: Certificates
     tokens: dict[str, str]
+    audit: Path
 
     def client(self, role: str) -> Client:
         return Client(self.address, token=self.tokens[role], tls_ca=self.files.authority)
@@ -62,7 +64,7 @@ def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Closed]:
     assert process.stderr.readline() == "ready\n", first
     found = re.search(r"gRPC 0\.0\.0\.0:(\d+)  HTTP https://0\.0\.0\.0:(\d+)", first)
     assert found is not None, first
-    yield _Closed(f"127.0.0.1:{found[1]}", f"https://127.0.0.1:{port}", files, tokens)
+    yield _Closed(f"127.0.0.1:{found[1]}", f"https://127.0.0.1:{port}", files, tokens, data / "audit.jsonl")
     process.terminate()
     process.communicate(timeout=60)
 
@@ -130,6 +132,35 @@ def test_http_takes_the_same_tokens(closed: _Closed) -> None:
     assert _get(closed, "/healthz") == _get(closed, "/readyz") == (200, b"ok\n")
     status, metrics = _get(closed, "/metrics", closed.tokens["viewer"])
     assert (status, b"steepest_" in metrics) == (200, True)
+
+
+def test_who_changes_what_on_either_port_is_noted(closed: _Closed) -> None:
+    before = len(closed.audit.read_text().splitlines()) if closed.audit.exists() else 0
+    with closed.client("submitter") as hand:
+        job = hand.submit(f"{TASKS}:slow", name="noted", steps=100_000)
+        until(lambda: job.get().step > 0)
+        for token in ("viewer", "submitter"):
+            own = {"X-Steepest-Page": "1", "Authorization": f"Bearer {closed.tokens[token]}"}
+            request = urllib.request.Request(f"{closed.page}/api/jobs/noted/pause", b"{}", own, method="POST")
+            with contextlib.suppress(urllib.error.HTTPError):
+                context = ssl.create_default_context(cafile=closed.files.authority)
+                urllib.request.urlopen(request, context=context).close()
+        until(lambda: job.get().state == "PAUSED")
+        job.cancel()
+        job.get()
+    assert _get(closed, "/api/jobs", "wrong")[0] == 401
+    found = [json.loads(line) for line in closed.audit.read_text().splitlines()[before:]]
+    name = "trainingJobs/noted"
+    noted = [(line["caller"], line["method"], line["target"], line["outcome"]) for line in found]
+    assert noted[0][:2] == ("hand", "UploadCode")
+    assert noted[1:] == [
+        ("hand", "CreateTrainingJob", name, "ok"),
+        ("eye", "pause", name, "PermissionDenied"),
+        ("hand", "pause", name, "ok"),
+        ("hand", "CancelTrainingJob", name, "ok"),
+        ("", "GET /api/jobs", "", "Unauthenticated"),
+    ]
+    assert all(token not in closed.audit.read_text() for token in closed.tokens.values())
 
 
 def test_the_page_asks_for_a_token(closed: _Closed, browser: Browser) -> None:

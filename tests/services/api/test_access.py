@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from prometheus_client.registry import CollectorRegistry
 
 from services.api.server import GrpcServer
 from services.jobs.access import NEEDS, Access, Need
+from services.jobs.audit import Audit
 from services.settings import Settings
 from services.store.store import Store
 from services.store.tokens import Role
@@ -55,7 +57,9 @@ class _Served:
         if tls:
             self.authority, certificate, key = certificates(directory)
             settings = replace(settings, tls_certificate=certificate, tls_key=key)
-        self.server = GrpcServer(settings, Access(self.store), CallMetrics(CollectorRegistry()))
+        self.server = GrpcServer(
+            settings, Access(self.store, Audit(settings.audit_log)), CallMetrics(CollectorRegistry())
+        )
         self.server.start(_Answers())  # type: ignore[arg-type]
         self.channels: list[grpc.Channel] = []
 
@@ -138,7 +142,7 @@ def test_only_a_hash_is_kept(tmp_path: Path) -> None:
 def test_a_token_may_expire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(f"sqlite:///{tmp_path / 'jobs.db'}")
     token = store.tokens.create("me", "viewer", 0.0, expires=1000.0)
-    access = Access(store)
+    access = Access(store, Audit(tmp_path / "audit.jsonl"))
     monkeypatch.setattr("services.store.tokens.time.time", lambda: 999.0)
     assert access.caller(f"Bearer {token}").name == "me"
     monkeypatch.setattr("services.store.tokens.time.time", lambda: 1000.0)
@@ -146,3 +150,26 @@ def test_a_token_may_expire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         access.caller(f"Bearer {token}")
     assert [(row.name, row.expires, row.revoked) for row in store.tokens.all()] == [("me", 1000.0, None)]
     store.close()
+
+
+def test_who_changes_something_is_noted(tmp_path: Path) -> None:
+    served = _Served(tmp_path, tls=False)
+    token = served.store.tokens.create("me", "submitter", 0.0)
+    for method, job, shown in (
+        ("CancelTrainingJob", "mine", token),
+        ("GetTrainingJob", "mine", token),
+        ("PauseTrainingJob", "theirs", token),
+        ("ListTrainingJobs", "", "steepest_wrong"),
+        ("UploadCode", "", token),
+    ):
+        served.code(method, job, shown)
+    served.close()
+    found = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [(line["caller"], line["method"], line["target"], line["outcome"]) for line in found] == [
+        ("me", "CancelTrainingJob", "trainingJobs/mine", "ok"),
+        ("me", "PauseTrainingJob", "trainingJobs/theirs", "PermissionDenied"),
+        ("", "ListTrainingJobs", "", "Unauthenticated"),
+        ("me", "UploadCode", "", "ok"),
+    ]
+    assert all(line["peer"].startswith("ipv4:127.0.0.1:") for line in found)
+    assert token not in (tmp_path / "audit.jsonl").read_text()
