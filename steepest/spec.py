@@ -282,6 +282,13 @@ class TrainingJobSpec(SpecModel):
         return self
 
     @model_validator(mode="after")
+    def _no_variable_twice(self) -> Self:
+        twice = sorted(self.environment.keys() & self.secrets.keys())
+        if twice:
+            raise ValueError(f"environment.{twice[0]} is among the secrets, too; allowed: one of the two")
+        return self
+
+    @model_validator(mode="after")
     def _cut(self) -> Self:
         workers = self.placement.max_workers or DEFAULT_MAX_WORKERS
         self.__dict__["data"] = self.data.cut_for(workers)  # the model is frozen, and this is no other value

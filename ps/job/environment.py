@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
+from urllib.parse import quote, quote_plus
 
 SECRETS = "STEEPEST_SECRETS"  # names of the variables that hold secrets, for this process and those it starts
 LEAST_CHARACTERS = 8  # of what is hidden: a shorter text would be found everywhere
@@ -38,9 +40,16 @@ def hidden(text: str) -> str:
 
 
 def hide(text: str, secrets: Iterable[str]) -> str:
-    """The text without secrets, nor any line of one that has several, such as a key in a PEM file."""
+    """The text without secrets, nor any line of one that has several, such as a key in a PEM file.
+
+    They are hidden as they are, and as Python, JSON and addresses on the web write them.
+    """
     lines = {line.strip() for secret in secrets for line in (secret, *secret.splitlines())}
-    for line in sorted(lines, key=len, reverse=True):
-        if len(line) >= LEAST_CHARACTERS and line in text:
-            text = text.replace(line, HIDDEN)
+    forms = {form for line in lines if len(line) >= LEAST_CHARACTERS for form in _forms(line)}
+    for form in sorted(forms, key=len, reverse=True):
+        text = text.replace(form, HIDDEN)
     return text
+
+
+def _forms(secret: str) -> tuple[str, ...]:
+    return secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], quote(secret, safe=""), quote_plus(secret)

@@ -68,7 +68,7 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         self._settings = settings
         self._closing = closing
         self._watches = Watches(store, settings)
-        self._of_ended: dict[str, tuple[JobRow, pb.TrainingJob]] = {}
+        self._of_ended: dict[str, tuple[object, pb.TrainingJob]] = {}
 
     def _id(self, name: str) -> str:
         if not name.startswith(PREFIX) or len(name) == len(PREFIX):
@@ -90,11 +90,12 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
 
     def _ended(self, row: JobRow) -> pb.TrainingJob:
         """Hardly anything changes of a job that has ended, and a list has many of them."""
+        seen = row.created, row.ended, row.etag, row.reason, row.result  # not its description, which may be large
         known = self._of_ended.get(row.id)
-        if known is None or known[0] != row:
+        if known is None or known[0] != seen:
             if len(self._of_ended) >= MAX_ENDED:
                 self._of_ended.clear()
-            known = self._of_ended[row.id] = row, self._fresh(row, 0.0)
+            known = self._of_ended[row.id] = seen, self._fresh(row, 0.0)
         return known[1]
 
     def _history(self, job: str) -> JobHistory:

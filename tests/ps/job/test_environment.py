@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import urllib.parse
 
 import pytest
 from hypothesis import given
@@ -23,6 +25,13 @@ def test_no_text_has_a_secret(before: str, secret: str, after: str) -> None:
 def test_lines_of_a_secret_are_hidden_but_for_short_ones() -> None:
     assert hide("it says QUJDREVGRw==abcdefg, ab=", [PEM]) == f"it says {HIDDEN}, ab="
     assert hide(PEM.replace("\n", "\r\n"), [PEM]) == f"{HIDDEN}\r\n{HIDDEN}\r\nab=\r\n{HIDDEN}\r\n"
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=8).filter(lambda s: len(s.strip()) >= 8))
+def test_other_ways_to_write_it_are_hidden(secret: str) -> None:
+    secret = secret.strip()
+    for said in (repr(secret)[1:-1], json.dumps(secret)[1:-1], urllib.parse.quote(secret, safe="")):
+        assert hide(f"<{said}>", [secret]) == f"<{HIDDEN}>"
 
 
 def test_a_secret_within_another_leaves_nothing_of_it() -> None:

@@ -80,6 +80,12 @@ def test_a_name_leads_nowhere_else(name: str) -> None:
         spec(TOKEN=name)
 
 
+def test_a_variable_has_one_value() -> None:
+    raw = {"task": {"module": "m", "function": "f"}, "steps": 1, "environment": {"A": "b"}, "secrets": {"A": "hub"}}
+    with pytest.raises(SpecError, match=r"environment\.A is among the secrets, too"):
+        spec_from_dict(raw)
+
+
 @pytest.mark.parametrize("name", ["PYTHONHASHSEED", "RAY_ADDRESS", "STEEPEST_SECRETS", "PATH", "1A", "A=B", ""])
 @pytest.mark.parametrize("field", ["environment", "secrets"])
 def test_variables_that_would_do_nothing_or_harm_are_refused(field: str, name: str) -> None:
