@@ -257,6 +257,6 @@ def test_a_disk_without_room_for_records_costs_records_alone(submit: Callable[..
 
 def test_a_task_that_does_not_return_is_refused_in_time(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     describe = TaskProbe.describe
-    monkeypatch.setattr(TaskProbe, "describe", lambda probe, spec, code, _: describe(probe, spec, code, 1.0))
+    monkeypatch.setattr(TaskProbe, "describe", lambda probe, spec, code, *_: describe(probe, spec, code, 1.0))
     with pytest.raises(SpecError, match=r"tasks:sleeps did not return within 1 s"):
         client.submit(f"{TASKS}:sleeps", steps=1)
