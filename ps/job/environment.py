@@ -17,14 +17,10 @@ def _secrets() -> list[str]:
     return [os.environ[name] for name in names if name in os.environ]
 
 
-_known = _secrets()  # those of this process, whose code may take them out of its environment
-
-
 def set_variables(variables: Mapping[str, str], secrets: Mapping[str, str]) -> None:
     """Set them in this process and those that it starts. secrets: by variable, values that are not to be shown."""
     os.environ.update(with_variables({}, variables, secrets))
-    _known.clear()
-    _known.extend(_secrets())
+    _hidden[:] = _forms_of(_secrets())
 
 
 def with_variables(
@@ -36,7 +32,7 @@ def with_variables(
 
 def hidden(text: str) -> str:
     """The text without the secrets of this process."""
-    return hide(text, _known) if _known else text
+    return _without(text, _hidden)
 
 
 def hide(text: str, secrets: Iterable[str]) -> str:
@@ -44,12 +40,24 @@ def hide(text: str, secrets: Iterable[str]) -> str:
 
     They are hidden as they are, and as Python, JSON and addresses on the web write them.
     """
-    lines = {line.strip() for secret in secrets for line in (secret, *secret.splitlines())}
-    forms = {form for line in lines if len(line) >= LEAST_CHARACTERS for form in _forms(line)}
-    for form in sorted(forms, key=len, reverse=True):
+    return _without(text, _forms_of(secrets))
+
+
+def _without(text: str, forms: Iterable[str]) -> str:
+    for form in forms:
         text = text.replace(form, HIDDEN)
     return text
 
 
+def _forms_of(secrets: Iterable[str]) -> list[str]:
+    """All that is to be hidden, the longest first."""
+    lines = {line.strip() for secret in secrets for line in (secret, *secret.splitlines())}
+    forms = {form for line in lines if len(line) >= LEAST_CHARACTERS for form in _forms(line)}
+    return sorted(forms, key=len, reverse=True)
+
+
 def _forms(secret: str) -> tuple[str, ...]:
     return secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], quote(secret, safe=""), quote_plus(secret)
+
+
+_hidden = _forms_of(_secrets())  # from the start: code may take its secrets out of the environment

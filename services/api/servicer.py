@@ -83,19 +83,19 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
 
     def _messages(self, rows: Sequence[JobRow]) -> list[pb.TrainingJob]:
         now = time.time()
-        return [self._ended(row) if row.state in ENDED else self._fresh(row, now) for row in rows]
+        return [self._ended(row, now) if row.state in ENDED else self._fresh(row, now) for row in rows]
 
     def _fresh(self, row: JobRow, now: float) -> pb.TrainingJob:
         return job_to_proto(row, self._settings, self._history(row.id).samples_per_second(), now)
 
-    def _ended(self, row: JobRow) -> pb.TrainingJob:
+    def _ended(self, row: JobRow, now: float) -> pb.TrainingJob:
         """Hardly anything changes of a job that has ended, and a list has many of them."""
         seen = row.created, row.ended, row.etag, row.reason, row.result  # not its description, which may be large
         known = self._of_ended.get(row.id)
         if known is None or known[0] != seen:
             if len(self._of_ended) >= MAX_ENDED:
                 self._of_ended.clear()
-            known = self._of_ended[row.id] = seen, self._fresh(row, 0.0)
+            known = self._of_ended[row.id] = seen, self._fresh(row, now)
         return known[1]
 
     def _history(self, job: str) -> JobHistory:

@@ -23,7 +23,7 @@ from services.jobs.audit import Call
 from services.jobs.operations import Operations
 from services.settings import Settings
 from services.store.store import Store
-from services.telemetry.access import caller_of
+from services.telemetry.access import caller_of, peer_of
 from steepest.errors import (
     ConflictError,
     NotFoundError,
@@ -149,7 +149,7 @@ class Page:
         raw = await request.body()
 
         def make() -> Any:
-            call = _call(request, str(request.path_params["verb"]), f"trainingJobs/{_job(request)}")
+            call = Call(str(request.path_params["verb"]), peer_of(request), f"trainingJobs/{_job(request)}")
             with self._access.audit.of(call, changes=True):
                 body, caller = _body(request, raw), caller_of(request)
                 call.caller = caller.name
@@ -164,7 +164,7 @@ class Page:
 
         def make() -> Response:
             try:
-                with self._access.audit.of(_call(request, "sign-in", ""), changes=True) as call:
+                with self._access.audit.of(Call("sign-in", peer_of(request)), changes=True) as call:
                     caller, token = sign_in(self._access, _body(request, raw))
                     call.caller = caller.name
             except (SteepestError, ForbiddenError) as error:
@@ -212,11 +212,6 @@ def _body(request: Request, raw: bytes) -> Any:
         return orjson.loads(raw) if raw else {}
     except orjson.JSONDecodeError as error:
         raise SpecError([Violation("body", f"is no JSON: {error}")]) from None
-
-
-def _call(request: Request, method: str, target: str) -> Call:
-    """For the audit log."""
-    return Call(method, f"{request.client.host}:{request.client.port}" if request.client else "", target)
 
 
 def _job(request: Request) -> str:

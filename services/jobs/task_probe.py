@@ -139,7 +139,6 @@ class TaskProbe:
 
         Raises SpecError, with the traceback of the user's code if that raised.
         """
-        values = (secrets or {}).values()
         name = f"{spec.task.module}:{spec.task.function}"
         with tempfile.TemporaryDirectory(prefix="steepest-probe-") as directory:
             request, reply, output = (Path(directory) / name for name in ("request", "reply", "output"))
@@ -162,12 +161,13 @@ class TaskProbe:
             except TimeoutError:
                 problem = f"{name} did not return within {timeout_seconds:g} s"
                 raise SpecError([Violation("task.function", problem)]) from None
+            shown = hide(output.read_bytes().decode(errors="replace"), (secrets or {}).values()).encode()
             if not reply.exists():
-                tail = hide(output.read_bytes().decode(errors="replace"), values)[-2000:].strip()
+                tail = shown[-2000:].decode(errors="replace").strip()
                 problem = f"loading {name} ended its process ({_ending(status)})\n{tail}"
                 raise SpecError([Violation("task.function", problem.strip())])
             answer = reply.read_text()
-            printed = hide(output.read_bytes().decode(errors="replace"), values)[-MAX_PRINTED_BYTES:]
+            printed = shown[-MAX_PRINTED_BYTES:].decode(errors="replace")
         raw = json.loads(answer)
         if "message" in raw:
             raise SpecError([Violation(raw["field"], f"{raw['message']}\n{raw['traceback']}".strip())])

@@ -29,16 +29,22 @@ class AccessMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
         if scope["type"] == "http" and scope["path"] not in OPEN and not scope["path"].startswith(OPEN_BELOW):
-            call = Call(f"{scope['method']} {scope['path']}", ":".join(map(str, scope["client"] or ())))
+            asked = HTTPConnection(scope)
+            call = Call(f"{scope['method']} {scope['path']}", peer_of(asked))
             try:
                 with self._access.audit.of(call, changes=False):
-                    caller = await run_in_threadpool(self._access.caller, _authorization(HTTPConnection(scope)))
+                    caller = await run_in_threadpool(self._access.caller, _authorization(asked))
             except UnauthenticatedError as error:
                 refusal = JSONResponse({"error": str(error)}, 401, {"WWW-Authenticate": BEARER.strip()})
                 await refusal(scope, receive, send)
                 return
             scope.setdefault("state", {})["caller"] = caller
         await self._app(scope, receive, send)
+
+
+def peer_of(connection: HTTPConnection) -> str:
+    """Where a request comes from, for the audit log."""
+    return f"{connection.client.host}:{connection.client.port}" if connection.client else ""
 
 
 def caller_of(request: Any) -> Caller:
