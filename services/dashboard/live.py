@@ -6,15 +6,16 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import orjson
-from starlette.concurrency import run_in_threadpool
 
 from services.dashboard.views import LIVE_RECORDS, Cursor, Views
 
 TICK_SECONDS = 0.5
 PAGES_A_TICK, MOST_SLOWER = 100, 4  # from so many open pages on, ticks are twice as long, and so on
+READERS = 2  # threads; all pages ask at once, and more of them would only wait for each other
 QUIET_SECONDS = 15.0  # after which a comment shows that the stream is alive
 OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 
@@ -28,6 +29,7 @@ class Live:
         self._views = views
         self._is_closing = is_closing
         self._num_open = 0
+        self._readers = ThreadPoolExecutor(READERS, "live")
         self._shared: dict[tuple[str, Cursor], tuple[float, asyncio.Future[_News]]] = {}
 
     async def job(self, job: str, cursor: Cursor) -> AsyncIterator[bytes]:
@@ -87,7 +89,7 @@ class Live:
         kept = self._shared.get((job, cursor))
         if kept is None or now - kept[0] >= TICK_SECONDS / 2:
             self._shared = {key: each for key, each in self._shared.items() if now - each[0] < TICK_SECONDS / 2}
-            kept = self._shared[job, cursor] = now, asyncio.ensure_future(run_in_threadpool(read))
+            kept = self._shared[job, cursor] = now, asyncio.get_running_loop().run_in_executor(self._readers, read)
         return await asyncio.shield(kept[1])
 
     def _read(self, job: str, cursor: Cursor) -> _News:

@@ -23,14 +23,16 @@ from services.store.history import JobHistory
 from services.store.lifecycle import ENDED, JobState
 from services.store.row_layout import SCALARS
 from services.store.series import bucket_starts, downsample, largest
-from services.store.store import JobRow, Store
+from services.store.store import JobRow, Newest, Store
 from steepest.bottleneck import COLUMNS, RECENT_STEPS, bottleneck
 from steepest.errors import SpecError, Violation
 from steepest.spec import TrainingJobSpec, spec_from_dict
 
 SPARK_POINTS, MAX_POINTS = 40, 5000
+SPARK_STEPS = 2000  # that a spark line of a long job is drawn from
 MAX_LAYERS = 500  # rows of the view of all layers, which is not higher on the page
 FRESH_SECONDS = 0.25  # for which pages share the summary of a job that has not changed
+FORGET_SECONDS = 60.0
 LIVE_RECORDS, LIVE_LINES = 1000, 500
 GRADIENT_NORM, UPDATE_RATIO = "gradient_norm", "update_ratio"
 LAYER_SIGNALS = (GRADIENT_NORM, UPDATE_RATIO, *NAMES, *ACTIVATION_SIGNALS)
@@ -44,6 +46,15 @@ class Cursor(NamedTuple):
     offset: int = 0
 
 
+class _Live(NamedTuple):
+    """What was last said of a job that has not ended: when, of which row and history, and what."""
+
+    time: float
+    row: JobRow
+    history: JobHistory
+    summary: dict[str, Any]
+
+
 class Views:
     """Reads the store and the files of jobs."""
 
@@ -51,7 +62,7 @@ class Views:
         self._store = store
         self._settings = settings
         self._of_ended: dict[tuple[str, float], dict[str, Any]] = {}  # by id and creation; they do not change any more
-        self._of_live: dict[str, tuple[float, JobRow, dict[str, Any]]] = {}  # those of the last moment
+        self._of_live: dict[str, _Live] = {}  # by id
 
     def jobs(self) -> dict[str, Any]:
         """All jobs, newest first."""
@@ -73,7 +84,7 @@ class Views:
             "activations": description.activations,
             "parameters": [{"name": p.name, "shape": p.shape} for p in layout.parameters],
             "logged": description.logged_names,
-            "evaluations": self._evaluations(job),
+            "evaluations": _evaluations(self._store.newest(job)),
             "checkpoints": [_checkpoint(path) for path in checkpoints(directory)],
             "result": {
                 "metrics": row.result.metrics,
@@ -241,9 +252,11 @@ class Views:
     def news(self, job: str, cursor: Cursor) -> tuple[dict[str, Any], Cursor]:
         """What a page has not seen yet, and the cursor after it. Raises NotFoundError."""
         row = self._store.get(job)
-        events = self._store.events_after(job, cursor.event)
+        newest = self._store.newest(job)
+        events = self._store.events_after(job, cursor.event) if newest.event > cursor.event else []
         lines = self._log(job).read(cursor.offset)[:LIVE_LINES]
-        records = self._history(job).records(cursor.step, LIVE_RECORDS, norms=False)
+        history = self._live_history(row)
+        records = history.records(cursor.step, LIVE_RECORDS, norms=False)
         logged = TaskDescription.from_json(row.description).logged_names if records else ()
         following = Cursor(
             records[-1].step + 1 if records else cursor.step,
@@ -251,11 +264,11 @@ class Views:
             lines[-1].offset if lines else cursor.offset,
         )
         news = {
-            "job": self._summary(row),
+            "job": self._summary(row, history),
             "events": [{"time": e.time, "state": e.state, "reason": e.reason} for e in events],
             "lines": [{"time": s.line.time, "process": s.line.worker, "text": s.line.text} for s in lines],
             "records": [_record(record, logged) for record in records],
-            "evaluations": self._evaluations(job),
+            "evaluations": _evaluations(newest),
             "cursor": ":".join(map(str, following)),
         }
         return news, following
@@ -270,29 +283,34 @@ class Views:
     def _log(self, job: str) -> JobLog:
         return JobLog(self._settings.log_of(job), self._settings.max_log_bytes)
 
-    def _evaluations(self, job: str) -> list[dict[str, Any]]:
-        return [{"step": step, "metrics": metrics} for step, metrics in self._store.evaluations_of(job)]
+    def _live_history(self, row: JobRow) -> JobHistory:
+        """That of a job as it is now. Of one that runs, what cannot change any more was read before."""
+        kept = self._of_live.get(row.id)
+        is_same = kept is not None and kept.row.created == row.created
+        return (kept.history if kept is not None and is_same else self._history(row.id)).still()
 
-    def _summary(self, row: JobRow) -> dict[str, Any]:
+    def _summary(self, row: JobRow, history: JobHistory | None = None) -> dict[str, Any]:
         if row.state not in ENDED:
             now = time.monotonic()
             kept = self._of_live.get(row.id)
-            if kept is None or now - kept[0] > FRESH_SECONDS or kept[1] != row:
-                kept = self._of_live[row.id] = now, row, self._summarize(row)
-            return kept[2]
+            if kept is None or now - kept.time > FRESH_SECONDS or kept.row != row:
+                history = history or self._live_history(row)
+                if kept is None:  # those of jobs that nobody looks at any more, or that are gone
+                    for job, old in list(self._of_live.items()):
+                        if now - old.time > FORGET_SECONDS:
+                            self._of_live.pop(job, None)
+                kept = self._of_live[row.id] = _Live(now, row, history, self._summarize(row, history))
+            return kept.summary
         self._of_live.pop(row.id, None)
         key = row.id, row.created
         if key not in self._of_ended:
-            self._of_ended[key] = self._summarize(row)
+            self._of_ended[key] = self._summarize(row, history or self._history(row.id).still())
         return self._of_ended[key]
 
-    def _summarize(self, row: JobRow) -> dict[str, Any]:
-        result, history = row.result, self._history(row.id)
-        recent = history.columns(
-            ["time", *COLUMNS],
-            max(0, result.step - RECENT_STEPS),
-        )
-        spark = downsample(history.columns(["loss"]), SPARK_POINTS)
+    def _summarize(self, row: JobRow, history: JobHistory) -> dict[str, Any]:
+        result = row.result
+        recent = history.columns(["time", *COLUMNS], max(0, result.step - RECENT_STEPS))
+        spark = downsample(history.columns(["loss"], about=SPARK_STEPS), SPARK_POINTS)
         return {
             "id": row.id,
             "state": row.state,
@@ -322,6 +340,10 @@ def _defaults(spec: TrainingJobSpec) -> TrainingJobSpec:
     return spec_from_dict(
         {"task": spec.task.model_dump(), "optimizer": {"name": spec.optimizer.name}, "seed": spec.seed, **length}
     )
+
+
+def _evaluations(newest: Newest) -> list[dict[str, Any]]:
+    return [{"step": step, "metrics": metrics} for step, metrics in newest.evaluations]
 
 
 def _member(member: tuple[str, str, int, str, str]) -> dict[str, Any]:

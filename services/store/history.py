@@ -11,12 +11,12 @@ come to. A row that is not whole, as after a full disk, is not there.
 
 from __future__ import annotations
 
+import copy
 import json
-import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from ps.numerics.histogram import BINS
 from ps.step.messages import RECORD_BYTES, StepRecord
 from ps.step.signals import NAMES, NOISE
-from services.store.row_layout import SCALARS, TOTAL, RowLayout, activation_row
+from services.store.row_layout import SCALARS, TOTAL, RowLayout, activation_row, column, numbers, to_records
 from services.store.rows import append, append_measured, bounds, joined, mapped, measured_rows, size
 from services.store.series import bucket_starts, largest
 
@@ -76,6 +76,7 @@ class JobHistory:
         self._directory = directory
         self._lock = threading.Lock()
         self._layouts: dict[int, RowLayout] = {}  # by incarnation, those that cannot change any more
+        self._still: list[_Part] | None = None
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -102,14 +103,14 @@ class JobHistory:
                 rows[name] = [getattr(record, name) for record in records]
             total = int(before.rows[TOTAL][-1]) if len(before.rows) else 0
             rows[TOTAL] = total + np.cumsum(rows["samples"])
-            rows["logged"] = [_numbers(record.logged, layout.num_logged) for record in records]
+            rows["logged"] = [numbers(record.logged, layout.num_logged) for record in records]
             folder = self._folder(incarnation)
             append_measured(folder / SIGNALS, layout.signal_row, [(r.step, r.signals) for r in records])
             self._append_noise(folder, layout, records)
             self._append_activations(folder, records)
             append_measured(folder / HISTOGRAMS, layout.histogram_row, [(r.step, r.histograms) for r in records])
             if layout.num_parameters:
-                norms = np.array([_numbers(r.parameter_norms, layout.num_parameters) for r in records])
+                norms = np.array([numbers(r.parameter_norms, layout.num_parameters) for r in records])
                 append(folder / NORMS, norms, len(before.rows))
                 self._append_blocks(folder, layout, len(before.rows), len(before.rows) + len(rows))
             append(folder / ROWS, rows, len(before.rows))
@@ -140,6 +141,13 @@ class JobHistory:
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
+    def still(self) -> JobHistory:
+        """The history as it is now, for several questions that need to look at its rows' files only once."""
+        other = copy.copy(self)
+        other._still = None
+        other._still = list(other._parts())
+        return other
+
     def records(
         self, first: int = 0, limit: int | None = None, *, signals: bool = False, norms: bool = True
     ) -> list[StepRecord]:
@@ -148,7 +156,7 @@ class JobHistory:
         for part in self._parts():
             there = part.between(first, None)
             stop = None if limit is None else limit - len(found)
-            found += _to_records(there.rows[:stop], there.norms[:stop] if norms else there.norms[:stop, :0])
+            found += to_records(there.rows[:stop], there.norms[:stop] if norms else there.norms[:stop, :0])
         if not signals or not found:
             return found
         measured = dict(zip(*self.signals(first, found[-1].step), strict=True))
@@ -167,16 +175,22 @@ class JobHistory:
         """The newest record."""
         for part in reversed(list(self._parts())):
             if len(part.rows):
-                return _to_records(part.rows[-1:], part.norms[-1:])[0]
+                return to_records(part.rows[-1:], part.norms[-1:])[0]
         return None
 
-    def columns(self, names: Sequence[str], first: int = 0, last: int | None = None) -> dict[str, NDArray[Any]]:
+    def columns(
+        self, names: Sequence[str], first: int = 0, last: int | None = None, *, about: int | None = None
+    ) -> dict[str, NDArray[Any]]:
         """Numbers of the steps from `first` to `last`, each of shape (steps,); "step" is always there.
 
-        names: fields of StepRecord that are numbers, or "logged.N" for the N-th number beside the loss.
+        names: fields of StepRecord that are numbers, or "logged.N" for the N-th number beside the loss. about: how many
+        steps are enough, spread evenly over those there are.
         """
-        parts = [part.between(first, last) for part in self._parts()]
-        return {name: joined([_column(part.rows, name) for part in parts]) for name in dict.fromkeys(["step", *names])}
+        parts = [part.between(first, last).rows for part in self._parts()]
+        if about is not None:
+            every = max(1, sum(map(len, parts)) // about)
+            parts = [rows[::every] for rows in parts]
+        return {name: joined([column(rows, name) for rows in parts]) for name in dict.fromkeys(["step", *names])}
 
     def norms(
         self, first: int = 0, last: int | None = None, parameter: int | None = None
@@ -320,7 +334,7 @@ class JobHistory:
         folder = self._folder(incarnation)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{LAYOUT}"
-        temporary.write_text(json.dumps(layout.__dict__))
+        temporary.write_text(json.dumps(asdict(layout)))
         temporary.rename(folder / LAYOUT)
 
     def _read(self, incarnation: int, layout: RowLayout) -> _Part:
@@ -346,6 +360,9 @@ class JobHistory:
 
     def _parts(self) -> Iterator[_Part]:
         """What is not hidden, in the order of steps."""
+        if self._still is not None:
+            yield from self._still
+            return
         for incarnation, layout, hidden in self._visible():
             part = self._read(incarnation, layout)
             yield part if hidden is None else part.between(0, hidden - 1)
@@ -355,31 +372,3 @@ def _noise_totals(signals: NDArray[np.float64]) -> NDArray[np.float64]:
     """Of all parameters together, shape (steps, 2). signals: shape (steps, signals, parameters)."""
     totals: NDArray[np.float64] = signals[:, [NAMES.index(name) for name in NOISE]].sum(axis=2)
     return totals
-
-
-def _numbers(data: bytes, count: int) -> NDArray[np.float64]:
-    """Little-endian float64 of a known count; not-a-numbers when there are none."""
-    values = np.frombuffer(data, "<f8")
-    return values if len(values) == count else np.full(count, np.nan)
-
-
-def _column(rows: NDArray[Any], name: str) -> NDArray[Any]:
-    field, _, index = name.partition(".")
-    if index:
-        logged = rows["logged"]
-        return logged[:, int(index)] if int(index) < logged.shape[1] else np.full(len(rows), np.nan)
-    names = rows.dtype.names or ()
-    return rows[field] if field in names else np.full(len(rows), np.nan)
-
-
-def _to_records(rows: NDArray[Any], norms: NDArray[np.float64]) -> list[StepRecord]:
-    names = rows.dtype.names or ()
-    scalars = [name for name in SCALARS if name in names]
-    columns = [rows[name].tolist() for name in scalars]
-    logged = [b"" if np.isnan(values).all() else values.tobytes() for values in rows["logged"]]
-    packed = [values.tobytes() for values in norms]
-    missing: dict[str, Any] = {name: math.nan for name in SCALARS if name not in names}  # in those of an older version
-    return [
-        StepRecord(**missing, **dict(zip(scalars, row, strict=True)), parameter_norms=own, logged=beside)
-        for row, own, beside in zip(zip(*columns, strict=True), packed, logged, strict=True)
-    ]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from alembic import command
@@ -25,6 +25,8 @@ from services.store.tokens import Tokens
 from steepest.change_spec import ChangeSpec
 from steepest.errors import ConflictError, NotFoundError
 from steepest.jobs import Finding
+
+NEWEST_EVALUATIONS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,13 @@ class JobRow:
         return hashlib.sha256(decided.encode()).hexdigest()[:16]
 
 
+class Newest(NamedTuple):
+    """The number of a job's last event, and (step, metrics) of its last evaluations, in order."""
+
+    event: int
+    evaluations: list[tuple[int, dict[str, float]]]
+
+
 @dataclass(frozen=True, slots=True)
 class EventRow:
     """A change of state."""
@@ -108,6 +117,7 @@ class Store:
         self._migrate()
         self._write = threading.Lock()
         self._known = Known[JobRow]()
+        self._newest = Known[Newest]()
         self.tokens = Tokens(self._engine, self._write)
 
     def _migrate(self) -> None:
@@ -130,13 +140,14 @@ class Store:
         self._engine.dispose()
 
     @contextmanager
-    def _writing(self, job: str) -> Iterator[sa.Connection]:
-        """A transaction that changes a job."""
+    def _writing(self, job: str, *changed: Known[Any]) -> Iterator[sa.Connection]:
+        """A transaction that changes a job. changed: what is kept of it that is then read anew; all by default."""
         try:
             with self._write, self._engine.begin() as connection:
                 yield connection
         finally:
-            self._known.written(job)
+            for known in changed or (self._known, self._newest):
+                known.written(job)
 
     # -- jobs -------------------------------------------------------------------------------------------------------
 
@@ -146,7 +157,7 @@ class Store:
 
         The same request_id again returns the first one's job. Raises ConflictError when the id is taken.
         """
-        with self._write, self._engine.begin() as connection:
+        with self._writing(row.id) as connection:
             same = _of_request(connection, row.request_id)
             if same is not None:
                 return same
@@ -247,7 +258,7 @@ class Store:
         """Change fields of a job other than its state: workers, incarnation, result."""
         if "result" in values:
             values["result"] = _result_json(values["result"])
-        with self._writing(job) as connection:
+        with self._writing(job, self._known) as connection:
             connection.execute(sa.update(jobs).where(jobs.c.id == job).values(**values))
 
     # -- events -----------------------------------------------------------------------------------------------------
@@ -260,7 +271,7 @@ class Store:
     @retried
     def note(self, job: str, reason: str, now: float) -> None:
         """An event without a change of state, such as a worker that was replaced."""
-        with self._write, self._engine.begin() as connection:
+        with self._writing(job, self._newest) as connection:
             state = connection.execute(sa.select(jobs.c.state).where(jobs.c.id == job)).scalar_one()
             self._add_event(connection, job, now, JobState(state), reason)
 
@@ -277,7 +288,7 @@ class Store:
     @retried
     def add_evaluation(self, job: str, step: int, metrics: Mapping[str, float]) -> None:
         """Keep the metrics of an evaluation, in the place of an earlier one of the same step."""
-        with self._write, self._engine.begin() as connection:
+        with self._writing(job, self._newest) as connection:
             connection.execute(sa.delete(evaluations).where(evaluations.c.job == job, evaluations.c.step == step))
             values = {"job": job, "step": step, "metrics": json.dumps(dict(metrics))}
             connection.execute(sa.insert(evaluations).values(**values))
@@ -285,7 +296,7 @@ class Store:
     @retried
     def rewind(self, job: str, step: int) -> None:
         """Forget the evaluations after `step`: they will be computed again."""
-        with self._write, self._engine.begin() as connection:
+        with self._writing(job, self._newest) as connection:
             connection.execute(sa.delete(evaluations).where(evaluations.c.job == job, evaluations.c.step > step))
 
     @retried
@@ -295,6 +306,21 @@ class Store:
         query = sa.select(evaluations).where(*wanted).order_by(evaluations.c.step)
         with self._engine.connect() as connection:
             return [(row.step, json.loads(row.metrics)) for row in connection.execute(query)]
+
+    @retried
+    def newest(self, job: str) -> Newest:
+        """What pages and streams ask for again and again: it is read once after each change."""
+        known = self._newest.get(job)
+        if known is not None:
+            return known
+        reading = self._newest.reading
+        query = sa.select(evaluations).where(evaluations.c.job == job).order_by(evaluations.c.step.desc())
+        with self._engine.connect() as connection:
+            event = connection.execute(sa.select(sa.func.max(events.c.sequence)).where(events.c.job == job)).scalar()
+            found = [(row.step, json.loads(row.metrics)) for row in connection.execute(query.limit(NEWEST_EVALUATIONS))]
+        newest = Newest(event or 0, found[::-1])
+        self._newest.keep(job, newest, reading)
+        return newest
 
 
 def _of_request(connection: sa.Connection, request_id: str) -> JobRow | None:

@@ -215,6 +215,25 @@ def test_another_version_may_have_other_numbers(history: JobHistory, tmp_path: P
     assert [(r.step, r.loss) for r in again.records()] == [(0, 2.0), (1, 1.0)]
 
 
+def test_a_history_held_still_has_what_it_had(history: JobHistory) -> None:
+    history.append(1, [record(step, loss=step) for step in range(6)])
+    still = history.still()
+    history.append(1, [record(6)])
+    history.begin(2, 3)
+    history.append(2, [record(3, loss=30.0)])
+    assert still.columns(["loss"])["loss"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert still.records(4)[0].step == 4
+    assert still.still().columns(["loss"])["loss"].tolist() == [0, 1, 2, 30]
+
+
+def test_a_sketch_of_a_long_history_is_spread_over_it(history: JobHistory) -> None:
+    history.append(1, [record(step, loss=step) for step in range(700)])
+    history.begin(2, 600)
+    history.append(2, [record(step, loss=step) for step in range(600, 1000)])
+    assert history.columns(["loss"], about=100)["loss"].tolist() == list(range(0, 1000, 10))
+    assert len(history.columns(["loss"], about=5000)["loss"]) == 1000
+
+
 def test_throughput_is_over_the_last_half(history: JobHistory) -> None:
     times = [0.0, 10.0, 20.0, 30.0, 31.0, 32.0, 33.0]
     history.append(1, [record(i, t) for i, t in enumerate(times[:5])])

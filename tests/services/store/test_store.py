@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from services.store.lifecycle import JobState
-from services.store.store import Result, Store
+from services.store.store import NEWEST_EVALUATIONS, Newest, Result, Store
 from steepest.errors import ConflictError, NotFoundError
 from steepest.jobs import Finding
 from tests.support.rows import job_row as job
@@ -66,6 +66,25 @@ def test_evaluations_are_kept_until_they_are_computed_again(store: Store) -> Non
     assert store.evaluations_of("a")[1] == (4, {"loss": 0.25})
     store.rewind("a", 4)
     assert [step for step, _ in store.evaluations_of("a")] == [2, 4]
+
+
+def test_the_newest_is_what_was_written_last(store: Store) -> None:
+    assert store.newest("a") == Newest(0, [])
+    store.create(job())
+    assert store.newest("a") == Newest(1, [])
+    store.note("a", "a worker died", 4.0)
+    store.update("a", workers=2)
+    assert store.newest("a") == Newest(2, [])
+    store.move("a", JobState.STARTING, "there is room", 5.0)
+    for step in range(NEWEST_EVALUATIONS + 5):
+        store.add_evaluation("a", step, {"loss": 0.5})
+    newest = store.newest("a")
+    assert newest.event == 3
+    assert [step for step, _ in newest.evaluations] == list(range(5, NEWEST_EVALUATIONS + 5))
+    store.rewind("a", 2)
+    assert store.newest("a").evaluations == [(step, {"loss": 0.5}) for step in range(3)]
+    store.delete("a")
+    assert store.newest("a") == Newest(0, [])
 
 
 def test_what_was_acknowledged_is_there_after_a_restart(new_url: Callable[[], str]) -> None:
