@@ -15,6 +15,8 @@ import os
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 import argparse
+import contextlib
+import itertools
 import math
 import statistics
 import tempfile
@@ -25,6 +27,8 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.peers import LR, MAX_NORM, Peer, RayPeer
 from benchmarks.report import RESULTS, write_report
@@ -48,6 +52,15 @@ class Comparison:
     theirs: float
     ratio: float
     spread: tuple[float, float]
+
+
+def _processor_seconds() -> float:
+    """Of this process and all that come from it."""
+    me, seconds = psutil.Process(), 0.0
+    for process in itertools.chain([me], me.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            seconds += sum(process.cpu_times()[:2])
+    return seconds
 
 
 class Ours:
@@ -91,6 +104,7 @@ class Ours:
         self._await(lambda: self._job.get().state == "RUNNING" and self._job.get().step > FIRST_STEPS)
         self._await(lambda: all(w.state == "running" for w in self._job.get().workers))
         self._next = 0
+        self.processor_step = 0.0  # seconds of a step of the last round, of all processes, the service's too
 
     def _await(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -108,18 +122,19 @@ class Ours:
         times = [record["time"] for record in self._records(seconds, min_steps + 2)]
         return [after - before for before, after in pairwise(times)]
 
-    def mean_step(self, seconds: float, min_steps: int) -> float:
-        """Seconds of a step over a round, from the first record of it that was kept to the last."""
-        records = self._records(seconds, min_steps)
+    def mean_step(self, seconds: float, min_steps: int, every: int) -> float:
+        """Seconds of a step over a round, from the first multiple of `every` in it to the last."""
+        records = [record for record in self._records(seconds, min_steps) if record["step"] % every == 0]
         return float((records[-1]["time"] - records[0]["time"]) / (records[-1]["step"] - records[0]["step"]))
 
     def _records(self, seconds: float, min_steps: int) -> list[dict[str, Any]]:
         """Let it run for so long and so many steps at least; what was kept of them."""
-        first = self._next
+        first, before = self._next, _processor_seconds()
         self._job.resume()
         time.sleep(seconds)
         self._await(lambda: self._job.get().step >= first + min_steps)
         self.pause()
+        self.processor_step = (_processor_seconds() - before) / (self._next - first)
         return list(self._job.history(first))
 
     def pids(self) -> list[int]:

@@ -5,8 +5,9 @@ with two workers through the service. Off: the record of one step in 50 goes to 
 parameters. Norms: that of every step, with the gradient norm of every parameter. Default: as a job
 has it that says nothing, with the seven other signals of every parameter in one step of twenty, and histograms in one
 of a hundred. All: with the signals in every step. Curvature, only with --sides: the default, and the curvature in one
-step of 1,000, for which every round has so many steps. They run in turns; a figure is the mean step of a round, a ratio
-the median over the rounds.
+step of 1,000, for which every round has so many steps. They run in turns; a figure is the mean step of a round between
+multiples of 50 steps, which all sides keep, so that none has the moments of going on and of pausing in it; a ratio is
+the median over the rounds. Beside the clock stands the processor time of all processes, the service's too, by step.
 """
 
 from __future__ import annotations
@@ -58,19 +59,31 @@ def main() -> None:
                 SIDES["curvature"]["curvature_every"] if "curvature" in options.sides else 3 * SIDES["off"]["every"]
             )
             means: dict[str, list[float]] = {side: [] for side in options.sides}
+            busy: dict[str, list[float]] = {side: [] for side in options.sides}
             for number in range(options.rounds):
                 for side in options.sides[:: 1 if number % 2 else -1]:
-                    means[side].append(jobs[side].mean_step(options.seconds, least_steps))
+                    means[side].append(jobs[side].mean_step(options.seconds, least_steps, SIDES["off"]["every"]))
+                    busy[side].append(jobs[side].processor_step)
             for job in jobs.values():
                 job.close()
-    print("| telemetry | step, ms | to off | spread of rounds |")
-    print("|---|---|---|---|")
+    print("| telemetry | step, ms | to off | spread of rounds | processor time, ms | to off |")
+    print("|---|---|---|---|---|---|")
     report = {}
     for side, own in means.items():
         ratios = [on / off for on, off in zip(own, means["off"], strict=True)]
-        report[side] = {"step": statistics.median(own), "ratio": statistics.median(ratios), "ratios": ratios}
+        processor = statistics.median(busy[side])
+        report[side] = {
+            "step": statistics.median(own),
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
+            "processor": processor,
+            "processor_ratio": statistics.median(on / off for on, off in zip(busy[side], busy["off"], strict=True)),
+        }
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-        print(f"| {side} | {report[side]['step'] * 1e3:.2f} | {report[side]['ratio']:.3f} | {spread} |")
+        print(
+            f"| {side} | {report[side]['step'] * 1e3:.2f} | {report[side]['ratio']:.3f} | {spread} "
+            f"| {processor * 1e3:.2f} | {report[side]['processor_ratio']:.3f} |"
+        )
     write_report(options.json, **report)
 
 

@@ -29,7 +29,7 @@ _KINDS: dict[type[nn.Module], tuple[float, float] | str] = {
     nn.Softplus: FREE,
 }
 LEAST_SAMPLES = 16  # of a micro-batch, with fewer of which a unit may well be off for all
-AT_ONCE = 50  # modules that are looked at in one pass of a running job; the others have their turn in later ones
+AT_ONCE = 25  # modules that are looked at in one pass of a running job; the others have their turn in later ones
 NEAR = 0.015  # of the distance between the bounds: for tanh, beyond 0.97, where a gradient loses 94 % of its size
 
 
@@ -78,13 +78,18 @@ class Activations:
         Not a number for a module that was not called or not looked at; a share, too, where it has no meaning or there
         were too few samples to say.
         """
-        nothing = [(math.nan, math.nan)]
-        found = [[each[kind] for each in self._seen.get(name, nothing)] for kind in (0, 1) for name in self._modules]
-        if any(isinstance(value, torch.Tensor) for own in found for value in own):  # one wait for all
-            flat = torch.stack([torch.as_tensor(value, dtype=torch.float64).cpu() for own in found for value in own])
+        found = {name: [[each[kind] for each in seen] for kind in (0, 1)] for name, seen in self._seen.items()}
+        if any(isinstance(value, torch.Tensor) for pair in found.values() for own in pair for value in own):
+            flat = torch.stack(  # one wait for all
+                [torch.as_tensor(v, dtype=torch.float64).cpu() for pair in found.values() for own in pair for v in own]
+            )
             values = iter(flat.tolist())
-            found = [[next(values) for _ in own] for own in found]
-        return np.array([sum(own) / len(own) for own in found], "<f8").tobytes()
+            found = {name: [[next(values) for _ in own] for own in pair] for name, pair in found.items()}
+        out = np.full((2, len(self._modules)), math.nan, "<f8")
+        for column, name in enumerate(self._modules):
+            if name in found:
+                out[:, column] = [sum(own) / len(own) for own in found[name]]
+        return out.tobytes()
 
 
 def _size(output: torch.Tensor) -> float | torch.Tensor:
