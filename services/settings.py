@@ -20,7 +20,8 @@ class Settings:
     to keep jobs in; empty: SQLite, beside the rest. retention_days: how long jobs are kept after they
     ended; 0: until they are deleted. keeps_jobs: whether jobs on an existing Ray cluster go on while there
     is no service, which takes one that comes back. preemption: whether a running job gives its room to a waiting one of
-    higher priority. secrets_directory: with a file for every secret that jobs may name. health_actions: by rule, of
+    higher priority. secrets_directory: with a file for every secret that jobs may name.
+    allows_requirements: whether jobs may name packages that go along with their code. health_actions: by rule, of
     jobs whose spec does not name it.
     """
 
@@ -43,6 +44,7 @@ class Settings:
     keeps_jobs: bool = False
     preemption: bool = False
     secrets_directory: Path | None = None
+    allows_requirements: bool = True
     health_actions: Mapping[Rule, Action] = field(default_factory=dict)
 
     @property

@@ -29,15 +29,24 @@ def describe_task(bundle: Bundle, spec: TrainingJobSpec) -> tuple[TrainingJobSpe
 
     Raises SpecError for what a service would refuse.
     """
-    from ps.job.code import unpack_code
     from services.cluster.fork_server import REHEARSAL, ForkServer
     from services.jobs.task_probe import TaskProbe
 
-    with tempfile.TemporaryDirectory(prefix="steepest-plan-") as directory:
-        code = unpack_code(bundle.data, Path(directory)) if bundle.data else None
-        with contextlib.closing(ForkServer([REHEARSAL])) as forks:
-            description = TaskProbe(forks).describe(spec, code, PROBE_SECONDS)
+    with _unpacked(bundle, spec) as code, contextlib.closing(ForkServer([REHEARSAL])) as forks:
+        description = TaskProbe(forks).describe(spec, code, PROBE_SECONDS)
     return description.completed(spec), description
+
+
+@contextlib.contextmanager
+def _unpacked(bundle: Bundle, spec: TrainingJobSpec) -> Iterator[Path | None]:
+    """A folder with the code and the packages it requires; None where there is neither. Raises SpecError."""
+    from ps.job.code import unpack_code
+    from services.jobs.packages import with_packages
+    from services.settings import Settings
+
+    code = with_packages(bundle.data, spec.requirements, seconds=PROBE_SECONDS, max_bytes=Settings.max_code_bytes).code
+    with tempfile.TemporaryDirectory(prefix="steepest-code-") as directory:
+        yield unpack_code(code, Path(directory)) if code else None
 
 
 def check_gradients(
@@ -54,12 +63,10 @@ def check_gradients(
 
     Raises SpecError for a task that a service would refuse, or that cannot be computed in float64.
     """
-    from ps.job.code import unpack_code
     from services.jobs.analysis import question, run_analysis
 
     spec, description = describe_task(bundle, spec)
-    with tempfile.TemporaryDirectory(prefix="steepest-check-") as directory:
-        code = unpack_code(bundle.data, Path(directory)) if bundle.data else None
+    with _unpacked(bundle, spec) as code:
         samples = min(spec.data.micro_batch_size, description.num_samples)
         request = question("check_gradients", spec, code, description, samples, processes)
         for said in run_analysis({**request, "expected": expected, "got": got, "tolerance": tolerance}):

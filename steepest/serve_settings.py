@@ -39,6 +39,7 @@ class ServeSettings(BaseSettings):
     tls_client_ca: Path | None = None
     retention_days: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     preemption: bool = False
+    requirements: bool = True
     secrets_dir: DirectoryPath | None = None
     health_actions: dict[Rule, Action] = {}
 
@@ -58,6 +59,7 @@ class ServeSettings(BaseSettings):
             "retention_days": self.retention_days,
             "keeps_jobs": True,
             "preemption": self.preemption,
+            "allows_requirements": self.requirements,
             "secrets_directory": self.secrets_dir,
             "health_actions": dict(self.health_actions),
         }

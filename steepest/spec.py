@@ -18,6 +18,7 @@ from steepest.memory_spec import MemorySpec
 from steepest.optimizer_base import OptimizerSpec
 from steepest.optimizer_spec import ELEMENTWISE, HYPER_PARAMETERS, OPTIMIZER_NAMES, AdamwSpec, AnyOptimizer
 from steepest.placement_spec import DEFAULT_MAX_WORKERS, PlacementSpec
+from steepest.requirements_spec import Requirements
 from steepest.spec_base import Labels, NonNegativeInt, PositiveFloat, PositiveInt, SpecModel
 from steepest.spec_violations import violation
 from steepest.step_spec import (
@@ -214,6 +215,11 @@ class TrainingJobSpec(SpecModel):
         default={},
         description="Environment variables that get their values from the service's secrets: NAME = SECRET. Values are "
         "hidden in all that is printed and told.",
+    )
+    requirements: Requirements = Field(
+        default=(),
+        description="Packages that the task's code needs and the service may not have, as on pip's command line: "
+        "einops or einops>=0.8. They go along with the code.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0,

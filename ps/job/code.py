@@ -17,6 +17,7 @@ from pathlib import Path
 
 MAX_UNPACKED_BYTES, MAX_NAME_BYTES = 2 << 30, 255
 OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES}
+PACKAGES_FOLDER = "_steepest_packages"  # in a bundle: what was installed for the code
 PACKAGES = {"steepest", "ps", "worker", "services", "torch", "numpy", "ray"}  # which a task and its process must share
 
 
@@ -85,6 +86,8 @@ def put_first(code: Path) -> None:
     """Have imports find the user's modules first, even those whose name an installed module has already taken."""
     if str(code) not in sys.path:
         sys.path.insert(0, str(code))
+        if (code / PACKAGES_FOLDER).is_dir():  # last, for they take the place of nothing that is installed
+            sys.path.append(str(code / PACKAGES_FOLDER))
         importlib.invalidate_caches()
     own = {entry.stem if entry.suffix == ".py" else entry.name for entry in code.iterdir()}
     for name in own & {module.partition(".")[0] for module in sys.modules} - set(sys.stdlib_module_names):

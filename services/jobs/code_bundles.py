@@ -6,10 +6,11 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ps.job.code import opened, unpack_code
+from ps.job.code import PACKAGES_FOLDER, opened, unpack_code
+from services.jobs.packages import with_packages
 from steepest.bundle import RESERVED_NAMES
 from steepest.errors import SpecError, Violation
 
@@ -36,6 +37,18 @@ class CodeStore:
                 check_reserved(archive.namelist())
         except ValueError as error:
             raise SpecError([Violation("data", f"is no archive of code: {error}")]) from None
+        return self._keep(bytes(data))
+
+    def with_packages(self, name: str, requirements: Sequence[str], seconds: float) -> tuple[str, tuple[str, ...]]:
+        """(the name of a bundle with packages for a code, what they are). Raises SpecError.
+
+        name: of a bundle, or empty. See services.jobs.packages.
+        """
+        code = self.read(name)
+        packed = with_packages(code, requirements, seconds=seconds, max_bytes=self._max_bytes)
+        return name if packed.code == code else self._keep(packed.code), packed.packages
+
+    def _keep(self, data: bytes) -> str:
         digest = hashlib.sha256(data).hexdigest()
         path = self._directory / f"{digest}.zip"
         if not path.exists():
@@ -70,6 +83,6 @@ def check_reserved(names: Iterable[str]) -> None:
     """Raises SpecError for a member that would hide a package of the service."""
     for name in names:
         top = name.split("/")[0].removesuffix(".py")
-        if top in RESERVED_NAMES:
+        if top in RESERVED_NAMES or top == PACKAGES_FOLDER:
             problem = f"{name}: the top-level name {top!r} is reserved in a worker; rename that file"
             raise SpecError([Violation("task.code_bundle", problem)])

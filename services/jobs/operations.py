@@ -81,7 +81,7 @@ class Operations:
             return known
         if self._store.exists(job):
             raise ConflictError(f"training_job_id: {job!r} is taken; choose another --name")
-        spec = self._with_rules(self._with_weights(spec))
+        spec, packages = self._with_packages(self._with_rules(self._with_weights(spec)))
         owner = current_caller().name
         description = self._probe.describe(
             spec,
@@ -118,7 +118,8 @@ class Operations:
             result=Result(),
             owner=owner,
         )
-        notes = [f"warning: {message}" for _, message in description.warnings]
+        notes = [f"packages that go along with the code: {', '.join(packages)}"] if packages else []
+        notes += [f"warning: {message}" for _, message in description.warnings]
         row = self._store.create(new, notes, spec.labels)
         if description.printed and row is new:
             log = JobLog(self._settings.log_of(job), self._settings.max_log_bytes)
@@ -135,6 +136,15 @@ class Operations:
         if written is None:
             raise SpecError([Violation("init_from", f"{spec.init_from} has no checkpoint here")])
         return spec.model_copy(update={"init_from": str(written.path / MODEL)})
+
+    def _with_packages(self, spec: TrainingJobSpec) -> tuple[TrainingJobSpec, tuple[str, ...]]:
+        """(the spec with a code bundle that has the packages it requires, what they are). Raises SpecError."""
+        if spec.requirements and not self._settings.allows_requirements:
+            problem = "this service takes none (it runs with --no-requirements); have them installed where Ray runs"
+            raise SpecError([Violation("requirements", problem)])
+        bundle = spec.task.code_bundle
+        code, packages = self._bundles.with_packages(bundle, spec.requirements, self._settings.probe_timeout_seconds)
+        return spec.model_copy(update={"task": spec.task.model_copy(update={"code_bundle": code})}), packages
 
     def _with_rules(self, spec: TrainingJobSpec) -> TrainingJobSpec:
         """The spec with what the service's settings say of health rules that it does not name."""

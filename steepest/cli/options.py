@@ -65,6 +65,7 @@ class JobOptions:
     label: Sequence[str] = ()
     env: Sequence[str] = ()
     secret: Sequence[str] = ()
+    requirement: Sequence[str] = ()
     arg: Sequence[str] = ()
     set: Sequence[str] = ()
     spec: Mapping[str, str] = field(default_factory=dict)
@@ -98,6 +99,12 @@ def _parameters() -> list[inspect.Parameter]:
         help="Environment variable that holds a secret of the service; repeatable.",
         rich_help_panel=_TASK,
     )
+    requirement = Option(
+        metavar="PACKAGE",
+        help="Package that the code needs and the service may not have, as einops>=0.8; repeatable.",
+        rich_help_panel=_TASK,
+    )
+    options["requirement"] = (Annotated[list[str], requirement], [])
     options["env"] = (Annotated[list[str], variable], [])
     options["secret"] = (Annotated[list[str], secret], [])
     options["set"] = (Annotated[list[str], any_field], [])
@@ -119,7 +126,7 @@ def takes_job_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def wrapped(**values: Any) -> Any:
-        texts = {key: values.pop(key) for key in ("name", "label", "env", "secret", "arg", "set")}
+        texts = {key: values.pop(key) for key in ("name", "label", "env", "secret", "requirement", "arg", "set")}
         given = {path: values.pop(key) for key, (path, _, _) in _OPTIONS.items()}
         spec = {path: value for path, value in given.items() if value is not None}
         return command(options=JobOptions(**texts, spec=spec), **values)
@@ -166,6 +173,8 @@ def submission(task: str, options: JobOptions) -> Submission:
             if not equals:
                 raise SpecError([Violation(flag, f"{item!r} is not of the form KEY=VALUE")])
             spec[field_] = {**spec.get(field_, {}), key: value}
+    if options.requirement:
+        spec["requirements"] = [*spec.get("requirements", []), *options.requirement]
     arguments.update(_key_value("--arg", item) for item in options.arg)
     name = spec.pop("name", "")
     return Submission(task, options.name or name, arguments, spec)

@@ -60,6 +60,15 @@ def serve(
             "of that name."
         ),
     ] = None,
+    requirements: Annotated[
+        bool | None,
+        Option(
+            "--requirements/--no-requirements",
+            help="Whether jobs may name packages, which pip gets from its index as wheels and which go along with the "
+            "job's code.",
+            show_default="yes",
+        ),
+    ] = None,
     health_action: Annotated[
         list[str] | None,
         Option(metavar="RULE=ACTION", help="What a health rule does in jobs that do not say so; repeatable."),
@@ -85,6 +94,7 @@ def serve(
         "retention_days": retention_days,
         "preemption": preemption,
         "secrets_dir": secrets_dir,
+        "requirements": requirements,
         "health_actions": _actions(health_action or []) or None,
     }
     prepare_for_embedded_ray()

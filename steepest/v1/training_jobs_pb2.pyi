@@ -1492,6 +1492,7 @@ class TrainingJobSpec(_message.Message):
     MAX_SECONDS_FIELD_NUMBER: _builtins.int
     ENVIRONMENT_FIELD_NUMBER: _builtins.int
     SECRETS_FIELD_NUMBER: _builtins.int
+    REQUIREMENTS_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Seed of everything random: initial parameters, order of the data, dropout, augmentation."""
     steps: _builtins.int
@@ -1586,6 +1587,12 @@ class TrainingJobSpec(_message.Message):
         is printed and told.
         """
 
+    @_builtins.property
+    def requirements(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Packages that the task's code needs and the service may not have, as on pip's command line: einops or einops>=0.8.
+        They go along with the code.
+        """
+
     def __init__(
         self,
         *,
@@ -1618,10 +1625,11 @@ class TrainingJobSpec(_message.Message):
         max_seconds: _builtins.float | None = ...,
         environment: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         secrets: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        requirements: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_checkpoint_seconds", b"_checkpoint_seconds", "_compile", b"_compile", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_max_seconds", b"_max_seconds", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "average", b"average", "best", b"best", "checkpoint_every", b"checkpoint_every", "checkpoint_seconds", b"checkpoint_seconds", "clip", b"clip", "compile", b"compile", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "health", b"health", "init_from", b"init_from", "init_strict", b"init_strict", "max_seconds", b"max_seconds", "memory", b"memory", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_checkpoint_seconds", b"_checkpoint_seconds", "_compile", b"_compile", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_max_seconds", b"_max_seconds", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "average", b"average", "best", b"best", "changes", b"changes", "checkpoint_every", b"checkpoint_every", "checkpoint_seconds", b"checkpoint_seconds", "clip", b"clip", "compile", b"compile", "compression", b"compression", "data", b"data", "environment", b"environment", "epochs", b"epochs", "eval_every", b"eval_every", "health", b"health", "init_from", b"init_from", "init_strict", b"init_strict", "labels", b"labels", "max_seconds", b"max_seconds", "memory", b"memory", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "secrets", b"secrets", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_checkpoint_seconds", b"_checkpoint_seconds", "_compile", b"_compile", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_max_seconds", b"_max_seconds", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "average", b"average", "best", b"best", "changes", b"changes", "checkpoint_every", b"checkpoint_every", "checkpoint_seconds", b"checkpoint_seconds", "clip", b"clip", "compile", b"compile", "compression", b"compression", "data", b"data", "environment", b"environment", "epochs", b"epochs", "eval_every", b"eval_every", "health", b"health", "init_from", b"init_from", "init_strict", b"init_strict", "labels", b"labels", "max_seconds", b"max_seconds", "memory", b"memory", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "requirements", b"requirements", "schedule", b"schedule", "secrets", b"secrets", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checkpoint_every: _TypeAlias = _typing.Literal["checkpoint_every"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_every: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every"]  # noqa: Y015

@@ -275,3 +275,11 @@ def prints_markup() -> steepest.Task:
     """Prints what a page must not take for its own."""
     print("<img src=x onerror=alert(1)>")
     return regression()
+
+
+def requiring() -> steepest.Task:
+    """It needs a package that is not installed."""
+    import steepest_extra
+
+    print(f"steepest_extra has {steepest_extra.SCALE}", flush=True)
+    return regression()
