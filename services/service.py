@@ -24,6 +24,7 @@ from services.jobs.access import Access
 from services.jobs.admission import Admission
 from services.jobs.analysis import Analyses
 from services.jobs.audit import Audit
+from services.jobs.call_limit import CallLimit
 from services.jobs.code_bundles import CodeStore
 from services.jobs.operations import Operations
 from services.jobs.retention import Retention
@@ -55,7 +56,7 @@ class Service:
             stack.callback(self.store.close)
             audit = Audit(settings.audit_log)
             stack.callback(audit.close)
-            access = Access(self.store, audit)
+            access = Access(self.store, audit, CallLimit(settings.calls_per_second))
             _check_exposure(settings, access)
             self._http = HttpServer(settings, access)
             stack.callback(self._http.stop)

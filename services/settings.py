@@ -21,7 +21,8 @@ class Settings:
     ended; 0: until they are deleted. keeps_jobs: whether jobs on an existing Ray cluster go on while there
     is no service, which takes one that comes back. preemption: whether a running job gives its room to a waiting one of
     higher priority. secrets_directory: with a file for every secret that jobs may name.
-    allows_requirements: whether jobs may name packages that go along with their code. health_actions: by rule, of
+    allows_requirements: whether jobs may name packages that go along with their code. calls_per_second: of one
+    caller; 0: as many as they like. health_actions: by rule, of
     jobs whose spec does not name it.
     """
 
@@ -45,6 +46,7 @@ class Settings:
     preemption: bool = False
     secrets_directory: Path | None = None
     allows_requirements: bool = True
+    calls_per_second: float = 0.0
     health_actions: Mapping[Rule, Action] = field(default_factory=dict)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ from steepest.errors import (
     ServiceUnavailableError,
     SpecError,
     SteepestError,
+    TooManyCallsError,
     UnauthenticatedError,
     Violation,
 )
@@ -135,7 +137,7 @@ class Client:
         return self._create(name, message)
 
     def _upload(self, data: bytes) -> str:
-        pieces = (pb.UploadCodeRequest(data=data[i : i + CHUNK_BYTES]) for i in range(0, len(data), CHUNK_BYTES))
+        pieces = [pb.UploadCodeRequest(data=data[i : i + CHUNK_BYTES]) for i in range(0, len(data), CHUNK_BYTES)]
         bundle: pb.CodeBundle = self._call(self._stub.UploadCode, pieces, CREATE_SECONDS)
         return bundle.name
 
@@ -165,10 +167,16 @@ class Client:
         return server_info_from_proto(self._call(self._stub.GetServerInfo, pb.GetServerInfoRequest()))
 
     def _call(self, method: Callable[..., Any], request: Any, timeout: float = CALL_SECONDS) -> Any:
-        try:
-            return method(request, timeout=timeout)
-        except grpc.RpcError as error:
-            raise self.translate(error) from None
+        """One call; one that is made too soon after others is made again, when the service says so."""
+        ends = time.monotonic() + timeout
+        while True:
+            try:
+                return method(iter(request) if isinstance(request, list) else request, timeout=timeout)
+            except grpc.RpcError as error:
+                pause = retry_delay(error)
+                if pause is None or time.monotonic() + pause > ends:
+                    raise self.translate(error) from None
+                time.sleep(pause)
 
     def translate(self, error: grpc.RpcError) -> SteepestError:
         """The error of this package that a gRPC error stands for."""
@@ -188,6 +196,8 @@ class Client:
                 return UnauthenticatedError(message)
             case grpc.StatusCode.PERMISSION_DENIED:
                 return PermissionDeniedError(message)
+            case grpc.StatusCode.RESOURCE_EXHAUSTED if (pause := retry_delay(error)) is not None:
+                return TooManyCallsError(message, pause)
             case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED:
                 return ServiceUnavailableError(f"the service at {self.address} does not answer: {message}")
         return SteepestError(f"{code.name}: {message}")
@@ -200,6 +210,16 @@ def _own_certificate() -> tuple[str, str] | None:
     if bool(certificate) != bool(key):
         raise SpecError([Violation(names[not certificate], f"is set without {names[not key]}; they come together")])
     return (certificate, key) if certificate else None
+
+
+def retry_delay(error: grpc.RpcError) -> float | None:
+    """Seconds after which the service wants to be asked again; None where it does not say."""
+    status = rpc_status.from_call(error)
+    for detail in status.details if status is not None else ():
+        info = error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            return float(info.retry_delay.seconds + info.retry_delay.nanos / 1e9)
+    return None
 
 
 def _violations(error: grpc.RpcError) -> list[Violation]:

@@ -7,6 +7,7 @@ SteepestError
 ├── ConflictError       the request does not fit the job's state, or the id is taken
 ├── UnauthenticatedError    the service needs a token, and there is none, or one that it does not know
 ├── PermissionDeniedError   the token may not do that
+├── TooManyCallsError       the caller asks more often than the service lets one
 └── ServiceUnavailableError    the service does not answer, or a resource it needs is not there
 """
 
@@ -65,6 +66,14 @@ class UnauthenticatedError(SteepestError):
 
 class PermissionDeniedError(SteepestError):
     """The token may not do that."""
+
+
+class TooManyCallsError(SteepestError):
+    """The caller asks too often. retry_seconds: after which it may ask again."""
+
+    def __init__(self, message: str, retry_seconds: float = 1.0) -> None:
+        self.retry_seconds = retry_seconds
+        super().__init__(message)
 
 
 class ServiceUnavailableError(SteepestError):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from steepest.errors import JobFailedError, ServiceUnavailableError, SpecError, Violation
+from steepest.errors import JobFailedError, ServiceUnavailableError, SpecError, TooManyCallsError, Violation
 from steepest.follow import news_of
 from steepest.jobs import (
     MAX_PRIORITY,
@@ -111,9 +111,11 @@ class Job:
     def _pause_before_retry(self, error: grpc.RpcError, since: float | None) -> float:
         """Wait a moment; since when the connection is broken. Raises what cannot be mended, or lasts too long."""
         since = since or time.monotonic()
-        if error.code() != grpc.StatusCode.UNAVAILABLE or time.monotonic() - since > RECONNECT_SECONDS:
-            raise self._client.translate(error) from None
-        time.sleep(RETRY_SECONDS)
+        found = self._client.translate(error)
+        is_broken = error.code() == grpc.StatusCode.UNAVAILABLE or isinstance(found, TooManyCallsError)
+        if not is_broken or time.monotonic() - since > RECONNECT_SECONDS:
+            raise found from None
+        time.sleep(max(RETRY_SECONDS, getattr(found, "retry_seconds", 0.0)))
         return since
 
     def wait(

@@ -40,6 +40,7 @@ class ServeSettings(BaseSettings):
     retention_days: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     preemption: bool = False
     requirements: bool = True
+    calls_per_second: float = Field(default=500.0, ge=0.0, allow_inf_nan=False)
     secrets_dir: DirectoryPath | None = None
     health_actions: dict[Rule, Action] = {}
 
@@ -60,6 +61,7 @@ class ServeSettings(BaseSettings):
             "keeps_jobs": True,
             "preemption": self.preemption,
             "allows_requirements": self.requirements,
+            "calls_per_second": self.calls_per_second,
             "secrets_directory": self.secrets_dir,
             "health_actions": dict(self.health_actions),
         }

@@ -54,7 +54,7 @@ class AccessInterceptor(grpc.ServerInterceptor):
 
     def _admit(self, need: Need, request: Any, context: grpc.ServicerContext, call: Call) -> Caller:
         said = dict(context.invocation_metadata()).get("authorization", "")
-        caller = self._access.caller(said if isinstance(said, str) else "")
+        caller = self._access.caller(said if isinstance(said, str) else "", context.peer())
         call.caller = caller.name
         self._access.check(caller, need, request.name.removeprefix(PREFIX) if need is Need.OWN else "")
         return caller

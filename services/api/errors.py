@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import grpc
-from google.protobuf import any_pb2
+from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -23,6 +23,7 @@ from steepest.errors import (
     ServiceUnavailableError,
     SpecError,
     SteepestError,
+    TooManyCallsError,
     UnauthenticatedError,
     Violation,
 )
@@ -43,6 +44,7 @@ CATALOGUE: dict[type[SteepestError], tuple[int, str]] = {
     OutOfRangeError: (code_pb2.OUT_OF_RANGE, "OUT_OF_RANGE"),
     UnauthenticatedError: (code_pb2.UNAUTHENTICATED, "TOKEN_NEEDED"),
     PermissionDeniedError: (code_pb2.PERMISSION_DENIED, "NOT_ALLOWED"),
+    TooManyCallsError: (code_pb2.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS"),
 }
 
 
@@ -56,6 +58,10 @@ def status_of(error: Exception) -> status_pb2.Status:
                 most = MAX_DETAILS_BYTES // max(len(shown), 1)
                 violations = [_violation(each, most) for each in shown]
                 details.append(error_details_pb2.BadRequest(field_violations=violations))
+            if isinstance(error, TooManyCallsError):
+                pause = duration_pb2.Duration(nanos=round(error.retry_seconds * 1e9) % 10**9)
+                pause.seconds = int(error.retry_seconds)
+                details.append(error_details_pb2.RetryInfo(retry_delay=pause))
             message = shortened(str(error), MAX_SAID_BYTES)
             return status_pb2.Status(code=code, message=message, details=[_packed(d) for d in details])
     reference = secrets.token_hex(4)

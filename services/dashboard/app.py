@@ -31,6 +31,7 @@ from steepest.errors import (
     ServiceUnavailableError,
     SpecError,
     SteepestError,
+    TooManyCallsError,
     UnauthenticatedError,
     Violation,
 )
@@ -53,6 +54,7 @@ _STATUS: dict[type[Exception], int] = {
     PermissionDeniedError: 403,
     UnauthenticatedError: 401,
     ServiceUnavailableError: 503,
+    TooManyCallsError: 429,
 }
 _CURSOR = re.compile(r"\d{1,18}:\d{1,18}:\d{1,18}")
 DEFAULT_POINTS = 600
@@ -165,7 +167,7 @@ class Page:
         def make() -> Response:
             try:
                 with self._access.audit.of(Call("sign-in", peer_of(request)), changes=True) as call:
-                    caller, token = sign_in(self._access, _body(request, raw))
+                    caller, token = sign_in(self._access, _body(request, raw), peer_of(request))
                     call.caller = caller.name
             except (SteepestError, ForbiddenError) as error:
                 return _refused(error)

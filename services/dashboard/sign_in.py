@@ -13,12 +13,12 @@ from steepest.errors import SpecError, Violation
 SECONDS = 30 * 24 * 3600
 
 
-def sign_in(access: Access, body: Any) -> tuple[Caller, str]:
-    """(who signs in, the token). Raises SpecError, UnauthenticatedError."""
+def sign_in(access: Access, body: Any, peer: str) -> tuple[Caller, str]:
+    """(who signs in, the token). Raises SpecError, UnauthenticatedError, TooManyCallsError."""
     token = body.get("token") if isinstance(body, dict) else None
     if not isinstance(token, str) or not token.isascii() or not token.isprintable():
         raise SpecError([Violation("token", "there is none in the request")])
-    return access.caller(BEARER + token.strip()), token.strip()
+    return access.caller(BEARER + token.strip(), peer), token.strip()
 
 
 def leave(response: Response, token: str, *, over_tls: bool) -> None:

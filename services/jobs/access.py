@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from services.jobs.audit import Audit
+from services.jobs.call_limit import CallLimit
 from services.store.store import JobRow, Store
 from services.store.tokens import Role
 from steepest.errors import PermissionDeniedError, UnauthenticatedError
@@ -82,16 +83,29 @@ def answering(caller: Caller) -> Iterator[None]:
 class Access:
     """Answers for the calls of both ports, and has them noted."""
 
-    def __init__(self, store: Store, audit: Audit) -> None:
+    def __init__(self, store: Store, audit: Audit, limit: CallLimit | None = None) -> None:
         self._store = store
+        self._limit = limit or CallLimit()
         self.audit = audit
 
     def is_closed(self) -> bool:
         """Whether calls need a token."""
         return self._store.tokens.exist()
 
-    def caller(self, authorization: str) -> Caller:
-        """Who says this. authorization: "Bearer TOKEN", or empty. Raises UnauthenticatedError."""
+    def caller(self, authorization: str, peer: str) -> Caller:
+        """Who says this. authorization: "Bearer TOKEN", or empty. peer: HOST:PORT that it comes from.
+
+        Raises UnauthenticatedError, and TooManyCallsError.
+        """
+        try:
+            caller = self._known(authorization)
+        except UnauthenticatedError:
+            self._limit.check("", peer)
+            raise
+        self._limit.check(caller.name, peer)
+        return caller
+
+    def _known(self, authorization: str) -> Caller:
         token = authorization.removeprefix(BEARER) if authorization.startswith(BEARER) else ""
         row = self._store.tokens.find(token) if token else None
         if row is not None:

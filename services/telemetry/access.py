@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.jobs.access import BEARER, Access, Caller
 from services.jobs.audit import Call
-from steepest.errors import UnauthenticatedError
+from steepest.errors import TooManyCallsError, UnauthenticatedError
 
 COOKIE = "steepest_token"
 # Whether the service lives, and the page's own files and sign-in, which tell nothing of jobs.
@@ -33,9 +33,13 @@ class AccessMiddleware:
             call = Call(f"{scope['method']} {scope['path']}", peer_of(asked))
             try:
                 with self._access.audit.of(call, changes=False):
-                    caller = await run_in_threadpool(self._access.caller, _authorization(asked))
+                    caller = await run_in_threadpool(self._access.caller, _authorization(asked), call.peer)
             except UnauthenticatedError as error:
                 refusal = JSONResponse({"error": str(error)}, 401, {"WWW-Authenticate": BEARER.strip()})
+                await refusal(scope, receive, send)
+                return
+            except TooManyCallsError as error:
+                refusal = JSONResponse({"error": str(error)}, 429, {"Retry-After": f"{error.retry_seconds:.0f}"})
                 await refusal(scope, receive, send)
                 return
             scope.setdefault("state", {})["caller"] = caller

@@ -69,6 +69,15 @@ def serve(
             show_default="yes",
         ),
     ] = None,
+    calls_per_second: Annotated[
+        float | None,
+        Option(
+            min=0.0,
+            help="How often one caller may ask on average: a token, or a host while there is none. 0: as often as they "
+            "like.",
+            show_default="500",
+        ),
+    ] = None,
     health_action: Annotated[
         list[str] | None,
         Option(metavar="RULE=ACTION", help="What a health rule does in jobs that do not say so; repeatable."),
@@ -95,6 +104,7 @@ def serve(
         "preemption": preemption,
         "secrets_dir": secrets_dir,
         "requirements": requirements,
+        "calls_per_second": calls_per_second,
         "health_actions": _actions(health_action or []) or None,
     }
     prepare_for_embedded_ray()

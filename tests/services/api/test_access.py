@@ -144,10 +144,10 @@ def test_a_token_may_expire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     token = store.tokens.create("me", "viewer", 0.0, expires=1000.0)
     access = Access(store, Audit(tmp_path / "audit.jsonl"))
     monkeypatch.setattr("services.store.tokens.time.time", lambda: 999.0)
-    assert access.caller(f"Bearer {token}").name == "me"
+    assert access.caller(f"Bearer {token}", "192.0.2.7:1").name == "me"
     monkeypatch.setattr("services.store.tokens.time.time", lambda: 1000.0)
     with pytest.raises(UnauthenticatedError, match="has expired"):
-        access.caller(f"Bearer {token}")
+        access.caller(f"Bearer {token}", "192.0.2.7:1")
     assert [(row.name, row.expires, row.revoked) for row in store.tokens.all()] == [("me", 1000.0, None)]
     store.close()
 

@@ -43,6 +43,14 @@ def test_a_refused_spec_carries_every_field() -> None:
     ]
 
 
+def test_who_asks_too_often_is_told_when_to_come_back() -> None:
+    status = status_of(errors.TooManyCallsError("not so often", 1.25))
+    info = error_details_pb2.RetryInfo()
+    assert status.code == code_pb2.RESOURCE_EXHAUSTED
+    assert status.details[1].Unpack(info)
+    assert (info.retry_delay.seconds, info.retry_delay.nanos) == (1, 250_000_000)
+
+
 def test_a_long_traceback_fits_the_headers_that_clients_take() -> None:
     text = "the first line\n" + "é\n" * 20_000 + "RuntimeError: the last line"
     status = status_of(SpecError([Violation("task", text), Violation("steps", text)]))
