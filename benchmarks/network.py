@@ -2,7 +2,8 @@
 
 `python -m benchmarks.network` (as root; needs iproute2). A round pushes a layout of 25 million float32 to 1, 2 or 4
 shards at once, as workers do with `transport = inline`, and then pulls as much back; numbers of shards take turns, and
-a figure is the median of the rounds. `--limit 1gbit` shapes the link.
+a figure is the median of the rounds. `--limit 1gbit` shapes the link. `--tls` has each number of shards once more under
+TLS; both ends of the link share the processors, so that encrypting and decrypting are seen together.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 
 from benchmarks.report import RESULTS, write_report
 from harness.hosts import Host, hosts
+from ps.job.credentials import Credentials
 from ps.parameters.description import ModelDescription, TensorDescription
 from ps.parameters.layout import build_layout, shards
 from ps.wire.chunks import chunks, place
@@ -31,10 +33,11 @@ from steepest.v1 import exchange_pb2 as pb
 
 NUMEL = 25_000_000
 WARM_UP_ROUNDS = 2
+CREDENTIALS = Credentials.create()
 LAYOUT = build_layout(ModelDescription((TensorDescription("p", (NUMEL,), "float32"),), (), ()))
 
 
-def serve(num_shards: int, address: str) -> None:
+def serve(num_shards: int, address: str, credentials: Credentials | None) -> None:
     """A host with `num_shards` servers that take gradients in and send as much back when all is there."""
     cut = shards(LAYOUT, num_shards)
 
@@ -52,16 +55,16 @@ def serve(num_shards: int, address: str) -> None:
                     for chunk, data in chunks(flat):
                         connection.send(pb.ServerMessage(chunk=chunk), data)
 
-    listener = Listener({Role.WORKER: Service(pb.WorkerMessage.FromString, run)}, address)
+    listener = Listener({Role.WORKER: Service(pb.WorkerMessage.FromString, run)}, address, credentials)
     print(listener.address, flush=True)
     sys.stdin.read()
 
 
-def work(address: str, num_shards: int) -> None:
+def work(address: str, num_shards: int, credentials: Credentials | None) -> None:
     """A worker; for each line of its input, it prints the seconds of a push and a pull."""
     flat = torch.randn(LAYOUT.numel)
     cut = shards(LAYOUT, num_shards)
-    links = [connect(address, Role.WORKER, pb.ServerMessage.FromString) for _ in cut]
+    links = [connect(address, Role.WORKER, pb.ServerMessage.FromString, credentials) for _ in cut]
     parts = [flat[shard.start : shard.stop] for shard in cut]
     arrived = threading.Barrier(num_shards + 1)
 
@@ -92,8 +95,8 @@ def work(address: str, num_shards: int) -> None:
 class Pair:
     """A server and a worker on two hosts, that exchange a layout when they are told to."""
 
-    def __init__(self, pair: Sequence[Host], num_shards: int) -> None:
-        self.num_shards = num_shards
+    def __init__(self, pair: Sequence[Host], num_shards: int, *, tls: bool) -> None:
+        self.num_shards, self.tls = num_shards, tls
         self.gigabytes: list[tuple[float, float]] = []  # a second, of push and pull, in each round
         self._server = self._start(pair[0], "--serve", pair[0].address)
         assert self._server.stdout is not None
@@ -101,7 +104,16 @@ class Pair:
 
     def _start(self, host: Host, *arguments: str) -> subprocess.Popen[str]:
         command = [*host.prefix, sys.executable, "-m", __spec__.name, "--shards", str(self.num_shards), *arguments]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if self.tls:
+            command.append("--tls")
+        started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert started.stdin is not None
+        if self.tls:
+            started.stdin.write(
+                json.dumps([part.decode() for part in (CREDENTIALS.certificate, CREDENTIALS.key)]) + "\n"
+            )
+            started.stdin.flush()
+        return started
 
     def round(self, *, counts: bool) -> None:
         """Push and pull once. counts: whether it is measured."""
@@ -124,21 +136,26 @@ def main() -> None:
     parser.add_argument("--shards", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--limit", default="", help="of the link, in tc's words, such as 1gbit [none]")
+    parser.add_argument("--tls", action="store_true", help="once more under TLS")
     parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
     parser.add_argument("--call", default="", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, default=RESULTS / "network.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.serve:
-        return serve(options.shards[0], options.serve)
-    if options.call:
-        return work(options.call, options.shards[0])
+    if options.serve or options.call:
+        credentials = (
+            Credentials(*(text.encode() for text in json.loads(sys.stdin.readline()))) if options.tls else None
+        )
+        if options.serve:
+            return serve(options.shards[0], options.serve, credentials)
+        return work(options.call, options.shards[0], credentials)
     if os.geteuid():
         sys.exit("network namespaces need root")
     with hosts(2) as ends:
         for host in ends:
             host.limit(options.limit)
-        pairs = [Pair(ends, num_shards) for num_shards in options.shards]
+        kinds = [False, True] if options.tls else [False]
+        pairs = [Pair(ends, num_shards, tls=tls) for num_shards in options.shards for tls in kinds]
         for number in range(WARM_UP_ROUNDS + options.rounds):
             for pair in pairs:
                 pair.round(counts=number >= WARM_UP_ROUNDS)
@@ -152,9 +169,16 @@ def main() -> None:
         ratios = [(own[0] / first[0], own[1] / first[1]) for own, first in both]
         to, back = (statistics.median(column) for column in zip(*ratios, strict=True))
         results.append(
-            {"shards": pair.num_shards, "push": push, "pull": pull, "ratios": ratios, "limit": options.limit}
+            {
+                "shards": pair.num_shards,
+                "tls": pair.tls,
+                "push": push,
+                "pull": pull,
+                "ratios": ratios,
+                "limit": options.limit,
+            }
         )
-        print(f"| {pair.num_shards} | {push:.2f} | {to:.2f} | {pull:.2f} | {back:.2f} |")
+        print(f"| {pair.num_shards}{' under TLS' * pair.tls} | {push:.2f} | {to:.2f} | {pull:.2f} | {back:.2f} |")
     write_report(options.json, results=results)
     return None
 

@@ -22,7 +22,8 @@ class Settings:
     is no service, which takes one that comes back. preemption: whether a running job gives its room to a waiting one of
     higher priority. secrets_directory: with a file for every secret that jobs may name.
     allows_requirements: whether jobs may name packages that go along with their code. calls_per_second: of one
-    caller; 0: as many as they like. health_actions: by rule, of
+    caller; 0: as many as they like. exchange_tls: whether what the processes of a job tell each other between hosts is
+    under TLS. health_actions: by rule, of
     jobs whose spec does not name it.
     """
 
@@ -47,6 +48,7 @@ class Settings:
     secrets_directory: Path | None = None
     allows_requirements: bool = True
     calls_per_second: float = 0.0
+    exchange_tls: bool = False
     health_actions: Mapping[Rule, Action] = field(default_factory=dict)
 
     @property

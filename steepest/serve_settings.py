@@ -40,6 +40,7 @@ class ServeSettings(BaseSettings):
     retention_days: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     preemption: bool = False
     requirements: bool = True
+    exchange_tls: bool | None = None
     calls_per_second: float = Field(default=500.0, ge=0.0, allow_inf_nan=False)
     secrets_dir: DirectoryPath | None = None
     health_actions: dict[Rule, Action] = {}
@@ -62,6 +63,7 @@ class ServeSettings(BaseSettings):
             "preemption": self.preemption,
             "allows_requirements": self.requirements,
             "calls_per_second": self.calls_per_second,
+            "exchange_tls": self.tls_cert is not None if self.exchange_tls is None else self.exchange_tls,
             "secrets_directory": self.secrets_dir,
             "health_actions": dict(self.health_actions),
         }

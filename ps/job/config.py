@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ps.compression.choose import pull_codec, push_codec
 from ps.compression.codec import Codec
+from ps.job.credentials import Credentials
 from ps.parameters.description import ModelDescription
 from ps.parameters.layout import Layout, build_layout
 from ps.step.best import Aim
@@ -25,6 +26,7 @@ class JobConfig:
     they computed. logged_names: what the loss function returns besides. fingerprint: of data and initial parameters, as
     they were when the job was submitted. factors: see Plan. loss_counts: what the mean of the loss is over, see
     worker.gradients.losses. secrets: by the variable of the environment that is to hold it.
+    credentials: for TLS between hosts.
     """
 
     job: str
@@ -44,6 +46,7 @@ class JobConfig:
     factors: tuple[float, ...] = ()
     loss_counts: str = ""
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    credentials: Credentials | None = None
 
     def layout(self) -> Layout:
         """The layout of the parameters."""

@@ -9,6 +9,7 @@ from concurrent import futures
 
 import grpc
 
+from ps.job.credentials import Credentials
 from ps.parameters.layout import Layout
 from ps.server.checkpoint_writer import Saved
 from ps.step.effects import PhaseChanged
@@ -24,6 +25,11 @@ MAX_PRINTED = 20_000  # lines kept while no controller is there to take them
 MAX_UNSTORED = 100_000  # records kept while no controller is there to take them
 
 
+def _server_credentials(credentials: Credentials) -> grpc.ServerCredentials:
+    known, key = credentials.certificate, credentials.key
+    return grpc.ssl_server_credentials([(key, known)], known, require_client_auth=True)
+
+
 class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
     """Listens for the controller on gRPC, once it is started.
 
@@ -32,7 +38,13 @@ class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
     """
 
     def __init__(
-        self, bind: str, refusal: Callable[[pb.Fence, str], str], *, record_every: int, layout: Layout | None
+        self,
+        bind: str,
+        refusal: Callable[[pb.Fence, str], str],
+        *,
+        record_every: int,
+        layout: Layout | None,
+        credentials: Credentials | None = None,
     ) -> None:
         self._refusal = refusal
         self._obey_command: Callable[[str, str], None] = _ignore
@@ -51,7 +63,12 @@ class ControlPort(pb_grpc.ParameterExchangeServiceServicer):
         self._stopped = False
         self._grpc = grpc.server(futures.ThreadPoolExecutor(MAX_STREAMS), options=GRPC_OPTIONS)
         pb_grpc.add_ParameterExchangeServiceServicer_to_server(self, self._grpc)
-        self.address = f"{bind}:{self._grpc.add_insecure_port(f'{bind}:0')}"
+        port = (
+            self._grpc.add_insecure_port(f"{bind}:0")
+            if credentials is None
+            else self._grpc.add_secure_port(f"{bind}:0", _server_credentials(credentials))
+        )
+        self.address = f"{bind}:{port}"
 
     def start(self, obey: Callable[[str, str], None]) -> None:
         """Begin to listen. obey: carries out a command (verb, worker), in a thread of the stream."""

@@ -29,7 +29,13 @@ class RemoteLeader:
 
     def __init__(self, config: JobConfig, index: int, address: ServerAddress) -> None:
         self._index = index
-        self._connection = call(address, Role.FOLLOWER, pb.LeaderMessage.FromString, inline=config.spec.is_inline)
+        self._connection = call(
+            address,
+            Role.FOLLOWER,
+            pb.LeaderMessage.FromString,
+            inline=config.spec.is_inline,
+            credentials=config.credentials,
+        )
         fence = pb.Fence(job=config.job, incarnation=config.incarnation)
         enlist = pb.Enlist(fence=fence, token=config.token, server=index)
         self._connection.send(pb.FollowerMessage(enlist=enlist))

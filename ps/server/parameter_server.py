@@ -75,7 +75,13 @@ class ParameterServer:
         if index == 0:
             telemetry = config.spec.telemetry
             layout = self.layout if telemetry.parameter_norms else None
-            self._control = ControlPort(bind, self._doorman.refusal, record_every=telemetry.every, layout=layout)
+            self._control = ControlPort(
+                bind,
+                self._doorman.refusal,
+                record_every=telemetry.every,
+                layout=layout,
+                credentials=config.credentials,
+            )
             control = self._control.address
         self._worker_streams: WorkerStreams | None = None
         self._follower_streams: FollowerStreams | None = None
@@ -84,7 +90,7 @@ class ParameterServer:
             Role.RELAY: Service(pb.WorkerMessage.FromString, self._serve_relay),
             Role.FOLLOWER: Service(pb.FollowerMessage.FromString, self._serve_follower),
         }
-        self._listeners = (Listener(services, bind), Listener(services))
+        self._listeners = (Listener(services, bind, config.credentials), Listener(services))
         network, local = (listener.address for listener in self._listeners)
         self.address = ServerAddress(control, network, local, host_identity(), self._segment.reference)
 

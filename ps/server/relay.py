@@ -61,7 +61,9 @@ class _Link:
         self._round = (-1, Round.TRAIN)
         # Of what was sent in this round, by its node and address; the tensor is kept, so that nothing else comes there.
         self._slots: dict[tuple[Node, int], tuple[int, torch.Tensor]] = {}
-        self._connection = call(address, Role.RELAY, pb.ServerMessage.FromString, inline=True)
+        self._connection = call(
+            address, Role.RELAY, pb.ServerMessage.FromString, inline=True, credentials=config.credentials
+        )
         self._connection.sink = self._sink
         hello = pb.Hello(
             fence=pb.Fence(job=config.job, incarnation=config.incarnation),

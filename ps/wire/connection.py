@@ -4,8 +4,8 @@ A caller begins with a greeting: a magic word and what it is. Then both sides se
 lengths (4 bytes each, little-endian), a protobuf message, and the bytes of a tensor, if any. Those go from the memory
 they lie in to the socket, and from the socket to the memory they are for, without a copy in between.
 
-Unix sockets live in Linux's abstract namespace: nothing is left on disk, and a process on another host finds no such
-name.
+Over TCP all of it may be under TLS; see ps.wire.secure. Unix sockets live in Linux's abstract namespace: nothing is
+left on disk, and a process on another host finds no such name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import Any, Generic, Protocol, TypeVar
 
+from ps.job.credentials import Credentials
 from ps.wire.address import CHUNK_BYTES, ServerAddress
+from ps.wire.secure import SecureSocket
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ MAX_MESSAGE_BYTES = 1 << 30  # a model's buffers travel in messages
 FIRST_MESSAGE_BYTES = 1 << 20  # of a caller that nobody knows yet
 BUFFER_BYTES = 1 << 16
 LINGER_SECONDS = 2.0
+HANDSHAKE_SECONDS = 10.0
 # A host that is gone without a word is found out after about 25 s.
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}
 
@@ -70,7 +73,7 @@ class Connection(Generic[Received]):
     """
 
     def __init__(
-        self, end: socket.socket, parse: Callable[[bytes], Received], max_bytes: int = MAX_MESSAGE_BYTES
+        self, end: socket.socket | SecureSocket, parse: Callable[[bytes], Received], max_bytes: int = MAX_MESSAGE_BYTES
     ) -> None:
         self._max_bytes = max_bytes
         self.sink: Callable[[Received, int], memoryview] = no_tensors
@@ -91,6 +94,8 @@ class Connection(Generic[Received]):
     @property
     def is_empty(self) -> bool:
         """Whether nothing that came in is left to read."""
+        if isinstance(self._socket, SecureSocket) and self._socket.holds_data:
+            return False
         return self._start == self._stop
 
     def trust(self) -> None:
@@ -257,8 +262,13 @@ def tune(end: socket.socket) -> None:
         end.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def connect(address: str, role: Role, parse: Callable[[bytes], Received]) -> Connection[Received]:
-    """Call a listener. Raises OSError when none is there, as for the Unix socket of another host."""
+def connect(
+    address: str, role: Role, parse: Callable[[bytes], Received], credentials: Credentials | None = None
+) -> Connection[Received]:
+    """Call a listener. credentials: for TLS, which goes over TCP only.
+
+    Raises OSError when none is there, as for the Unix socket of another host, or when it has other credentials.
+    """
     host, colon, port = address.rpartition(":")
     if colon:
         end = socket.create_connection((host, int(port)))
@@ -270,18 +280,41 @@ def connect(address: str, role: Role, parse: Callable[[bytes], Received]) -> Con
             end.close()
             raise
     tune(end)
-    end.sendall(GREETING.pack(MAGIC, role))
-    return Connection(end, parse)
+    secured = secure(end, credentials, server=False) if colon else end
+    secured.sendall(GREETING.pack(MAGIC, role))
+    return Connection(secured, parse)
+
+
+def secure(end: socket.socket, credentials: Credentials | None, *, server: bool) -> socket.socket | SecureSocket:
+    """The same end under TLS, if there are credentials. Raises OSError, and closes it, when the other has none."""
+    if credentials is None:
+        return end
+    before = end.gettimeout()
+    try:
+        end.settimeout(HANDSHAKE_SECONDS)
+        secured = SecureSocket(end, credentials, server=server)
+        end.settimeout(before)
+    except OSError:
+        end.close()
+        raise
+    return secured
 
 
 def call(
-    address: ServerAddress, role: Role, parse: Callable[[bytes], Received], *, inline: bool
+    address: ServerAddress,
+    role: Role,
+    parse: Callable[[bytes], Received],
+    *,
+    inline: bool,
+    credentials: Credentials | None = None,
 ) -> Connection[Received]:
     """Call a server by the shortest way: that its Unix socket is found is the proof that it is on this host.
 
-    inline: go over the network all the same. Raises OSError when the server is not there.
+    inline: go over the network all the same. credentials: of a job whose network is under TLS.
+
+    Raises OSError when the server is not there.
     """
     if not inline:
         with contextlib.suppress(OSError):
             return connect(address.local, role, parse)
-    return connect(address.network, role, parse)
+    return connect(address.network, role, parse, credentials)

@@ -12,7 +12,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic
 
-from ps.wire.connection import FIRST_MESSAGE_BYTES, GREETING, MAGIC, Connection, Received, Role, StreamError, tune
+from ps.job.credentials import Credentials
+from ps.wire.connection import (
+    FIRST_MESSAGE_BYTES,
+    GREETING,
+    MAGIC,
+    Connection,
+    Received,
+    Role,
+    StreamError,
+    secure,
+    tune,
+)
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +39,14 @@ class Service(Generic[Received]):
 
 
 class Listener:
-    """Takes calls on one socket. address: "host:port" for TCP, else the name of a Unix socket."""
+    """Takes calls on one socket. address: "host:port" for TCP, else the name of a Unix socket.
 
-    def __init__(self, services: Mapping[Role, Service[Any]], host: str | None = None) -> None:
+    credentials: for TLS over TCP; without them it is open.
+    """
+
+    def __init__(
+        self, services: Mapping[Role, Service[Any]], host: str | None = None, credentials: Credentials | None = None
+    ) -> None:
         if host is None:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self.address = f"steepest-{secrets.token_hex(16)}"
@@ -40,6 +56,7 @@ class Listener:
             self.address = f"{host}:{self._socket.getsockname()[1]}"
         self._socket.listen()
         self._services = services
+        self._credentials = None if host is None else credentials
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -50,17 +67,18 @@ class Listener:
 
     def _serve(self, end: socket.socket, caller: object) -> None:
         try:
+            tune(end)
             end.settimeout(GREETING_SECONDS)
-            magic, role = GREETING.unpack(end.recv(GREETING.size, socket.MSG_WAITALL))
+            secured = secure(end, self._credentials, server=True)
+            magic, role = GREETING.unpack(secured.recv(GREETING.size, socket.MSG_WAITALL))
             if magic != MAGIC or role not in self._services:
                 raise StreamError("it does not speak this protocol")
-            tune(end)
         except (OSError, struct.error, StreamError) as error:
             log.warning("a caller from %s is turned away: %s", caller, error)
             end.close()
             return
         service = self._services[Role(role)]
-        service.serve(Connection(end, service.parse, FIRST_MESSAGE_BYTES))
+        service.serve(Connection(secured, service.parse, FIRST_MESSAGE_BYTES))
 
     def close(self) -> None:
         """Take no more calls."""

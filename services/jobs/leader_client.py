@@ -11,6 +11,7 @@ from typing import ClassVar
 import grpc
 
 from ps.job.config import JobConfig
+from ps.job.credentials import NAME, Credentials
 from ps.step.messages import Failure, Printed, StepRecord
 from ps.wire import convert
 from ps.wire.address import GRPC_OPTIONS, REPORT_SECONDS
@@ -91,6 +92,14 @@ def report_from_proto(message: pb.SupervisionMessage) -> Report:
     )
 
 
+def _channel(address: str, credentials: Credentials | None) -> grpc.Channel:
+    if credentials is None:
+        return grpc.insecure_channel(address, options=GRPC_OPTIONS)
+    known, key = credentials.certificate, credentials.key
+    options = [*GRPC_OPTIONS, ("grpc.ssl_target_name_override", NAME)]
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(known, key, known), options=options)
+
+
 class LeaderClient:
     """Supervises one life of a job. on_report is called in a thread of its own.
 
@@ -100,7 +109,7 @@ class LeaderClient:
     _all: ClassVar[set[LeaderClient]] = set()
 
     def __init__(self, address: str, config: JobConfig, on_report: Callable[[Report], None]) -> None:
-        self._channel = grpc.insecure_channel(address, options=GRPC_OPTIONS)
+        self._channel = _channel(address, config.credentials)
         self._outbox: SimpleQueue[pb.ControllerMessage | None] = SimpleQueue()
         fence = pb.Fence(job=config.job, incarnation=config.incarnation)
         self._outbox.put(pb.ControllerMessage(hello=pb.Hello(fence=fence, token=config.token)))

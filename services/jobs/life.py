@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ps.job.config import JobConfig
+from ps.job.credentials import Credentials
 from ps.wire.address import ServerAddress
 from services.cluster.kept_life import KeptLife
 from services.cluster.processes import Started
@@ -43,6 +44,7 @@ class Assignment:
             num_servers=self.spec.placement.num_servers,
             checkpoint_directory=settings.checkpoints_of(self.row.id),
             secrets=SecretFiles(settings.secrets_directory).of(self.spec, self.row.owner),
+            credentials=Credentials.create() if settings.exchange_tls else None,
         )
 
     def health(self) -> Health:

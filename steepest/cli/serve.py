@@ -69,6 +69,15 @@ def serve(
             show_default="yes",
         ),
     ] = None,
+    exchange_tls: Annotated[
+        bool | None,
+        Option(
+            "--exchange-tls/--no-exchange-tls",
+            help="Whether what processes of a job tell each other between hosts is under TLS. On one host it goes "
+            "through memory.",
+            show_default="as the ports: yes with --tls-cert",
+        ),
+    ] = None,
     calls_per_second: Annotated[
         float | None,
         Option(
@@ -105,6 +114,7 @@ def serve(
         "secrets_dir": secrets_dir,
         "requirements": requirements,
         "calls_per_second": calls_per_second,
+        "exchange_tls": exchange_tls,
         "health_actions": _actions(health_action or []) or None,
     }
     prepare_for_embedded_ray()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import pytest
 
 from harness.hosts import Host, hosts
 from harness.local_job import hashes, job_config, run_here, running
+from ps.job.credentials import Credentials
 from ps.job.footprint import footprint
+from steepest.client import Client
 from tests.support.choices import full
 from tests.support.programs import need_program
 from tests.support.service import COMMAND, RAY_ENVIRONMENT, TASKS, serving, until
@@ -96,6 +99,29 @@ def test_where_hosts_are_does_not_show_in_the_bits(
     config = job_config(tmp_path, **{**raw, "placement": {"servers": shards}})
     places = [three[i] for i in servers], [three[i] for i in workers]
     with running(config, len(workers), *places) as job:
+        assert hashes(job.finish()) == expected[raw["task"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("deep", "a home without a shard"),
+        full("large", "three", name="large"),
+        full("in parts", "two servers each", name="parts"),
+    ],
+)
+def test_nor_does_tls(
+    three: list[Host], expected: dict[str, tuple[str, str]], tmp_path: Path, name: str, where: str
+) -> None:
+    raw, (servers, workers, shards) = JOBS[name], LAYOUTS[where]
+    config = job_config(tmp_path, **{**raw, "placement": {"servers": shards}})
+    config = replace(config, credentials=Credentials.create())
+    places = [three[i] for i in servers], [three[i] for i in workers]
+    with running(config, len(workers), *places) as job:
+        if name == "deep":
+            job.wait_for_step(3)
+            job.kill_worker("worker-3")
+            job.start_worker("worker-3", places[1][3])
         assert hashes(job.finish()) == expected[raw["task"]]
 
 
@@ -199,6 +225,18 @@ def cluster_address(three: list[Host], tmp_path_factory: pytest.TempPathFactory)
         raylet.terminate()
         raylet.wait(60)
     shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.mark.full
+def test_a_service_has_its_jobs_speak_tls(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", "--cpus", "2", "--exchange-tls") as address, Client(address) as client:
+        placement = {"workers": 2, "servers": 2, "transport": "inline"}
+        job = client.submit(f"{TASKS}:slow", arguments={"delay": 0.05}, steps=40, placement=placement)
+        until(lambda: job.get().step >= 3)
+        job.scale(1)
+        ended = job.wait()
+        expected = hashes(run_here(job_config(tmp_path / "here", "tests.support.tasks:slow", steps=40)))
+        assert (ended.parameters_sha256, ended.state_sha256) == expected
 
 
 @pytest.mark.full

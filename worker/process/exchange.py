@@ -80,6 +80,7 @@ class Exchange:
         beside: Beside | None = None,
     ) -> None:
         self._compressor = compressor
+        self._credentials = config.credentials
         self._beside = beside
         self._pull_codec = config.pull_codec()
         layout = config.layout()
@@ -129,7 +130,13 @@ class Exchange:
         if self._beside is not None and server == self._beside.server and contact == Contact.SHARED:
             connection = self._beside.call()
         else:
-            connection = call(address, Role.WORKER, pb.ServerMessage.FromString, inline=contact != Contact.SHARED)
+            connection = call(
+                address,
+                Role.WORKER,
+                pb.ServerMessage.FromString,
+                inline=contact != Contact.SHARED,
+                credentials=self._credentials,
+            )
         shared = convert.segment_to_proto(slots.reference) if contact == Contact.SHARED else None
         own = pb.Hello(slots=shared, control_only=contact == Contact.CONTROL)
         own.MergeFrom(hello)

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from ps.job.credentials import Credentials
 from ps.wire.address import CHUNK_BYTES
 from ps.wire.connection import GREETING, LENGTHS, MAGIC, Connection, Role, StreamError, connect
 from ps.wire.listener import Listener, Service
+from ps.wire.secure import SecureSocket
 
 
 class Text:
@@ -30,25 +32,30 @@ def parse(data: bytes) -> Text:
     return Text(data)
 
 
-@pytest.fixture(params=[None, "127.0.0.1", "::1"], ids=["unix", "tcp", "tcp6"])
+CREDENTIALS = Credentials.create()
+
+
+@pytest.fixture(params=["unix", "tcp", "tcp6", "tls"])
 def listener(request: pytest.FixtureRequest) -> Iterator[tuple[Listener, SimpleQueue[Connection[Text]]]]:
     taken: SimpleQueue[Connection[Text]] = SimpleQueue()
-    made = Listener({Role.WORKER: Service(parse, taken.put)}, request.param)
+    host = {"unix": None, "tcp6": "::1"}.get(request.param, "127.0.0.1")
+    made = Listener({Role.WORKER: Service(parse, taken.put)}, host, CREDENTIALS if request.param == "tls" else None)
     yield made, taken
     made.close()
 
 
 def _pair(listener: Any) -> tuple[Connection[Text], Connection[Text]]:
     made, taken = listener
-    ours = connect(made.address, Role.WORKER, parse)
+    ours = connect(made.address, Role.WORKER, parse, made._credentials)
     return ours, taken.get(timeout=5)
 
 
-def _stranger(listener: Any) -> socket.socket:
+def _stranger(listener: Any) -> socket.socket | SecureSocket:
     made, _ = listener
     host, colon, port = made.address.rpartition(":")
     if colon:
-        return socket.create_connection((host.strip("[]"), int(port)), timeout=5)
+        end = socket.create_connection((host.strip("[]"), int(port)), timeout=5)
+        return end if made._credentials is None else SecureSocket(end, made._credentials, server=False)
     end = socket.socket(socket.AF_UNIX)
     end.settimeout(5)
     end.connect("\0" + made.address)
