@@ -115,6 +115,8 @@ class Store:
         if lost is not None and self._engine.dialect.name != "sqlite":
             self._claim = Claim(self._engine, lost)
         self._migrate()
+        if self._claim is not None:
+            self._refresh_statistics()
         self._write = threading.Lock()
         self._known = Known[JobRow]()
         self._newest = Known[Newest]()
@@ -126,6 +128,13 @@ class Store:
         with self._engine.begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+
+    def _refresh_statistics(self) -> None:
+        """What PostgreSQL plans queries by; a database that was just restored, say, has none."""
+        with self._engine.begin() as connection:
+            connection.execute(
+                sa.text(f"ANALYZE {', '.join(table.name for table in (jobs, labels, events, evaluations))}")
+            )
 
     def patient(self) -> Store:
         """The same jobs for one who must not give up: who waits an hour for a database that does not answer."""

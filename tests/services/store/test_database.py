@@ -48,6 +48,23 @@ def test_one_service_uses_a_database(postgres: Postgres, tmp_path: Path) -> None
     assert not lost
 
 
+def test_a_service_has_statistics_of_a_database_that_was_filled_before(postgres: Postgres) -> None:
+    url = postgres.database()
+    filled = Store(url)
+    for number in range(50):
+        filled.create(job_row(f"a{number}", f"r{number}"))
+
+    def estimated() -> float:
+        with filled._engine.connect() as connection:
+            found = connection.execute(sa.text("SELECT reltuples FROM pg_class WHERE relname = 'jobs'")).scalar()
+        return float(found or 0)
+
+    before = estimated()
+    Store(url, lost=lambda: None).close()
+    assert (before, estimated()) == (-1.0, 50.0)
+    filled.close()
+
+
 @pytest.mark.parametrize("other_comes_first", [True, False])
 def test_a_database_that_was_away_is_claimed_again(
     postgres: Postgres, monkeypatch: pytest.MonkeyPatch, *, other_comes_first: bool
