@@ -75,7 +75,7 @@ class Service:
             collector(registry=registry)
         registry.register(JobCollector(self.running.all, self.store.count_states))
         self._admission.start()
-        self._retention = Retention(self.store, operations, settings.retention_days)
+        self._retention = Retention(self.store, bundles, operations, settings.retention_days)
         self._retention.start()
         analyses = Analyses(bundles, settings)
         facts = ServerFacts(self.store, self.cluster, settings, access)

@@ -6,7 +6,8 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from ps.job.code import PACKAGES_FOLDER, opened, unpack_code
@@ -14,6 +15,8 @@ from services.jobs.packages import with_packages
 from steepest.bundle import RESERVED_NAMES
 from steepest.errors import SpecError, Violation
 
+UNPACKED = "unpacked"
+UNUSED_SECONDS = 86_400.0  # between the upload of code and the job it is for there may be a while
 _NAME = re.compile(r"codeBundles/[0-9a-f]{64}")
 
 
@@ -51,7 +54,9 @@ class CodeStore:
     def _keep(self, data: bytes) -> str:
         digest = hashlib.sha256(data).hexdigest()
         path = self._directory / f"{digest}.zip"
-        if not path.exists():
+        if path.exists():
+            os.utime(path)  # a job is about to be submitted with it
+        else:
             temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")  # another call may have the same code
             with temporary.open("wb") as file:
                 file.write(data)
@@ -67,14 +72,31 @@ class CodeStore:
         path = self._directory / f"{name.removeprefix('codeBundles/')}.zip"
         if not _NAME.fullmatch(name) or not path.exists():
             raise SpecError([Violation("task.code_bundle", f"{name!r} is not there; upload the code first")])
+        os.utime(path)
         return path.read_bytes()
+
+    def delete_unused(self, used: Collection[str], now: float) -> list[str]:
+        """Delete bundles that were not asked for in the last day and that no job has; returns their names.
+
+        used: the names of those that jobs have.
+        """
+        deleted = []
+        for path in self._directory.iterdir():
+            name = f"codeBundles/{path.stem}"
+            if path.suffix not in (".zip", ".tmp") or name in used or now - path.stat().st_mtime < UNUSED_SECONDS:
+                continue
+            path.unlink(missing_ok=True)
+            if path.suffix == ".zip":
+                shutil.rmtree(self._directory / UNPACKED / path.stem, ignore_errors=True)
+                deleted.append(name)
+        return deleted
 
     def unpacked(self, name: str) -> Path | None:
         """A directory with the files of a bundle; None for the empty name."""
         if not name:
             return None
         try:
-            return unpack_code(self.read(name), self._directory / "unpacked")
+            return unpack_code(self.read(name), self._directory / UNPACKED)
         except ValueError as error:
             raise SpecError([Violation("task.code_bundle", f"{name}: {error}")]) from None
 

@@ -1,4 +1,4 @@
-"""Deletes jobs some time after they have ended, as the service's settings say."""
+"""Deletes jobs some time after they have ended, as the service's settings say, and code that no job has any more."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 
+from services.jobs.code_bundles import UNUSED_SECONDS, CodeStore
 from services.jobs.operations import Operations
 from services.store.store import Store
 from steepest.errors import ConflictError, NotFoundError
@@ -19,8 +20,9 @@ DAY_SECONDS = 86_400.0
 class Retention:
     """Looks from `start` to `stop`. days: that a job is kept for; 0: until it is deleted."""
 
-    def __init__(self, store: Store, operations: Operations, days: float) -> None:
+    def __init__(self, store: Store, bundles: CodeStore, operations: Operations, days: float) -> None:
         self._store = store
+        self._bundles = bundles
         self._operations = operations
         self._days = days
         self._stopping = threading.Event()
@@ -28,8 +30,7 @@ class Retention:
 
     def start(self) -> None:
         """Look now, and then every ten minutes."""
-        if self._days:
-            self._thread.start()
+        self._thread.start()
 
     def stop(self) -> None:
         """Look no more."""
@@ -38,13 +39,25 @@ class Retention:
             self._thread.join()
 
     def _run(self) -> None:
+        code_looked = time.monotonic()  # not at the start, when there is more to do
         while True:
             try:
-                self.delete_old(time.time())
+                if self._days:
+                    self.delete_old(time.time())
+                if time.monotonic() - code_looked >= UNUSED_SECONDS / 4:
+                    code_looked = time.monotonic()
+                    self.delete_code(time.time())
             except Exception:
                 log.exception("retention")
             if self._stopping.wait(LOOK_SECONDS):
                 return
+
+    def delete_code(self, now: float) -> list[str]:
+        """Delete the code of jobs that are gone; returns the names of the bundles."""
+        deleted = self._bundles.delete_unused(self._store.code_bundles(), now)
+        if deleted:
+            log.info("%d code bundles belong to no job any more and are deleted", len(deleted))
+        return deleted
 
     def delete_old(self, now: float) -> list[str]:
         """Delete what is old enough; returns the jobs' ids."""

@@ -229,6 +229,13 @@ class Store:
             return [_job(row) for row in connection.execute(query)]
 
     @retried
+    def code_bundles(self) -> set[str]:
+        """The names of those that jobs have. It reads every job: not for what anybody waits for."""
+        with self._engine.connect() as connection:
+            rows = connection.execution_options(yield_per=500).execute(sa.select(jobs.c.spec)).scalars()
+            return {json.loads(spec).get("task", {}).get("code_bundle", "") for spec in rows}
+
+    @retried
     def ended_before(self, time: float, most: int = 1000) -> list[str]:
         """The ids of jobs that had ended by then, those that ended first before the others."""
         query = sa.select(jobs.c.id).where(jobs.c.ended < time).order_by(jobs.c.ended).limit(most)
