@@ -15,7 +15,8 @@ class ServerInfo:
     version: of steepest there. started: seconds since the epoch. not_ready: why no job could start now; empty when one
     could. resources, free_resources: of the cluster by Ray's names, memory in bytes; empty until Ray has started.
     jobs: how many there are in each state. caller, role: of the token that asks. retention_days: how long ended jobs
-    are kept; 0: until they are deleted.
+    are kept; 0: until they are deleted. calls_per_second: of one caller; 0: as many as they like. exchange_tls: whether
+    processes of a job on several hosts speak TLS.
     """
 
     version: str
@@ -32,6 +33,9 @@ class ServerInfo:
     max_code_bytes: int
     max_page_size: int
     retention_days: float
+    calls_per_second: float
+    allows_requirements: bool
+    exchange_tls: bool
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that --json prints."""

@@ -63,6 +63,9 @@ class ServerFacts:
             max_code_bytes=settings.max_code_bytes,
             max_page_size=max_page_size,
             retention_days=settings.retention_days,
+            calls_per_second=settings.calls_per_second,
+            allows_requirements=settings.allows_requirements,
+            exchange_tls=settings.exchange_tls,
             **found,
         )
 

@@ -87,6 +87,10 @@ def info(server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
         "jobs": jobs or "none",
         "access": f"{'TLS' if found.tls else 'no TLS'}, {'tokens' if found.needs_token else 'no tokens'}; you are "
         f"{found.caller or 'anybody'}, {found.role}",
+        "limits": (
+            f"{found.calls_per_second:g} calls a second" if found.calls_per_second else "as many calls as you like"
+        )
+        + f", {found.max_code_bytes >> 20} MB of code, {'packages' if found.allows_requirements else 'no packages'} with it",
         "kept": f"ended jobs for {found.retention_days:g} days" if found.retention_days else "jobs until deleted",
     }
     for name, text in rows.items():

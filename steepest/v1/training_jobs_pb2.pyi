@@ -151,6 +151,9 @@ class ServerInfo(_message.Message):
     MAX_CODE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_PAGE_SIZE_FIELD_NUMBER: _builtins.int
     RETENTION_DAYS_FIELD_NUMBER: _builtins.int
+    CALLS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    ALLOWS_REQUIREMENTS_FIELD_NUMBER: _builtins.int
+    EXCHANGE_TLS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Of steepest."""
     not_ready: _builtins.str
@@ -166,6 +169,12 @@ class ServerInfo(_message.Message):
     max_page_size: _builtins.int
     retention_days: _builtins.float
     """How long ended jobs are kept; 0: until they are deleted."""
+    calls_per_second: _builtins.float
+    """How often one caller may ask on average; 0: as often as they like."""
+    allows_requirements: _builtins.bool
+    """Whether jobs may name packages that go along with their code."""
+    exchange_tls: _builtins.bool
+    """Whether what processes of a job tell each other between hosts is encrypted."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -197,10 +206,13 @@ class ServerInfo(_message.Message):
         max_code_bytes: _builtins.int = ...,
         max_page_size: _builtins.int = ...,
         retention_days: _builtins.float = ...,
+        calls_per_second: _builtins.float = ...,
+        allows_requirements: _builtins.bool = ...,
+        exchange_tls: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "free_resources", b"free_resources", "hosts", b"hosts", "jobs", b"jobs", "max_code_bytes", b"max_code_bytes", "max_page_size", b"max_page_size", "needs_token", b"needs_token", "not_ready", b"not_ready", "resources", b"resources", "retention_days", b"retention_days", "role", b"role", "start_time", b"start_time", "tls", b"tls", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_requirements", b"allows_requirements", "caller", b"caller", "calls_per_second", b"calls_per_second", "exchange_tls", b"exchange_tls", "free_resources", b"free_resources", "hosts", b"hosts", "jobs", b"jobs", "max_code_bytes", b"max_code_bytes", "max_page_size", b"max_page_size", "needs_token", b"needs_token", "not_ready", b"not_ready", "resources", b"resources", "retention_days", b"retention_days", "role", b"role", "start_time", b"start_time", "tls", b"tls", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

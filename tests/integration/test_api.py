@@ -173,6 +173,7 @@ def test_a_service_says_what_it_is(client: Client, service: Service, submit: Cal
     assert found.jobs["SUCCEEDED"] >= 1
     assert found.version == version("steepest")
     assert time.time() - 3600 < found.started < time.time()
+    assert (found.calls_per_second, found.allows_requirements, found.exchange_tls) == (0.0, True, False)
     assert json.loads(json.dumps(found.to_dict()))["max_code_bytes"] == service.settings.max_code_bytes
 
 

@@ -45,6 +45,7 @@ def test_who_asks_too_often_waits(tmp_path: Path) -> None:
         assert connection.getresponse().status == 200
         began = time.monotonic()
         with Client(address) as client:
+            assert client.server_info().calls_per_second == RATE
             for _ in range(BURST // 2):
                 assert list(client.list()) == []
         assert time.monotonic() - began > 1.0

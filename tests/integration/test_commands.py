@@ -138,6 +138,7 @@ def test_jobs_are_found_by_their_labels(steepest: Callable[..., Ran]) -> None:
     about = steepest("info")
     assert "1 host" in about.stdout
     assert "you are anybody, admin" in about.stdout
+    assert "as many calls as you like, 256 MB of code, packages with it" in about.stdout
 
 
 def test_a_job_is_followed_for_a_tracker_while_it_runs(
