@@ -79,6 +79,8 @@ def info(server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
         for name in ("CPU", "GPU")
         if name in found.resources
     )
+    calls = f"{found.calls_per_second:g} calls a second" if found.calls_per_second else "as many calls as you like"
+    packages = "packages" if found.allows_requirements else "no packages"
     jobs = ", ".join(f"{count} {state.lower()}" for state, count in sorted(found.jobs.items()))
     rows = {
         "service": f"steepest {found.version} at {address}, up {days} d {hours} h {minutes} min",
@@ -87,10 +89,7 @@ def info(server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
         "jobs": jobs or "none",
         "access": f"{'TLS' if found.tls else 'no TLS'}, {'tokens' if found.needs_token else 'no tokens'}; you are "
         f"{found.caller or 'anybody'}, {found.role}",
-        "limits": (
-            f"{found.calls_per_second:g} calls a second" if found.calls_per_second else "as many calls as you like"
-        )
-        + f", {found.max_code_bytes >> 20} MB of code, {'packages' if found.allows_requirements else 'no packages'} with it",
+        "limits": f"{calls}, {found.max_code_bytes >> 20} MB of code, {packages} with it",
         "kept": f"ended jobs for {found.retention_days:g} days" if found.retention_days else "jobs until deleted",
     }
     for name, text in rows.items():
