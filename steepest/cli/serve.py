@@ -13,36 +13,117 @@ from typer import Option
 from steepest.cli.common import app, prepare_for_embedded_ray
 from steepest.errors import SpecError, Violation
 
+_PORTS, _STORE, _CLUSTER, _JOBS = "Its ports, and who may ask", "What it keeps", "Where jobs run", "What jobs may do"
+
 
 @app.command(rich_help_panel="The service")
 def serve(
     config: Annotated[
         Path | None,
-        Option(envvar="STEEPEST_CONFIG", help="TOML file of settings, by the names of these flags: http_port = 8081."),
+        Option(
+            envvar="STEEPEST_CONFIG",
+            metavar="FILE",
+            help="TOML file of settings, by the names of these flags: http_port = 8081.",
+        ),
     ] = None,
-    host: Annotated[str | None, Option(help="Address of both ports.", show_default="127.0.0.1")] = None,
+    host: Annotated[
+        str | None,
+        Option(metavar="HOST", help="Address of both ports.", show_default="127.0.0.1", rich_help_panel=_PORTS),
+    ] = None,
     port: Annotated[
-        int | None, Option(min=0, max=65535, help="gRPC port; 0: any free one.", show_default="50051")
+        int | None,
+        Option(metavar="PORT", help="gRPC port; 0: any free one.", show_default="50051", rich_help_panel=_PORTS),
     ] = None,
     http_port: Annotated[
         int | None,
-        Option(min=0, max=65535, help="HTTP port: the page, /metrics, /healthz.", show_default="8080"),
+        Option(
+            metavar="PORT",
+            help="HTTP port: the page, /metrics, /healthz.",
+            show_default="8080",
+            rich_help_panel=_PORTS,
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="PEM: the certificate of both ports, with its chain.", rich_help_panel=_PORTS),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, Option(metavar="FILE", help="PEM: the certificate's private key.", rich_help_panel=_PORTS)
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            help="PEM: the authority that has to have signed the certificate of every caller.",
+            rich_help_panel=_PORTS,
+        ),
+    ] = None,
+    calls_per_second: Annotated[
+        float | None,
+        Option(
+            metavar="N",
+            help="How often one caller may ask on average: a token, or a host while there is none. 0: as often as they "
+            "like.",
+            show_default="500",
+            rich_help_panel=_PORTS,
+        ),
     ] = None,
     data_dir: Annotated[
-        Path | None, Option(help="Where jobs and checkpoints are kept.", show_default="steepest-data")
+        Path | None,
+        Option(
+            metavar="DIR",
+            help="Where jobs and checkpoints are kept.",
+            show_default="steepest-data",
+            rich_help_panel=_STORE,
+        ),
     ] = None,
     database_url: Annotated[
-        str | None, Option(help="postgresql://... to keep jobs in; else SQLite in the data directory.")
-    ] = None,
-    ray_address: Annotated[str | None, Option(help="An existing Ray cluster; else Ray starts embedded.")] = None,
-    cpus: Annotated[int | None, Option(min=1, help="CPUs embedded Ray may hand out (default: at least 8).")] = None,
-    tls_cert: Annotated[Path | None, Option(help="PEM file: the certificate of both ports, with its chain.")] = None,
-    tls_key: Annotated[Path | None, Option(help="PEM file: the certificate's private key.")] = None,
-    tls_client_ca: Annotated[
-        Path | None, Option(help="PEM file: the authority that has to have signed the certificate of every caller.")
+        str | None,
+        Option(
+            metavar="URL",
+            help="postgresql://... to keep jobs in; else SQLite in the data directory.",
+            rich_help_panel=_STORE,
+        ),
     ] = None,
     retention_days: Annotated[
-        float | None, Option(min=0.0, help="Delete jobs so many days after they ended; 0: never.", show_default="0")
+        float | None,
+        Option(
+            metavar="DAYS",
+            help="Delete jobs so many days after they ended; 0: never.",
+            show_default="0",
+            rich_help_panel=_STORE,
+        ),
+    ] = None,
+    secrets_dir: Annotated[
+        Path | None,
+        Option(
+            metavar="DIR",
+            help="Secrets that jobs may name, a file each; those in a folder there are for the owner of that name.",
+            rich_help_panel=_STORE,
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        Option(metavar="ADDRESS", help="An existing Ray cluster; else Ray starts embedded.", rich_help_panel=_CLUSTER),
+    ] = None,
+    cpus: Annotated[
+        int | None,
+        Option(
+            metavar="N",
+            help="CPUs that embedded Ray may hand out.",
+            show_default="at least 8",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = None,
+    exchange_tls: Annotated[
+        bool | None,
+        Option(
+            "--exchange-tls/--no-exchange-tls",
+            help="Whether what processes of a job tell each other between hosts is under TLS. On one host it goes "
+            "through memory.",
+            show_default="as the ports",
+            rich_help_panel=_CLUSTER,
+        ),
     ] = None,
     preemption: Annotated[
         bool | None,
@@ -51,13 +132,7 @@ def serve(
             help="Whether a running job gives its room to a waiting one of higher priority, at a step boundary and "
             "with a checkpoint, and goes on from there later.",
             show_default="no",
-        ),
-    ] = None,
-    secrets_dir: Annotated[
-        Path | None,
-        Option(
-            help="Folder of the secrets that jobs may name, a file each; those in a folder there are for the owner "
-            "of that name."
+            rich_help_panel=_JOBS,
         ),
     ] = None,
     requirements: Annotated[
@@ -67,29 +142,16 @@ def serve(
             help="Whether jobs may name packages, which pip gets from its index as wheels and which go along with the "
             "job's code.",
             show_default="yes",
-        ),
-    ] = None,
-    exchange_tls: Annotated[
-        bool | None,
-        Option(
-            "--exchange-tls/--no-exchange-tls",
-            help="Whether what processes of a job tell each other between hosts is under TLS. On one host it goes "
-            "through memory.",
-            show_default="as the ports: yes with --tls-cert",
-        ),
-    ] = None,
-    calls_per_second: Annotated[
-        float | None,
-        Option(
-            min=0.0,
-            help="How often one caller may ask on average: a token, or a host while there is none. 0: as often as they "
-            "like.",
-            show_default="500",
+            rich_help_panel=_JOBS,
         ),
     ] = None,
     health_action: Annotated[
         list[str] | None,
-        Option(metavar="RULE=ACTION", help="What a health rule does in jobs that do not say so; repeatable."),
+        Option(
+            metavar="RULE=ACTION",
+            help="What a health rule does in jobs that do not say so; repeatable.",
+            rich_help_panel=_JOBS,
+        ),
     ] = None,
 ) -> None:
     """Run the service: gRPC for jobs, HTTP for the page and Prometheus.
