@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from packaging.utils import canonicalize_name
 
 from ps.job.code import PACKAGES_FOLDER, opened
+from steepest.bundle import RESERVED_NAMES
 from steepest.errors import SpecError, Violation
 
 RECORD = f"{PACKAGES_FOLDER}/requirements.json"  # what they were chosen for, and which they are
@@ -56,6 +58,7 @@ def with_packages(code: bytes, requirements: Sequence[str], *, seconds: float, m
             return Packed(code, ())
         target = Path(directory) / "packages"
         _install(chosen, target, Path(directory), seconds)
+        _check_modules(target, packages)
         for path in sorted(target.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 members[f"{PACKAGES_FOLDER}/{path.relative_to(target).as_posix()}"] = path.read_bytes()
@@ -105,6 +108,17 @@ def _install(chosen: Sequence[dict[str, Any]], target: Path, directory: Path, se
     listed.write_text("".join(f"{_pinned(each)}\n" for each in chosen))
     options = ("--no-deps", "--only-binary", ":all:", "--no-compile", "--target", str(target))
     _pip(("install", *options, "--requirement", str(listed)), seconds)
+
+
+def _check_modules(target: Path, packages: Sequence[str]) -> None:
+    """Raises SpecError for a module that would not be found, because one that is installed has its name."""
+    taken = {*RESERVED_NAMES, *sys.stdlib_module_names, *metadata.packages_distributions()}
+    for path in sorted(target.iterdir()):
+        name = path.name.partition(".")[0]
+        found = importlib.util.find_spec(name) if name in taken else None
+        if found is not None and found.origin is not None:  # else a namespace, which many share
+            problem = f"one of {', '.join(packages)} has a module {name!r}, and so has what is installed here"
+            raise _refused(f"{problem}: the installed one would be imported")
 
 
 def _pinned(chosen: dict[str, Any]) -> str:

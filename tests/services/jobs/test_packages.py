@@ -92,6 +92,13 @@ def test_nothing_that_is_installed_is_replaced(index: Path) -> None:
     assert is_documented("a job requires another version of what is installed", str(refused.value))
 
 
+def test_modules_of_the_same_name_are_refused(index: Path) -> None:
+    for name in ("worker", "colorsys"):  # of the service, and of Python
+        make_wheel(index, name, "3.0", "")
+        with pytest.raises(SpecError, match=f"one of {name}==3.0 has a module '{name}', and so has what is installed"):
+            packed(b"", name)
+
+
 def test_what_is_too_large_is_refused() -> None:
     with pytest.raises(SpecError, match=r"steepest_base==2\.3 and the code come to \d+ bytes; allowed: 100\."):
         packed(b"", "steepest_base", max_bytes=100)
