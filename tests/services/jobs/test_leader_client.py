@@ -17,7 +17,7 @@ from ps.step.record import CompletedStep
 from ps.wire.address import REPORT_SECONDS
 from services.jobs.leader_client import REPORTS_A_SECOND, LeaderClient, Report
 
-CONFIG: Any = SimpleNamespace(job="digits", incarnation=1, token="secret")  # what a hello takes of it
+CONFIG: Any = SimpleNamespace(job="digits", incarnation=1, token="secret", credentials=None)  # what a hello takes of it
 
 
 @contextmanager
