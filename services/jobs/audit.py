@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from steepest.errors import PermissionDeniedError, UnauthenticatedError
+from steepest.errors import PermissionDeniedError, TooManyCallsError, UnauthenticatedError
 
 MAX_BYTES, NUM_FILES = 16 << 20, 10  # of a file, after which another begins; and of those before it
 MAX_SHOWN = 200  # characters of what a caller may choose
@@ -48,6 +48,7 @@ class Audit:
         except Exception as error:
             outcome = type(error).__name__.removesuffix("Error")
             changes |= isinstance(error, PermissionDeniedError | UnauthenticatedError)
+            changes &= not isinstance(error, TooManyCallsError)  # which would fill the log
             raise
         finally:
             if changes:
