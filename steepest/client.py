@@ -218,7 +218,7 @@ def retry_delay(error: grpc.RpcError) -> float | None:
     for detail in status.details if status is not None else ():
         info = error_details_pb2.RetryInfo()
         if detail.Unpack(info):
-            return float(info.retry_delay.seconds + info.retry_delay.nanos / 1e9)
+            return float(info.retry_delay.ToNanoseconds() / 1e9)
     return None
 
 

@@ -29,10 +29,15 @@ def describe_task(bundle: Bundle, spec: TrainingJobSpec) -> tuple[TrainingJobSpe
 
     Raises SpecError for what a service would refuse.
     """
+    with _unpacked(bundle, spec) as code:
+        return _described(code, spec)
+
+
+def _described(code: Path | None, spec: TrainingJobSpec) -> tuple[TrainingJobSpec, TaskDescription]:
     from services.cluster.fork_server import REHEARSAL, ForkServer
     from services.jobs.task_probe import TaskProbe
 
-    with _unpacked(bundle, spec) as code, contextlib.closing(ForkServer([REHEARSAL])) as forks:
+    with contextlib.closing(ForkServer([REHEARSAL])) as forks:
         description = TaskProbe(forks).describe(spec, code, PROBE_SECONDS)
     return description.completed(spec), description
 
@@ -65,8 +70,8 @@ def check_gradients(
     """
     from services.jobs.analysis import question, run_analysis
 
-    spec, description = describe_task(bundle, spec)
     with _unpacked(bundle, spec) as code:
+        spec, description = _described(code, spec)
         samples = min(spec.data.micro_batch_size, description.num_samples)
         request = question("check_gradients", spec, code, description, samples, processes)
         for said in run_analysis({**request, "expected": expected, "got": got, "tolerance": tolerance}):

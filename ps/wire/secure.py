@@ -119,12 +119,12 @@ class SecureSocket:
         try:
             if not self._flush():
                 raise BlockingIOError
-            taken, left = 0, sum(map(len, parts))
+            taken, total = 0, sum(map(len, parts))
             for piece in _pieces(parts):
                 self._encrypt(piece)
-                taken, left = taken + sum(map(len, piece)), left - sum(map(len, piece))
+                taken += sum(map(len, piece))
                 if not self._flush():
-                    if not left:  # nobody calls again to have the rest sent
+                    if taken == total:  # nobody calls again to have the rest sent
                         threading.Thread(target=self._send_rest, daemon=True).start()
                     break
             return taken

@@ -59,8 +59,8 @@ def status_of(error: Exception) -> status_pb2.Status:
                 violations = [_violation(each, most) for each in shown]
                 details.append(error_details_pb2.BadRequest(field_violations=violations))
             if isinstance(error, TooManyCallsError):
-                pause = duration_pb2.Duration(nanos=round(error.retry_seconds * 1e9) % 10**9)
-                pause.seconds = int(error.retry_seconds)
+                pause = duration_pb2.Duration()
+                pause.FromNanoseconds(round(error.retry_seconds * 1e9))
                 details.append(error_details_pb2.RetryInfo(retry_delay=pause))
             message = shortened(str(error), MAX_SAID_BYTES)
             return status_pb2.Status(code=code, message=message, details=[_packed(d) for d in details])

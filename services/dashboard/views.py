@@ -32,7 +32,7 @@ SPARK_POINTS, MAX_POINTS = 40, 5000
 SPARK_STEPS = 2000  # that a spark line of a long job is drawn from
 MAX_LAYERS = 500  # rows of the view of all layers, which is not higher on the page
 FRESH_SECONDS = 0.25  # for which pages share the summary of a job that has not changed
-FORGET_SECONDS = 60.0
+FORGET_SECONDS = 60.0  # after which what was last said of a job that nobody looks at is dropped
 LIVE_RECORDS, LIVE_LINES = 1000, 500
 GRADIENT_NORM, UPDATE_RATIO = "gradient_norm", "update_ratio"
 LAYER_SIGNALS = (GRADIENT_NORM, UPDATE_RATIO, *NAMES, *ACTIVATION_SIGNALS)
@@ -286,8 +286,9 @@ class Views:
     def _live_history(self, row: JobRow) -> JobHistory:
         """That of a job as it is now. Of one that runs, what cannot change any more was read before."""
         kept = self._of_live.get(row.id)
-        is_same = kept is not None and kept.row.created == row.created
-        return (kept.history if kept is not None and is_same else self._history(row.id)).still()
+        if kept is not None and kept.row.created == row.created:
+            return kept.history.still()
+        return self._history(row.id).still()
 
     def _summary(self, row: JobRow, history: JobHistory | None = None) -> dict[str, Any]:
         if row.state not in ENDED:

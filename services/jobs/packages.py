@@ -41,8 +41,10 @@ def with_packages(code: bytes, requirements: Sequence[str], *, seconds: float, m
     packages for the same requirements keeps them, so that a job that is submitted again is the same. seconds: that pip
     may take, in each of two calls. Raises SpecError.
     """
-    members = _members(code)
     wanted = sorted(requirements)
+    if not wanted and not _has_packages(code):
+        return Packed(code, ())
+    members = _members(code)
     if RECORD in members:
         before = json.loads(members[RECORD])
         if before["requirements"] == wanted:
@@ -68,6 +70,13 @@ def with_packages(code: bytes, requirements: Sequence[str], *, seconds: float, m
         problem = f"{', '.join(packages)} and the code come to {len(packed)} bytes; allowed: {max_bytes}"
         raise _refused(f"{problem}. Have large packages installed where Ray runs")
     return Packed(packed, packages)
+
+
+def _has_packages(code: bytes) -> bool:
+    if not code:
+        return False
+    with opened(code) as archive:
+        return RECORD in archive.namelist()
 
 
 def _members(code: bytes) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 MOST_KEPT = 2000
@@ -25,6 +26,16 @@ class Known(Generic[Row]):
     def get(self, key: str) -> Row | None:
         """What is kept, if anything."""
         return self._rows.get(key)
+
+    def of(self, key: str, read: Callable[[], Row]) -> Row:
+        """What is kept, or else what `read` finds, which is kept then."""
+        known = self.get(key)
+        if known is not None:
+            return known
+        reading = self.reading
+        row = read()
+        self.keep(key, row, reading)
+        return row
 
     @property
     def reading(self) -> int:

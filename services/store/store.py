@@ -189,17 +189,14 @@ class Store:
     @retried
     def get(self, job: str) -> JobRow:
         """Raises NotFoundError."""
-        known = self._known.get(job)
-        if known is not None:
-            return known
-        reading = self._known.reading
+        return self._known.of(job, lambda: self._read(job))
+
+    def _read(self, job: str) -> JobRow:
         with self._engine.connect() as connection:
             found = connection.execute(sa.select(jobs).where(jobs.c.id == job)).first()
         if found is None:
             raise NotFoundError(f"there is no job trainingJobs/{job}")
-        row = _job(found)
-        self._known.keep(job, row, reading)
-        return row
+        return _job(found)
 
     @retried
     def page(self, limit: int, selection: Selection = NEWEST, after: str = "") -> tuple[list[JobRow], str]:
@@ -326,17 +323,14 @@ class Store:
     @retried
     def newest(self, job: str) -> Newest:
         """What pages and streams ask for again and again: it is read once after each change."""
-        known = self._newest.get(job)
-        if known is not None:
-            return known
-        reading = self._newest.reading
+        return self._newest.of(job, lambda: self._read_newest(job))
+
+    def _read_newest(self, job: str) -> Newest:
         query = sa.select(evaluations).where(evaluations.c.job == job).order_by(evaluations.c.step.desc())
         with self._engine.connect() as connection:
             event = connection.execute(sa.select(sa.func.max(events.c.sequence)).where(events.c.job == job)).scalar()
             found = [(row.step, json.loads(row.metrics)) for row in connection.execute(query.limit(NEWEST_EVALUATIONS))]
-        newest = Newest(event or 0, found[::-1])
-        self._newest.keep(job, newest, reading)
-        return newest
+        return Newest(event or 0, found[::-1])
 
 
 def _of_request(connection: sa.Connection, request_id: str) -> JobRow | None:
