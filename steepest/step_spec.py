@@ -140,6 +140,7 @@ class AverageSpec(SpecModel):
     pull: float = Field(
         default=0.5, gt=0.0, le=1.0, description="How far the average goes towards the parameters, for lookahead."
     )
+    evaluate: bool = Field(default=True, description="Evaluate the average; else the parameters that are trained.")
 
     @model_validator(mode="after")
     def _lookahead_begins_at_once(self) -> Self:

@@ -75,6 +75,30 @@ def whole_class(
     raise ValueError(f"{spec.name} works element by element")
 
 
+def averages_itself(spec: OptimizerSpec) -> bool:
+    """Whether an optimizer has two modes, so that it evaluates with other parameters than it trains with.
+
+    As schedule-free ones do (Defazio et al. 2024). Raises as class_named.
+    """
+    return isinstance(spec, ClassSpec) and has_two_modes(class_named(spec.name))
+
+
+def has_two_modes(found: type[torch.optim.Optimizer]) -> bool:
+    """Whether a class has train() and eval()."""
+    return callable(getattr(found, "train", None)) and callable(getattr(found, "eval", None))
+
+
+@torch.no_grad()
+def evaluated_with(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.Tensor:
+    """What an optimizer with two modes evaluates with in the place of its parameter, which keeps its bits."""
+    trained = parameter.clone()
+    optimizer.eval()  # type: ignore[attr-defined]
+    found = parameter.clone()
+    optimizer.train()  # type: ignore[attr-defined]
+    parameter.copy_(trained)  # the way back would round
+    return found
+
+
 def _check_arguments(found: type[torch.optim.Optimizer], spec: ClassSpec) -> None:
     """Raises OptimizerClassError for an argument that the class does not take, or lacks."""
     parameters = dict(inspect.signature(found).parameters)
@@ -126,6 +150,7 @@ class WholeOptimizer:
 
     def __init__(self, spec: OptimizerSpec, shard: Shard, parameters: torch.Tensor) -> None:
         self._shard = shard
+        self._parameters = parameters
         leave_out_dynamo()
         self._own = [
             self._made(spec, placed, group, parameters) for placed, group in grouped(shard.layout, shard.groups)
@@ -137,6 +162,8 @@ class WholeOptimizer:
         tensor = nn.Parameter(parameters[start : start + placed.numel].view(placed.shape))
         found, arguments = whole_class(spec, placed.name, placed.shape)
         optimizer = found([make_group(found, [tensor], group)], **arguments)
+        if has_two_modes(found):
+            optimizer.train()  # type: ignore[attr-defined]
         return _Own(placed, tensor, optimizer, group.lr_scale, dict(optimizer.param_groups[0]))
 
     def use_threads(self, threads: Threads, ranges: Sequence[tuple[int, int]], num_threads: int) -> None:
@@ -165,6 +192,17 @@ class WholeOptimizer:
         calls: list[Callable[[], None]] = [partial(update, dealt) for dealt in self._dealt]
         self._threads.run(calls)
         return clamped
+
+    def averaged(self) -> torch.Tensor | None:
+        """What the optimizers evaluate with, shape (shard.numel,); None for those that have one mode only."""
+        if not self._own or not has_two_modes(type(self._own[0].optimizer)):
+            return None
+        found = self._parameters.clone()
+        for own in self._own:
+            start = own.placed.offset - self._shard.start
+            view = found[start : start + own.placed.numel].view(own.placed.shape)
+            view.copy_(evaluated_with(own.optimizer, own.tensor))
+        return found
 
     def export_state(self) -> Iterator[StatePart]:
         """See ShardOptimizer. Raises StateKindError for what cannot be written down."""

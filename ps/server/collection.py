@@ -19,15 +19,16 @@ MASTER, AVERAGE = "master", "average"
 def parts_of(shard: ShardState) -> list[StatePart]:
     """What one shard has: its parameters (under no name, with their offset in the layout), and its optimizer's state.
 
-    The optimizer's own parameters, if they differ, are there likewise, as the state MASTER; their average as AVERAGE.
+    The optimizer's own parameters, if they differ, are there likewise, as the state MASTER; an average as AVERAGE.
     """
     shard.expose()
     start = shard.shard.start
     parts = [StatePart("", "", start, shard.parameters)]
     if shard.is_lossy:
         parts.append(StatePart("", MASTER, start, shard.master))
-    if shard.average is not None:
-        parts.append(StatePart("", AVERAGE, start, shard.average.values.cpu()))
+    averaged = shard.averaged
+    if averaged is not None:
+        parts.append(StatePart("", AVERAGE, start, averaged.cpu()))
     return [*parts, *shard.optimizer.export_state()]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ps.job.topology import home_of
 from ps.memory.gpu import Device
 from ps.memory.host import host_identity
 from ps.memory.segment import Segment, constant_start
+from ps.numerics.whole_optimizer import averages_itself
 from ps.parameters.layout import shards
 from ps.server.checkpoint_writer import CheckpointWriter
 from ps.server.control_port import ControlPort
@@ -182,10 +184,12 @@ class ParameterServer:
 
     def _lead(self, own: ShardHost, restored: Restored | None) -> LeaderRunner:
         config, codec = self.config, own.state.push_codec
+        plan = config.plan()
+        plan = replace(plan, evaluates_average=plan.evaluates_average or averages_itself(config.spec.optimizer))
         state = None if restored is None else restored.state
         held = {} if state is None else residuals_of(self.layout, state.compression)
         self.leader = Leader(
-            config.plan(),
+            plan,
             Standing() if state is None else state.standing,
             buffers=None if restored is None else restored.buffers,
             constants=b"" if restored is None else restored.constants,

@@ -72,7 +72,11 @@ class ShardHost:
 
     def decide(self, decision: Decision) -> None:
         """See ShardLink."""
-        clipped_sum = self.state.apply(decision)
+        clipped_sum = 0.0
+        if decision.kind == Round.SHOW:
+            self.state.show(average=decision.apply)
+        else:
+            clipped_sum = self.state.apply(decision)
         if self.state.update is None:
             self.send_parameters(self._connected())
         else:
@@ -108,7 +112,7 @@ class ShardHost:
     def _send(self, peers: Iterable[Peer], tensor: torch.Tensor, *, compressed: bool) -> None:
         for peer in peers:
             if peer.inline_parameters:
-                for chunk, data in chunks(tensor, step=self.state.step, compressed=compressed):
+                for chunk, data in chunks(tensor, step=self.state.version, compressed=compressed):
                     peer.send(pb.ServerMessage(chunk=chunk), data)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ps.numerics.ranges import bits_of, leaves_of, ranges
-from ps.numerics.tree import parts_of_step
 from ps.step.agenda import Agenda
 from ps.step.assignment import Dealer
 from ps.step.best import Standing
@@ -68,13 +67,14 @@ class Leader:
         self._deal_out = Dealer()
         self._initialized = initialized
         self._round: RoundState | None = None
+        self._version = since.step  # of what workers see: it grows with each step and each round that shows
+        self._shows_average = False
         self._agenda = Agenda(plan, since.step if initialized else -1, since.best, since.seconds)
         self._clip = Clipping(plan.clip, plan.segment_owners, since.clip, since.norms if plan.skip_exploding else None)
         self._pause = False
         self._cancel = False
         self._served_seconds = 0.0  # that the servers took for the last step
-        parts = parts_of_step(plan.num_leaves, plan.part_leaves) if plan.part_leaves else []
-        self._parts = Parts([node.leaves for node in parts], kept)
+        self._parts = Parts(plan.parts, kept)
 
     @property
     def standing(self) -> Standing:
@@ -104,11 +104,8 @@ class Leader:
             self.phase = Phase.FAILED
             return [Lost(f"{worker} is gone, and the compression residuals it held are lost")]
         if current is not None and not current.is_decided:
+            lost = current.lost_with(member, self.plan.num_servers)
             # What another worker has been given too, it has delivered or will deliver to every shard.
-            lost = member.leaves
-            summed = current.kind in (Round.TRAIN, Round.INITIALIZE)
-            if summed and not current.has_all_reports(self.plan.num_servers):
-                lost |= member.taken  # a push may have reached some shards and not others; duplicates are harmless
             current.give_back(lost & ~self.members.taken_by_any())
         effects = self._deal(now)
         if not self.members and self.phase == Phase.WORKING and (current is None or not current.is_decided):
@@ -179,7 +176,7 @@ class Leader:
             self._agenda.written()
             return []
         self._agenda.saved(step, now)
-        if problem and (self._is_over or self._cancel):
+        if problem and (self._cancel or self._agenda.end_reason(self.step)):
             return self._fail(Failure(self.step, -1, "checkpoint_failed", problem), "")
         self.phase = Phase.WORKING
         return self._next_round(now)
@@ -217,24 +214,13 @@ class Leader:
         """Time passes: find stragglers and workers that hang."""
         if self._round is None or self._round.is_decided or self.phase in ENDED:
             return []
-        effects: list[Effect] = []
-        idle = self.members.idle()
-        for name, member in list(self.members.items()):
-            if member.waited(now) > self.plan.worker_timeout_seconds:
-                if not member.hung:  # once: the next of this name is not to blame
-                    member.hung = True
-                    effects.append(Hung(name))
-            elif idle and not member.duplicated and not self._parts.any and member.is_straggling(now):
-                member.duplicated = True
-                effects += self._assign(leaves_of(member.leaves), idle, now)
-                idle = []
+        effects: list[Effect] = [Hung(name) for name in self.members.hanging(now, self.plan.worker_timeout_seconds)]
+        idle = [] if self._parts.any else self.members.idle()
+        if idle and (leaves := self.members.duplicate_straggler(now)):
+            effects += self._assign(leaves_of(leaves), idle, now)
         return effects
 
     # -- rounds -----------------------------------------------------------------------------------------------------
-
-    @property
-    def _is_over(self) -> bool:
-        return bool(self._agenda.end_reason(self.step))
 
     def _next_round(self, now: float) -> list[Effect]:
         """At a step boundary: what comes next."""
@@ -247,17 +233,23 @@ class Leader:
             if self._cancel:
                 return self._end(Phase.CANCELLED, "cancelled before the first step")
             return self._begin(Round.INITIALIZE, 1, now)
+        end = self._agenda.end_reason(self.step)
+        evaluates = not self._cancel and self._agenda.wants_evaluation(self.step, ends=bool(end))
+        if self._shows_average and not evaluates:
+            return self._show(average=False, now=now)
         # A checkpoint comes before an evaluation, whose user code may fail.
-        waits = self._agenda.wants_checkpoint(self.step, now, ends=self._is_over or self._cancel)
-        if waits is not None:
+        waits = self._agenda.wants_checkpoint(self.step, now, ends=bool(end) or self._cancel)
+        if waits is not None and not self._shows_average:
             self.phase = Phase.SAVING
             return [Save(self.step, self._parts.owners, waits)]
-        if not self._cancel and self._agenda.wants_evaluation(self.step, ends=self._is_over):
+        if evaluates and plan.evaluates_average and not self._shows_average:
+            return self._show(average=True, now=now)
+        if evaluates:
             return self._begin(Round.EVALUATE, plan.evaluation_leaves, now)
-        if self._cancel and not self._is_over:
+        if self._cancel and not end:
             return self._end(Phase.CANCELLED, f"cancelled at step {self.step}")
-        if self._is_over:
-            return self._end(Phase.FINISHED, self._agenda.end_reason(self.step))
+        if end:
+            return self._end(Phase.FINISHED, end)
         if self._pause:
             return [self._enter(Phase.PAUSED, f"paused at step {self.step}")]
         return self._settle() or self._begin(Round.TRAIN, plan.num_leaves, now)
@@ -268,6 +260,13 @@ class Leader:
         if not self.members:
             return [] if self.phase == Phase.WAITING else [self._enter(Phase.WAITING, "there is no worker")]
         return self._deal(now)
+
+    def _show(self, *, average: bool, now: float) -> list[Effect]:
+        """Have all shards show workers the average, or the parameters again."""
+        self._round = RoundState(self.step, Round.SHOW, 0, now)
+        self._round.decision = Decision(self.step, Round.SHOW, apply=average)
+        self.members.begin_round()
+        return [Decide(self._round.decision)]
 
     def _deal(self, now: float) -> list[Effect]:
         """Deal the undealt micro-batches to the idle workers."""
@@ -297,7 +296,7 @@ class Leader:
         member.give(bits_of(given), now)
         buffers = None if member.buffers is self.buffers else self.buffers
         member.buffers = self.buffers
-        return Send(worker, Assign(self.step, current.kind, tuple(given), buffers, host_ranges), handed)
+        return Send(worker, Assign(self.step, current.kind, tuple(given), buffers, host_ranges, self._version), handed)
 
     # -- parts whose residuals stay with a worker -------------------------------------------------------------------
 
@@ -348,13 +347,17 @@ class Leader:
         return [Decide(current.decision)]
 
     def _commit(self, current: RoundState, now: float) -> list[Effect]:
-        """All shards have applied: the next version is visible everywhere."""
+        """All shards have carried the decision out: the next version is visible everywhere."""
         self._round = None
         if current.buffers is not None:
             self.buffers = current.buffers
         if current.kind == Round.INITIALIZE:
             self.constants = current.constants or b""
             self._initialized = True
+            return self._next_round(now)
+        self._version += 1
+        if current.kind == Round.SHOW:
+            self._shows_average = not self._shows_average
             return self._next_round(now)
         clip, slowest = self.plan.clip, self.members.slowest()
         completed = current.completed(len(self.members), now, clip=clip, slowest=slowest)
@@ -370,23 +373,20 @@ class Leader:
 
     def _finish_evaluation(self, current: RoundState, now: float) -> list[Effect]:
         self._round = None
-        metrics = current.mean_metrics(self.plan.metric_names)
-        is_best = self._agenda.evaluated(self.step, metrics)
+        is_best = self._agenda.evaluated(self.step, metrics := current.mean_metrics(self.plan.metric_names))
         return [Evaluated(self.step, metrics, is_best), *self._next_round(now)]
 
-    # -- failures -----------------------------------------------------------------------------------------------------
+    # -- ends, and who leaves ---------------------------------------------------------------------------------------
 
     def _fail(self, failure: Failure, worker: str) -> list[Effect]:
         self._round = None
         self.phase = Phase.FAILED
-        dismissals: list[Effect] = [Dismiss(name, "the job failed") for name in self.members]
-        return [PhaseChanged(Phase.FAILED, failure.message, worker, failure), *dismissals]
+        failed = PhaseChanged(Phase.FAILED, failure.message, worker, failure)
+        return [failed, *(Dismiss(name, "the job failed") for name in self.members)]
 
     def _end(self, phase: Phase, reason: str) -> list[Effect]:
         self.phase = phase
         return [PhaseChanged(phase, reason), *(Dismiss(name, reason) for name in self.members)]
-
-    # -- members ----------------------------------------------------------------------------------------------------
 
     def _enter(self, phase: Phase, reason: str, worker: str = "") -> PhaseChanged:
         self.phase = phase
@@ -396,5 +396,5 @@ class Leader:
         return self._dismiss_idle_retired(now) + self._deal(now)
 
     def _dismiss_idle_retired(self, now: float) -> list[Effect]:
-        gone = [n for n, m in self.members.items() if m.retiring and m.in_flight <= 0 and not self._parts.is_owner(n)]
+        gone = [name for name in self.members.retired() if not self._parts.is_owner(name)]
         return [effect for name in gone for effect in (Dismiss(name, "scaled down"), *self.leave(name, now))]

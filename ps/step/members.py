@@ -113,9 +113,28 @@ class Members(dict[str, Member]):
         """Those that can be given work."""
         return [name for name, member in self.items() if member.is_idle]
 
+    def hanging(self, now: float, timeout: float) -> list[str]:
+        """Those that have not answered for so many seconds, each once: the next of its name is not to blame."""
+        found = [name for name, member in self.items() if member.waited(now) > timeout and not member.hung]
+        for name in found:
+            self[name].hung = True
+        return found
+
+    def duplicate_straggler(self, now: float) -> int:
+        """What one that straggles is to deliver yet, for somebody else to compute too, once; 0 without one."""
+        for member in self.values():
+            if not member.hung and not member.duplicated and member.is_straggling(now):
+                member.duplicated = True
+                return member.leaves
+        return 0
+
     def staying(self) -> list[str]:
         """Those that are not to leave."""
         return [name for name, member in self.items() if not member.retiring]
+
+    def retired(self) -> list[str]:
+        """Those that are to leave and have answered everything."""
+        return [name for name, member in self.items() if member.retiring and member.in_flight <= 0]
 
     def speeds(self, names: list[str]) -> dict[str, float]:
         """How fast these are; whoever is not known yet is taken for as fast as the fastest."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-PROTOCOL = 9
+PROTOCOL = 10
 
 
 class Round(StrEnum):
@@ -18,6 +18,7 @@ class Round(StrEnum):
     TRAIN = "train"
     EVALUATE = "evaluate"
     DIAGNOSE = "diagnose"  # recompute a step whose sum was not finite, to find the micro-batch
+    SHOW = "show"  # servers show workers the average, or the parameters again; workers have no part in it
 
 
 class Outcome(StrEnum):
@@ -78,9 +79,10 @@ class Outlier(NamedTuple):
 
 
 class Assign(NamedTuple):
-    """Ranges of micro-batches to compute at version `step`. buffers: None when they are as in the last assignment.
+    """Ranges of micro-batches to compute in a step. buffers: None when they are as in the last assignment.
 
-    host_ranges: those of all workers on this one's host, when a job has several hosts.
+    host_ranges: those of all workers on this one's host, when a job has several hosts. version: of the parameters to
+    compute with; see ShardState.
     """
 
     step: int
@@ -88,6 +90,7 @@ class Assign(NamedTuple):
     ranges: tuple[tuple[int, int], ...]
     buffers: bytes | None = None
     host_ranges: tuple[tuple[int, int], ...] = ()
+    version: int = 0
 
 
 class Push(NamedTuple):
@@ -157,8 +160,9 @@ class Failure:
 class Decision(NamedTuple):
     """One decision for all shards: apply sum / divisor * coefficient as the gradient, with `lr`, or nothing.
 
-    loss: the mean. last: whether the job ends with this step. coefficients: for each parameter besides, if every one is
-    clipped by itself; float64, little-endian.
+    Of a round that shows: whether workers are to see the average; there is no sum. loss: the mean. last: whether the
+    job ends with this step. coefficients: for each parameter besides, if every one is clipped by itself; float64,
+    little-endian.
     """
 
     step: int

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ps.numerics.schedule import learning_rate
+from ps.numerics.tree import parts_of_step
 from ps.step.best import Aim
 from steepest.change_spec import ChangeSpec, lr_scale_at
 from steepest.spec import ScheduleSpec
@@ -20,6 +21,7 @@ class Plan:
     segment_owners: see Layout; of jobs that clip every parameter by itself.
     changes: of the learning rate, from steps on. skip_exploding: whether steps are not taken whose gradient explodes.
     max_seconds: of training steps, after which the job ends.
+    evaluates_average: whether evaluations are of what the servers average, see ShardState.show.
     aim: what the best evaluation is, if that matters.
     part_leaves: micro-batches that are compressed together, with a residual that stays at the worker; 0: nothing is.
     """
@@ -34,6 +36,7 @@ class Plan:
     part_leaves: int = 0
     evaluation_leaves: int = 0
     metric_names: tuple[str, ...] = ()
+    evaluates_average: bool = False
     max_seconds: float = math.inf
     eval_every: int = 0
     checkpoint_every: int = 0
@@ -44,6 +47,12 @@ class Plan:
     factors: tuple[float, ...] = ()
     aim: Aim | None = None
     changes: tuple[ChangeSpec, ...] = ()
+
+    @property
+    def parts(self) -> list[int]:
+        """The micro-batches of each part, as bits."""
+        parts = parts_of_step(self.num_leaves, self.part_leaves) if self.part_leaves else []
+        return [node.leaves for node in parts]
 
     def learning_rate(self, step: int, update: int) -> float:
         """Of a step, from 0, that makes the update of that number, from 0."""

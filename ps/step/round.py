@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ps.numerics.ranges import leaves_of
 from ps.step.clipping import Clipping
+from ps.step.members import Member
 from ps.step.messages import Decision, LeafResult, Outcome, Outlier, Push, Round
 from ps.step.record import CompletedStep
 from ps.step.signals import NOTHING_MEASURED, StepSignals, UpdateSignals
@@ -94,6 +95,13 @@ class RoundState:
         taken = self._undealt & leaves
         self._undealt &= ~taken
         return taken
+
+    def lost_with(self, member: Member, num_servers: int) -> int:
+        """What may be missing once a worker is gone."""
+        is_summed = self.kind in (Round.TRAIN, Round.INITIALIZE)
+        if is_summed and not self.has_all_reports(num_servers):
+            return member.leaves | member.taken  # a push may have reached some shards only; duplicates are harmless
+        return member.leaves
 
     def give_back(self, leaves: int) -> None:
         """Return micro-batches to be dealt again."""

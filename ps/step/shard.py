@@ -40,6 +40,8 @@ class ShardState:
     not say stays between the two. device: the GPU to compute on; the optimizer's parameters are there, and `expose`
     brings them to `parameters`. Not together with push or pull. master: memory for them there. signals_every,
     histograms_every: of the spec's telemetry. average: what is kept beside the parameters, if anything is.
+
+    version: of what workers see; it grows with every step and whenever they are shown something else.
     """
 
     def __init__(
@@ -74,8 +76,9 @@ class ShardState:
         self._is_exposed = True
         self.update: torch.Tensor | None = None  # the payload that makes this version of the last; None: it is whole
         self.optimizer = optimizer_of(optimizer, shard, self.master, on_gpu=device is not None)
-        self.step = step
+        self.step = self.version = step
         self.initialized = initialized
+        self._hidden: torch.Tensor | None = None  # the parameters, while workers see the average
         is_averaged = average is not None and average.is_on and bool(shard.numel)
         self.average = RunningAverage(average, self.master, step) if average is not None and is_averaged else None
         self._num_leaves = num_leaves
@@ -216,6 +219,7 @@ class ShardState:
             self.update = None if self._pull is None else torch.empty(0, dtype=torch.uint8)
             clipped = self._step(self._sum, decision)
             self.step += 1
+            self.version += 1
         self._held.clear()
         self._covered = 0
         self._sum = None
@@ -256,6 +260,31 @@ class ShardState:
         return clipped + self.optimizer.step(
             gradient, lr=lr, divisor=divisor, coefficient=decision.coefficient, max_value=self._clip.value
         )
+
+    @property
+    def averaged(self) -> torch.Tensor | None:
+        """What evaluates better than the parameters, shape (shard.numel,); None when nothing is averaged."""
+        if self.average is not None:
+            return self.average.values
+        return self.optimizer.averaged() if isinstance(self.optimizer, WholeOptimizer) else None
+
+    def show(self, *, average: bool) -> None:
+        """Put the average where workers see the parameters, or these there again, with the bits that they had.
+
+        Between the two nothing may change the parameters. Without an average, they stay where they are.
+        """
+        seen = self.parameters if self.is_lossy else self.master
+        if average:
+            averaged = self.averaged
+            if averaged is not None:
+                self._hidden = seen.clone()
+                seen.copy_(averaged)
+        elif self._hidden is not None:
+            seen.copy_(self._hidden)
+            self._hidden = None
+        self.update = None
+        self._is_exposed = False
+        self.version += 1
 
     def expose(self) -> None:
         """Have the present version in `parameters`, for processes that are not on the shard's GPU."""

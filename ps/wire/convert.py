@@ -53,6 +53,7 @@ def assign_to_proto(assign: Assign) -> pb.Assign:
         bounds=chain(*assign.ranges),
         buffers=assign.buffers,
         host_bounds=chain(*assign.host_ranges),
+        version=assign.version,
     )
 
 
@@ -64,6 +65,7 @@ def assign_from_proto(message: pb.Assign) -> Assign:
         ranges=_ranges(message.bounds[:]),
         buffers=message.buffers if message.HasField("buffers") else None,
         host_ranges=_ranges(message.host_bounds[:]),
+        version=message.version,
     )
 
 

@@ -626,9 +626,14 @@ class Assign(_message.Message):
     BOUNDS_FIELD_NUMBER: _builtins.int
     BUFFERS_FIELD_NUMBER: _builtins.int
     HOST_BOUNDS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     kind: _builtins.str
     buffers: _builtins.bytes
+    version: _builtins.int
+    """Of the parameters to compute with. It grows with every step, and when workers are shown an average of them or the
+    parameters again; Chunk.step of parameters, and ServerMessage.arrived, are such versions.
+    """
     @_builtins.property
     def bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Half-open ranges of micro-batches, two numbers each."""
@@ -645,10 +650,11 @@ class Assign(_message.Message):
         bounds: _abc.Iterable[_builtins.int] | None = ...,
         buffers: _builtins.bytes | None = ...,
         host_bounds: _abc.Iterable[_builtins.int] | None = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "buffers", b"buffers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "bounds", b"bounds", "buffers", b"buffers", "host_bounds", b"host_bounds", "kind", b"kind", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "bounds", b"bounds", "buffers", b"buffers", "host_bounds", b"host_bounds", "kind", b"kind", "step", b"step", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__buffers: _TypeAlias = _typing.Literal["buffers"]  # noqa: Y015
     _WhichOneofArgType__buffers: _TypeAlias = _typing.Literal["_buffers", b"_buffers"]  # noqa: Y015

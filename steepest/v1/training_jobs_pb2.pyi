@@ -1148,6 +1148,7 @@ class AverageSpec(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     EVERY_FIELD_NUMBER: _builtins.int
     PULL_FIELD_NUMBER: _builtins.int
+    EVALUATE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Average: ema (exponential), swa (the mean of all; Izmailov et al. 2018), lookahead (parameters go back to it; Zhang
     et al. 2019) or none.
@@ -1160,6 +1161,8 @@ class AverageSpec(_message.Message):
     """Steps between two updates of the average."""
     pull: _builtins.float
     """How far the average goes towards the parameters, for lookahead."""
+    evaluate: _builtins.bool
+    """Evaluate the average; else the parameters that are trained."""
     def __init__(
         self,
         *,
@@ -1168,13 +1171,16 @@ class AverageSpec(_message.Message):
         start: _builtins.int | None = ...,
         every: _builtins.int | None = ...,
         pull: _builtins.float | None = ...,
+        evaluate: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_decay", b"_decay", "_every", b"_every", "_name", b"_name", "_pull", b"_pull", "_start", b"_start", "decay", b"decay", "every", b"every", "name", b"name", "pull", b"pull", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_decay", b"_decay", "_evaluate", b"_evaluate", "_every", b"_every", "_name", b"_name", "_pull", b"_pull", "_start", b"_start", "decay", b"decay", "evaluate", b"evaluate", "every", b"every", "name", b"name", "pull", b"pull", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decay", b"_decay", "_every", b"_every", "_name", b"_name", "_pull", b"_pull", "_start", b"_start", "decay", b"decay", "every", b"every", "name", b"name", "pull", b"pull", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decay", b"_decay", "_evaluate", b"_evaluate", "_every", b"_every", "_name", b"_name", "_pull", b"_pull", "_start", b"_start", "decay", b"decay", "evaluate", b"evaluate", "every", b"every", "name", b"name", "pull", b"pull", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__decay: _TypeAlias = _typing.Literal["decay"]  # noqa: Y015
     _WhichOneofArgType__decay: _TypeAlias = _typing.Literal["_decay", b"_decay"]  # noqa: Y015
+    _WhichOneofReturnType__evaluate: _TypeAlias = _typing.Literal["evaluate"]  # noqa: Y015
+    _WhichOneofArgType__evaluate: _TypeAlias = _typing.Literal["_evaluate", b"_evaluate"]  # noqa: Y015
     _WhichOneofReturnType__every: _TypeAlias = _typing.Literal["every"]  # noqa: Y015
     _WhichOneofArgType__every: _TypeAlias = _typing.Literal["_every", b"_every"]  # noqa: Y015
     _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
@@ -1185,6 +1191,8 @@ class AverageSpec(_message.Message):
     _WhichOneofArgType__start: _TypeAlias = _typing.Literal["_start", b"_start"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__decay) -> _WhichOneofReturnType__decay | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__evaluate) -> _WhichOneofReturnType__evaluate | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__every) -> _WhichOneofReturnType__every | None: ...
     @_typing.overload

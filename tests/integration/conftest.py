@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
+from harness.hosts import Host, hosts
 from services.service import Service
 from steepest.client import Client, Job
 from steepest.embedded import running_service
 from steepest.errors import ConflictError
+from tests.support.programs import need_program
 from tests.support.service import NUM_CPUS, TASKS, until
 
 SECRET = "correct-horse-battery"  # noqa: S105  # the service has it as `hub`
@@ -55,6 +57,16 @@ def submit(client: Client) -> Iterator[Callable[..., Job]]:
                 job.cancel()
     for job in jobs:
         until(lambda job=job: job.get().has_ended)
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[list[Host]]:
+    """Network namespaces, joined by a switch."""
+    need_program("ip", "iproute2")
+    if os.geteuid():
+        pytest.skip("network namespaces need root")
+    with hosts(3) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

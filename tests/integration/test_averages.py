@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_optimizer
 import torch
 from pydantic import ValidationError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from harness.local_job import hashes, run_here, run_processes
+from harness.hosts import Host
+from harness.local_job import hashes, job_config, run_here, run_processes, running
 from ps.checkpoint.files import State, checkpoints, files_of
 from steepest.spec import DataSpec, TaskReference
 from steepest.step_spec import AverageSpec
 from tests.support import brought
 from tests.support.submission import submitted
+from tests.support.tasks import arrays, regression
 from worker.data.sampler import Sampler
 from worker.data.sources import source_of
 from worker.task.load import load_task
@@ -129,3 +132,92 @@ def test_the_average_of_a_parameter_that_state_dict_hides_goes_on_too(tmp_path: 
     again = run("cut", 8)
     assert all(torch.equal(again.extra[name], whole.extra[name]) for name in hidden)
     assert all(torch.equal(again.average[name], value) for name, value in whole.average.items())
+
+
+EVALUATED = "tests.support.tasks:regression"
+
+
+def _evaluates(directory: Path, average: dict[str, Any], **raw: Any) -> Any:
+    """Evaluations after steps 3 and 6, the second of which is the best."""
+    spec = {
+        "steps": 6,
+        "optimizer": {"name": "adamw", "lr": 0.01},
+        "data": {"global_batch": 24, "micro_batch": 3},
+        "average": average,
+        "eval_every": 3,
+        "best": {"metric": "loss"},
+    }
+    return job_config(directory, EVALUATED, **{**spec, **raw})
+
+
+def _loss_of(parameters: dict[str, torch.Tensor]) -> float:
+    task = regression()
+    task.model.load_state_dict(parameters)
+    inputs, targets = arrays()
+    with torch.no_grad():
+        return float(task.loss(task.model(inputs[:50]), targets[:50]))
+
+
+@pytest.mark.parametrize("average", [*AVERAGES, {"name": "lookahead", "every": 4}], ids=str)
+def test_evaluations_are_of_the_average_and_leave_no_trace(average: dict[str, Any], tmp_path: Path) -> None:
+    state = run_here(_evaluates(tmp_path / "average", average))
+    best = state.standing.best
+    assert best.step == 6
+    assert best.value == pytest.approx(_loss_of(state.average), rel=1e-6)
+    trained = run_here(_evaluates(tmp_path / "trained", {**average, "evaluate": False}))
+    assert trained.standing.best.value == pytest.approx(_loss_of(state.model), rel=1e-6)
+    assert abs(_loss_of(state.average) - _loss_of(state.model)) > 1e-4  # else nothing would have been told apart
+    assert hashes(trained)[0] == hashes(state)[0]
+    for placement in ({"servers": 2}, {"transport": "inline"}, {"servers": 3, "transport": "inline"}):
+        again = run_processes(_evaluates(tmp_path / str(placement), average, placement=placement), 2)
+        assert again.standing.best == best
+        assert hashes(again)[0] == hashes(state)[0]
+
+
+def test_evaluations_are_of_the_average_between_hosts(tmp_path: Path, three: list[Host]) -> None:
+    average = AVERAGES[0]
+    here = run_here(_evaluates(tmp_path / "here", average))
+    for name, servers, workers in (("each", [0, 1], [0, 1, 2]), ("home", [0, 1, 2], [1, 2])):
+        config = _evaluates(tmp_path / name, average, placement={"servers": 2})
+        with running(config, len(workers), [three[i] for i in servers], [three[i] for i in workers]) as job:
+            state = job.finish()
+        assert state.standing.best == here.standing.best
+        assert hashes(state) == hashes(here)
+
+
+@pytest.mark.parametrize("transport", ["auto", "inline"])
+def test_evaluations_are_of_the_average_where_updates_are_lossy(transport: str, tmp_path: Path) -> None:
+    raw = {"compression": {"name": "twobit"}, "placement": {"transport": transport, "servers": 2}}
+    state = run_processes(_evaluates(tmp_path / "average", AVERAGES[0], **raw), 2)
+    assert state.standing.best.value == pytest.approx(_loss_of(state.average), rel=1e-6)
+    trained = run_processes(_evaluates(tmp_path / "trained", {**AVERAGES[0], "evaluate": False}, **raw), 2)
+    assert trained.standing.best.value != state.standing.best.value
+    assert hashes(trained)[0] == hashes(state)[0]
+
+
+def test_a_schedule_free_optimizer_is_evaluated_as_it_asks_for(tmp_path: Path) -> None:
+    optimizer = {"name": "pytorch_optimizer:ScheduleFreeAdamW", "lr": 0.02, "decay_biases_and_norms": True}
+    raw = {"optimizer": optimizer, "data": {"global_batch": 24, "micro_batch": 24}}
+    state = run_here(_evaluates(tmp_path / "here", {"name": "none"}, **raw))
+    task: Any = load_task(TaskReference(module="tests.support.tasks", function="regression"), None, 0)
+    plain = pytorch_optimizer.ScheduleFreeAdamW(task.model.parameters(), lr=0.02)
+    plain.train()
+    source, sampler = source_of(task.train_data), Sampler(101, DataSpec(global_batch=24, micro_batch=24), 0)
+    for step in range(6):
+        x, y = source.batch(sampler.indices(step, 0))
+        plain.zero_grad()
+        task.loss(task.model(x), y).backward()
+        plain.step()
+    for name, parameter in task.model.named_parameters():
+        torch.testing.assert_close(state.model[name], parameter.detach(), rtol=1e-5, atol=1e-6)
+    plain.eval()
+    for name, parameter in task.model.named_parameters():
+        torch.testing.assert_close(state.average[name], parameter.detach(), rtol=1e-5, atol=1e-6)
+    assert state.standing.best.value == pytest.approx(_loss_of(state.average), rel=1e-6)
+    assert abs(_loss_of(state.average) - _loss_of(state.model)) > 1e-4
+    raw = {**raw, "placement": {"servers": 2}, "steps": 3}
+    run_processes(_evaluates(tmp_path / "cut", {"name": "none"}, **raw), 2)
+    again = run_processes(_evaluates(tmp_path / "cut", {"name": "none"}, **{**raw, "steps": 6}), 2)
+    assert again.standing.best == state.standing.best
+    assert hashes(again)[0] == hashes(state)[0]
+    assert all(torch.equal(value, state.average[name]) for name, value in again.average.items())

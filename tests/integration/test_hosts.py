@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from ps.job.credentials import Credentials
 from ps.job.footprint import footprint
 from steepest.client import Client
 from tests.support.choices import full
-from tests.support.programs import need_program
 from tests.support.service import COMMAND, RAY_ENVIRONMENT, TASKS, serving, until
 
 pytestmark = pytest.mark.cluster
@@ -48,15 +46,6 @@ IN_PARTS: dict[
     "steps": 4,
     "data": {"global_batch": 24, "micro_batch": 12},
 }
-
-
-@pytest.fixture(scope="module")
-def three() -> Iterator[list[Host]]:
-    need_program("ip", "iproute2")
-    if os.geteuid():
-        pytest.skip("network namespaces need root")
-    with hosts(3) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,12 @@ class TwoModes(RowSigns):
         """Go to those that it evaluates with."""
 
 
+class LosesMomentum(TwoModes):
+    def eval(self) -> None:
+        """Forget."""
+        self.state.clear()
+
+
 class Draws(RowSigns):
     def step(self, closure: Callable[[], float] | None = None) -> None:
         super().step()

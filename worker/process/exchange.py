@@ -220,7 +220,7 @@ class Exchange:
             match message.WhichOneof("message"):
                 case "assign":
                     assign = convert.assign_from_proto(message.assign)
-                    if assign.kind == Round.INITIALIZE or self._pull(assign.step):
+                    if assign.kind == Round.INITIALIZE or self._pull(assign.version):
                         yield assign
                 case "collect":
                     self._hand_in(message.collect.parts)

@@ -197,9 +197,9 @@ class WorkerLoop:
                     # From here on, for the task's own initial parameters are gone.
                     (return_freed_memory if self._config.spec.memory.checkpoint_activations else keep_freed_memory)()
                     bound = True
-                if assign.step != version and bound:
+                if assign.version != version and bound:
                     self._engine.refresh()
-                    version = assign.step
+                    version = assign.version
                 profile.begin(assign.step)
                 self._answer(exchange, assign)
         finally:

@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 from ps.numerics.optimizer import leave_out_dynamo
-from ps.numerics.whole_optimizer import OptimizerClassError, class_named, make_group, whole_class
+from ps.numerics.whole_optimizer import (
+    OptimizerClassError,
+    averages_itself,
+    class_named,
+    evaluated_with,
+    has_two_modes,
+    make_group,
+    whole_class,
+)
 from ps.parameters.description import ModelDescription
 from ps.parameters.layout import GroupRange, Layout, grouped
 from steepest.full_batch_spec import NewtonCgSpec
@@ -56,6 +64,12 @@ def check_optimizer(spec: TrainingJobSpec, model: ModelDescription, layout: Layo
     if isinstance(optimizer, ClassSpec):
         with _told("optimizer.name", f"importing {optimizer.name}"):
             _check_kind(optimizer)
+            if spec.average.is_on and averages_itself(optimizer):
+                raise OptimizerClassError(
+                    "average.name",
+                    f"{optimizer.name} averages parameters itself, with its eval(), and an evaluation is of one "
+                    "average: leave average out",
+                )
     with _told("optimizer", optimizer.name):
         samples = list(_samples(optimizer, layout))
         alone = [_Run(optimizer, [sample], spec.seed, layout.dtype) for sample in samples]
@@ -63,6 +77,7 @@ def check_optimizer(spec: TrainingJobSpec, model: ModelDescription, layout: Layo
         for run in alone:
             run.steps(range(STEPS))
     _check_repeats(optimizer, alone, spec, layout)
+    _check_modes(optimizer, alone, spec, layout)
     _check_state(optimizer, alone, spec, layout)
     _check_independence(optimizer, samples, spec)
 
@@ -113,12 +128,6 @@ def _check_kind(optimizer: ClassSpec) -> None:
             f"a step of {optimizer.name} needs {', '.join(needed)}, to compute losses and gradients of its own; here "
             "workers compute one gradient a step: take an optimizer whose step needs no argument",
         )
-    if callable(getattr(found, "train", None)) and callable(getattr(found, "eval", None)):
-        raise OptimizerClassError(
-            "optimizer.name",
-            f"{optimizer.name} has train() and eval(), so it evaluates with other parameters than it trains with, and "
-            "workers have only one set of them: take an optimizer without the two modes",
-        )
 
 
 def _samples(optimizer: OptimizerSpec, layout: Layout) -> Iterable[_Sample]:
@@ -146,7 +155,10 @@ class _Run:
             for sample, tensor, (kind, _) in zip(samples, self.tensors, chosen, strict=True):
                 if kind is found:
                     own.setdefault(sample.group, []).append(tensor)
-            self.optimizers.append(found([make_group(found, t, group) for group, t in own.items()], **arguments))
+            made = found([make_group(found, t, group) for group, t in own.items()], **arguments)
+            if has_two_modes(found):
+                made.train()  # type: ignore[attr-defined]
+            self.optimizers.append(made)
         self.starts = [dict(group) for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def _drawn(self, index: int, step: int, dtype: torch.dtype) -> torch.Tensor:
@@ -178,6 +190,27 @@ def _check_repeats(optimizer: OptimizerSpec, alone: Sequence[_Run], spec: Traini
                 "optimizer.name",
                 f"{optimizer.name} gave two results for the same gradients, so it draws random numbers, and a job "
                 "would not be repeatable: take an optimizer, or options, without",
+            )
+
+
+def _check_modes(optimizer: OptimizerSpec, alone: Sequence[_Run], spec: TrainingJobSpec, layout: Layout) -> None:
+    """Training goes on after an evaluation as if there had been none."""
+    for run in alone:
+        if not has_two_modes(type(run.optimizers[0])):
+            continue
+        disturbed, undisturbed = (_Run(optimizer, run.samples, spec.seed, layout.dtype) for _ in range(2))
+        (parameter,) = disturbed.tensors
+        with blamed("optimizer", f"train() or eval() of {optimizer.name}"):
+            place = parameter.data_ptr()
+            disturbed.steps(range(STEPS))
+            evaluated_with(disturbed.optimizers[0], parameter)
+            disturbed.steps([STEPS])
+        undisturbed.steps(range(STEPS + 1))
+        if parameter.data_ptr() != place or not torch.equal(parameter, undisturbed.tensors[0]):
+            raise TaskError(
+                "optimizer.name",
+                f"{optimizer.name} goes on in another way after eval() and train(), so these change more than the "
+                "values of its parameters: have eval() write to the parameters in place, and train() undo that",
             )
 
 

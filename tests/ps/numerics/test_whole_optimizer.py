@@ -10,7 +10,7 @@ import torch
 
 from ps.checkpoint.named_state import assemble
 from ps.numerics.threads import Threads, split
-from ps.numerics.whole_optimizer import OptimizerClassError, WholeOptimizer, class_named, whole_class
+from ps.numerics.whole_optimizer import OptimizerClassError, WholeOptimizer, class_named, has_two_modes, whole_class
 from ps.parameters.layout import BLOCK_NUMEL, Layout, Shard, build_layout, shards
 from ps.step.best import Standing
 from steepest.optimizer_spec import optimizer_spec
@@ -31,6 +31,8 @@ CASES: list[dict[str, Any]] = [
     {"name": f"{LIBRARY}:LARS", "lr": 1e-1},
     {"name": f"{LIBRARY}:Lion", "lr": 1e-3},
     {"name": f"{LIBRARY}:AdEMAMix", "lr": 1e-2},
+    {"name": f"{LIBRARY}:ScheduleFreeAdamW", "lr": 1e-2, "weight_decay": 0.1, "options": {"warmup_steps": 5}},
+    {"name": f"{LIBRARY}:ScheduleFreeSGD", "lr": 1e-1},
 ]
 
 
@@ -120,6 +122,9 @@ def test_a_hundred_steps_are_those_of_plain_pytorch(raw: dict[str, Any]) -> None
             classes[found].add_param_group({"params": [parameter], **decay})
         else:
             classes[found] = found([{"params": [parameter], **decay}], **arguments)
+    modes = [reference for reference in classes.values() if has_two_modes(type(reference))]
+    for reference in modes:
+        reference.train()  # type: ignore[attr-defined]
     for step in range(100):
         gradients = layout.views(_gradient(layout, step) * 0.5)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -128,9 +133,20 @@ def test_a_hundred_steps_are_those_of_plain_pytorch(raw: dict[str, Any]) -> None
             for group in reference.param_groups:
                 group["lr"] = spec.base_lr * (1 - step / 200)
             reference.step()
-    _, flat, _ = _run({**raw, "decay_biases_and_norms": False}, 2, torch.float64, 100)
+    _, flat, optimizers = _run({**raw, "decay_biases_and_norms": False}, 2, torch.float64, 100)
     for view, parameter in zip(layout.views(flat), parameters, strict=True):
         assert torch.equal(view, parameter.detach())
+    averaged = [optimizer.averaged() for optimizer in optimizers]
+    assert all(average is not None for average in averaged) == bool(modes)
+    if modes:
+        trained = flat.clone()
+        for reference in modes:
+            reference.eval()  # type: ignore[attr-defined]
+        whole = torch.cat([average for average in averaged if average is not None])
+        for view, parameter in zip(layout.views(whole), parameters, strict=True):
+            assert torch.equal(view, parameter.detach())
+        assert torch.equal(flat, trained)
+        assert not torch.equal(whole, trained)
 
 
 @pytest.mark.parametrize("raw", CASES, ids=_id)
@@ -156,6 +172,8 @@ def test_training_goes_on_from_a_state_with_another_number_of_shards(raw: dict[s
     again = [_optimizer(spec, shard, resumed) for shard in cut]
     for optimizer in again:
         optimizer.import_state(state)
+    for optimizer in again:
+        optimizer.averaged()  # as for an evaluation
     for step in range(7, 12):
         _step(layout, cut, again, step, spec.base_lr)
     _, straight, _ = _run(raw, 1, torch.float32, 12)

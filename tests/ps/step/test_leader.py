@@ -311,3 +311,33 @@ def test_a_worker_that_is_slower_than_the_others_is_told_of() -> None:
     for number, member in enumerate(it.members.values()):
         member.pushes, member.speed = 20, (2.0, 0.5, 4.0)[number]
     assert it.members.slowest() == (1, 6.0)
+
+
+def test_an_evaluation_of_the_average_is_between_two_rounds_that_show() -> None:
+    it = leader(evaluates_average=True, evaluation_leaves=2, eval_every=1)
+    effects = finish_step(it, of_kind(it.join("a", 0.0), Send))
+    shows = [decide.decision for decide in of_kind(effects, Decide)][-1]
+    assert (shows.step, shows.kind, shows.apply) == (1, Round.SHOW, True)
+    assert of_kind(effects, Send) == []  # nobody works until all shards show it
+    (send,) = of_kind(it.applied(0, 1, 0.0, 3.0)[1], Send)
+    assert (send.assign.kind, send.assign.step, send.assign.version) == (Round.EVALUATE, 1, 2)
+    effects = it.push("a", push(send.assign), 4.0)[1]
+    (back,) = of_kind(effects, Decide)
+    assert (back.decision.kind, back.decision.apply) == (Round.SHOW, False)
+    assert of_kind(effects, Send) == []
+    (send,) = of_kind(it.applied(0, 1, 0.0, 5.0)[1], Send)
+    assert (send.assign.kind, send.assign.step, send.assign.version) == (Round.TRAIN, 1, 3)
+
+
+def test_a_job_that_is_cancelled_while_nobody_evaluates_saves_its_parameters() -> None:
+    it = leader(evaluates_average=True, evaluation_leaves=2, eval_every=1)
+    finish_step(it, of_kind(it.join("a", 0.0), Send))
+    it.applied(0, 1, 0.0, 3.0)
+    it.leave("a", 4.0)
+    assert it.phase == Phase.WAITING
+    it._agenda.saved(0, 4.0)
+    (back,) = of_kind(it.cancel(5.0), Decide)
+    assert (back.decision.kind, back.decision.apply) == (Round.SHOW, False)
+    (save,) = of_kind(it.applied(0, 1, 0.0, 6.0)[1], Save)
+    assert save.step == 1
+    assert of_kind(it.saved(1, "", 7.0), PhaseChanged)[0].phase == Phase.CANCELLED

@@ -18,16 +18,18 @@ from ps.numerics.tree import Node, maximal_nodes
 from ps.parameters.layout import build_layout, shards
 from ps.step.effects import Decide, Dismiss, Effect, Evaluated, Phase, Save, Send, Stepped
 from ps.step.leader import Leader
-from ps.step.messages import Assign, LeafResult, Outcome, Push, PushedNode, Round
+from ps.step.messages import Assign, Decision, LeafResult, Outcome, Push, PushedNode, Round
 from ps.step.plan import Plan
 from ps.step.shard import ShardState
 from steepest.optimizer_spec import optimizer_spec
 from steepest.spec import ClipSpec, ScheduleSpec
+from steepest.step_spec import AverageSpec
 from tests.support.models import described
 
 STEPS, LEAVES = 5, 6
 LAYOUT = build_layout(described([(70_016,), (70_016,)]))  # without padding, for what lies there is not added
 SPEC = optimizer_spec(name="momentum", lr=0.1)
+AVERAGE = AverageSpec(name="ema", decay=0.5)
 
 
 def gradient(step: int, leaf: int) -> torch.Tensor:
@@ -54,10 +56,11 @@ class Worker:
 class World:
     """Everything but time and processes."""
 
-    def __init__(self, num_servers: int, evaluation_leaves: int = 0) -> None:
+    def __init__(self, num_servers: int, evaluation_leaves: int = 0, *, evaluates_average: bool = False) -> None:
         self.flat = torch.zeros(LAYOUT.numel)
         self.shards = [
-            ShardState(s, self.flat[s.start : s.stop], SPEC, num_leaves=LEAVES) for s in shards(LAYOUT, num_servers)
+            ShardState(s, self.flat[s.start : s.stop], SPEC, num_leaves=LEAVES, average=AVERAGE)
+            for s in shards(LAYOUT, num_servers)
         ]
         plan = Plan(
             total_steps=STEPS,
@@ -67,6 +70,7 @@ class World:
             schedule=ScheduleSpec(name="linear"),
             clip=ClipSpec(norm=1.0),
             evaluation_leaves=evaluation_leaves,
+            evaluates_average=evaluates_average,
             metric_names=("accuracy",),
             eval_every=2,
             checkpoint_every=2,
@@ -77,6 +81,7 @@ class World:
         self.to_leader: dict[int, deque[Any]] = {i: deque() for i in range(1, num_servers)}
         self.stepped: list[int] = []
         self.evaluated: list[int] = []
+        self.seen: dict[tuple[int, str], torch.Tensor] = {}  # parameters, by step and kind of round
         self.saved: list[int] = []
         self.saving = False
         self.now = 0.0
@@ -92,7 +97,7 @@ class World:
                 case Decide(decision):
                     for queue in self.followers.values():
                         queue.append(decision)
-                    clamped = self.shards[0].apply(decision)
+                    clamped = self.obey(0, decision)
                     self.carry_out(self.leader.applied(0, decision.step, clamped, self.now)[1])
                 case Stepped(completed):
                     self.stepped.append(completed.decision.step)
@@ -104,6 +109,21 @@ class World:
                     self.saving = True
                 case _:
                     pass
+
+    def obey(self, index: int, decision: Decision) -> float:
+        shard = self.shards[index]
+        if decision.kind != Round.SHOW:
+            return shard.apply(decision)
+        shard.show(average=decision.apply)
+        return 0.0
+
+    def see(self, assign: Assign) -> None:
+        """What a worker computes with, unless its answer will come too late."""
+        if assign.kind == Round.INITIALIZE or self.shards[0].version != assign.version:
+            return
+        assert {shard.version for shard in self.shards} == {assign.version}
+        before = self.seen.setdefault((assign.step, assign.kind), self.flat.clone())
+        assert torch.equal(before, self.flat)
 
     def join(self, name: str) -> None:
         self.workers[name] = Worker(to_shards={i: deque() for i in range(len(self.shards))})
@@ -121,6 +141,7 @@ class World:
     def work(self, name: str) -> None:
         worker = self.workers[name]
         assign = worker.inbox.popleft()
+        self.see(assign)
         nodes: list[PushedNode] = []
         leaves = [i for low, high in assign.ranges for i in range(low, high)]
         results = tuple(LeafResult(i, 1.0 + i, 2.0, 2, (1.0,)) for i in leaves)
@@ -180,7 +201,7 @@ class World:
                 self.carry_out(self.leader.leave(name, self.now))
             case ("decision", index):
                 decision = self.followers[index].popleft()
-                clamped = self.shards[index].apply(decision)
+                clamped = self.obey(index, decision)
                 self.to_leader[index].append(("applied", decision.step, clamped))
             case ("news", index):
                 match self.to_leader[index].popleft():
@@ -193,9 +214,17 @@ class World:
                 self.carry_out(self.leader.saved(self.leader.step, "", self.now))
 
 
-def run(num_servers: int, num_workers: int, seed: int, trouble: float, evaluation_leaves: int = 0) -> World:
+def run(
+    num_servers: int,
+    num_workers: int,
+    seed: int,
+    trouble: float,
+    evaluation_leaves: int = 0,
+    *,
+    evaluates_average: bool = False,
+) -> World:
     rng = random.Random(seed)
-    world = World(num_servers, evaluation_leaves)
+    world = World(num_servers, evaluation_leaves, evaluates_average=evaluates_average)
     names = iter(f"w{i}" for i in range(10_000))
     for _ in range(num_workers):
         world.join(next(names))
@@ -234,12 +263,36 @@ def run(num_servers: int, num_workers: int, seed: int, trouble: float, evaluatio
 EXPECTED = run(1, 1, 0, 0.0).flat
 
 
+def _averages() -> dict[int, torch.Tensor]:
+    """Of the parameters after the first step, and then of each, by step."""
+    seen = run(1, 1, 0, 0.0, 4).seen  # evaluations of the parameters as they are trained
+    versions = [*(seen[step, Round.TRAIN] for step in range(1, STEPS)), seen[STEPS, Round.EVALUATE]]
+    averages = {1: versions[0].clone()}
+    for step, version in enumerate(versions[1:], 2):
+        averages[step] = averages[step - 1] + (version - averages[step - 1]) * (1 - AVERAGE.decay)
+    return averages
+
+
+AVERAGES = _averages()
+
+
 @settings(max_examples=120)
-@given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 2**32), st.sampled_from([0.0, 0.1, 0.3]), st.booleans())
+@given(
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(0, 2**32),
+    st.sampled_from([0.0, 0.1, 0.3]),
+    st.sampled_from(["", "parameters", "average"]),
+)
 def test_every_step_is_made_once_and_the_bits_are_the_same(
-    num_servers: int, num_workers: int, seed: int, trouble: float, evaluates: bool
+    num_servers: int, num_workers: int, seed: int, trouble: float, evaluates: str
 ) -> None:
-    world = run(num_servers, num_workers, seed, trouble, 4 if evaluates else 0)
+    leaves, of_average = 4 if evaluates else 0, evaluates == "average"
+    world = run(num_servers, num_workers, seed, trouble, leaves, evaluates_average=of_average)
+    if of_average:
+        shown = {step: flat for (step, kind), flat in world.seen.items() if kind == Round.EVALUATE}
+        assert all(torch.equal(flat, AVERAGES[step]) for step, flat in shown.items())
+        assert shown.keys() == {2, 4, 5}
     assert world.stepped == list(range(STEPS))
     assert torch.equal(world.flat, EXPECTED)
     assert world.saved == [2, 4, 5]

@@ -8,6 +8,7 @@ from ps.parameters.layout import build_layout, shards
 from ps.step.messages import Decision, Outcome, Round
 from ps.step.shard import ShardState
 from steepest.optimizer_spec import optimizer_spec
+from steepest.step_spec import AverageSpec
 from tests.support.models import described
 from tests.support.stand_in import StandInDevice
 
@@ -93,3 +94,27 @@ def test_on_a_gpu_what_lies_in_the_hosts_memory_is_copied() -> None:
     assert device.copied == shard.numel * 4
     server.accept(0, Round.TRAIN, [(Node(1, 2), torch.ones(shard.numel, device="meta"))])
     assert device.copied == shard.numel * 4
+
+
+def test_the_average_is_shown_and_the_parameters_come_back_with_their_bits() -> None:
+    (whole,) = shards(build_layout(described([(64,)])), 1)
+    shown = torch.zeros(whole.numel)
+    shard = ShardState(
+        whole,
+        shown,
+        optimizer_spec(name="sgd", lr=1 / 3),
+        num_leaves=1,
+        initialized=True,
+        average=AverageSpec(name="swa"),
+    )
+    for step in range(3):
+        shard.accept(step, Round.TRAIN, [(Node(0, 1), ones(shard))])
+        shard.reduce()
+        shard.apply(Decision(step, Round.TRAIN, apply=True, lr=1 / 3))
+    trained = shown.clone()
+    shard.show(average=True)
+    torch.testing.assert_close(shown, torch.full_like(shown, -2 / 3))
+    assert (shard.step, shard.version) == (3, 4)
+    shard.show(average=False)
+    assert torch.equal(shown, trained)
+    assert (shard.step, shard.version) == (3, 5)

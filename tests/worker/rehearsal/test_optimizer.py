@@ -33,6 +33,8 @@ def _check(name: str, **raw: Any) -> None:
         (f"{OWN}:RowSigns", {"weight_decay": 0.1, "options": {"warmup": 5}}),
         ("torch.optim:SGD", {"options": {"momentum": 0.9, "nesterov": True}}),
         ("pytorch_optimizer:SOAP", {}),
+        ("pytorch_optimizer:ScheduleFreeAdamW", {"options": {"warmup_steps": 3}}),
+        (f"{OWN}:TwoModes", {}),
     ],
 )
 def test_what_treats_every_parameter_by_itself_is_taken(name: str, raw: dict[str, Any]) -> None:
@@ -44,8 +46,7 @@ def test_what_treats_every_parameter_by_itself_is_taken(name: str, raw: dict[str
     [
         (f"{OWN}:NeedsClosure", {}, "optimizer.name", r"needs closure, to compute losses.*take an optimizer"),
         ("torch.optim:LBFGS", {}, "optimizer.name", r"needs closure"),
-        ("pytorch_optimizer:ScheduleFreeAdamW", {}, "optimizer.name", r"train\(\) and eval\(\).*two modes"),
-        (f"{OWN}:TwoModes", {}, "optimizer.name", r"train\(\) and eval\(\)"),
+        (f"{OWN}:LosesMomentum", {}, "optimizer.name", r"another way after eval\(\) and train\(\).*in place"),
         (f"{OWN}:Draws", {}, "optimizer.name", r"two results for the same gradients.*random"),
         (f"{OWN}:Couples", {}, "optimizer.name", r"in another way when it has other parameters beside it"),
         ("pytorch_optimizer:Prodigy", {}, "optimizer.name", r"other parameters beside it"),
@@ -64,3 +65,11 @@ def test_what_cannot_work_is_refused_with_cause_and_cure(name: str, raw: dict[st
     with pytest.raises(TaskError, match=said) as caught:
         _check(name, **raw)
     assert caught.value.field == field
+
+
+def test_one_average_is_enough() -> None:
+    optimizer = {"name": "pytorch_optimizer:ScheduleFreeAdamW", "lr": 0.01}
+    raw = {"task": {"module": "m", "function": "f"}, "steps": 3, "optimizer": optimizer, "average": {"name": "ema"}}
+    with pytest.raises(TaskError, match=r"averages parameters itself, with its eval\(\).*leave average out") as caught:
+        check_optimizer(spec_from_dict(raw), MODEL, LAYOUT, 64)
+    assert caught.value.field == "average.name"
