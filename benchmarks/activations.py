@@ -1,8 +1,9 @@
 """Memory and time of activation checkpointing: `python -m benchmarks.activations`.
 
 A residual net of n layers, one step of it as a worker computes it, with all activations kept and with
-memory.checkpoint_activations = sqrt. Each measurement is a process of its own, and the two kinds take turns. Memory is
-how far the process's peak goes beyond what it had before the step, gradients not counted.
+memory.checkpoint_activations = sqrt: a perceptron's layers, or convolutions with batch norm in blocks of two. Each
+measurement is a process of its own, and the two ways take turns. Memory is how far the process's peak goes beyond what
+it had before the step, gradients not counted.
 """
 
 from __future__ import annotations
@@ -31,15 +32,40 @@ from worker.process.loop import keep_freed_memory, return_freed_memory
 from worker.task.model import describe_model
 
 WIDTH, BATCH = 64, 2048
+CHANNELS, SIDE, IMAGES = 32, 16, 32
 
 
 class Residual(nn.Module):
+    """A layer of a perceptron."""
+
     def __init__(self) -> None:
         super().__init__()
         self.line = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return inputs + torch.tanh(self.line(inputs))
+
+
+class Block(nn.Module):
+    """Two convolutions beside a shortcut, in the order of He et al. 2016 ("Identity mappings")."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = [
+            (nn.BatchNorm2d(CHANNELS), nn.ReLU(), nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False))
+            for _ in range(2)
+        ]
+        self.body = nn.Sequential(*parts[0], *parts[1])
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs + self.body(inputs)
+
+
+def network(kind: str, layers: int) -> tuple[nn.Module, torch.Tensor]:
+    """(model, a micro-batch of inputs)."""
+    if kind == "perceptron":
+        return nn.Sequential(*(Residual() for _ in range(layers))), torch.randn(BATCH, WIDTH)
+    return nn.Sequential(*(Block() for _ in range(layers // 2))), torch.randn(IMAGES, CHANNELS, SIDE, SIDE)
 
 
 def _status(name: str) -> int:
@@ -49,13 +75,12 @@ def _status(name: str) -> int:
     return int(found[1]) << 10
 
 
-def measure(layers: int, how: str) -> tuple[int, float]:
+def measure(kind: str, layers: int, how: str) -> tuple[int, float]:
     """(bytes of activations, seconds of a step), the second step's."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     import_module("torch._dynamo")  # as torch's checkpointing does on its first call
-    model = nn.Sequential(*(Residual() for _ in range(layers)))
-    inputs = torch.randn(BATCH, WIDTH)
+    model, inputs = network(kind, layers)
     task = steepest.Task(model=model, loss=nn.MSELoss(), train_data=steepest.ArrayData(inputs, inputs))
     description = describe_model(task)
     layout = build_layout(description)
@@ -71,7 +96,7 @@ def measure(layers: int, how: str) -> tuple[int, float]:
     for _ in range(3):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         began = time.perf_counter()
-        engine.gradient((inputs, inputs), BATCH, layout.views(gradient), add=False)
+        engine.gradient((inputs, inputs), len(inputs), layout.views(gradient), add=False)
         seconds.append(time.perf_counter() - began)
         peak = max(peak, _status("VmHWM") - before)
     return peak, statistics.median(seconds)
@@ -79,6 +104,7 @@ def measure(layers: int, how: str) -> tuple[int, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=["perceptron", "convolutions"], default="perceptron")
     parser.add_argument("--layers", type=int, nargs="*", default=[32, 128, 512])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, default=RESULTS / "activations.json")
@@ -92,7 +118,7 @@ def main() -> None:
         for _ in range(options.rounds):
             for how, own in found.items():
                 with get_context("spawn").Pool(1) as pool:
-                    own.append(pool.apply(measure, (layers, how)))
+                    own.append(pool.apply(measure, (options.kind, layers, how)))
         kept, again = (statistics.median(peak for peak, _ in own) for own in found.values())
         ratios = [two / one for (_, one), (_, two) in zip(*found.values(), strict=True)]
         rows.append({"layers": layers, "kept": kept, "sqrt": again, "time": statistics.median(ratios)})
@@ -105,7 +131,7 @@ def main() -> None:
     grown = math.log(last["layers"] / first["layers"])
     powers = {how: math.log(last[how] / first[how]) / grown for how in ("kept", "sqrt")}
     print(f"memory grows as n^{powers['kept']:.2f} kept, n^{powers['sqrt']:.2f} with sqrt")
-    write_report(options.json, batch=BATCH, width=WIDTH, results=rows, powers=powers)
+    write_report(options.json, kind=options.kind, results=rows, powers=powers)
 
 
 if __name__ == "__main__":

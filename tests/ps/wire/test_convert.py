@@ -51,7 +51,7 @@ NODES = st.builds(PushedNode, COUNT, COUNT, st.one_of(st.none(), COUNT))
 RANGES = st.lists(st.tuples(COUNT, COUNT), max_size=4).map(tuple)
 
 
-@given(st.builds(Assign, STEP, KIND, RANGES, BYTES, RANGES))
+@given(st.builds(Assign, STEP, KIND, RANGES, BYTES, RANGES, STEP))
 def test_assign(it: Assign) -> None:
     assert convert.assign_from_proto(convert.assign_to_proto(it)) == it
 

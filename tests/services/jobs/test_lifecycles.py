@@ -41,6 +41,16 @@ DIED = Exit(ExitKind.DIED, "was killed by signal 9 (SIGKILL)")
 _S = JobState
 
 
+class CountingAdmission(Admission):
+    """passes: that have ended."""
+
+    passes = 0
+
+    def _admit(self) -> None:
+        super()._admit()
+        self.passes += 1
+
+
 class Plane:
     """A service without its ports."""
 
@@ -51,7 +61,7 @@ class Plane:
         bundles: Any = CodeStore(directory / "code", 1 << 20)
         probe: Any = Probe()
         self.operations = Operations(self.store, bundles, probe, cluster, self.running, self.settings, wake)
-        self.admission = Admission(self.store, bundles, cluster, self.running, self.settings, wake)
+        self.admission = CountingAdmission(self.store, bundles, cluster, self.running, self.settings, wake)
         self.admission.start()
 
     def stop(self) -> None:
@@ -234,7 +244,16 @@ class Lives(RuleBasedStateMachine):
         return self.cluster.slots + (sum(rooms) if self.preemption else 0)
 
     def _settled(self) -> None:
-        until(self._is_settled, 10)
+        until(self._stays_settled, 10)
+
+    def _stays_settled(self) -> bool:
+        """A pass of the admission that is under way may know the jobs as they were before, and start one of them."""
+        if not self._is_settled():
+            return False
+        admission = self.plane.admission
+        whole = admission.passes + 2  # the first of these may have begun already
+        until(lambda: admission.passes >= whole, 10)
+        return self._is_settled()
 
     @invariant()
     def all_is_as_it_should_be(self) -> None:
