@@ -14,6 +14,7 @@ import os
 import re
 import statistics
 import time
+from collections.abc import Sequence
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
@@ -102,10 +103,21 @@ def measure(kind: str, layers: int, how: str) -> tuple[int, float]:
     return peak, statistics.median(seconds)
 
 
+def power(layers: Sequence[int], nbytes: Sequence[float]) -> float:
+    """p of nbytes = a + b * layers^p, where a is what a pass takes at any depth.
+
+    By the first, the middle and the last of depths that grow by one factor.
+    """
+    first, middle, last = (nbytes[i] for i in (0, len(nbytes) // 2, -1))
+    return math.log((last - middle) / (middle - first)) / math.log(layers[len(layers) // 2] / layers[0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=["perceptron", "convolutions"], default="perceptron")
-    parser.add_argument("--layers", type=int, nargs="*", default=[32, 128, 512])
+    parser.add_argument(
+        "--layers", type=int, nargs="*", default=[32, 128, 512], help="depths that grow by one factor [32 128 512]"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, default=RESULTS / "activations.json")
     options = parser.parse_args()
@@ -127,10 +139,8 @@ def main() -> None:
             f"| {min(ratios):.2f} to {max(ratios):.2f} |",
             flush=True,
         )
-    first, last = rows[0], rows[-1]
-    grown = math.log(last["layers"] / first["layers"])
-    powers = {how: math.log(last[how] / first[how]) / grown for how in ("kept", "sqrt")}
-    print(f"memory grows as n^{powers['kept']:.2f} kept, n^{powers['sqrt']:.2f} with sqrt")
+    powers = {how: power([row["layers"] for row in rows], [row[how] for row in rows]) for how in ("kept", "sqrt")}
+    print(f"what depends on n grows as n^{powers['kept']:.2f} kept, n^{powers['sqrt']:.2f} with sqrt")
     write_report(options.json, kind=options.kind, results=rows, powers=powers)
 
 

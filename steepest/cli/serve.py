@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -180,6 +181,8 @@ def serve(
         "health_actions": _actions(health_action or []) or None,
     }
     prepare_for_embedded_ray()
+    # A script that starts it in the background has it ignore this one, and a service is to end well with either.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import threading
 
     from steepest.embedded import running_service, serve_settings

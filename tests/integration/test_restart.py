@@ -66,3 +66,9 @@ def test_jobs_go_on_from_their_last_checkpoint_and_paused_ones_stay_paused(
         assert held.resume().state == "RECOVERING"
         info = held.wait()
         assert (info.parameters_sha256, info.state_sha256) == expected
+
+
+def test_ctrl_c_ends_a_service_that_a_script_has_started_in_the_background(tmp_path: Path) -> None:
+    ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]
+    with serving(tmp_path, prefix=ignoring) as address, Client(address) as client:
+        assert list(client.list()) == []
