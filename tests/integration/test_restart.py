@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -69,6 +70,15 @@ def test_jobs_go_on_from_their_last_checkpoint_and_paused_ones_stay_paused(
 
 
 def test_ctrl_c_ends_a_service_that_a_script_has_started_in_the_background(tmp_path: Path) -> None:
-    ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]
-    with serving(tmp_path, prefix=ignoring) as address, Client(address) as client:
-        assert list(client.list()) == []
+    program = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from steepest.cli import main; main()"
+    command = [sys.executable, "-c", program, "serve", "--port", "0", "--http-port", "0", "--data-dir", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert [process.stderr.readline() for _ in range(2)][1] == "ready\n"
+    process.send_signal(signal.SIGINT)
+    try:
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    assert "stopping" in said
