@@ -193,11 +193,11 @@ def serve(
         ports = f"gRPC {settings.host}:{service.grpc_port}  HTTP {scheme}://{settings.host}:{service.http_port}"
         sys.stderr.write(f"{ports}  data {settings.data_dir}\n")
         sys.stderr.flush()
-        service.cluster.wait_ready()
-        gc.freeze()  # a collection takes 0.2 s of what is there by now, and nobody is answered meanwhile
-        sys.stderr.write("ready\n")
-        sys.stderr.flush()
         with contextlib.suppress(KeyboardInterrupt):
+            service.cluster.wait_ready()
+            gc.freeze()  # a collection takes 0.2 s of what is there by now, and nobody is answered meanwhile
+            sys.stderr.write("ready\n")
+            sys.stderr.flush()
             threading.Event().wait()
         kept = service.settings.ray_address is not None
         later = "; the next service goes on with them" if kept else " from their last checkpoint at the next start"
