@@ -88,14 +88,19 @@ def has_two_modes(found: type[torch.optim.Optimizer]) -> bool:
     return callable(getattr(found, "train", None)) and callable(getattr(found, "eval", None))
 
 
-@torch.no_grad()
 def evaluated_with(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.Tensor:
-    """What an optimizer with two modes evaluates with in the place of its parameter, which keeps its bits."""
-    trained = parameter.clone()
-    optimizer.eval()  # type: ignore[attr-defined]
-    found = parameter.clone()
-    optimizer.train()  # type: ignore[attr-defined]
-    parameter.copy_(trained)  # the way back would round
+    """What an optimizer with two modes evaluates with in the place of its parameter.
+
+    The parameter's memory is not written to: it may be on its way to workers.
+    """
+    trained = parameter.data
+    parameter.data = trained.clone()
+    try:
+        optimizer.eval()  # type: ignore[attr-defined]
+        found = parameter.data.clone()
+        optimizer.train()  # type: ignore[attr-defined]
+    finally:
+        parameter.data = trained
     return found
 
 
@@ -199,6 +204,8 @@ class WholeOptimizer:
             return None
         found = self._parameters.clone()
         for own in self._own:
+            if not own.optimizer.state.get(own.tensor):
+                continue  # it has not stepped yet
             start = own.placed.offset - self._shard.start
             view = found[start : start + own.placed.numel].view(own.placed.shape)
             view.copy_(evaluated_with(own.optimizer, own.tensor))

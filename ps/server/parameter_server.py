@@ -185,7 +185,8 @@ class ParameterServer:
     def _lead(self, own: ShardHost, restored: Restored | None) -> LeaderRunner:
         config, codec = self.config, own.state.push_codec
         plan = config.plan()
-        plan = replace(plan, evaluates_average=plan.evaluates_average or averages_itself(config.spec.optimizer))
+        averages = config.spec.average.evaluate and averages_itself(config.spec.optimizer)
+        plan = replace(plan, evaluates_average=plan.evaluates_average or averages)
         state = None if restored is None else restored.state
         held = {} if state is None else residuals_of(self.layout, state.compression)
         self.leader = Leader(

@@ -81,7 +81,7 @@ class ShardHost:
             self.send_parameters(self._connected())
         else:
             self._send(self._connected(), self.state.update, compressed=True)
-        assert self._leader is not None  # noqa: S101  # a decision follows a report
+        assert self._leader is not None  # noqa: S101  # decisions come from it
         self._leader.applied(decision.step, clipped_sum, self.state.update_signals)
 
     def collect(self, step: int) -> None:

@@ -202,9 +202,9 @@ class Leader:
         return [self._enter(Phase.WORKING, "resumed"), *self._next_round(now)]
 
     def cancel(self, now: float) -> list[Effect]:
-        """End at the next step boundary, with a checkpoint if there is anything to save."""
+        """End at the next step boundary, with a checkpoint if there is anything to save; finish what is decided."""
         self._cancel = True
-        if self.phase not in (Phase.PAUSED, Phase.WAITING):
+        if self.phase not in (Phase.PAUSED, Phase.WAITING) or (self._round is not None and self._round.is_decided):
             return []
         self._round = None  # nobody will finish it; the last version is whole
         self.phase = Phase.WORKING

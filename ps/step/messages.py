@@ -18,7 +18,7 @@ class Round(StrEnum):
     TRAIN = "train"
     EVALUATE = "evaluate"
     DIAGNOSE = "diagnose"  # recompute a step whose sum was not finite, to find the micro-batch
-    SHOW = "show"  # servers show workers the average, or the parameters again; workers have no part in it
+    SHOW = "show"  # servers show workers the average, or the parameters again; it begins with its decision
 
 
 class Outcome(StrEnum):

@@ -273,6 +273,8 @@ class ShardState:
 
         Between the two nothing may change the parameters. Without an average, they stay where they are.
         """
+        if average and self._hidden is not None:
+            raise ValueError(f"shard {self.shard.index} shows the average already")
         seen = self.parameters if self.is_lossy else self.master
         if average:
             averaged = self.averaged

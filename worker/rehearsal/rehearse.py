@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ps.numerics.whole_optimizer import averages_itself
 from ps.parameters.description import ModelDescription
 from steepest.spec import TrainingJobSpec
 from steepest.task import AnalyticTask, Task
@@ -40,6 +41,10 @@ _TOO_LARGE = (
 )
 
 
+_STATISTICS = (
+    "evaluations are of an average of the parameters, with statistics ({}) of the parameters that are trained, as in "
+    "torch's AveragedModel without update_bn: to evaluate the parameters that are trained, set average.evaluate = false"
+)
 _MASTERS = (
     "the model's {} parameters are rounded from float32 masters, which the optimizer updates and checkpoints hold; "
     "plain PyTorch would round after every update, and lose small ones"
@@ -114,6 +119,8 @@ def rehearse(
     found.logged = passes.logged
     found.evaluates_with_gradients = _check_evaluation(passes, num_evaluation_samples)
     found.warnings += _advice(passes, found.price)
+    if num_evaluation_samples:
+        found.warnings += _advice_on_average(task, spec)
     # What passes left behind is a cache, or `_check_repeats` had refused it.
     found.caches = [name for name in differences(fresh, passes.hidden()) if ": " not in name]
     _check_curvature(passes, indices)
@@ -173,6 +180,16 @@ def _advice(passes: Passes, price: float) -> list[tuple[str, str]]:
         )
         found.append(("small_micro_batch", problem))
     return found
+
+
+def _advice_on_average(task: Task | AnalyticTask, spec: TrainingJobSpec) -> list[tuple[str, str]]:
+    """A warning of evaluations whose statistics are not of the parameters that are evaluated."""
+    if isinstance(task, AnalyticTask) or not spec.average.evaluate:
+        return []
+    if not spec.average.is_on and not averages_itself(spec.optimizer):
+        return []
+    known = [name for name, _ in task.model.named_buffers() if name.rpartition(".")[2] == "running_mean"]
+    return [("average_statistics", _STATISTICS.format(known[0]))] if known else []
 
 
 def _check_data(passes: Passes, indices: NDArray[np.int64]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -225,3 +225,39 @@ def test_arguments_that_a_class_does_not_take_are_refused(raw: dict[str, Any], f
     with pytest.raises(OptimizerClassError, match=said) as caught:
         whole_class(spec, "w", (3,))
     assert caught.value.field == field
+
+
+class WritesParameters(torch.optim.SGD):
+    """Its eval() notes where it writes."""
+
+    written: ClassVar[set[int]] = set()
+
+    def train(self) -> None:
+        """Nothing to undo: what was written to is let go of."""
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.zero_()
+                self.written.add(parameter.data_ptr())
+
+
+def test_parameters_that_may_be_on_their_way_to_workers_are_not_written_to_for_an_average() -> None:
+    raw = {"name": f"{__name__}:WritesParameters", "lr": 0.1, "options": {"momentum": 0.9}}
+    layout, flat, (optimizer,) = _run(raw, 1, torch.float32, 0)
+    before = flat.clone()
+    average = optimizer.averaged()
+    assert average is not None
+    assert torch.equal(average, before)  # without a step there is none
+    _step(layout, shards(layout, 1), [optimizer], 0, 0.1)
+    stepped = flat.clone()
+    average = optimizer.averaged()
+    assert average is not None
+    assert not any(view.any() for view in layout.views(average))
+    assert torch.equal(flat, stepped)
+    begin, end = flat.data_ptr(), flat.data_ptr() + flat.nbytes
+    assert WritesParameters.written
+    assert not any(begin <= place < end for place in WritesParameters.written)
+    _step(layout, shards(layout, 1), [optimizer], 1, 0.1)
+    assert not torch.equal(flat, stepped)

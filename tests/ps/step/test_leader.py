@@ -341,3 +341,25 @@ def test_a_job_that_is_cancelled_while_nobody_evaluates_saves_its_parameters() -
     (save,) = of_kind(it.applied(0, 1, 0.0, 6.0)[1], Save)
     assert save.step == 1
     assert of_kind(it.saved(1, "", 7.0), PhaseChanged)[0].phase == Phase.CANCELLED
+
+
+def test_what_is_decided_is_finished_before_a_job_without_workers_is_cancelled() -> None:
+    it = leader(num_servers=2, evaluates_average=True, evaluation_leaves=2, eval_every=1)
+    (send,) = of_kind(it.join("a", 0.0), Send)
+    it.retire("a", 0.5)
+    it.push("a", push(send.assign), 1.0)
+    for server in range(2):
+        it.report(server, 0, Round.TRAIN, np.ones(1), 1.0)
+    for server in range(2):
+        effects = it.applied(server, 0, 0.0, 2.0)[1]
+    assert it.phase == Phase.WAITING
+    (show,) = of_kind(effects, Decide)
+    assert (show.decision.kind, show.decision.apply) == (Round.SHOW, True)
+    it._agenda.saved(0, 2.0)
+    it.applied(0, 1, 0.0, 3.0)
+    assert it.cancel(4.0) == []  # server 1 shows the average as well when it hears of a checkpoint
+    (back,) = of_kind(it.applied(1, 1, 0.0, 5.0)[1], Decide)
+    assert (back.decision.kind, back.decision.apply) == (Round.SHOW, False)
+    it.applied(0, 1, 0.0, 6.0)
+    (save,) = of_kind(it.applied(1, 1, 0.0, 6.0)[1], Save)
+    assert save.step == 1

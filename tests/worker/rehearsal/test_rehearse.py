@@ -149,6 +149,23 @@ def test_parameters_are_what_a_pass_makes_of_them() -> None:
     assert found.warnings[0][0] == "unreached_parameters"
 
 
+def test_statistics_of_other_parameters_than_are_evaluated_are_warned_of() -> None:
+    def warned(function: str, **average: Any) -> dict[str, str]:
+        data = {"micro_batch": 32}
+        return dict(rehearsed(f"tests.support.tasks:{function}", epochs=1, data=data, average=average).warnings)
+
+    said = warned("evaluated", name="ema")["average_statistics"]
+    assert "1.running_mean" in said
+    assert "average.evaluate = false" in said
+    for function, average in (
+        ("evaluated", {"name": "ema", "evaluate": False}),
+        ("evaluated", {"name": "none"}),
+        ("slow", {"name": "ema"}),
+        ("regression", {"name": "ema"}),
+    ):
+        assert "average_statistics" not in warned(function, **average)
+
+
 def test_a_loader_settles_what_the_spec_leaves_open() -> None:
     found = rehearsed(f"{BROUGHT}:loader", epochs=1)
     assert found.data == {"global_batch": 16, "shuffle": True, "drop_last": True, "readers": 0}
