@@ -10,6 +10,7 @@ import torch
 from ps.checkpoint.files import State
 from ps.memory.raw import raw_bytes
 from ps.numerics.optimizer import StatePart
+from ps.numerics.threads import copy_all
 from ps.parameters.description import ModelDescription, TensorDescription
 from ps.parameters.layout import Layout
 from ps.step.best import Standing
@@ -78,12 +79,14 @@ def assemble(
     elsewhere = {*shown.values(), *(a.name for a in model.aliases)}
     shapes = {p.name: p.shape for p in model.parameters}
     states: dict[str, torch.Tensor] = {}
+    copies = []
     for part in optimizer:
         key = f"{part.parameter}.{part.state}"
         if key not in states:
             shape = shapes[part.parameter] if part.shape is None else part.shape
             states[key] = torch.zeros(shape, dtype=part.values.dtype)
-        states[key].view(-1)[part.offset : part.offset + part.values.numel()] = part.values
+        copies.append((states[key].view(-1)[part.offset : part.offset + part.values.numel()], part.values))
+    copy_all(copies)
     states = {key: torch.view_as_complex(s) if _is_of(key, s, pairs) else s for key, s in states.items()}
     return State(
         standing=standing,

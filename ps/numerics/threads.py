@@ -5,8 +5,10 @@ What is computed does not depend on their number: every thread has whole blocks,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -14,6 +16,7 @@ import torch
 from ps.parameters.layout import BLOCK_NUMEL, Shard
 
 MIN_NUMEL = 32 * BLOCK_NUMEL  # less is done sooner than another core has woken up and fetched it
+MAX_COPYING = 4  # threads, which memory keeps busy
 
 
 def split(shard: Shard, num_threads: int) -> tuple[tuple[int, int], ...]:
@@ -23,6 +26,22 @@ def split(shard: Shard, num_threads: int) -> tuple[tuple[int, int], ...]:
     blocks = [first + (last - first) * i // useful for i in range(1, useful)]
     edges = [block * BLOCK_NUMEL - shard.start for block in blocks]
     return tuple(pairwise([0, *edges, shard.numel]))
+
+
+def copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy the second tensor of each pair to the first, on several cores. All are flat; those of a pair are alike."""
+    pieces = [
+        piece
+        for to, from_ in pairs
+        for piece in zip(to.split(MIN_NUMEL), from_.split(MIN_NUMEL), strict=True)  # type: ignore[no-untyped-call]
+    ]
+
+    def copy(own: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for to, from_ in own:
+            to.copy_(from_)
+
+    count = max(1, min(MAX_COPYING, os.cpu_count() or 1, sum(to.numel() for to, _ in pieces) // MIN_NUMEL))
+    Threads(count).run([partial(copy, pieces[index::count]) for index in range(count)])
 
 
 class Threads:

@@ -13,6 +13,7 @@ from ps.checkpoint.files import State, write_checkpoint
 from ps.checkpoint.named_state import assemble, compression_state
 from ps.job.config import JobConfig
 from ps.numerics.optimizer import StatePart
+from ps.numerics.threads import copy_all
 from ps.parameters.layout import Layout
 from ps.server.collection import AVERAGE, MASTER
 from ps.step.best import Standing
@@ -33,7 +34,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint is made of, besides the parameters. residuals: by part of the step."""
+    """What a checkpoint is made of. parts: of every shard, parameters among them. residuals: by part of the step."""
 
     standing: Standing
     buffers: bytes
@@ -43,12 +44,11 @@ class Snapshot:
 
 
 class CheckpointWriter:
-    """Writes one checkpoint after the other. flat: the host's parameters, shape (layout.numel,)."""
+    """Writes one checkpoint after the other."""
 
-    def __init__(self, config: JobConfig, layout: Layout, flat: torch.Tensor) -> None:
+    def __init__(self, config: JobConfig, layout: Layout) -> None:
         self._config = config
         self._layout = layout
-        self._flat = flat
         self._one_by_one = ThreadPoolExecutor(1, "checkpoint")
 
     def write(self, snapshot: Snapshot, records: Sequence[StepRecord], done: Callable[[Saved], None]) -> None:
@@ -73,15 +73,16 @@ class CheckpointWriter:
         self._one_by_one.submit(run)
 
     def _assemble(self, snapshot: Snapshot) -> State:
-        wholes = {"": self._flat.clone()}  # of the layout, by the name of what they are
-        states = []
+        wholes: dict[str, torch.Tensor] = {}  # of the layout, by the name of what they are
+        states, copies = [], []
         for part in snapshot.parts:
             if part.parameter:
                 states.append(part)
                 continue
             if part.state not in wholes:
-                wholes[part.state] = torch.zeros_like(self._flat)
-            wholes[part.state][part.offset : part.offset + part.values.numel()] = part.values
+                wholes[part.state] = torch.zeros(self._layout.numel, dtype=self._layout.dtype)
+            copies.append((wholes[part.state][part.offset : part.offset + part.values.numel()], part.values))
+        copy_all(copies)
         return assemble(
             self._config.model,
             self._layout,

@@ -204,7 +204,7 @@ class ParameterServer:
             links,
             self._peers,
             Residuals(numel, self.layout.dtype, held),
-            CheckpointWriter(config, self.layout, self._flat),
+            CheckpointWriter(config, self.layout),
             self._control,
             self._guard,
         )

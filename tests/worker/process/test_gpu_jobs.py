@@ -100,6 +100,18 @@ def test_a_step_on_one_gpu_copies_nothing_and_waits_for_nothing(tmp_path: Path) 
     assert found[6][:2] == (0, 0)
 
 
+@pytest.mark.parametrize(("servers", "own"), [(1, True), (2, True), (2, False)])
+def test_evaluations_on_gpus_are_of_the_average(tmp_path: Path, servers: int, *, own: bool) -> None:
+    raw: dict[str, Any] = {"average": {"name": "ema", "decay": 0.5}, "eval_every": 2, "best": {"metric": "loss"}}
+    expected = run_here(_config(tmp_path / "cpu", **raw))
+    backend = DeviceBackend(StandInDevice()) if own else _Elsewhere(StandInDevice())
+    state = run_here(_config(tmp_path / "gpu", servers, **raw), backend, [StandInDevice() for _ in range(servers)])
+    assert state.standing.best == expected.standing.best
+    assert hashes(state) == hashes(expected)
+    trained = run_here(_config(tmp_path / "trained", **{**raw, "average": {**raw["average"], "evaluate": False}}))
+    assert trained.standing.best != expected.standing.best
+
+
 def test_locked_memory_is_let_go_with_its_segment() -> None:
     device = StandInDevice()
     segment = Segment.create(4000, "lock")
