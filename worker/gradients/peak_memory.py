@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,6 +39,10 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(value, torch.Tensor) and _has_storage(value) and id(value.untyped_storage()) not in before:
                 self._count(value.untyped_storage())
         return out
+
+    # torch wraps this method, so that its first call imports torch._dynamo, which takes most of a second, only to say
+    # that it is not to be compiled; nothing that is measured is. Without effect where torch does it some other way.
+    inspect.unwrap(__torch_dispatch__).__dict__.setdefault("__dynamo_disable", __torch_dispatch__)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         if storage in self._known:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import torch
 from torch import nn
 
@@ -46,3 +49,13 @@ def test_every_layer_keeps_its_output() -> None:
         peaks.append(memory.peak)
     assert peaks[1] - peaks[0] == 4 * UNIT
     assert peaks[2] - peaks[1] == 8 * UNIT
+
+
+def test_measuring_imports_no_compiler() -> None:
+    program = (
+        "import sys, torch; from worker.gradients.peak_memory import PeakMemory\n"
+        "with PeakMemory() as memory: torch.ones(3) + 1\n"
+        "print(memory.peak, 'torch._dynamo' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["24", "False"]
