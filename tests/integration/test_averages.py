@@ -215,6 +215,8 @@ def test_a_schedule_free_optimizer_is_evaluated_as_it_asks_for(tmp_path: Path) -
         torch.testing.assert_close(state.average[name], parameter.detach(), rtol=1e-5, atol=1e-6)
     assert state.standing.best.value == pytest.approx(_loss_of(state.average), rel=1e-6)
     assert abs(_loss_of(state.average) - _loss_of(state.model)) > 1e-4
+    trained = run_here(_evaluates(tmp_path / "trained", {"name": "none", "evaluate": False}, **raw))
+    assert trained.standing.best.value == pytest.approx(_loss_of(trained.model), rel=1e-6)
     raw = {**raw, "placement": {"servers": 2}, "steps": 3}
     run_processes(_evaluates(tmp_path / "cut", {"name": "none"}, **raw), 2)
     again = run_processes(_evaluates(tmp_path / "cut", {"name": "none"}, **{**raw, "steps": 6}), 2)
