@@ -85,7 +85,6 @@ class JobConfig:
             schedule=spec.schedule,
             clip=spec.clip,
             segment_owners=tuple(self.layout().segment_owners.tolist()) if spec.clip.is_by_parameter else (),
-            evaluates_average=spec.average.is_on and spec.average.evaluate,
             evaluation_leaves=-(-self.num_evaluation_samples // spec.data.evaluation_batch),
             metric_names=self.metric_names,
             max_seconds=spec.max_seconds or math.inf,

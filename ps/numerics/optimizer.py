@@ -156,14 +156,14 @@ _KERNELS: dict[str, _Kernel] = {
 }
 
 
-def leave_out_dynamo() -> None:
-    """Keep torch.optim from importing torch._dynamo, which takes seconds and 100 MB.
+def leave_out_dynamo(method: Callable[..., Any] = torch.optim.Optimizer.add_param_group) -> None:
+    """Keep a method of torch's from importing torch._dynamo, which takes seconds and 100 MB.
 
-    It does so only to say that its own methods are not to be compiled, and nothing here is. Where PyTorch does it some
-    other way, this has no effect.
+    It does so only to say that it is not to be compiled, and nothing here is. Where PyTorch does it some other way,
+    this has no effect.
     """
-    method = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    method.__dict__.setdefault("__dynamo_disable", method)
+    own = inspect.unwrap(method)
+    own.__dict__.setdefault("__dynamo_disable", own)
 
 
 def scale_gradient(gradient: torch.Tensor, divisor: float, coefficient: float, max_value: float | None) -> float:

@@ -24,6 +24,7 @@ from ps.parameters.layout import GroupRange, Placed, Shard, grouped
 from steepest.optimizer_base import OptimizerSpec
 from steepest.optimizer_spec import AdafactorSpec, ClassSpec, MuonSpec
 from steepest.optimizer_state import counted, pack_state, unpack_state
+from steepest.step_spec import AverageSpec
 
 
 class OptimizerClassError(Exception):
@@ -81,6 +82,11 @@ def averages_itself(spec: OptimizerSpec) -> bool:
     As schedule-free ones do (Defazio et al. 2024). Raises as class_named.
     """
     return isinstance(spec, ClassSpec) and has_two_modes(class_named(spec.name))
+
+
+def evaluates_average(average: AverageSpec, optimizer: OptimizerSpec) -> bool:
+    """Whether evaluations are of other parameters than are trained. Raises as class_named."""
+    return average.evaluate and (average.is_on or averages_itself(optimizer))
 
 
 def has_two_modes(found: type[torch.optim.Optimizer]) -> bool:

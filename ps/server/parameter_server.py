@@ -23,7 +23,7 @@ from ps.job.topology import home_of
 from ps.memory.gpu import Device
 from ps.memory.host import host_identity
 from ps.memory.segment import Segment, constant_start
-from ps.numerics.whole_optimizer import averages_itself
+from ps.numerics.whole_optimizer import evaluates_average
 from ps.parameters.layout import shards
 from ps.server.checkpoint_writer import CheckpointWriter
 from ps.server.control_port import ControlPort
@@ -184,13 +184,11 @@ class ParameterServer:
 
     def _lead(self, own: ShardHost, restored: Restored | None) -> LeaderRunner:
         config, codec = self.config, own.state.push_codec
-        plan = config.plan()
-        averages = config.spec.average.evaluate and averages_itself(config.spec.optimizer)
-        plan = replace(plan, evaluates_average=plan.evaluates_average or averages)
+        averages = evaluates_average(config.spec.average, config.spec.optimizer)  # its class is there on servers only
         state = None if restored is None else restored.state
         held = {} if state is None else residuals_of(self.layout, state.compression)
         self.leader = Leader(
-            plan,
+            replace(config.plan(), evaluates_average=averages),
             Standing() if state is None else state.standing,
             buffers=None if restored is None else restored.buffers,
             constants=b"" if restored is None else restored.constants,

@@ -21,7 +21,7 @@ class Plan:
     segment_owners: see Layout; of jobs that clip every parameter by itself.
     changes: of the learning rate, from steps on. skip_exploding: whether steps are not taken whose gradient explodes.
     max_seconds: of training steps, after which the job ends.
-    evaluates_average: whether evaluations are of what the servers average, see ShardState.show.
+    evaluates_average: whether evaluations are of what the servers average, see ShardState.show; server 0 says.
     aim: what the best evaluation is, if that matters.
     part_leaves: micro-batches that are compressed together, with a residual that stays at the worker; 0: nothing is.
     """

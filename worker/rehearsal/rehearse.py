@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ps.numerics.whole_optimizer import averages_itself
+from ps.numerics.whole_optimizer import evaluates_average
 from ps.parameters.description import ModelDescription
 from steepest.spec import TrainingJobSpec
 from steepest.task import AnalyticTask, Task
@@ -184,9 +184,7 @@ def _advice(passes: Passes, price: float) -> list[tuple[str, str]]:
 
 def _advice_on_average(task: Task | AnalyticTask, spec: TrainingJobSpec) -> list[tuple[str, str]]:
     """A warning of evaluations whose statistics are not of the parameters that are evaluated."""
-    if isinstance(task, AnalyticTask) or not spec.average.evaluate:
-        return []
-    if not spec.average.is_on and not averages_itself(spec.optimizer):
+    if isinstance(task, AnalyticTask) or not evaluates_average(spec.average, spec.optimizer):
         return []
     known = [name for name, _ in task.model.named_buffers() if name.rpartition(".")[2] == "running_mean"]
     return [("average_statistics", _STATISTICS.format(known[0]))] if known else []
