@@ -77,7 +77,7 @@ class Service:
         self._admission.start()
         self._retention = Retention(self.store, bundles, operations, settings.retention_days)
         self._retention.start()
-        analyses = Analyses(bundles, settings)
+        analyses = Analyses(operations, bundles, self.cluster, self.running, settings)
         facts = ServerFacts(self.store, self.cluster, settings, access)
         self._grpc.start(TrainingJobServicer(operations, self.store, settings, analyses, facts, self._closing))
         page = Page(operations, self.store, settings, access, self._closing.is_set)

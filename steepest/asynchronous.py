@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
+from steepest.analyses import GradientCheck
 from steepest.client import Client
 from steepest.job import Job
 from steepest.jobs import JobInfo
@@ -137,6 +138,10 @@ class AsyncClient:
     async def replay(self, job: str, **changes: Any) -> AsyncJob:
         """See Client.replay."""
         return AsyncJob(await self._threads.run(self._client.replay, job, **changes), self._threads)
+
+    async def check_gradients(self, task: str, **asked: Any) -> GradientCheck:
+        """See Client.check_gradients."""
+        return await self._threads.run(self._client.check_gradients, task, **asked)
 
     def job(self, name: str) -> AsyncJob:
         """See Client.job."""

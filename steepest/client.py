@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from steepest import contexts
+from steepest.analyses import GradientCheck, check_from_proto
 from steepest.channel import open_channel, with_token
 from steepest.convert import change_to_proto, spec_to_proto
 from steepest.errors import (
@@ -106,13 +107,17 @@ class Client:
 
         Raises SpecError when the job or its task is refused, ConflictError when the name is taken.
         """
+        return self._create(name, self._sent(task, arguments, spec), request_id)
+
+    def _sent(self, task: str, arguments: Mapping[str, Any] | None, spec: Mapping[str, Any]) -> pb.TrainingJobSpec:
+        """A spec whose code the service has. Raises SpecError."""
         bundle, checked = check_submission(task, arguments or {}, spec)
         for problem in left_out(bundle):
-            warnings.warn(problem, stacklevel=2)
+            warnings.warn(problem, stacklevel=3)
         message = spec_to_proto(checked)
         if bundle.data:
             message.task.code_bundle = self._upload(bundle.data)
-        return self._create(name, message, request_id)
+        return message
 
     def _create(self, name: str, spec: pb.TrainingJobSpec, request_id: str = "") -> Job:
         request = pb.CreateTrainingJobRequest(
@@ -140,6 +145,43 @@ class Client:
         pieces = [pb.UploadCodeRequest(data=data[i : i + CHUNK_BYTES]) for i in range(0, len(data), CHUNK_BYTES)]
         bundle: pb.CodeBundle = self._call(self._stub.UploadCode, pieces, CREATE_SECONDS)
         return bundle.name
+
+    def check_gradients(
+        self,
+        task: str,
+        *,
+        got: str = "own",
+        expected: str = "finite",
+        tolerance: float = 0.0,
+        processes: int = 0,
+        say: Callable[[str], None] = lambda text: None,
+        arguments: Mapping[str, Any] | None = None,
+        **spec: Any,
+    ) -> GradientCheck:
+        """Compare two ways to a task's gradient in float64, on its first micro-batch. Nothing is trained.
+
+        task, arguments, spec: as of `submit`; no length is needed. got, expected: own (as training computes it),
+        forward or finite. tolerance: the largest relative error that passes. processes: that compute, on the hosts of
+        the cluster. 0: the service's default. say: called with what is being done.
+
+        Raises SpecError for a task that is refused, or cannot be computed in float64, ConflictError without room.
+        """
+        length = {} if {"steps", "epochs"} & spec.keys() else {"epochs": 1}
+        request = pb.CheckGradientsRequest(
+            spec=self._sent(task, arguments, {**spec, **length}),
+            got=got,
+            expected=expected,
+            tolerance=tolerance,
+            processes=processes,
+        )
+        try:
+            for update in self._stub.CheckGradients(request):
+                if update.WhichOneof("update") == "check":
+                    return check_from_proto(update.check)
+                say(update.progress)
+        except grpc.RpcError as error:
+            raise self.translate(error) from None
+        raise ServiceUnavailableError("the service ended the check without a result")
 
     def job(self, name: str) -> Job:
         """A handle for a job by name or id. Asks nothing of the service."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +29,10 @@ def describe_task(bundle: Bundle, spec: TrainingJobSpec) -> tuple[TrainingJobSpe
 
     Raises SpecError for what a service would refuse.
     """
-    with _unpacked(bundle, spec) as code:
-        return _described(code, spec)
-
-
-def _described(code: Path | None, spec: TrainingJobSpec) -> tuple[TrainingJobSpec, TaskDescription]:
     from services.cluster.fork_server import REHEARSAL, ForkServer
     from services.jobs.task_probe import TaskProbe
 
-    with contextlib.closing(ForkServer([REHEARSAL])) as forks:
+    with _unpacked(bundle, spec) as code, contextlib.closing(ForkServer([REHEARSAL])) as forks:
         description = TaskProbe(forks).describe(spec, code, PROBE_SECONDS)
     return description.completed(spec), description
 
@@ -52,33 +47,6 @@ def _unpacked(bundle: Bundle, spec: TrainingJobSpec) -> Iterator[Path | None]:
     code = with_packages(bundle.data, spec.requirements, seconds=PROBE_SECONDS, max_bytes=Settings.max_code_bytes).code
     with tempfile.TemporaryDirectory(prefix="steepest-code-") as directory:
         yield unpack_code(code, Path(directory)) if code else None
-
-
-def check_gradients(
-    bundle: Bundle,
-    spec: TrainingJobSpec,
-    *,
-    expected: str,
-    got: str,
-    tolerance: float,
-    processes: int,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """Compare two ways to a task's gradient on its first micro-batch; see worker.analysis.gradient_check.
-
-    Raises SpecError for a task that a service would refuse, or that cannot be computed in float64.
-    """
-    from services.jobs.analysis import question, run_analysis
-
-    with _unpacked(bundle, spec) as code:
-        spec, description = _described(code, spec)
-        samples = min(spec.data.micro_batch_size, description.num_samples)
-        request = question("check_gradients", spec, code, description, samples, processes)
-        for said in run_analysis({**request, "expected": expected, "got": got, "tolerance": tolerance}):
-            if isinstance(said, dict):
-                return said
-            say(said)
-    raise RuntimeError("an analysis ends with its answer")
 
 
 def plan_job(bundle: Bundle, spec: TrainingJobSpec) -> tuple[Footprint, int, str]:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from steepest.analyses import Curvature, curvature_from_proto
 from steepest.errors import JobFailedError, ServiceUnavailableError, SpecError, TooManyCallsError, Violation
 from steepest.follow import news_of
 from steepest.jobs import (
     MAX_PRIORITY,
     Checkpoint,
-    Curvature,
     Evaluation,
     Event,
     JobInfo,
@@ -22,7 +22,6 @@ from steepest.jobs import (
     Progress,
     StepHistograms,
     checkpoint_from_proto,
-    curvature_from_proto,
     event_from_proto,
     histograms_from_proto,
     job_from_proto,
@@ -216,7 +215,7 @@ class Job:
         jacobian: int = 0,
         say: Callable[[str], None] = lambda text: None,
     ) -> Curvature:
-        """Measure the curvature of the loss at a checkpoint, on the service's host: the newest, or that of `step`.
+        """Measure the curvature of the loss at a checkpoint, on hosts of the cluster: the newest, or that of `step`.
 
         top: how many of the largest eigenvalues. samples: of the training data, from the first on. processes: that
         compute. 0: the service's default. matrix: hessian or gauss_newton. jacobian: for how many samples the Jacobian

@@ -257,46 +257,6 @@ def checkpoint_from_proto(message: pb.Checkpoint) -> Checkpoint:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Curvature:
-    """The Hessian of a job's mean loss at a checkpoint, or its Gauss-Newton matrix.
-
-    eigenvalues: the largest, largest first. trace_error: the standard error of `trace`. density_grid, density_values:
-    the density of all eigenvalues. point: minimum, maximum, saddle or flat, by the eigenvalues. matrix: hessian or
-    gauss_newton. jacobian_singular_values: of the outputs for some samples by all parameters, largest first.
-    """
-
-    eigenvalues: tuple[float, ...]
-    smallest_eigenvalue: float
-    trace: float
-    trace_error: float
-    density_grid: tuple[float, ...]
-    density_values: tuple[float, ...]
-    point: str
-    loss: float
-    gradient_norm: float
-    step: int
-    samples: int
-    parameters: int
-    matrix: str = "hessian"
-    jacobian_singular_values: tuple[float, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object that --json prints."""
-        own = {name: getattr(self, name) for name in self.__slots__ if not name.startswith("density")}
-        own["jacobian_singular_values"] = list(self.jacobian_singular_values)
-        density = {"grid": list(self.density_grid), "values": list(self.density_values)}
-        return {**own, "eigenvalues": list(self.eigenvalues), "sharpness": self.eigenvalues[0], "density": density}
-
-
-def curvature_from_proto(message: pb.Curvature) -> Curvature:
-    """What was measured, from the wire."""
-    values = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
-    for name in ("eigenvalues", "density_grid", "density_values", "jacobian_singular_values"):
-        values[name] = tuple(values[name])
-    return Curvature(**values)
-
-
 MAX_PRIORITY = 1000  # and the least is its negative
 SUBMISSION = "submission"  # in the place of a worker's name
 

@@ -110,6 +110,12 @@ def curvature_to_proto(found: Mapping[str, Any]) -> pb.Curvature:
     return pb.Curvature(**values, density_grid=found["density"]["grid"], density_values=found["density"]["values"])
 
 
+def check_to_proto(found: Mapping[str, Any]) -> pb.GradientCheck:
+    """What worker.analysis found of two gradients, to the wire."""
+    worst = found["worst"]
+    return pb.GradientCheck(**{**found, "worst": None if worst is None else pb.Derivative(**worst)})
+
+
 def event_to_proto(row: EventRow) -> pb.Event:
     """An event, to the wire."""
     return pb.Event(sequence=row.sequence, time=timestamp(row.time), state=state_to_proto(row.state), reason=row.reason)

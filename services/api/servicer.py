@@ -23,10 +23,17 @@ from ps.checkpoint.files import (
 from ps.numerics.histogram import BINS, edges
 from ps.step.signals import NAMES
 from ps.wire import convert as ps_convert
-from services.api.convert import checkpoint_to_proto, curvature_to_proto, event_to_proto, job_to_proto, line_to_proto
+from services.api.convert import (
+    check_to_proto,
+    checkpoint_to_proto,
+    curvature_to_proto,
+    event_to_proto,
+    job_to_proto,
+    line_to_proto,
+)
 from services.api.server_info import ServerFacts
 from services.api.watches import Watches
-from services.jobs.analysis import MATRICES, Analyses, CurvatureQuestion
+from services.jobs.analysis import Analyses, CheckRequest, CurvatureRequest
 from services.jobs.job_log import JobLog
 from services.jobs.operations import Operations
 from services.jobs.task_probe import TaskDescription, parameter_names
@@ -287,16 +294,28 @@ class TrainingJobServicer(pb_grpc.TrainingJobServiceServicer):
         self._operations.delete(self._id(request.name), request.etag)
         return pb.DeleteTrainingJobResponse()
 
+    def CheckGradients(  # noqa: N802
+        self, request: pb.CheckGradientsRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.CheckGradientsResponse]:
+        """See the .proto file."""
+        asked = CheckRequest(request.got, request.expected, request.tolerance, request.processes)
+        spec = spec_from_proto(request.spec)
+        for said in self._analyses.check_gradients(spec, asked, context.add_callback):
+            if isinstance(said, str):
+                yield pb.CheckGradientsResponse(progress=said)
+            else:
+                yield pb.CheckGradientsResponse(check=check_to_proto(said))
+
     def MeasureCurvature(  # noqa: N802
         self, request: pb.MeasureCurvatureRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.MeasureCurvatureResponse]:
         """See the .proto file."""
-        asked = CurvatureQuestion(
+        asked = CurvatureRequest(
             request.step if request.HasField("step") else None,
             request.top,
             request.samples,
             request.processes,
-            request.matrix or MATRICES[0],
+            request.matrix,
             request.jacobian,
         )
         for said in self._analyses.curvature(self._row(request.name), asked, context.add_callback):

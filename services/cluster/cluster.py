@@ -14,6 +14,7 @@ prepare_ray_environment()
 
 import ray
 
+from services.cluster.analysis_room import AnalysisRoom
 from services.cluster.demand import demand
 from services.cluster.fork_server import ForkServer
 from services.cluster.fork_servers import ForkServers
@@ -127,6 +128,11 @@ class Cluster:
             return self._keeper.reserve(job, spec, num_workers, layout_bytes, code)
         room = JobRoom(spec.placement, layout_bytes, self.fork_servers, inline=spec.is_inline)
         return room if room.reserve(num_workers) else None
+
+    def analysis_room(self, processes: int) -> AnalysisRoom:
+        """Ask for room for one analysis."""
+        self.wait_ready()
+        return AnalysisRoom(processes, self.fork_servers)
 
     def kept(self) -> list[str]:
         """Jobs that went on without a service; waits for a cluster that can have such."""

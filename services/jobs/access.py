@@ -32,6 +32,7 @@ class Need(Enum):
 NEEDS = {
     "UploadCode": Need.SUBMIT,
     "CreateTrainingJob": Need.SUBMIT,
+    "CheckGradients": Need.SUBMIT,
     "GetServerInfo": Need.LOOK,
     "GetTrainingJob": Need.LOOK,
     "ListTrainingJobs": Need.LOOK,

@@ -1,128 +1,163 @@
-"""Runs an analysis of a task in a process of its own, which may take what it needs without harm to the service."""
+"""Gradient checks and curvature: what is looked at is settled here, and processes on the cluster's hosts compute it."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
+import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from ps.checkpoint.files import MODEL, newest_verified, verified_at
-from ps.job.environment import hide, with_variables
+from services.jobs.access import current_caller
 from services.jobs.code_bundles import CodeStore
+from services.jobs.operations import Operations
+from services.jobs.running import Running
 from services.jobs.secret_files import SecretFiles
 from services.jobs.task_probe import TaskDescription
 from services.settings import Settings
 from services.store.store import JobRow
 from steepest.errors import ConflictError, SpecError, Violation
-from steepest.spec import TrainingJobSpec, spec_from_dict
+from steepest.spec import PlacementSpec, TrainingJobSpec, spec_from_dict
+from worker.analysis.question import (
+    FINITE,
+    HESSIAN,
+    MATRICES,
+    METHODS,
+    OWN,
+    CheckQuestion,
+    CurvatureQuestion,
+    Question,
+    Refusal,
+)
 
 DEFAULT_SAMPLES = 2048  # of the training data, whose mean loss is looked at
 DEFAULT_TOP, MAX_TOP, MAX_PROCESSES, MAX_JACOBIAN = 5, 100, 64, 1024
-MATRICES = ("hessian", "gauss_newton")
+DEFAULT_TOLERANCE, LEAST_TOLERANCE = 1e-6, 1e-12
+ROOM_SECONDS = 60.0  # that the cluster may take to have room
+SAID_SECONDS = 1.0
+
+OnCancel = Callable[[Callable[[], None]], object]
+
+
+class AnalysisRoom(Protocol):
+    """See services.cluster.analysis_room."""
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the room has been granted."""
+
+    def answer(
+        self, question: Question, code: bytes, secrets: Mapping[str, str]
+    ) -> Iterator[str | dict[str, Any] | Refusal]:
+        """What is said on the way, and at last the answer."""
+
+    def release(self) -> None:
+        """Give it back; may be called again."""
+
+
+class Laboratory(Protocol):
+    """Where analyses have room: the cluster."""
+
+    def analysis_room(self, processes: int) -> AnalysisRoom:
+        """Ask for room."""
+
+    def shortage(self, placement: PlacementSpec, num_workers: int, users: Sequence[str]) -> str:
+        """What it would have to wait for, or nothing."""
 
 
 @dataclass(frozen=True)
-class CurvatureQuestion:
+class CheckRequest:
+    """Which ways to a gradient to compare. Empty and 0: the default. tolerance: largest relative error that passes."""
+
+    got: str = ""
+    expected: str = ""
+    tolerance: float = 0.0
+    processes: int = 0
+
+    def check(self) -> None:
+        """Raises SpecError."""
+        for name in ("got", "expected"):
+            if getattr(self, name) not in ("", *METHODS):
+                problem = f"{getattr(self, name)!r}: there is no such way to a gradient; allowed: {', '.join(METHODS)}"
+                raise SpecError([Violation(name, problem)])
+        if self.tolerance and not LEAST_TOLERANCE <= self.tolerance <= 1.0:
+            raise SpecError([Violation("tolerance", f"{self.tolerance:g}; allowed: {LEAST_TOLERANCE:g} to 1")])
+        _check_processes(self.processes)
+
+
+@dataclass(frozen=True)
+class CurvatureRequest:
     """What to measure at a checkpoint. step: None for the newest. top, samples, processes: 0 for the default.
 
-    matrix: one of MATRICES. jacobian: for how many samples the Jacobian of the outputs is looked at, 0 for none.
+    matrix: one of MATRICES; nothing: the first. jacobian: for how many samples the Jacobian of the outputs is wanted, 0
+    for none.
     """
 
     step: int | None = None
     top: int = 0
     samples: int = 0
     processes: int = 0
-    matrix: str = MATRICES[0]
+    matrix: str = ""
     jacobian: int = 0
 
     def check(self, num_samples: int) -> None:
         """Raises SpecError. num_samples: that there are."""
-        ranges = {"top": MAX_TOP, "processes": MAX_PROCESSES, "samples": num_samples}
-        for name, most in {**ranges, "jacobian": min(MAX_JACOBIAN, num_samples)}.items():
-            if not 0 <= getattr(self, name) <= most:
-                raise SpecError([Violation(name, f"{getattr(self, name)}; allowed: 1 to {most}")])
-        if self.matrix not in MATRICES:
+        most = {"top": MAX_TOP, "samples": num_samples, "jacobian": min(MAX_JACOBIAN, num_samples)}
+        for name, limit in most.items():
+            if not 0 <= getattr(self, name) <= limit:
+                raise SpecError([Violation(name, f"{getattr(self, name)}; allowed: 1 to {limit}")])
+        if self.matrix not in ("", *MATRICES):
             raise SpecError([Violation("matrix", f"{self.matrix!r}; allowed: {', '.join(MATRICES)}")])
+        _check_processes(self.processes)
 
 
-def run_analysis(
-    request: dict[str, Any],
-    on_cancel: Callable[[Callable[[], None]], object] = lambda stop: None,
-    secrets: Mapping[str, str] = MappingProxyType({}),
-) -> Iterator[str | dict[str, Any]]:
-    """What the process says, line by line, and at last its answer. Raises SpecError for what is wrong with the task.
-
-    on_cancel: called with what is to be called if nobody waits any more. secrets: by variable of the environment.
-    """
-    with tempfile.TemporaryDirectory(prefix="steepest-analysis-") as directory:
-        asked, reply = Path(directory) / "request", Path(directory) / "reply"
-        asked.write_text(json.dumps({**request, "path": sys.path}))
-        process = subprocess.Popen(  # this interpreter, with a module of this package
-            [sys.executable, "-m", "worker.analysis.run", str(asked), str(reply)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=with_variables(os.environ, request["spec"]["environment"], secrets),
-        )
-        on_cancel(process.kill)
-        last = ""
-        try:
-            assert process.stdout is not None  # noqa: S101  # it is a pipe
-            for line in process.stdout:
-                last = hide(line.rstrip(), secrets.values())
-                yield last
-            process.wait()
-        finally:
-            process.kill()
-            process.wait()
-        if not reply.exists():
-            problem = f"the analysis ended with exit status {process.returncode}: {last}"
-            raise SpecError([Violation("task", problem)])
-        found: dict[str, Any] = json.loads(reply.read_text())
-    if "message" in found:
-        raise SpecError([Violation(found["field"], f"{found['message']}\n{found['traceback']}".strip())])
-    yield found
-
-
-def question(
-    kind: str, spec: TrainingJobSpec, code: Path | None, description: TaskDescription, num_samples: int, processes: int
-) -> dict[str, Any]:
-    """What every request has."""
-    return {
-        "kind": kind,
-        "spec": spec.model_dump(mode="json"),
-        "code": str(code or ""),
-        "model": description.model.to_dict(),
-        "num_samples": num_samples,
-        "processes": processes,
-    }
+def _check_processes(processes: int) -> None:
+    if not 0 <= processes <= MAX_PROCESSES:
+        raise SpecError([Violation("processes", f"{processes}; allowed: 1 to {MAX_PROCESSES}")])
 
 
 class Analyses:
-    """Of the jobs of a service, one at a time."""
+    """Of a service, one at a time. Both kinds say what they do, line by line, and at last the result.
 
-    def __init__(self, bundles: CodeStore, settings: Settings) -> None:
+    on_cancel: called with what is to be called if nobody waits any more. Raise SpecError, ConflictError.
+    """
+
+    def __init__(
+        self,
+        operations: Operations,
+        bundles: CodeStore,
+        laboratory: Laboratory,
+        running: Running,
+        settings: Settings,
+    ) -> None:
+        self._operations = operations
         self._bundles = bundles
+        self._laboratory = laboratory
+        self._running = running
         self._settings = settings
         self._one = threading.Lock()
 
-    def curvature(
-        self, row: JobRow, asked: CurvatureQuestion, on_cancel: Callable[[Callable[[], None]], object]
+    def check_gradients(
+        self, spec: TrainingJobSpec, asked: CheckRequest, on_cancel: OnCancel
     ) -> Iterator[str | dict[str, Any]]:
-        """Measure the curvature at one of a job's checkpoints: lines about its progress, then the result.
+        """Compare two ways to the gradient of a task's first micro-batch, at its initial parameters."""
+        asked.check()
+        owner = current_caller().name
+        spec, description, _ = self._operations.rehearse(spec, owner)
+        question = CheckQuestion(
+            spec,
+            description.model,
+            min(spec.data.micro_batch_size, description.num_samples),
+            got=asked.got or OWN,
+            expected=asked.expected or FINITE,
+            tolerance=asked.tolerance or DEFAULT_TOLERANCE,
+        )
+        yield from self._answered(question, owner, asked.processes, on_cancel)
 
-        on_cancel: see run_analysis. Raises SpecError, ConflictError.
-        """
+    def curvature(self, row: JobRow, asked: CurvatureRequest, on_cancel: OnCancel) -> Iterator[str | dict[str, Any]]:
+        """Measure the curvature at one of a job's checkpoints."""
         spec, description = spec_from_dict(json.loads(row.spec)), TaskDescription.from_json(row.description)
         asked.check(description.num_samples)
         directory, step = self._settings.checkpoints_of(row.id), asked.step
@@ -130,20 +165,50 @@ class Analyses:
         if written is None:
             at = "" if step is None else f" of step {step}"
             raise ConflictError(f"{row.name} has no checkpoint{at}, and curvature is measured at one")
-        chosen = asked.samples or min(description.num_samples, DEFAULT_SAMPLES)
-        code = self._bundles.unpacked(spec.task.code_bundle)
-        request = question("curvature", spec, code, description, chosen, asked.processes or 1)
+        question = CurvatureQuestion(
+            spec,
+            description.model,
+            asked.samples or min(description.num_samples, DEFAULT_SAMPLES),
+            str(written.path / MODEL),
+            top=asked.top or DEFAULT_TOP,
+            matrix=asked.matrix or HESSIAN,
+            jacobian=asked.jacobian,
+        )
+        for said in self._answered(question, row.owner, asked.processes, on_cancel):
+            yield said if isinstance(said, str) else {**said, "step": written.step}
+
+    def _answered(
+        self, question: Question, owner: str, processes: int, on_cancel: OnCancel
+    ) -> Iterator[str | dict[str, Any]]:
+        num_leaves = math.ceil(question.num_samples / question.spec.data.micro_batch_size)
+        if isinstance(question, CurvatureQuestion):
+            processes = min(processes, num_leaves)  # more would have nothing to do
+        processes = max(1, processes)
+        secrets = SecretFiles(self._settings.secrets_directory).of(question.spec, owner)
+        code = self._bundles.read(question.spec.task.code_bundle)
         if not self._one.acquire(blocking=False):
             raise ConflictError("another analysis is running on this service; try again when it is done")
         try:
-            more = {
-                "top": asked.top or DEFAULT_TOP,
-                "weights": str(written.path / MODEL),
-                "matrix": asked.matrix,
-                "jacobian": asked.jacobian,
-            }
-            values = SecretFiles(self._settings.secrets_directory).of(spec, row.owner)
-            for said in run_analysis({**request, **more}, on_cancel, values):
-                yield said if isinstance(said, str) else {**said, "step": written.step}
+            room = self._laboratory.analysis_room(processes)
+            on_cancel(room.release)
+            try:
+                yield from self._until_granted(room, processes)
+                for said in room.answer(question, code, secrets):
+                    if isinstance(said, Refusal):
+                        problem = f"{said.message}\n{said.traceback}".strip()
+                        raise SpecError([Violation(said.field, problem)])
+                    yield said
+            finally:
+                room.release()
         finally:
             self._one.release()
+
+    def _until_granted(self, room: AnalysisRoom, processes: int) -> Iterator[str]:
+        deadline = time.monotonic() + ROOM_SECONDS
+        while not room.wait(SAID_SECONDS):
+            users = [controller.job_name for controller in self._running.all()]
+            missing = self._laboratory.shortage(PlacementSpec(threads_per_worker=1), processes, users)
+            missing = missing or f"waiting for {processes} CPUs: the cluster does not grant them"
+            yield missing
+            if time.monotonic() > deadline:
+                raise ConflictError(f"there is no room for the analysis: {missing}; ask for fewer processes, or later")

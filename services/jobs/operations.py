@@ -81,15 +81,8 @@ class Operations:
             return known
         if self._store.exists(job):
             raise ConflictError(f"training_job_id: {job!r} is taken; choose another --name")
-        spec, packages = self._with_packages(self._with_rules(self._with_weights(spec)))
         owner = current_caller().name
-        description = self._probe.describe(
-            spec,
-            self._bundles.unpacked(spec.task.code_bundle),
-            self._settings.probe_timeout_seconds,
-            SecretFiles(self._settings.secrets_directory).of(spec, owner),
-        )
-        spec = description.completed(spec)
+        spec, description, packages = self.rehearse(spec, owner)
         _check_messages(description)
         _check_best(spec, description)
         _check_decay(spec, description)
@@ -126,6 +119,20 @@ class Operations:
             log.append(Printed(row.created, "stdout", line, SUBMISSION) for line in description.printed.splitlines())
         self._wake.set()
         return row
+
+    def rehearse(self, spec: TrainingJobSpec, owner: str) -> tuple[TrainingJobSpec, TaskDescription, tuple[str, ...]]:
+        """(the spec with what its task settles, what the task is, packages that its code requires). Raises SpecError.
+
+        owner: whose secrets it may name.
+        """
+        spec, packages = self._with_packages(self._with_rules(self._with_weights(spec)))
+        description = self._probe.describe(
+            spec,
+            self._bundles.unpacked(spec.task.code_bundle),
+            self._settings.probe_timeout_seconds,
+            SecretFiles(self._settings.secrets_directory).of(spec, owner),
+        )
+        return description.completed(spec), description, packages
 
     def _with_weights(self, spec: TrainingJobSpec) -> TrainingJobSpec:
         """The spec with the file of the job that it begins from. Raises SpecError when that has none."""

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Option
 
-from steepest.cli.common import DEFAULT_SERVER, EXIT_JOB, JobName, Json, Server, Task, app, client_of, fail
+from steepest.cli.common import (
+    DEFAULT_SERVER,
+    EXIT_JOB,
+    JobName,
+    Json,
+    Server,
+    Task,
+    app,
+    client_of,
+    fail,
+    prepare_for_embedded_ray,
+)
 from steepest.cli.options import JobOptions, submission, takes_job_options
 
 if TYPE_CHECKING:
-    from steepest.jobs import Curvature
+    from steepest.analyses import Curvature, GradientCheck
+    from steepest.client import Client
 
+Processes = Annotated[int, Option(min=1, max=64, help="Processes that compute, on the hosts of the cluster.")]
 METHODS = ("own", "forward", "finite")
 SHOWN = 20  # parameters in a table
 
@@ -28,7 +42,10 @@ def check_gradients(
     got: Annotated[str, Option(help="What is checked: own (as training computes it), forward or finite.")] = "own",
     expected: Annotated[str, Option(help="What it is compared with: own, forward or finite.")] = "finite",
     tolerance: Annotated[float, Option(min=1e-12, max=1.0, help="Largest relative error that passes.")] = 1e-6,
-    processes: Annotated[int, Option(min=1, max=64, help="Processes that compute.")] = 1,
+    processes: Processes = 1,
+    server: Annotated[
+        str | None, Option("--server", help="A service on whose cluster to compute; else this machine does.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare a task's gradient with central differences, in float64, entry by entry.
@@ -39,19 +56,34 @@ def check_gradients(
     for name, method in (("--got", got), ("--expected", expected)):
         if method not in METHODS:
             fail(f"{name} {method}: there is no such way to a gradient; allowed: {', '.join(METHODS)}")
-    from steepest.embedded import check_gradients as check
-    from steepest.submission import check_submission
-
     request = submission(task, options)
-    length = {} if {"steps", "epochs"} & request.spec.keys() else {"epochs": 1}
-    bundle, spec = check_submission(request.task, request.arguments, {**request.spec, **length})
-    found = check(bundle, spec, expected=expected, got=got, tolerance=tolerance, processes=processes, say=_progress())
+    with _embedded(processes) if server is None else client_of(server) as client:
+        found = client.check_gradients(
+            request.task,
+            got=got,
+            expected=expected,
+            tolerance=tolerance,
+            processes=processes,
+            say=_progress(),
+            arguments=request.arguments,
+            **request.spec,
+        )
     if as_json:
-        sys.stdout.write(json.dumps({"task": task, "expected": expected, "got": got, **found}) + "\n")
+        sys.stdout.write(json.dumps({"task": task, "expected": expected, "got": got, **found.to_dict()}) + "\n")
     else:
         _show_check(found, expected, got)
-    if not found["passed"]:
+    if not found.passed:
         raise typer.Exit(EXIT_JOB)
+
+
+@contextlib.contextmanager
+def _embedded(processes: int) -> Iterator[Client]:
+    """A service of this process, with room for an analysis."""
+    prepare_for_embedded_ray()
+    from steepest.cli.train import embedded_client
+
+    with embedded_client(processes) as (client, _):
+        yield client
 
 
 def _progress() -> Callable[[str], None]:
@@ -66,33 +98,33 @@ def _progress() -> Callable[[str], None]:
     return say
 
 
-def _show_check(found: dict[str, Any], expected: str, got: str) -> None:
+def _show_check(found: GradientCheck, expected: str, got: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None)
     table.add_column("parameter", no_wrap=True)
     table.add_column("largest relative error", justify="right")
-    errors = sorted(found["parameters"].items(), key=lambda item: -item[1])
+    errors = sorted(found.parameters.items(), key=lambda item: -item[1])
     for name, error in errors[:SHOWN]:
-        style = "red" if error > found["tolerance"] else ""
+        style = "red" if error > found.tolerance else ""
         table.add_row(name, f"{error:.2e}", style=style)
     console = Console()
     console.print(table)
     if len(errors) > SHOWN:
         console.print(f"and {len(errors) - SHOWN} parameters with less")
-    worst = found["worst"]
+    worst = found.worst
     if worst is not None:
-        place = ", ".join(map(str, worst["index"]))
+        place = ", ".join(map(str, worst.index))
         console.print(
-            f"worst: {worst['parameter']}[{place}]: {expected} {worst['expected']:.10g}, {got} {worst['got']:.10g}",
+            f"worst: {worst.parameter}[{place}]: {expected} {worst.expected:.10g}, {got} {worst.got:.10g}",
             highlight=False,
             markup=False,
         )
-    verdict = "they agree" if found["passed"] else "they do NOT agree"
+    verdict = "they agree" if found.passed else "they do NOT agree"
     console.print(
-        f"{verdict}: largest relative error {found['max_relative_error']:.2e}, allowed {found['tolerance']:g}; "
-        f"{found['entries_compared']:,} of {found['entries']:,} derivatives compared one by one, all of them along "
+        f"{verdict}: largest relative error {found.max_relative_error:.2e}, allowed {found.tolerance:g}; "
+        f"{found.entries_compared:,} of {found.entries:,} derivatives compared one by one, all of them along "
         "random directions",
         highlight=False,
     )
@@ -108,7 +140,7 @@ def curvature(
     samples: Annotated[
         int, Option(min=0, help="Of the training data, whose mean loss is looked at; 0: up to 2,048.")
     ] = 0,
-    processes: Annotated[int, Option(min=1, max=64, help="Processes that compute, on the service's host.")] = 1,
+    processes: Processes = 1,
     matrix: Annotated[str, Option(help="hessian, or gauss_newton, which is never negative.")] = "hessian",
     jacobian: Annotated[
         int, Option(min=0, help="Also the singular values of the Jacobian of the outputs for so many samples.")

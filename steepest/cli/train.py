@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from steepest.submission import check_submission
 
 if TYPE_CHECKING:
     from ps.job.footprint import Footprint
+    from services.service import Service
     from steepest.client import Job
 
 
@@ -30,26 +32,29 @@ def train_embedded(request: Submission, output: Path | None) -> JobInfo:
     placement = spec.placement
     if output is not None:
         _check_output(output)
-    with tempfile.TemporaryDirectory(prefix="steepest-", ignore_cleanup_errors=True) as data:
-        settings = {
-            "grpc_port": 0,
-            "http_port": 0,
-            "num_cpus": placement.workers * placement.threads_per_worker,
-            "secrets_directory": Path(secrets) if (secrets := os.environ.get("STEEPEST_SECRETS_DIR")) else None,
-        }
-        with (
-            running_service(Path(data), **settings) as service,
-            Client(f"127.0.0.1:{service.grpc_port}", token="", tls_ca="") as client,
-        ):
-            job = client.submit(request.task, name=request.name, arguments=request.arguments, **request.spec)
-            page = job.name.replace("trainingJobs", f"http://127.0.0.1:{service.http_port}/jobs")
-            sys.stderr.write(f"watch it at {page}\n")
-            service.cluster.wait_ready()
-            info = _follow(job)
-            if output is not None and info.parameters_sha256:
-                job.download(output)
-                write_history(job, output / "history.parquet")
+    with embedded_client(placement.workers * placement.threads_per_worker) as (client, service):
+        job = client.submit(request.task, name=request.name, arguments=request.arguments, **request.spec)
+        page = job.name.replace("trainingJobs", f"http://127.0.0.1:{service.http_port}/jobs")
+        sys.stderr.write(f"watch it at {page}\n")
+        service.cluster.wait_ready()
+        info = _follow(job)
+        if output is not None and info.parameters_sha256:
+            job.download(output)
+            write_history(job, output / "history.parquet")
     return info
+
+
+@contextlib.contextmanager
+def embedded_client(num_cpus: int) -> Iterator[tuple[Client, Service]]:
+    """A service of this process on ports of its own, and a client of it; it keeps nothing."""
+    secrets = os.environ.get("STEEPEST_SECRETS_DIR")
+    settings = {"grpc_port": 0, "http_port": 0, "num_cpus": num_cpus}
+    with (
+        tempfile.TemporaryDirectory(prefix="steepest-", ignore_cleanup_errors=True) as data,
+        running_service(Path(data), **settings, secrets_directory=Path(secrets) if secrets else None) as service,
+        Client(f"127.0.0.1:{service.grpc_port}", token="", tls_ca="") as client,
+    ):
+        yield client, service
 
 
 def plan(request: Submission) -> Footprint:

@@ -2714,6 +2714,168 @@ class DeleteTrainingJobResponse(_message.Message):
 Global___DeleteTrainingJobResponse: _TypeAlias = DeleteTrainingJobResponse  # noqa: Y015
 
 @_typing.final
+class CheckGradientsRequest(_message.Message):
+    """A task, and what to compare; 0 is the default of a number."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    GOT_FIELD_NUMBER: _builtins.int
+    EXPECTED_FIELD_NUMBER: _builtins.int
+    TOLERANCE_FIELD_NUMBER: _builtins.int
+    PROCESSES_FIELD_NUMBER: _builtins.int
+    got: _builtins.str
+    """own (as training computes it, the default), forward or finite."""
+    expected: _builtins.str
+    """What it is compared with: finite by default."""
+    tolerance: _builtins.float
+    """The largest relative error that passes."""
+    processes: _builtins.int
+    """How many processes compute."""
+    @_builtins.property
+    def spec(self) -> Global___TrainingJobSpec: ...
+    def __init__(
+        self,
+        *,
+        spec: Global___TrainingJobSpec | None = ...,
+        got: _builtins.str = ...,
+        expected: _builtins.str = ...,
+        tolerance: _builtins.float = ...,
+        processes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected", b"expected", "got", b"got", "processes", b"processes", "spec", b"spec", "tolerance", b"tolerance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckGradientsRequest: _TypeAlias = CheckGradientsRequest  # noqa: Y015
+
+@_typing.final
+class CheckGradientsResponse(_message.Message):
+    """What is being done, and at last what was found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    CHECK_FIELD_NUMBER: _builtins.int
+    progress: _builtins.str
+    @_builtins.property
+    def check(self) -> Global___GradientCheck: ...
+    def __init__(
+        self,
+        *,
+        progress: _builtins.str = ...,
+        check: Global___GradientCheck | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "progress", b"progress", "update", b"update"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "progress", b"progress", "update", b"update"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["progress", "check"]  # noqa: Y015
+    _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
+
+Global___CheckGradientsResponse: _TypeAlias = CheckGradientsResponse  # noqa: Y015
+
+@_typing.final
+class GradientCheck(_message.Message):
+    """Whether two ways to a gradient agree."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ParametersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    PASSED_FIELD_NUMBER: _builtins.int
+    MAX_RELATIVE_ERROR_FIELD_NUMBER: _builtins.int
+    TOLERANCE_FIELD_NUMBER: _builtins.int
+    WORST_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    ENTRIES_COMPARED_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    passed: _builtins.bool
+    max_relative_error: _builtins.float
+    tolerance: _builtins.float
+    entries_compared: _builtins.int
+    """Derivatives that were compared one by one; all of them were along random directions."""
+    entries: _builtins.int
+    @_builtins.property
+    def worst(self) -> Global___Derivative:
+        """Where they differ most; absent without parameters."""
+
+    @_builtins.property
+    def parameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """The largest relative error of each parameter."""
+
+    def __init__(
+        self,
+        *,
+        passed: _builtins.bool = ...,
+        max_relative_error: _builtins.float = ...,
+        tolerance: _builtins.float = ...,
+        worst: Global___Derivative | None = ...,
+        parameters: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        entries_compared: _builtins.int = ...,
+        entries: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["worst", b"worst"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "entries_compared", b"entries_compared", "max_relative_error", b"max_relative_error", "parameters", b"parameters", "passed", b"passed", "tolerance", b"tolerance", "worst", b"worst"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GradientCheck: _TypeAlias = GradientCheck  # noqa: Y015
+
+@_typing.final
+class Derivative(_message.Message):
+    """The derivative of the loss by one entry of a parameter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARAMETER_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    EXPECTED_FIELD_NUMBER: _builtins.int
+    GOT_FIELD_NUMBER: _builtins.int
+    parameter: _builtins.str
+    expected: _builtins.float
+    got: _builtins.float
+    @_builtins.property
+    def index(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        parameter: _builtins.str = ...,
+        index: _abc.Iterable[_builtins.int] | None = ...,
+        expected: _builtins.float = ...,
+        got: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected", b"expected", "got", b"got", "index", b"index", "parameter", b"parameter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Derivative: _TypeAlias = Derivative  # noqa: Y015
+
+@_typing.final
 class MeasureCurvatureRequest(_message.Message):
     """Names a job and what to measure; 0 is the default of a number."""
 

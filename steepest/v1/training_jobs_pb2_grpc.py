@@ -120,6 +120,11 @@ class TrainingJobServiceStub:
                 request_serializer=steepest_dot_v1_dot_training__jobs__pb2.DeleteTrainingJobRequest.SerializeToString,
                 response_deserializer=steepest_dot_v1_dot_training__jobs__pb2.DeleteTrainingJobResponse.FromString,
                 _registered_method=True)
+        self.CheckGradients = channel.unary_stream(
+                '/steepest.v1.TrainingJobService/CheckGradients',
+                request_serializer=steepest_dot_v1_dot_training__jobs__pb2.CheckGradientsRequest.SerializeToString,
+                response_deserializer=steepest_dot_v1_dot_training__jobs__pb2.CheckGradientsResponse.FromString,
+                _registered_method=True)
         self.MeasureCurvature = channel.unary_stream(
                 '/steepest.v1.TrainingJobService/MeasureCurvature',
                 request_serializer=steepest_dot_v1_dot_training__jobs__pb2.MeasureCurvatureRequest.SerializeToString,
@@ -260,6 +265,13 @@ class TrainingJobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckGradients(self, request, context):
+        """Compares two ways to a task's gradient in float64, and trains nothing; says what it does meanwhile.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def MeasureCurvature(self, request, context):
         """Measures the Hessian of a job's loss at one of its checkpoints; says what it does meanwhile.
         """
@@ -368,6 +380,11 @@ def add_TrainingJobServiceServicer_to_server(servicer, server):
                     servicer.DeleteTrainingJob,
                     request_deserializer=steepest_dot_v1_dot_training__jobs__pb2.DeleteTrainingJobRequest.FromString,
                     response_serializer=steepest_dot_v1_dot_training__jobs__pb2.DeleteTrainingJobResponse.SerializeToString,
+            ),
+            'CheckGradients': grpc.unary_stream_rpc_method_handler(
+                    servicer.CheckGradients,
+                    request_deserializer=steepest_dot_v1_dot_training__jobs__pb2.CheckGradientsRequest.FromString,
+                    response_serializer=steepest_dot_v1_dot_training__jobs__pb2.CheckGradientsResponse.SerializeToString,
             ),
             'MeasureCurvature': grpc.unary_stream_rpc_method_handler(
                     servicer.MeasureCurvature,
@@ -845,6 +862,33 @@ class TrainingJobService:
             '/steepest.v1.TrainingJobService/DeleteTrainingJob',
             steepest_dot_v1_dot_training__jobs__pb2.DeleteTrainingJobRequest.SerializeToString,
             steepest_dot_v1_dot_training__jobs__pb2.DeleteTrainingJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckGradients(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/steepest.v1.TrainingJobService/CheckGradients',
+            steepest_dot_v1_dot_training__jobs__pb2.CheckGradientsRequest.SerializeToString,
+            steepest_dot_v1_dot_training__jobs__pb2.CheckGradientsResponse.FromString,
             options,
             channel_credentials,
             insecure,

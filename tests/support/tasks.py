@@ -283,3 +283,43 @@ def requiring() -> steepest.Task:
 
     print(f"steepest_extra has {steepest_extra.SCALE}", flush=True)
     return regression()
+
+
+class _InFloat64(nn.Module):
+    """Trains well; what it does in float64 is up to it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.inner = perceptron()
+        self._how = how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float64:
+            if self._how == "fail":
+                raise ValueError("too deep")
+            if self._how == "die":
+                print("leaving", flush=True)
+                time.sleep(0.5)
+                os._exit(3)
+            print(f"in {os.getpid()}", flush=True)
+            time.sleep(60.0)
+        return self.inner(x)
+
+
+def _in_float64(how: str) -> steepest.Task:
+    return steepest.Task(model=_InFloat64(how), loss=nn.MSELoss(), train_data=steepest.ArrayData(*arrays()))
+
+
+def fails_in_float64() -> steepest.Task:
+    """An analysis of it raises."""
+    return _in_float64("fail")
+
+
+def dies_in_float64() -> steepest.Task:
+    """An analysis of it ends its process, some time after it said so."""
+    return _in_float64("die")
+
+
+def stays_in_float64() -> steepest.Task:
+    """An analysis of it takes a minute for each pass."""
+    return _in_float64("stay")

@@ -1,5 +1,6 @@
 """What can be asked of a task's gradients and curvature besides training: checks in float64, and Hessian products.
 
-`subject` is a task at one point, `team` spreads passes over processes and adds them along the canonical tree, the rest
-is mathematics on top. `run` is the process that a command or the service starts.
+`question` is what can be asked, `subject` a task at one point; `team` spreads passes over processes and adds them along
+the canonical tree, and `answer` brings these together. The rest is mathematics on top. The processes are actors of
+worker.process.analyst.
 """

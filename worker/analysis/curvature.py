@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
+from worker.task.load import TaskError
+
 Vector = NDArray[np.float64]
 Product = Callable[[Vector], Vector]
 
@@ -148,7 +150,7 @@ def extremes(product: Compact, top: int, generator: np.random.Generator) -> tupl
                 return_eigenvectors=False,
             )
         except ArpackNoConvergence as error:
-            raise ValueError(f"the eigenvalues were not found in {product.size} dimensions: {error}") from error
+            raise TaskError("task", f"the eigenvalues were not found in {product.size} dimensions: {error}") from error
         return np.sort(found)[::-1]
 
     largest = find(product, min(top, product.size - 1))

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from worker.analysis.subject import Subject
 from worker.analysis.team import Team, shares
 
-METHODS = ("own", "forward", "finite")
 FIRST_STEP = 0.05  # of a difference, to the entry's size or the parameter's
 FIRST_STEP_AT_KINKS = 2e-4  # where the first ones disagree, for a ReLU may have turned in between
 SHRINK, LEAST_ROWS, ROWS = 2.0, 3, 11  # of Ridders' tableau; small steps are for functions with kinks
@@ -156,7 +155,7 @@ def _scale(subject: Subject, parameter: int, entry: int | None = None) -> float:
     return max(usual, abs(float(values[entry])) if entry is not None else 0.0, 1e-3)
 
 
-def check_entries(subject: Subject, asked: tuple[str, list[tuple[int, int]], bool]) -> list[float]:
+def check_entries(subject: Subject, asked: tuple[str, list[tuple[int, int]], bool], _shared: None) -> list[float]:
     """Derivatives by some entries. asked: the method, (parameter, entry) of each, and whether there may be kinks."""
     method, entries, kinks = asked
     ways = _Ways(subject)
@@ -171,7 +170,7 @@ def check_entries(subject: Subject, asked: tuple[str, list[tuple[int, int]], boo
     ]
 
 
-def search_parameter(subject: Subject, asked: tuple[str, str, int, float]) -> list[int]:
+def search_parameter(subject: Subject, asked: tuple[str, str, int, float], _shared: None) -> list[int]:
     """Entries of one parameter whose derivatives differ, found by halves along directions of random signs.
 
     asked: two methods, the parameter, and the difference that counts.
@@ -218,14 +217,13 @@ def search_parameter(subject: Subject, asked: tuple[str, str, int, float]) -> li
 
 def check_gradients(
     team: Team,
-    processes: int,
     *,
     expected: str = "finite",
     got: str = "own",
     tolerance: float = TOLERANCE,
     say: Callable[[str], None] = lambda text: None,
 ) -> Checked:
-    """Compare two ways to the gradient, of METHODS. Raises TaskError."""
+    """Compare two ways to the gradient, of worker.analysis.question.METHODS. Raises TaskError."""
     subject = team.subject
     gradient = _Ways(subject).own()
     parameters = subject.layout.parameters
@@ -246,10 +244,10 @@ def check_gradients(
     for done, (index, found) in enumerate(zip(large, searches, strict=True), start=1):
         say(f"searched {done} of {len(large)} large parameters")
         entries += [(index, entry) for entry in found if (index, entry) not in entries]
-    pairs = _compare(team, processes, entries, (expected, got), say, kinks=False)
+    pairs = _compare(team, entries, (expected, got), say, kinks=False)
     if "finite" in (expected, got):
         doubtful = [pair for pair in pairs if pair.error(floor) > tolerance]
-        again = _compare(team, processes, [(p.parameter, p.entry) for p in doubtful], (expected, got), say, kinks=True)
+        again = _compare(team, [(p.parameter, p.entry) for p in doubtful], (expected, got), say, kinks=True)
         nearer = {
             (new.parameter, new.entry): min(old, new, key=lambda p: p.error(floor))
             for old, new in zip(doubtful, again, strict=True)
@@ -265,14 +263,13 @@ def check_gradients(
 
 def _compare(
     team: Team,
-    processes: int,
     entries: list[tuple[int, int]],
     methods: tuple[str, str],
     say: Callable[[str], None],
     *,
     kinks: bool,
 ) -> list[Entry]:
-    parts = shares(entries, max(1, min(len(entries), 8 * processes)))
+    parts = shares(entries, max(1, min(len(entries), 8 * team.size)))
     ways = (team.map(check_entries, [(method, list(part), kinks) for part in parts]) for method in methods)
     found: list[Entry] = []
     for part, one, two in zip(parts, *ways, strict=True):

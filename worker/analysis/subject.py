@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils import _pytree
 
-from ps.parameters.description import ModelDescription
 from ps.parameters.layout import Layout, build_layout
-from steepest.spec import TrainingJobSpec
 from steepest.task import AnalyticTask, Task
+from worker.analysis.question import Question
 from worker.gradients.analytic import AnalyticEngine
 from worker.gradients.backend import CpuBackend
 from worker.gradients.curvature import CurvatureError, Hessian, check_twice
@@ -38,34 +36,19 @@ _OUTPUTS = (
 MAX_JACOBIAN_NUMEL = 250_000_000
 
 
-@dataclass(frozen=True)
-class Question:
-    """What a process needs to set up a Subject.
-
-    code: where the user's modules lie. model: as a rehearsal described it. num_samples: of the training data that are
-    looked at, from the first one on. weights: a model.safetensors to take the parameters from; nothing: the task's own.
-    freezes: dropout is off, and batch statistics are constant.
-    """
-
-    spec: TrainingJobSpec
-    code: Path | None
-    model: ModelDescription
-    num_samples: int
-    weights: str = ""
-    freezes: bool = False
-
-
 class Subject:
     """A task at one point. Raises TaskError when it cannot be had in float64.
+
+    code: where the user's modules lie.
 
     flat: the parameters, shape (layout.numel,), float64; writing to it moves the point.
     """
 
-    def __init__(self, question: Question) -> None:
+    def __init__(self, question: Question, code: Path | None = None) -> None:
         spec = question.spec
         self._question = question
         self._backend = CpuBackend()
-        task = load_task(spec.task, question.code, spec.seed)
+        task = load_task(spec.task, code, spec.seed)
         if question.freezes and isinstance(task, AnalyticTask):
             raise TaskError("task", _NEEDS_TORCH.format("curvature"))
         initialize(task, question.weights or spec.init_from, strict=bool(question.weights) or spec.init_strict)

@@ -13,10 +13,11 @@ from torch import nn
 
 import steepest
 from steepest.spec import spec_from_dict
+from tests.support.analysis import local_team
 from tests.support.choices import full
 from tests.support.models import DifferentiableOnce
 from worker.analysis.curvature import Compact, hutch_plus_plus, kind_of_point, lanczos, measure, spectral_density
-from worker.analysis.subject import Question
+from worker.analysis.question import CurvatureQuestion
 from worker.analysis.team import Team
 from worker.task.load import TaskError, load_task
 from worker.task.model import describe_model
@@ -59,12 +60,13 @@ def once() -> steepest.Task:
     return steepest.Task(model=Net(), loss=nn.MSELoss(), train_data=rows)
 
 
-def team(function: str, samples: int, processes: int = 1, micro_batch: int = 32, **arguments: Any) -> Team:
+def team(function: str, samples: int, size: int = 1, micro_batch: int = 32, **arguments: Any) -> Team:
     reference = {"module": TASKS, "function": function, "arguments": arguments}
     data = {"global_batch": micro_batch, "micro_batch": micro_batch}
     spec = spec_from_dict({"task": reference, "epochs": 1, "data": data})
     model = describe_model(load_task(spec.task, None, spec.seed))
-    return Team(Question(spec, None, model, samples, freezes=True), processes)
+    question = CurvatureQuestion(spec, model, samples, top=5, matrix="hessian", jacobian=0)
+    return local_team(question, size)
 
 
 def product_of(its: Team) -> Compact:
@@ -74,30 +76,30 @@ def product_of(its: Team) -> Compact:
 
 
 def test_products_are_those_of_the_dense_hessian() -> None:
-    with team("digits", 200) as its:
-        task = digits()
-        product, layout = product_of(its), its.subject.layout
-        model = task.model.double().eval()
-        x, y = (array[:200] for array in task.train_data.arrays)
-        names = [p.name for p in layout.parameters]
-        views = dict(zip(names, layout.views(its.subject.flat), strict=True))
+    its = team("digits", 200)
+    task = digits()
+    product, layout = product_of(its), its.subject.layout
+    model = task.model.double().eval()
+    x, y = (array[:200] for array in task.train_data.arrays)
+    names = [p.name for p in layout.parameters]
+    views = dict(zip(names, layout.views(its.subject.flat), strict=True))
 
-        def loss(flat: torch.Tensor) -> torch.Tensor:
-            parts = torch.split(flat, [p.numel for p in layout.parameters])
-            own = {p.name: part.view(p.shape) for p, part in zip(layout.parameters, parts, strict=True)}
-            return nn.functional.cross_entropy(torch.func.functional_call(model, own, (x.double(),)), y)
+    def loss(flat: torch.Tensor) -> torch.Tensor:
+        parts = torch.split(flat, [p.numel for p in layout.parameters])
+        own = {p.name: part.view(p.shape) for p, part in zip(layout.parameters, parts, strict=True)}
+        return nn.functional.cross_entropy(torch.func.functional_call(model, own, (x.double(),)), y)
 
-        point = torch.cat([views[name].reshape(-1) for name in names])
-        dense = torch.func.hessian(loss)(point).numpy()
-        vector = np.random.default_rng(0).standard_normal(len(point))
-        assert product(vector) == pytest.approx(dense @ vector, rel=1e-9, abs=1e-12)
-        found = measure(product, *_at(its, product))
-        exact = np.linalg.eigvalsh(dense)[::-1]
-        assert found.eigenvalues == pytest.approx(exact[:5], rel=1e-2)
-        assert found.smallest == pytest.approx(exact[-1], rel=1e-2)
-        assert found.trace == pytest.approx(np.trace(dense), rel=0.03)
-        assert found.point == "saddle"
-        assert np.trapezoid(found.values, found.grid) == pytest.approx(1.0, abs=1e-3)
+    point = torch.cat([views[name].reshape(-1) for name in names])
+    dense = torch.func.hessian(loss)(point).numpy()
+    vector = np.random.default_rng(0).standard_normal(len(point))
+    assert product(vector) == pytest.approx(dense @ vector, rel=1e-9, abs=1e-12)
+    found = measure(product, *_at(its, product))
+    exact = np.linalg.eigvalsh(dense)[::-1]
+    assert found.eigenvalues == pytest.approx(exact[:5], rel=1e-2)
+    assert found.smallest == pytest.approx(exact[-1], rel=1e-2)
+    assert found.trace == pytest.approx(np.trace(dense), rel=0.03)
+    assert found.point == "saddle"
+    assert np.trapezoid(found.values, found.grid) == pytest.approx(1.0, abs=1e-3)
 
 
 def known_digits() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -116,47 +118,47 @@ def moved(own: nn.Module, its: Team) -> nn.Module:
 
 
 def test_gauss_newton_products_are_those_of_the_dense_matrix() -> None:
-    with team("digits", 200) as its:
-        model, x, _ = known_digits()
-        moved(model, its)
-        names = [name for name, _ in model.named_parameters()]
-        point = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        jacobians = torch.func.jacrev(lambda own: torch.func.functional_call(model, own, (x,)))(point)
-        dense = torch.cat([jacobians[name].reshape(200, 10, -1) for name in names], 2)
-        chances = torch.softmax(model(x), 1).detach()
-        curved = torch.diag_embed(chances) - chances[:, :, None] * chances[:, None, :]  # of cross entropy
-        matrix = torch.einsum("nip,nij,njq->pq", dense, curved, dense).numpy() / 200
-        layout = its.subject.layout
-        places = np.concatenate([np.arange(p.offset, p.offset + p.numel) for p in layout.parameters])
-        product = Compact(its.gauss_newton_product, layout.numel, places)
-        assert [p.name for p in layout.parameters] == names
-        vector = np.random.default_rng(0).standard_normal(product.size)
-        assert product(vector) == pytest.approx(matrix @ vector, rel=1e-9, abs=1e-12)
-        found = measure(product, *_at(its, product))
-        exact = np.linalg.eigvalsh(matrix)[::-1]
-        assert found.eigenvalues == pytest.approx(exact[:5], rel=1e-2)
-        assert found.point == "minimum"
-        rows = its.subject.jacobian(20)[:, places]
-        assert rows == pytest.approx(dense[:20].reshape(200, -1).numpy(), rel=1e-9, abs=1e-12)
+    its = team("digits", 200)
+    model, x, _ = known_digits()
+    moved(model, its)
+    names = [name for name, _ in model.named_parameters()]
+    point = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    jacobians = torch.func.jacrev(lambda own: torch.func.functional_call(model, own, (x,)))(point)
+    dense = torch.cat([jacobians[name].reshape(200, 10, -1) for name in names], 2)
+    chances = torch.softmax(model(x), 1).detach()
+    curved = torch.diag_embed(chances) - chances[:, :, None] * chances[:, None, :]  # of cross entropy
+    matrix = torch.einsum("nip,nij,njq->pq", dense, curved, dense).numpy() / 200
+    layout = its.subject.layout
+    places = np.concatenate([np.arange(p.offset, p.offset + p.numel) for p in layout.parameters])
+    product = Compact(its.gauss_newton_product, layout.numel, places)
+    assert [p.name for p in layout.parameters] == names
+    vector = np.random.default_rng(0).standard_normal(product.size)
+    assert product(vector) == pytest.approx(matrix @ vector, rel=1e-9, abs=1e-12)
+    found = measure(product, *_at(its, product))
+    exact = np.linalg.eigvalsh(matrix)[::-1]
+    assert found.eigenvalues == pytest.approx(exact[:5], rel=1e-2)
+    assert found.point == "minimum"
+    rows = its.subject.jacobian(20)[:, places]
+    assert rows == pytest.approx(dense[:20].reshape(200, -1).numpy(), rel=1e-9, abs=1e-12)
 
 
 def test_products_are_those_of_curvlinops() -> None:
     curvlinops = pytest.importorskip("curvlinops")
-    with team("digits", 200) as its:
-        model, x, y = known_digits()
-        moved(model, its)
-        layout = its.subject.layout
-        places = np.concatenate([np.arange(p.offset, p.offset + p.numel) for p in layout.parameters])
-        vector = np.random.default_rng(0).standard_normal(len(places))
-        theirs = torch.from_numpy(vector)
-        for kind, own in (
-            (curvlinops.HessianLinearOperator, its.hessian_product),
-            (curvlinops.GGNLinearOperator, its.gauss_newton_product),
-        ):
-            named = dict(model.named_parameters())
-            operator = kind(model, nn.CrossEntropyLoss(), [named[p.name] for p in layout.parameters], [(x, y)])
-            expected = (operator @ theirs).detach().numpy()
-            assert Compact(own, layout.numel, places)(vector) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    its = team("digits", 200)
+    model, x, y = known_digits()
+    moved(model, its)
+    layout = its.subject.layout
+    places = np.concatenate([np.arange(p.offset, p.offset + p.numel) for p in layout.parameters])
+    vector = np.random.default_rng(0).standard_normal(len(places))
+    theirs = torch.from_numpy(vector)
+    for kind, own in (
+        (curvlinops.HessianLinearOperator, its.hessian_product),
+        (curvlinops.GGNLinearOperator, its.gauss_newton_product),
+    ):
+        named = dict(model.named_parameters())
+        operator = kind(model, nn.CrossEntropyLoss(), [named[p.name] for p in layout.parameters], [(x, y)])
+        expected = (operator @ theirs).detach().numpy()
+        assert Compact(own, layout.numel, places)(vector) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def with_outputs() -> steepest.Task:
@@ -180,24 +182,26 @@ def test_outputs_of_a_loss_of_the_whole_batch_count() -> None:
     vector = np.random.default_rng(0).standard_normal(10_000)
     found = []
     for function in ("digits", "with_outputs"):
-        with team(function, 200) as its:
-            found.append(its.gauss_newton_product(vector[: its.subject.layout.numel]))
+        its = team(function, 200)
+        found.append(its.gauss_newton_product(vector[: its.subject.layout.numel]))
     assert found[0].tobytes() == found[1].tobytes()
 
 
 def test_a_linear_loss_has_no_gauss_newton_matrix() -> None:
-    with team("linear", 8) as its:
-        assert not its.gauss_newton_product(np.ones(its.subject.layout.numel)).any()
+    its = team("linear", 8)
+    assert not its.gauss_newton_product(np.ones(its.subject.layout.numel)).any()
 
 
 def test_without_outputs_gauss_newton_is_refused() -> None:
-    with team("valley", 8) as its, pytest.raises(TaskError, match="outputs are not known"):
+    its = team("valley", 8)
+    with pytest.raises(TaskError, match="outputs are not known"):
         its.gauss_newton_product(np.ones(its.subject.layout.numel))
 
 
 def test_a_jacobian_beyond_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.analysis.subject.MAX_JACOBIAN_NUMEL", 10_000)
-    with team("digits", 200) as its, pytest.raises(TaskError, match="ask for fewer samples"):
+    its = team("digits", 200)
+    with pytest.raises(TaskError, match="ask for fewer samples"):
         its.subject.jacobian(20)
 
 
@@ -206,29 +210,29 @@ def _at(its: Team, product: Compact) -> tuple[float, np.ndarray]:
     return loss, gradient[product._positions]
 
 
-@pytest.mark.cluster
 @pytest.mark.parametrize("most", [2, full(3)])
 def test_the_bits_are_the_same_with_any_number_of_processes(most: int) -> None:
     products = []
     for processes in (1, most):
-        with team("digits", 200, processes, micro_batch=20) as its:
-            product = product_of(its)
-            vector = np.random.default_rng(0).standard_normal(product.size)
-            newton = its.gauss_newton_product(np.ones(its.subject.layout.numel))
-            products.append((product(vector).tobytes(), newton.tobytes(), its.gradient()[1].tobytes()))
+        its = team("digits", 200, processes, micro_batch=20)
+        product = product_of(its)
+        vector = np.random.default_rng(0).standard_normal(product.size)
+        newton = its.gauss_newton_product(np.ones(its.subject.layout.numel))
+        products.append((product(vector).tobytes(), newton.tobytes(), its.gradient()[1].tobytes()))
     assert len(set(products)) == 1
 
 
 def test_a_valley_is_a_minimum() -> None:
-    with team("valley", 8) as its:
-        product = product_of(its)
-        found = measure(product, *_at(its, product))
-        assert found.eigenvalues == (3.0, 1.0)
-        assert (found.trace, found.trace_error, found.point, found.gradient_norm) == (4.0, 0.0, "minimum", 0.0)
+    its = team("valley", 8)
+    product = product_of(its)
+    found = measure(product, *_at(its, product))
+    assert found.eigenvalues == (3.0, 1.0)
+    assert (found.trace, found.trace_error, found.point, found.gradient_norm) == (4.0, 0.0, "minimum", 0.0)
 
 
 def test_what_cannot_be_differentiated_twice_is_refused() -> None:
-    with team("once", 8) as its, pytest.raises(TaskError, match="differentiated twice"):
+    its = team("once", 8)
+    with pytest.raises(TaskError, match="differentiated twice"):
         its.hessian_product(np.ones(its.subject.layout.numel))
 
 

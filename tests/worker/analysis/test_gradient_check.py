@@ -13,9 +13,10 @@ from torch import nn
 import steepest
 from ps.parameters.description import ModelDescription
 from steepest.spec import spec_from_dict
+from tests.support.analysis import local_team
 from worker.analysis import gradient_check
 from worker.analysis.gradient_check import as_json, check_gradients, ridders
-from worker.analysis.subject import Question
+from worker.analysis.question import Question
 from worker.analysis.team import Team
 from worker.task.load import load_task
 from worker.task.model import describe_model
@@ -90,11 +91,11 @@ def analytic(error: float = 0.0) -> steepest.AnalyticTask:
     return steepest.AnalyticTask(parameters=parameters, gradient=gradient, train_data=steepest.ArrayData(x, y))
 
 
-def team(function: str, processes: int = 1, **arguments: Any) -> Team:
+def team(function: str, size: int = 1, **arguments: Any) -> Team:
     reference = {"module": TASKS, "function": function, "arguments": arguments}
     spec = spec_from_dict({"task": reference, "epochs": 1, "data": {"global_batch": SAMPLES, "micro_batch": SAMPLES}})
     model: ModelDescription = describe_model(load_task(spec.task, None, spec.seed))
-    return Team(Question(spec, None, model, SAMPLES), processes)
+    return local_team(Question(spec, model, SAMPLES), size)
 
 
 def test_ridders_finds_derivatives_to_the_end_of_float64() -> None:
@@ -105,48 +106,46 @@ def test_ridders_finds_derivatives_to_the_end_of_float64() -> None:
 
 @pytest.mark.parametrize("function", ["mlp", "convnet", "analytic"])
 def test_right_gradients_pass(function: str) -> None:
-    with team(function) as its:
-        found = check_gradients(its, 1)
-        assert found.passed
-        assert found.largest < 1e-7
-        assert found.looked_at == found.total == sum(p.numel for p in its.subject.layout.parameters)
-        assert set(found.errors) == {p.name for p in its.subject.layout.parameters}
+    its = team(function)
+    found = check_gradients(its)
+    assert found.passed
+    assert found.largest < 1e-7
+    assert found.looked_at == found.total == sum(p.numel for p in its.subject.layout.parameters)
+    assert set(found.errors) == {p.name for p in its.subject.layout.parameters}
 
 
 @pytest.mark.parametrize("function", ["mlp", "convnet"])
 def test_forward_mode_agrees_with_backpropagation(function: str) -> None:
-    with team(function) as its:
-        assert check_gradients(its, 1, expected="forward", tolerance=1e-10).passed
+    its = team(function)
+    assert check_gradients(its, expected="forward", tolerance=1e-10).passed
 
 
 def test_one_wrong_entry_is_named() -> None:
-    with team("planted") as its:
-        found = check_gradients(its, 1)
-        assert not found.passed
-        worst = as_json(found, its.subject)["worst"]
-        assert (worst["parameter"], worst["index"]) == ("0.weight", [1, 1])
-        assert worst["got"] / worst["expected"] == pytest.approx(1 + 1e-4, rel=1e-6)
-        assert found.errors["2.weight"] < 1e-7
+    its = team("planted")
+    found = check_gradients(its)
+    assert not found.passed
+    worst = as_json(found, its.subject)["worst"]
+    assert (worst["parameter"], worst["index"]) == ("0.weight", [1, 1])
+    assert worst["got"] / worst["expected"] == pytest.approx(1 + 1e-4, rel=1e-6)
+    assert found.errors["2.weight"] < 1e-7
 
 
 def test_one_wrong_entry_of_a_large_parameter_is_found_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradient_check, "ALL_ENTRIES", 100)
     monkeypatch.setattr(gradient_check, "SOME", 4)
     monkeypatch.setattr(gradient_check, "LARGEST", 4)
-    with team("planted", inputs=60, hidden=40, entry=1234) as its:
-        found = check_gradients(its, 1)
-        assert found.looked_at < 300
-        worst = as_json(found, its.subject)["worst"]
-        assert (worst["parameter"], worst["index"]) == ("0.weight", [1234 // 60, 1234 % 60])
+    its = team("planted", inputs=60, hidden=40, entry=1234)
+    found = check_gradients(its)
+    assert found.looked_at < 300
+    worst = as_json(found, its.subject)["worst"]
+    assert (worst["parameter"], worst["index"]) == ("0.weight", [1234 // 60, 1234 % 60])
 
 
 def test_a_wrong_derivation_by_hand_is_named() -> None:
-    with team("analytic", error=1e-3) as its:
-        found = check_gradients(its, 1)
-        assert [name for name, error in found.errors.items() if error > found.tolerance] == ["w"]
+    its = team("analytic", error=1e-3)
+    found = check_gradients(its)
+    assert [name for name, error in found.errors.items() if error > found.tolerance] == ["w"]
 
 
-@pytest.mark.cluster
 def test_processes_do_not_change_the_result() -> None:
-    with team("mlp") as alone, team("mlp", 2) as two:
-        assert check_gradients(alone, 1) == check_gradients(two, 2)
+    assert check_gradients(team("mlp")) == check_gradients(team("mlp", 2)) == check_gradients(team("mlp", 3))
