@@ -9,6 +9,8 @@ from pydantic import Field
 from steepest.optimizer_base import TORCH, OptimizerSpec
 from steepest.spec_base import NonNegativeFloat, PositiveInt
 
+HESSIAN, GAUSS_NEWTON, DIFFERENCES = "hessian", "gauss_newton", "differences"
+
 
 class LbfgsSpec(OptimizerSpec):
     """L-BFGS with a strong Wolfe line search."""
@@ -39,3 +41,19 @@ class NewtonCgSpec(OptimizerSpec):
     is_whole = True
     is_full_batch = True
     name: Literal["newton_cg"] = "newton_cg"
+    products: Literal["hessian", "gauss_newton", "differences"] | None = Field(
+        default=None,
+        description="What multiplies a direction, for newton_cg: hessian, gauss_newton (never negative for a convex "
+        "loss), or differences of gradients (in float64, for tasks without second derivatives).",
+        json_schema_extra={"default_text": "hessian; differences for an AnalyticTask"},
+    )
+    damping: NonNegativeFloat = Field(
+        default=0.0,
+        description="Added to that matrix's diagonal, for newton_cg; from then on it follows how well the matrix "
+        "foretells the loss (Levenberg-Marquardt). 0: none.",
+    )
+
+
+def is_gauss_newton(optimizer: OptimizerSpec) -> bool:
+    """Whether a step with a direction multiplies it with the Gauss-Newton matrix, rather than the Hessian."""
+    return isinstance(optimizer, NewtonCgSpec) and optimizer.products == GAUSS_NEWTON

@@ -13,7 +13,7 @@ from ps.numerics.tree import Node, maximal_nodes, parts_of_step
 from ps.parameters.layout import Layout, shards
 from ps.step.assignment import Dealer
 from ps.step.parts import redeal
-from steepest.full_batch_spec import LbfgsSpec
+from steepest.full_batch_spec import LbfgsSpec, NewtonCgSpec
 from steepest.optimizer_spec import (
     AdadeltaSpec,
     AdamaxSpec,
@@ -134,6 +134,8 @@ def state_tensors(spec: TrainingJobSpec) -> int:
             return int(bool(momentum))
         case LbfgsSpec(history_size=pairs):
             return 2 * (pairs or LBFGS_PAIRS) + 8  # differences, and what its line search knows
+        case NewtonCgSpec():
+            return 10  # of an iteration with some products; each further one has two
         case MuonSpec() | ClassSpec():
             return 2  # AdamW's, of the parameters that Muon leaves to it; assumed, for a class
         case AdadeltaSpec() | AdamaxSpec() | NadamSpec() | RadamSpec() | RpropSpec():

@@ -11,8 +11,9 @@ then, it takes the same way.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
@@ -21,22 +22,35 @@ from torch import nn
 
 from ps.numerics.optimizer import StatePart, leave_out_dynamo
 from ps.parameters.layout import Shard
-from steepest.full_batch_spec import LbfgsSpec
+from steepest.full_batch_spec import LbfgsSpec, NewtonCgSpec
 from steepest.optimizer_base import OptimizerSpec
 from steepest.optimizer_state import pack_state, unpack_state
 
 MOST_TRIALS = 25  # of a line search, as torch.optim.LBFGS has it
 MOST_PRODUCTS = 200  # with the Hessian, for one direction
 DIFFERENCE = 2.0**-26  # between two points whose gradients are subtracted, relative: the root of float64's precision
-SUFFICIENT, ROUNDING = 1e-4, 1e-14  # how far a loss must fall, of what its slope promises, and how little says nothing
+SUFFICIENT = 1e-4  # how far a loss must fall, of what its slope promises
+ROUNDING = {torch.float64: 1e-14, torch.float32: 5e-6}  # of a loss: how little says nothing
+DAMPED = 1.5  # times more damping, or less
 
 
 class _Evaluation(NamedTuple):
-    """What is known of a point."""
+    """What is known of a point, or, with a direction, of the matrix there: `gradient` is their product then."""
 
     point: torch.Tensor
     loss: float
     gradient: torch.Tensor
+    direction: torch.Tensor | None = None
+
+
+class _Function(Protocol):
+    """What is minimized."""
+
+    def evaluate(self) -> _Evaluation:
+        """Loss and gradient at the present point."""
+
+    def multiply(self, direction: torch.Tensor) -> torch.Tensor:
+        """The matrix of second derivatives at the present point times a direction."""
 
 
 class _Kind(Protocol):
@@ -44,8 +58,8 @@ class _Kind(Protocol):
 
     lr: float
 
-    def iterate(self, evaluate: Callable[[], _Evaluation]) -> None:
-        """One iteration from the present point. evaluate: at wherever the point is then."""
+    def iterate(self, function: _Function) -> None:
+        """One iteration from the present point, which it moves."""
 
     def state(self) -> dict[str, Any]:
         """What the next iteration depends on, besides the point; not written to later."""
@@ -70,11 +84,11 @@ class _Lbfgs:
             **spec.hyper_parameters,
         )
 
-    def iterate(self, evaluate: Callable[[], _Evaluation]) -> None:
+    def iterate(self, function: _Function) -> None:
         """See _Kind."""
 
         def closure() -> torch.Tensor:
-            known = evaluate()
+            known = function.evaluate()
             self._point.grad = known.gradient.clone()
             self._optimizer.param_groups[0]["lr"] = self.lr
             return torch.tensor(known.loss, dtype=torch.float64)
@@ -99,86 +113,121 @@ class _Lbfgs:
 class _NewtonCg:
     """Newton's method by conjugate gradients, truncated (Dembo and Steihaug 1983; Nocedal and Wright 2006, 7.1).
 
-    A product with the Hessian is the difference of two gradients, so each of them is a step of the job, too.
+    With damping, which follows Levenberg and Marquardt's rule as in Martens 2010, section 4.1. A product is a step of
+    the job, as an evaluation is.
     """
 
-    def __init__(self, point: nn.Parameter) -> None:
+    def __init__(self, spec: NewtonCgSpec, point: nn.Parameter) -> None:
         self.lr = 1.0
         self._point = point
+        self._by_differences = spec.products == "differences"
+        self._damping = spec.damping
+        self._rounding = ROUNDING[point.dtype]
 
-    def iterate(self, evaluate: Callable[[], _Evaluation]) -> None:
+    def iterate(self, function: _Function) -> None:
         """See _Kind: a direction, then halves of it until the loss falls."""
         point = self._point.detach()
-        here = evaluate()
-        direction = self._direction(here, evaluate)
+        here = function.evaluate()
+        direction, foretold = self._direction(here, function)
         slope = float(here.gradient.dot(direction))
-        norm, slack = float(here.gradient.norm()), ROUNDING * max(1.0, abs(here.loss))
+        norm, slack = float(here.gradient.norm()), self._rounding * max(1.0, abs(here.loss))
         for halvings in range(MOST_TRIALS):
             share = 0.5**halvings
             torch.add(here.point, direction, alpha=share, out=point)
-            found = evaluate()
+            found = function.evaluate()
+            if halvings == 0:
+                self._adapt(found.loss - here.loss, foretold, slack)
             falls = found.loss <= here.loss + SUFFICIENT * share * slope
             # Near the minimum rounding decides about the loss, and the gradient still tells.
             if falls or (found.loss <= here.loss + slack and float(found.gradient.norm()) < norm):
                 return
         point.copy_(here.point)
 
-    def _direction(self, here: _Evaluation, evaluate: Callable[[], _Evaluation]) -> torch.Tensor:
-        """An approximate solution of H d = -g, downhill; the first direction of all where curvature is not positive."""
+    def _direction(self, here: _Evaluation, function: _Function) -> tuple[torch.Tensor, float]:
+        """An approximate solution d of A d = -g, downhill, and what the loss would change by if A were all there is.
+
+        The first direction of all, and not a number, where curvature is not positive.
+        """
         norm = float(here.gradient.norm())
         solution, residual = torch.zeros_like(here.gradient), here.gradient.clone()
         conjugate, squares = -residual, norm * norm
         for _ in range(min(len(residual), MOST_PRODUCTS)):
             if squares**0.5 <= min(0.5, norm**0.5) * norm:
                 break
-            step = DIFFERENCE * (1.0 + float(here.point.norm())) / float(conjugate.norm())
-            torch.add(here.point, conjugate, alpha=step, out=self._point.detach())
-            product = (evaluate().gradient - here.gradient) / step
+            product = self._product(here, conjugate, function).add(conjugate, alpha=self._damping)
             curvature = float(conjugate.dot(product))
             if curvature <= 0.0:
-                return solution if bool(solution.any()) else conjugate
+                return (solution if bool(solution.any()) else conjugate), math.nan
             length = squares / curvature
             solution.add_(conjugate, alpha=length)
             residual.add_(product, alpha=length)
             before, squares = squares, float(residual.dot(residual))
             conjugate.mul_(squares / before).sub_(residual)
-        return solution
+        return solution, 0.5 * float(solution.dot(here.gradient + residual))  # residual: A d + g
+
+    def _product(self, here: _Evaluation, direction: torch.Tensor, function: _Function) -> torch.Tensor:
+        if not self._by_differences:
+            return function.multiply(direction)
+        step = DIFFERENCE * (1.0 + float(here.point.norm())) / float(direction.norm())
+        torch.add(here.point, direction, alpha=step, out=self._point.detach())
+        return (function.evaluate().gradient - here.gradient) / step
+
+    def _adapt(self, change: float, foretold: float, slack: float) -> None:
+        """Damp less where the matrix foretells the loss's change, and more where it does not."""
+        if math.isnan(foretold) or -foretold <= slack:  # else rounding would decide
+            return
+        ratio = change / foretold
+        if ratio > 0.75:
+            self._damping /= DAMPED
+        elif not ratio >= 0.25:
+            self._damping *= DAMPED
 
     def state(self) -> dict[str, Any]:
-        """See _Kind: iterations know nothing of each other."""
-        return {}
+        """See _Kind."""
+        return {"damping": self._damping}
 
     def restore(self, state: dict[str, Any]) -> None:
         """See _Kind."""
+        self._damping = state.get("damping", self._damping)
 
 
 class FullBatchOptimizer:
     """The optimizer of a shard that is the whole layout.
 
     parameters: shape (shard.numel,), updated in place: after a step they are the next point to evaluate, or the best
-    one so far if the step was the last.
+    one so far if the step was the last. direction: what the next step is to multiply the matrix of second derivatives
+    at that point with, shape (shard.numel,); None when it is to evaluate.
     """
 
     def __init__(self, spec: OptimizerSpec, shard: Shard, parameters: torch.Tensor) -> None:
         self._name = shard.layout.parameters[0].name
         self._point = nn.Parameter(parameters)
-        self._kind: _Kind = _Lbfgs(spec, self._point) if isinstance(spec, LbfgsSpec) else _NewtonCg(self._point)
+        self._kind = self._kind_of(spec)
+        self.direction: torch.Tensor | None = None
         self._evaluations: list[_Evaluation] = []  # since the iteration began
         self._began: tuple[torch.Tensor, dict[str, Any], float] = (parameters, {}, spec.base_lr)  # point, state, lr
         self._found: SimpleQueue[_Evaluation] = SimpleQueue()
         self._wanted: SimpleQueue[BaseException | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
+    def _kind_of(self, spec: OptimizerSpec) -> _Kind:
+        match spec:
+            case LbfgsSpec():
+                return _Lbfgs(spec, self._point)
+            case NewtonCgSpec():
+                return _NewtonCg(spec, self._point)
+        raise ValueError(f"{spec.name} does not minimize over all samples")
+
     def step(self, gradient: torch.Tensor, *, lr: float, divisor: float, loss: float, last: bool) -> None:
-        """Go on from the mean loss and the *sum* `gradient` at the present point."""
+        """Go on from the mean loss and the *sum* `gradient`, or product with `direction`, at the present point."""
         if self._thread is None:
             self._kind.lr = lr
             self._start()
         self._kind.lr = lr  # of the next iteration
         point = self._point.detach()
-        self._go_on(_Evaluation(point.clone(), loss, gradient / divisor))
-        if last and self._evaluations:
-            point.copy_(min(self._evaluations, key=lambda known: known.loss).point)
+        self._go_on(loss, gradient / divisor)
+        if last and (evaluated := [known for known in self._evaluations if known.direction is None]):
+            point.copy_(min(evaluated, key=lambda known: known.loss).point)
 
     def _start(self) -> None:
         """Have the thread at its first question."""
@@ -186,8 +235,9 @@ class FullBatchOptimizer:
         self._thread.start()
         self._wait()
 
-    def _go_on(self, evaluation: _Evaluation) -> None:
-        self._found.put(evaluation)
+    def _go_on(self, loss: float, gradient: torch.Tensor) -> None:
+        """Answer what was asked for."""
+        self._found.put(_Evaluation(self._point.detach().clone(), loss, gradient, self.direction))
         self._wait()
 
     def _wait(self) -> None:
@@ -203,28 +253,39 @@ class FullBatchOptimizer:
             while True:
                 self._begin()
                 known = len(self._evaluations)
-                self._kind.iterate(self._evaluate)
+                self._kind.iterate(self)
                 if len(self._evaluations) == known > 0:  # it stays where it is: there is nothing more to gain
-                    self._ask()
+                    self._ask(None)
         except BaseException as error:  # whoever waits raises it
             self._wanted.put(error)
 
     def _begin(self) -> None:
         """An iteration begins: keep what is needed to make it again."""
-        point = self._point.detach()
-        self._evaluations = [known for known in self._evaluations if torch.equal(known.point, point)]
-        self._began = point.clone(), self._kind.state(), self._kind.lr
+        known = self._known()
+        self._evaluations = [] if known is None else [known]
+        self._began = self._point.detach().clone(), self._kind.state(), self._kind.lr
 
-    def _evaluate(self) -> _Evaluation:
-        """Loss and gradient at the present point; waits for a step of the job if they are not known."""
+    def _known(self) -> _Evaluation | None:
         point = self._point.detach()
-        known = next((known for known in self._evaluations if torch.equal(known.point, point)), None)
+        evaluated = (known for known in self._evaluations if known.direction is None)
+        return next((known for known in evaluated if torch.equal(known.point, point)), None)
+
+    def evaluate(self) -> _Evaluation:
+        """See _Function; waits for a step of the job if the point is not known."""
+        known = self._known()
         if known is None:
-            known = self._ask()
+            known = self._ask(None)
             self._evaluations.append(known)
         return known
 
-    def _ask(self) -> _Evaluation:
+    def multiply(self, direction: torch.Tensor) -> torch.Tensor:
+        """See _Function; waits for a step of the job."""
+        known = self._ask(direction)
+        self._evaluations.append(known)
+        return known.gradient
+
+    def _ask(self, direction: torch.Tensor | None) -> _Evaluation:
+        self.direction = direction
         self._wanted.put(None)
         return self._found.get()
 
@@ -251,7 +312,7 @@ class FullBatchOptimizer:
         self._kind.lr = whole["lr"]
         self._start()
         for loss, gradient in whole["found"]:
-            self._go_on(_Evaluation(self._point.detach().clone(), loss, gradient.to(device)))
+            self._go_on(loss, gradient.to(device))
 
 
 def _on(state: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -51,8 +51,8 @@ class RemoteLeader:
         )
         self._connection.send(pb.FollowerMessage(report=report))
 
-    def applied(self, step: int, clipped_sum: float, signals: UpdateSignals) -> None:
-        """See LeaderLink."""
+    def applied(self, step: int, clipped_sum: float, signals: UpdateSignals, direction: bytes) -> None:
+        """See LeaderLink; a direction has only a shard without others, which is the leader's own."""
         applied = pb.Applied(step=step, clipped_sum=clipped_sum, **convert.update_signals_to_fields(signals))
         self._connection.send(pb.FollowerMessage(applied=applied))
 

@@ -256,8 +256,9 @@ class LocalLeader:
         """See LeaderLink."""
         self._runner.report(0, step, kind, sums, signals)
 
-    def applied(self, step: int, clipped_sum: float, signals: UpdateSignals) -> None:
+    def applied(self, step: int, clipped_sum: float, signals: UpdateSignals, direction: bytes) -> None:
         """See LeaderLink."""
+        self._runner.leader.direction = direction
         self._runner.applied(0, step, clipped_sum, signals)
 
     def state(self, step: int, parts: Iterator[StatePart]) -> None:

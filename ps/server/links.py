@@ -31,8 +31,8 @@ class LeaderLink(Protocol):
     def report(self, step: int, kind: Round, sums: NDArray[np.float64], signals: NDArray[np.float64] | None) -> None:
         """The round is reduced and measured: sums of squares of the shard's segments. signals: of the gradient."""
 
-    def applied(self, step: int, clipped_sum: float, signals: UpdateSignals) -> None:
-        """A decision is carried out. signals: of the update."""
+    def applied(self, step: int, clipped_sum: float, signals: UpdateSignals, direction: bytes) -> None:
+        """A decision is carried out. signals: of the update. direction: of the next step, see Assign."""
 
     def state(self, step: int, parts: Iterator[StatePart]) -> None:
         """All state of the shard."""

@@ -195,6 +195,7 @@ class ParameterServer:
             initialized=state is not None,
             kept=held,
         )
+        self.leader.direction = own.state.direction
         numel = self.layout.numel + (0 if codec is None else codec.state_numel)
         links = ShardLinks(own)
         runner = LeaderRunner(

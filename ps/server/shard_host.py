@@ -82,7 +82,7 @@ class ShardHost:
         else:
             self._send(self._connected(), self.state.update, compressed=True)
         assert self._leader is not None  # noqa: S101  # decisions come from it
-        self._leader.applied(decision.step, clipped_sum, self.state.update_signals)
+        self._leader.applied(decision.step, clipped_sum, self.state.update_signals, self.state.direction)
 
     def collect(self, step: int) -> None:
         """See ShardLink."""

@@ -62,6 +62,7 @@ class Leader:
         self.updates = since.updates  # optimizer updates applied; a skipped step makes none
         self.buffers = buffers
         self.constants = constants  # frozen parameters: workers have their own, checkpoints have these
+        self.direction = b""  # of the next step, see Assign; whoever drives the leader sets it
         self.phase = Phase.WAITING
         self.members = Members()
         self._deal_out = Dealer()
@@ -96,10 +97,9 @@ class Leader:
 
     def leave(self, worker: str, now: float) -> list[Effect]:
         """A worker is gone: deal what it had not delivered to every shard to the others, within the round."""
-        member = self.members.pop(worker, None)
+        current, member = self._round, self.members.pop(worker, None)
         if member is None or self.phase in ENDED:
             return []
-        current = self._round
         if self._parts.is_owner(worker):
             self.phase = Phase.FAILED
             return [Lost(f"{worker} is gone, and the compression residuals it held are lost")]
@@ -156,8 +156,7 @@ class Leader:
 
     def failure(self, worker: str, failure: Failure, now: float) -> tuple[Outcome, list[Effect]]:
         """User code failed on a worker. Ignores failures of a finished round: it was reading parameters mid-update."""
-        current = self._round
-        member = self.members.get(worker)
+        current, member = self._round, self.members.get(worker)
         if member is not None:
             member.in_flight -= 1
         if self.phase in ENDED or current is None or not current.is_answered_by(failure.step, failure.kind):
@@ -296,7 +295,9 @@ class Leader:
         member.give(bits_of(given), now)
         buffers = None if member.buffers is self.buffers else self.buffers
         member.buffers = self.buffers
-        return Send(worker, Assign(self.step, current.kind, tuple(given), buffers, host_ranges, self._version), handed)
+        wanted = self.direction if current.kind in (Round.TRAIN, Round.DIAGNOSE) else b""
+        work = Assign(self.step, current.kind, tuple(given), buffers, host_ranges, self._version, wanted)
+        return Send(worker, work, handed)
 
     # -- parts whose residuals stay with a worker -------------------------------------------------------------------
 
@@ -315,8 +316,7 @@ class Leader:
         for worker, member in self.members.items():
             if member.in_flight:
                 continue
-            leaves = current.take_undealt_of(self._parts.leaves_of(worker))
-            if leaves:
+            if leaves := current.take_undealt_of(self._parts.leaves_of(worker)):
                 effects.append(self._give(worker, ranges(leaves_of(leaves)), now, handed=self._parts.hand_over(worker)))
         return effects
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-PROTOCOL = 10
+PROTOCOL = 11
 
 
 class Round(StrEnum):
@@ -82,7 +82,8 @@ class Assign(NamedTuple):
     """Ranges of micro-batches to compute in a step. buffers: None when they are as in the last assignment.
 
     host_ranges: those of all workers on this one's host, when a job has several hosts. version: of the parameters to
-    compute with; see ShardState.
+    compute with; see ShardState. direction: instead of gradients, products of the loss's second derivatives with this
+    vector, as bytes of the layout's elements, are wanted; empty: gradients.
     """
 
     step: int
@@ -91,6 +92,7 @@ class Assign(NamedTuple):
     buffers: bytes | None = None
     host_ranges: tuple[tuple[int, int], ...] = ()
     version: int = 0
+    direction: bytes = b""
 
 
 class Push(NamedTuple):

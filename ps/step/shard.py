@@ -262,6 +262,12 @@ class ShardState:
         )
 
     @property
+    def direction(self) -> bytes:
+        """What the next step is to multiply the matrix of second derivatives with; see Assign."""
+        wanted = self.optimizer.direction if isinstance(self.optimizer, FullBatchOptimizer) else None
+        return b"" if wanted is None else wanted.cpu().numpy().tobytes()
+
+    @property
     def averaged(self) -> torch.Tensor | None:
         """What evaluates better than the parameters, shape (shard.numel,); None when nothing is averaged."""
         if self.average is not None:

@@ -54,6 +54,7 @@ def assign_to_proto(assign: Assign) -> pb.Assign:
         buffers=assign.buffers,
         host_bounds=chain(*assign.host_ranges),
         version=assign.version,
+        direction=assign.direction,
     )
 
 
@@ -66,6 +67,7 @@ def assign_from_proto(message: pb.Assign) -> Assign:
         buffers=message.buffers if message.HasField("buffers") else None,
         host_ranges=_ranges(message.host_bounds[:]),
         version=message.version,
+        direction=message.direction,
     )
 
 

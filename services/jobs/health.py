@@ -68,13 +68,15 @@ class _Lasting:
 class Health:
     """Watches one job. names, shapes: of its parameters. fan_in: of the weights for which that is known, by name.
 
-    activations: names of the model's activation functions, as records have them.
+    activations: names of the model's activation functions, as records have them. has_gradients: and updates, in every
+    step.
     """
 
     names: Sequence[str]
     shapes: Sequence[Sequence[int]]
     fan_in: Mapping[str, int] = field(default_factory=dict)
     activations: Sequence[str] = ()
+    has_gradients: bool = True
     _updates: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     _last_lr: float = 0.0
     _explosions: Explosions = field(default_factory=Explosions)
@@ -97,10 +99,8 @@ class Health:
     def observe(self, records: Iterable[StepRecord]) -> list[Finding]:
         """Look at the records of steps, in order."""
         found: list[Finding] = []
-        rules = (
-            self._layers, self._norm, self._loss, self._input, self._straggler, self._signals, self._units,
-            self._outlier,
-        )  # fmt: skip
+        of_gradients = (self._layers, self._norm, self._signals) if self.has_gradients else ()
+        rules = (*of_gradients, self._loss, self._input, self._straggler, self._units, self._outlier)
         for record in records:
             for rule in rules:
                 found += rule(record)

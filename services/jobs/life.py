@@ -51,7 +51,8 @@ class Assignment:
         """Rules that have seen nothing of the job yet."""
         parameters = self.description.layout(self.spec).parameters
         names, shapes = [p.name for p in parameters], [p.shape for p in parameters]
-        return Health(names, shapes, self.description.fan_in, self.description.activations)
+        watches = self.spec.optimizer.name != "newton_cg"  # whose steps are mostly products, not gradients and updates
+        return Health(names, shapes, self.description.fan_in, self.description.activations, watches)
 
 
 @dataclass

@@ -28,6 +28,7 @@ from services.settings import Settings
 from services.store.lifecycle import ENDED, JobState, check_verb
 from services.store.store import JobRow, Result, Store
 from steepest.errors import ChangedError, ConflictError, SpecError, Violation
+from steepest.full_batch_spec import DIFFERENCES
 from steepest.jobs import MAX_PRIORITY, SUBMISSION
 from steepest.spec import TrainingJobSpec, spec_from_dict
 
@@ -83,7 +84,7 @@ class Operations:
             raise ConflictError(f"training_job_id: {job!r} is taken; choose another --name")
         owner = current_caller().name
         spec, description, packages = self.rehearse(spec, owner)
-        _check_messages(description)
+        _check_messages(spec, description)
         _check_best(spec, description)
         _check_decay(spec, description)
         _check_names(spec, description)
@@ -291,8 +292,12 @@ def _check_names(spec: TrainingJobSpec, description: TaskDescription) -> None:
             raise SpecError([Violation("clip.agc.exclude", problem)])
 
 
-def _check_messages(description: TaskDescription) -> None:
+def _check_messages(spec: TrainingJobSpec, description: TaskDescription) -> None:
     """Raises SpecError for what would not fit the message that it travels in."""
+    size = description.layout(spec).nbytes
+    if description.products not in ("", DIFFERENCES) and size > MAX_MESSAGE_BYTES - MESSAGE_ROOM:
+        problem = f"a direction has {size / 2**30:.1f} GiB; at most 1 GiB of it can travel between processes"
+        raise SpecError([Violation("optimizer.products", f"{problem}: set {DIFFERENCES}, or take lbfgs")])
     for what, tensors in (("frozen parameters", description.model.constants), ("buffers", description.model.buffers)):
         size = sum(tensor.nbytes for tensor in tensors)
         if size > MAX_MESSAGE_BYTES - MESSAGE_ROOM:

@@ -32,7 +32,8 @@ class TaskDescription:
     batch, weight, model_class, loss: in words. price: of the micro-batches, see Rehearsal. factors: see Plan.
     printed: by the user's code meanwhile; the end of it, and it is not stored.
     data: fields of the spec that a DataLoader settles. fan_in: of the weights of torch's own layers, how many inputs a
-    unit has. activations: names of the model's activation functions. recomputed, peak_bytes: see Rehearsal.
+    unit has. activations: names of the model's activation functions. recomputed, peak_bytes: see Rehearsal. products:
+    of newton_cg, which may depend on the task.
     """
 
     model: ModelDescription
@@ -56,6 +57,7 @@ class TaskDescription:
     loss_counts: str = ""
     recomputed: str = ""
     peak_bytes: int = 0
+    products: str = ""
     printed: str = ""
 
     @property
@@ -74,6 +76,8 @@ class TaskDescription:
             update["data"] = spec.data.model_copy(update=self.data)
         if self.recomputed:
             update["memory"] = spec.memory.model_copy(update={"checkpoint_activations": self.recomputed})
+        if self.products:
+            update["optimizer"] = spec.optimizer.model_copy(update={"products": self.products})
         return spec.model_copy(update=update)
 
     def layout(self, spec: TrainingJobSpec) -> Layout:
@@ -112,6 +116,7 @@ class TaskDescription:
             raw.get("loss_counts", ""),
             raw.get("recomputed", ""),
             raw.get("peak_bytes", 0),
+            raw.get("products", ""),
         )
 
 

@@ -627,6 +627,7 @@ class Assign(_message.Message):
     BUFFERS_FIELD_NUMBER: _builtins.int
     HOST_BOUNDS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    DIRECTION_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     kind: _builtins.str
     buffers: _builtins.bytes
@@ -634,6 +635,8 @@ class Assign(_message.Message):
     """Of the parameters to compute with. It grows with every step, and when workers are shown an average of them or the
     parameters again; Chunk.step of parameters, and ServerMessage.arrived, are such versions.
     """
+    direction: _builtins.bytes
+    """Products of the loss's second derivatives with this vector are wanted, not gradients; empty: gradients."""
     @_builtins.property
     def bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Half-open ranges of micro-batches, two numbers each."""
@@ -651,10 +654,11 @@ class Assign(_message.Message):
         buffers: _builtins.bytes | None = ...,
         host_bounds: _abc.Iterable[_builtins.int] | None = ...,
         version: _builtins.int = ...,
+        direction: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "buffers", b"buffers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "bounds", b"bounds", "buffers", b"buffers", "host_bounds", b"host_bounds", "kind", b"kind", "step", b"step", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_buffers", b"_buffers", "bounds", b"bounds", "buffers", b"buffers", "direction", b"direction", "host_bounds", b"host_bounds", "kind", b"kind", "step", b"step", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__buffers: _TypeAlias = _typing.Literal["buffers"]  # noqa: Y015
     _WhichOneofArgType__buffers: _TypeAlias = _typing.Literal["_buffers", b"_buffers"]  # noqa: Y015

@@ -419,6 +419,8 @@ class OptimizerSpec(_message.Message):
     ADJUST_LR_FN_FIELD_NUMBER: _builtins.int
     ADAMW_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    PRODUCTS_FIELD_NUMBER: _builtins.int
+    DAMPING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Optimizer: sgd, momentum, nesterov, adagrad, rmsprop, adam, adamw, adadelta, adamax, nadam, radam, rprop, asgd,
     adafactor, muon, lbfgs, newton_cg, or a class of yours or of a package, as module:Class.
@@ -466,6 +468,14 @@ class OptimizerSpec(_message.Message):
     adjust_lr_fn: _builtins.str
     """How the learning rate follows a matrix's shape, for muon: match_rms_adamw, with which one rate suits both it and its
     AdamW, or original.
+    """
+    products: _builtins.str
+    """What multiplies a direction, for newton_cg: hessian, gauss_newton (never negative for a convex loss), or differences
+    of gradients (in float64, for tasks without second derivatives).
+    """
+    damping: _builtins.float
+    """Added to that matrix's diagonal, for newton_cg; from then on it follows how well the matrix foretells the loss
+    (Levenberg-Marquardt). 0: none.
     """
     @_builtins.property
     def betas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
@@ -517,10 +527,12 @@ class OptimizerSpec(_message.Message):
         adjust_lr_fn: _builtins.str | None = ...,
         adamw: _abc.Iterable[_builtins.str] | None = ...,
         options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        products: _builtins.str | None = ...,
+        damping: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_adjust_lr_fn", b"_adjust_lr_fn", "_alpha", b"_alpha", "_amsgrad", b"_amsgrad", "_beta2_decay", b"_beta2_decay", "_centered", b"_centered", "_d", b"_d", "_dampening", b"_dampening", "_decay_biases_and_norms", b"_decay_biases_and_norms", "_decoupled_weight_decay", b"_decoupled_weight_decay", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lambd", b"_lambd", "_lr", b"_lr", "_lr_decay", b"_lr_decay", "_momentum", b"_momentum", "_momentum_decay", b"_momentum_decay", "_name", b"_name", "_nesterov", b"_nesterov", "_ns_steps", b"_ns_steps", "_rho", b"_rho", "_t0", b"_t0", "_weight_decay", b"_weight_decay", "adjust_lr_fn", b"adjust_lr_fn", "alpha", b"alpha", "amsgrad", b"amsgrad", "beta2_decay", b"beta2_decay", "centered", b"centered", "d", b"d", "dampening", b"dampening", "decay_biases_and_norms", b"decay_biases_and_norms", "decoupled_weight_decay", b"decoupled_weight_decay", "eps", b"eps", "initial_accumulator_value", b"initial_accumulator_value", "lambd", b"lambd", "lr", b"lr", "lr_decay", b"lr_decay", "momentum", b"momentum", "momentum_decay", b"momentum_decay", "name", b"name", "nesterov", b"nesterov", "ns_steps", b"ns_steps", "rho", b"rho", "t0", b"t0", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adjust_lr_fn", b"_adjust_lr_fn", "_alpha", b"_alpha", "_amsgrad", b"_amsgrad", "_beta2_decay", b"_beta2_decay", "_centered", b"_centered", "_d", b"_d", "_dampening", b"_dampening", "_damping", b"_damping", "_decay_biases_and_norms", b"_decay_biases_and_norms", "_decoupled_weight_decay", b"_decoupled_weight_decay", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lambd", b"_lambd", "_lr", b"_lr", "_lr_decay", b"_lr_decay", "_momentum", b"_momentum", "_momentum_decay", b"_momentum_decay", "_name", b"_name", "_nesterov", b"_nesterov", "_ns_steps", b"_ns_steps", "_products", b"_products", "_rho", b"_rho", "_t0", b"_t0", "_weight_decay", b"_weight_decay", "adjust_lr_fn", b"adjust_lr_fn", "alpha", b"alpha", "amsgrad", b"amsgrad", "beta2_decay", b"beta2_decay", "centered", b"centered", "d", b"d", "dampening", b"dampening", "damping", b"damping", "decay_biases_and_norms", b"decay_biases_and_norms", "decoupled_weight_decay", b"decoupled_weight_decay", "eps", b"eps", "initial_accumulator_value", b"initial_accumulator_value", "lambd", b"lambd", "lr", b"lr", "lr_decay", b"lr_decay", "momentum", b"momentum", "momentum_decay", b"momentum_decay", "name", b"name", "nesterov", b"nesterov", "ns_steps", b"ns_steps", "products", b"products", "rho", b"rho", "t0", b"t0", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adjust_lr_fn", b"_adjust_lr_fn", "_alpha", b"_alpha", "_amsgrad", b"_amsgrad", "_beta2_decay", b"_beta2_decay", "_centered", b"_centered", "_d", b"_d", "_dampening", b"_dampening", "_decay_biases_and_norms", b"_decay_biases_and_norms", "_decoupled_weight_decay", b"_decoupled_weight_decay", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lambd", b"_lambd", "_lr", b"_lr", "_lr_decay", b"_lr_decay", "_momentum", b"_momentum", "_momentum_decay", b"_momentum_decay", "_name", b"_name", "_nesterov", b"_nesterov", "_ns_steps", b"_ns_steps", "_rho", b"_rho", "_t0", b"_t0", "_weight_decay", b"_weight_decay", "adamw", b"adamw", "adjust_lr_fn", b"adjust_lr_fn", "alpha", b"alpha", "amsgrad", b"amsgrad", "beta2_decay", b"beta2_decay", "betas", b"betas", "centered", b"centered", "d", b"d", "dampening", b"dampening", "decay_biases_and_norms", b"decay_biases_and_norms", "decoupled_weight_decay", b"decoupled_weight_decay", "eps", b"eps", "etas", b"etas", "initial_accumulator_value", b"initial_accumulator_value", "lambd", b"lambd", "lr", b"lr", "lr_decay", b"lr_decay", "momentum", b"momentum", "momentum_decay", b"momentum_decay", "name", b"name", "nesterov", b"nesterov", "ns_steps", b"ns_steps", "options", b"options", "rho", b"rho", "step_sizes", b"step_sizes", "t0", b"t0", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adjust_lr_fn", b"_adjust_lr_fn", "_alpha", b"_alpha", "_amsgrad", b"_amsgrad", "_beta2_decay", b"_beta2_decay", "_centered", b"_centered", "_d", b"_d", "_dampening", b"_dampening", "_damping", b"_damping", "_decay_biases_and_norms", b"_decay_biases_and_norms", "_decoupled_weight_decay", b"_decoupled_weight_decay", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lambd", b"_lambd", "_lr", b"_lr", "_lr_decay", b"_lr_decay", "_momentum", b"_momentum", "_momentum_decay", b"_momentum_decay", "_name", b"_name", "_nesterov", b"_nesterov", "_ns_steps", b"_ns_steps", "_products", b"_products", "_rho", b"_rho", "_t0", b"_t0", "_weight_decay", b"_weight_decay", "adamw", b"adamw", "adjust_lr_fn", b"adjust_lr_fn", "alpha", b"alpha", "amsgrad", b"amsgrad", "beta2_decay", b"beta2_decay", "betas", b"betas", "centered", b"centered", "d", b"d", "dampening", b"dampening", "damping", b"damping", "decay_biases_and_norms", b"decay_biases_and_norms", "decoupled_weight_decay", b"decoupled_weight_decay", "eps", b"eps", "etas", b"etas", "initial_accumulator_value", b"initial_accumulator_value", "lambd", b"lambd", "lr", b"lr", "lr_decay", b"lr_decay", "momentum", b"momentum", "momentum_decay", b"momentum_decay", "name", b"name", "nesterov", b"nesterov", "ns_steps", b"ns_steps", "options", b"options", "products", b"products", "rho", b"rho", "step_sizes", b"step_sizes", "t0", b"t0", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adjust_lr_fn: _TypeAlias = _typing.Literal["adjust_lr_fn"]  # noqa: Y015
     _WhichOneofArgType__adjust_lr_fn: _TypeAlias = _typing.Literal["_adjust_lr_fn", b"_adjust_lr_fn"]  # noqa: Y015
@@ -536,6 +548,8 @@ class OptimizerSpec(_message.Message):
     _WhichOneofArgType__d: _TypeAlias = _typing.Literal["_d", b"_d"]  # noqa: Y015
     _WhichOneofReturnType__dampening: _TypeAlias = _typing.Literal["dampening"]  # noqa: Y015
     _WhichOneofArgType__dampening: _TypeAlias = _typing.Literal["_dampening", b"_dampening"]  # noqa: Y015
+    _WhichOneofReturnType__damping: _TypeAlias = _typing.Literal["damping"]  # noqa: Y015
+    _WhichOneofArgType__damping: _TypeAlias = _typing.Literal["_damping", b"_damping"]  # noqa: Y015
     _WhichOneofReturnType__decay_biases_and_norms: _TypeAlias = _typing.Literal["decay_biases_and_norms"]  # noqa: Y015
     _WhichOneofArgType__decay_biases_and_norms: _TypeAlias = _typing.Literal["_decay_biases_and_norms", b"_decay_biases_and_norms"]  # noqa: Y015
     _WhichOneofReturnType__decoupled_weight_decay: _TypeAlias = _typing.Literal["decoupled_weight_decay"]  # noqa: Y015
@@ -560,6 +574,8 @@ class OptimizerSpec(_message.Message):
     _WhichOneofArgType__nesterov: _TypeAlias = _typing.Literal["_nesterov", b"_nesterov"]  # noqa: Y015
     _WhichOneofReturnType__ns_steps: _TypeAlias = _typing.Literal["ns_steps"]  # noqa: Y015
     _WhichOneofArgType__ns_steps: _TypeAlias = _typing.Literal["_ns_steps", b"_ns_steps"]  # noqa: Y015
+    _WhichOneofReturnType__products: _TypeAlias = _typing.Literal["products"]  # noqa: Y015
+    _WhichOneofArgType__products: _TypeAlias = _typing.Literal["_products", b"_products"]  # noqa: Y015
     _WhichOneofReturnType__rho: _TypeAlias = _typing.Literal["rho"]  # noqa: Y015
     _WhichOneofArgType__rho: _TypeAlias = _typing.Literal["_rho", b"_rho"]  # noqa: Y015
     _WhichOneofReturnType__t0: _TypeAlias = _typing.Literal["t0"]  # noqa: Y015
@@ -580,6 +596,8 @@ class OptimizerSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__d) -> _WhichOneofReturnType__d | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dampening) -> _WhichOneofReturnType__dampening | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__damping) -> _WhichOneofReturnType__damping | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__decay_biases_and_norms) -> _WhichOneofReturnType__decay_biases_and_norms | None: ...
     @_typing.overload
@@ -604,6 +622,8 @@ class OptimizerSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__nesterov) -> _WhichOneofReturnType__nesterov | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ns_steps) -> _WhichOneofReturnType__ns_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__products) -> _WhichOneofReturnType__products | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rho) -> _WhichOneofReturnType__rho | None: ...
     @_typing.overload

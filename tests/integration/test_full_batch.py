@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 
 from harness.local_job import hashes, run_here, run_processes
 from ps.checkpoint.files import State
+from steepest.full_batch_spec import NewtonCgSpec
 from steepest.spec import TaskReference
+from tests.support.choices import full
 from tests.support.submission import RefusedError, rehearsed, submitted
 from worker.task.load import load_task
 
@@ -124,11 +127,64 @@ def test_what_does_not_go_with_it_is_refused(field: str, changes: dict[str, Any]
     assert caught.value.field == field
 
 
-def test_newton_cg_needs_double_precision() -> None:
-    with pytest.raises(RefusedError, match=r"model\.double\(\)"):
-        rehearsed(
-            "tests.support.tasks:regression", steps=5, optimizer={"name": "newton_cg"}, data={"global_batch": 101}
-        )
+@pytest.mark.parametrize(
+    ("task", "products", "said"),
+    [
+        ("tests.support.tasks:regression", "differences", r"task\.model: .*model\.double\(\)"),
+        (
+            "tests.support.tasks:least_squares",
+            "hessian",
+            "optimizer.products: an AnalyticTask has no second",
+        ),
+        (
+            "tests.support.logistic:once",
+            "hessian",
+            "optimizer.products: .*differentiated twice.*set optimizer",
+        ),
+        ("tests.support.logistic:breast_cancer", "gauss_newton", "optimizer.products: .*outputs are not known"),
+    ],
+)
+def test_products_that_cannot_be_had_are_refused(task: str, products: str, said: str) -> None:
+    rows = SIZE if "logistic" in task else 101
+    with pytest.raises(RefusedError) as refused:
+        rehearsed(task, steps=5, optimizer={"name": "newton_cg", "products": products}, data={"global_batch": rows})
+    assert re.match(said, f"{refused.value.field}: {refused.value}", re.DOTALL)
+
+
+def test_what_multiplies_is_settled_at_submission(tmp_path: Path) -> None:
+    def products(task: str, rows: int) -> str | None:
+        raw = {"steps": 5, "optimizer": {"name": "newton_cg"}, "data": {"global_batch": rows}}
+        spec = submitted(tmp_path, task, **raw).spec
+        assert isinstance(spec.optimizer, NewtonCgSpec)
+        return spec.optimizer.products
+
+    assert products("tests.support.logistic:breast_cancer", SIZE) == "hessian"
+    assert products("tests.support.logistic:by_hand", SIZE) == "differences"
+
+
+@pytest.mark.parametrize("products", ["hessian", full("gauss_newton")])
+def test_a_network_in_single_precision_learns(products: str, tmp_path: Path) -> None:
+    """Damped, with batch statistics: the bits are the same on one worker and on three, and after a restart."""
+    raw = {
+        "optimizer": {"name": "newton_cg", "products": products, "damping": 0.1},
+        "data": {"global_batch": 101, "micro_batch": 17, "shuffle": False},
+    }
+    task = "tests.support.logistic:small_network"
+    here = run_here(submitted(tmp_path / "here", task, steps=60, **raw))
+    first = run_here(submitted(tmp_path / "first", task, steps=1, **raw))
+    assert _loss(here.model) < 0.6 * _loss(first.model)
+    assert hashes(run_processes(submitted(tmp_path / "three", task, steps=60, **raw), 3)) == hashes(here)
+    for cut in (3, 11):
+        run_here(submitted(tmp_path / f"{cut}", task, steps=cut, **raw))
+        assert hashes(run_here(submitted(tmp_path / f"{cut}", task, steps=60, **raw)))[0] == hashes(here)[0]
+
+
+def _loss(state: dict[str, torch.Tensor]) -> float:
+    task = load_task(TaskReference(module=TASK, function="small_network"), None, 0)
+    task.model.load_state_dict(state)
+    inputs, targets = task.train_data.arrays
+    with torch.no_grad():
+        return float(task.loss(task.model(inputs), targets))
 
 
 def test_a_rate_that_moves_is_that_of_the_line_search_after_a_restart(tmp_path: Path) -> None:

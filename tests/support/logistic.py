@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 import steepest
@@ -28,3 +30,50 @@ def breast_cancer() -> steepest.Task:
         return functional.binary_cross_entropy_with_logits(model(inputs)[:, 0], targets) + PENALTY / 2 * penalty
 
     return steepest.Task(model=nn.Linear(x.shape[1], 1).double(), batch_loss=loss, train_data=steepest.ArrayData(x, y))
+
+
+def by_hand() -> steepest.AnalyticTask:
+    """The same, with its gradient derived by hand."""
+    x, y = (array.numpy() for array in breast_cancer().train_data.arrays)
+
+    def gradient(parameters: Any, batch: Any) -> Any:
+        inputs, targets = batch
+        chances = 1.0 / (1.0 + np.exp(-(inputs @ parameters["weight"])))
+        loss = -(targets * np.log(chances) + (1 - targets) * np.log(1 - chances)).sum()
+        return loss, len(targets), {"weight": inputs.T @ (chances - targets)}
+
+    return steepest.AnalyticTask(
+        parameters={"weight": np.zeros(x.shape[1])}, gradient=gradient, train_data=steepest.ArrayData(x, y)
+    )
+
+
+class _Doubled(torch.autograd.Function):
+    """A gradient that has none itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return 2.0 * gradient
+
+
+def once() -> steepest.Task:
+    """As breast_cancer, and it cannot be differentiated twice."""
+    task = breast_cancer()
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return functional.binary_cross_entropy_with_logits(_Doubled.apply(outputs)[:, 0], targets)
+
+    return steepest.Task(model=task.model, loss=loss, train_data=task.train_data)
+
+
+def small_network() -> steepest.Task:
+    """A regression by a network with batch normalization, in single precision."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(101, 4, generator=generator)
+    y = torch.sin(2 * x[:, :1]) * x[:, 1:2]
+    model = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 1))
+    return steepest.Task(model=model, loss=nn.MSELoss(), train_data=steepest.ArrayData(x, y))

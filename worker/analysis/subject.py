@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from steepest.task import AnalyticTask, Task
 from worker.analysis.question import Question
 from worker.gradients.analytic import AnalyticEngine
 from worker.gradients.backend import CpuBackend
-from worker.gradients.curvature import CurvatureError, Hessian, check_twice
-from worker.gradients.engine import InPartsError
+from worker.gradients.engine import Direction, InPartsError, Measured
 from worker.gradients.losses import LossValue
+from worker.gradients.products import CurvatureError, outputs_of
 from worker.gradients.seeding import COMPUTE, DATA, seed_all
 from worker.gradients.torch_engine import TorchEngine
 from worker.task.load import TaskError, initialize, load_task
@@ -28,11 +28,6 @@ from worker.task.model import conduct_of, describe_model
 from worker.task.state import roots
 
 _NEEDS_TORCH = "{} needs a task of torch; this is an AnalyticTask, whose gradient is all that is known"
-
-
-_OUTPUTS = (
-    "state the loss as Task.loss, have batch_loss return (loss, outputs), or use a model whose own output has logits"
-)
 MAX_JACOBIAN_NUMEL = 250_000_000
 
 
@@ -82,12 +77,15 @@ class Subject:
 
     def gradient(self, leaf: int, into: torch.Tensor) -> tuple[float, float]:
         """(loss sum, weight) of a micro-batch; the gradient of the sum goes to `into`, shape (layout.numel,)."""
+        measured = self._pass(leaf, into)
+        return measured.loss, measured.weight
+
+    def _pass(self, leaf: int, into: torch.Tensor, direction: Direction | None = None) -> Measured:
         views = self.layout.views(into)
         for _ in range(2):  # a gradient that comes in parts is waited for the second time
             batch = self._batch(leaf)
             with contextlib.suppress(InPartsError), self._modes():
-                measured = self._engine.gradient(batch, len(self.leaves[leaf]), views, add=False)
-                return measured.loss, measured.weight
+                return self._engine.gradient(batch, len(self.leaves[leaf]), views, add=False, direction=direction)
         raise TaskError("task", "a gradient comes in parts whose number differs from pass to pass")
 
     def directional(self, leaf: int, direction: torch.Tensor) -> tuple[float, float]:
@@ -121,66 +119,27 @@ class Subject:
 
         Raises TaskError for a task that is not twice differentiable.
         """
-        engine = self._torch_engine("curvature")
-        found = self._forward(leaf)
-        out = torch.zeros_like(self.flat)
-        with _told():
-            self._write(out, Hessian(found, engine.parameters).times(self.layout.views(vector)))
-        return out.mul_(found.factor), found.weight
+        return self._product(leaf, Direction(self.layout.views(vector)))
 
     def gauss_newton_product(self, leaf: int, vector: torch.Tensor) -> tuple[torch.Tensor, float]:
         """(Gauss-Newton matrix of the loss sum times a vector, weight). vector: shape (layout.numel,).
 
-        It is J' H J, with J the Jacobian of the model's outputs and H the Hessian of the loss by them (Schraudolph
-        2002). Raises TaskError when the outputs are not known, or the loss does not depend on them.
+        See worker.gradients.products. Raises TaskError when the model's outputs are not known, or the loss does not
+        depend on them.
         """
-        engine = self._torch_engine("curvature")
-        found = self._forward(leaf)
-        outputs = _outputs(found.outputs)
-        first = torch.autograd.grad(found.value, outputs, create_graph=True, allow_unused=True)
-        if all(gradient is None for gradient in first):
-            raise TaskError("task", f"the loss is not computed from the model's outputs; {_OUTPUTS}")
-        moved = self._along(engine.parameters, outputs, vector)
-        curved: list[tuple[torch.Tensor, torch.Tensor]] = []  # outputs, and what goes back from them
-        kept = [
-            (g, u) for g, u in zip(first, moved, strict=True) if g is not None and g.requires_grad
-        ]  # else the loss is linear there
-        if kept:
-            back = torch.autograd.grad(
-                [g for g, _ in kept], outputs, [u for _, u in kept], retain_graph=True, allow_unused=True
-            )
-            curved = [(z, b) for z, b in zip(outputs, back, strict=True) if b is not None]
+        return self._product(leaf, Direction(self.layout.views(vector), is_gauss_newton=True))
+
+    def _product(self, leaf: int, direction: Direction) -> tuple[torch.Tensor, float]:
+        self._torch_engine("curvature")
         out = torch.zeros_like(self.flat)
-        if curved:
-            rows = torch.autograd.grad(
-                [z for z, _ in curved], engine.parameters, [b for _, b in curved], allow_unused=True
-            )
-            self._write(out, rows)
-        return out.mul_(found.factor), found.weight
+        with _told():
+            return out, self._pass(leaf, out, direction).weight
 
     def _write(self, flat: torch.Tensor, parts: Sequence[torch.Tensor | None]) -> None:
         """Bring what there is for each parameter to its place. flat: shape (layout.numel,), of zeros."""
         for view, part in zip(self.layout.views(flat), parts, strict=True):
             if part is not None:
                 view.copy_(part)
-
-    def _along(
-        self, parameters: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], vector: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """The derivative of the outputs along a vector: of what goes back for `dual`, which is linear in it."""
-        dual = [torch.zeros_like(output, requires_grad=True) for output in outputs]
-        back = torch.autograd.grad(outputs, parameters, dual, create_graph=True, allow_unused=True)
-        with _told():
-            check_twice(back)
-        views = self.layout.views(vector)
-        inner = sum(
-            ((b * v).sum() for b, v in zip(back, views, strict=True) if b is not None),
-            torch.zeros((), dtype=torch.float64),
-        )
-        found = torch.autograd.grad(inner, dual, retain_graph=True, allow_unused=True)
-        return tuple(
-            torch.zeros_like(output) if own is None else own for output, own in zip(outputs, found, strict=True)
-        )
 
     def jacobian(self, num_samples: int) -> NDArray[np.float64]:
         """The derivatives of the outputs for the first samples by all parameters, shape (outputs, layout.numel).
@@ -190,8 +149,8 @@ class Subject:
         engine = self._torch_engine("a Jacobian")
         raw = engine.train_source.batch(np.arange(num_samples, dtype=np.int64))
         seed_all(self._question.spec.seed, COMPUTE, 0, 0, backend=self._backend)
-        with self._modes():
-            outputs = _outputs(engine.forward(_pytree.tree_map(_double, raw), num_samples).outputs)
+        with _told(), engine.differentiable_twice():
+            outputs = outputs_of(engine.forward(_pytree.tree_map(_double, raw), num_samples).outputs)
         flat = torch.cat([output.reshape(-1) for output in outputs])
         if len(flat) * self.layout.numel > MAX_JACOBIAN_NUMEL:
             problem = (
@@ -213,7 +172,7 @@ class Subject:
     @contextlib.contextmanager
     def _modes(self) -> Iterator[None]:
         if self._question.freezes and isinstance(self._engine, TorchEngine):
-            with self._engine.differentiable_twice():
+            with self._engine.frozen():
                 yield
         else:
             yield
@@ -248,16 +207,6 @@ def _told() -> Iterator[None]:
         yield
     except CurvatureError as error:
         raise TaskError("task.model", str(error)) from error
-
-
-def _outputs(outputs: Any) -> list[torch.Tensor]:
-    """The tensors among a model's outputs that the loss can depend on. Raises TaskError without any."""
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
-    known = _pytree.tree_leaves(outputs if logits is None else logits)
-    found = [value for value in known if isinstance(value, torch.Tensor) and value.requires_grad]
-    if not found:
-        raise TaskError("task", f"the model's outputs are not known, which a Jacobian needs; {_OUTPUTS}")
-    return found
 
 
 def _double(value: Any) -> Any:

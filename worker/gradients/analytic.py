@@ -14,7 +14,7 @@ from ps.parameters.layout import Layout
 from steepest.task import AnalyticTask
 from worker.data.sources import ArraySource, Source
 from worker.gradients.activations import Activations
-from worker.gradients.engine import LossError, Measured, measure_metrics
+from worker.gradients.engine import Direction, LossError, Measured, measure_metrics
 
 
 class AnalyticEngine:
@@ -47,8 +47,12 @@ class AnalyticEngine:
     def refresh(self) -> None:
         """See Engine."""
 
-    def gradient(self, batch: Any, num_samples: int, into: list[torch.Tensor], *, add: bool) -> Measured:
-        """See Engine. Raises LossError for a gradient that is missing or has another shape."""
+    def gradient(
+        self, batch: Any, num_samples: int, into: list[torch.Tensor], *, add: bool, direction: Direction | None = None
+    ) -> Measured:
+        """See Engine. Raises LossError for a gradient that is missing or has another shape, or for a direction."""
+        if direction is not None:
+            raise LossError("an AnalyticTask has no second derivatives: set optimizer.products=differences")
         loss, weight, gradients = self._task.gradient(self._parameters, batch)
         for placed, target in zip(self._layout.parameters, into, strict=True):
             if placed.name not in gradients:

@@ -17,7 +17,7 @@ from worker.gradients.batches import Batches
 from worker.gradients.buckets import Overlap
 from worker.gradients.compressor import Compressor
 from worker.gradients.curvature import CurvatureSignal
-from worker.gradients.engine import Engine, InPartsError, Pending, finite_parameters
+from worker.gradients.engine import Direction, Engine, InPartsError, Pending, finite_parameters
 from worker.gradients.guilty import guilty
 from worker.gradients.leaf_norms import LeafNorms
 from worker.gradients.outliers import MicroBatch, Outliers
@@ -41,14 +41,15 @@ class _Leaves:
         self._batches = batches
         self._norms = norms
         self._step = -1
+        self._direction: Direction | None = None
         self.results: dict[int, LeafResult] = {}
         self._pending: dict[int, Pending] = {}  # losses that are still on a GPU
         self.buffers: bytes | None = None  # as micro-batch 0 left them
         self.activations: bytes | None = None  # of micro-batch 0, in some steps
 
-    def begin(self, step: int) -> None:
-        """Another assignment."""
-        self._step = step
+    def begin(self, step: int, direction: Direction | None) -> None:
+        """Another assignment. direction: of products that are wanted instead of gradients."""
+        self._step, self._direction = step, direction
         self.results, self._pending = {}, {}
         self.buffers = self.activations = None
 
@@ -69,14 +70,16 @@ class _Leaves:
         """See Leaf. Raises MicroBatchError too."""
         try:
             batch, num_samples = self._batches.training(self._step, index)
-            activations = self._engine.activations
-            if index == 0 and activations is not None and self._norms.wants(self._step, index):
+            activations, direction = self._engine.activations, self._direction
+            if direction is not None:  # what its pass does to buffers is that of the gradient's pass, once more
+                measured = self._engine.gradient(batch, num_samples, into, add=add, direction=direction)
+            elif index == 0 and activations is not None and self._norms.wants(self._step, index):
                 with activations.observed(self._norms.turn(self._step)):
                     measured = self._engine.gradient(batch, num_samples, into, add=add)
                 self.activations = activations.measured()
             else:
                 measured = self._engine.gradient(batch, num_samples, into, add=add)
-            if index == 0:
+            if index == 0 and direction is None:
                 self.buffers = self._engine.buffers()
         except InPartsError:
             raise
@@ -100,7 +103,7 @@ class _Leaves:
 
     def alone(self, index: int, slot: int) -> None:
         """See Leaf."""
-        if self._norms.wants(self._step, index):
+        if self._direction is None and self._norms.wants(self._step, index):
             self.results[index] = self.results[index]._replace(squares=self._norms.squares(slot))
 
     def evaluate(self, index: int) -> None:
@@ -121,7 +124,8 @@ class _Leaves:
 class Computer:
     """Does what assignments say. Knows nothing of who asks. num_leaves: micro-batches of a step.
 
-    signals_every: of the spec's telemetry. curvature: None where nobody looks at it.
+    signals_every: of the spec's telemetry. curvature: None where nobody looks at it. is_gauss_newton: which products an
+    assignment with a direction wants.
     """
 
     def __init__(
@@ -135,6 +139,7 @@ class Computer:
         *,
         signals_every: int = 0,
         curvature: CurvatureSignal | None = None,
+        is_gauss_newton: bool = False,
     ) -> None:
         self._engine = engine
         self._layout = layout
@@ -143,6 +148,7 @@ class Computer:
         self._num_leaves = num_leaves
         self._compressor = compressor
         self._curvature = curvature
+        self._is_gauss_newton = is_gauss_newton
         self._leaves = _Leaves(engine, batches, LeafNorms(layout, slots, signals_every))
         self._outliers = Outliers(self._mean_loss)
         self._tree = TreeSum(slots, self._leaves)
@@ -172,7 +178,7 @@ class Computer:
         if assign.buffers is not None:
             self._engine.set_buffers(assign.buffers)
         leaves = self._leaves
-        leaves.begin(assign.step)
+        leaves.begin(assign.step, self._direction_of(assign))
         nodes: list[PushedNode] = []
         constants = None
         match assign.kind:
@@ -207,6 +213,12 @@ class Computer:
             leaves.activations,
             self._look_at_curvature(assign),
         )
+
+    def _direction_of(self, assign: Assign) -> Direction | None:
+        if not assign.direction:
+            return None
+        flat = torch.frombuffer(bytearray(assign.direction), dtype=self._layout.dtype)
+        return Direction(self._layout.views(flat), self._is_gauss_newton)
 
     def _look_at_curvature(self, assign: Assign) -> tuple[float, ...]:
         """Of micro-batch 0, by the worker that has it, in some steps."""
@@ -291,7 +303,8 @@ class Computer:
 
             def is_finite(samples: NDArray[np.int64]) -> bool:
                 batch = self._batches.some(step, index, samples)
-                measured = self._engine.gradient(batch, len(samples), views, add=False)
+                direction = self._direction_of(self._assign)
+                measured = self._engine.gradient(batch, len(samples), views, add=False, direction=direction)
                 loss = measured.loss if measured.pending is None else measured.pending
                 return math.isfinite(loss) and not finite_parameters(views, self._layout)
 

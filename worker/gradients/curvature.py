@@ -9,8 +9,7 @@ quarter at worst, for a small perceptron from its first step to its end. What is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,16 +17,12 @@ import torch
 from ps.parameters.layout import Layout
 from worker.gradients.batches import Batches
 from worker.gradients.losses import LossValue
+from worker.gradients.products import CurvatureError, check_twice, errors_named
 from worker.gradients.seeding import mix
 from worker.gradients.torch_engine import TorchEngine
 
 PRODUCTS = 15  # of the Hessian with a vector, in one look at a loss
 SMALL = 1e-6  # of the largest entry of Lanczos' matrix: a vector that short is rounding error
-_CANNOT = "the model cannot be differentiated twice, which curvature needs"
-
-
-class CurvatureError(Exception):
-    """A loss that has no second derivative. The message says why."""
 
 
 class Hessian:
@@ -35,7 +30,7 @@ class Hessian:
 
     def __init__(self, found: LossValue, parameters: Sequence[torch.Tensor]) -> None:
         self._parameters = parameters
-        with _errors_named():
+        with errors_named():
             self._first = torch.autograd.grad(found.value, parameters, create_graph=True, allow_unused=True)
         check_twice(self._first)
 
@@ -49,7 +44,7 @@ class Hessian:
         ]
         if not kept:  # the loss is linear
             return [None] * len(self._parameters)
-        with _errors_named():
+        with errors_named():
             return list(
                 torch.autograd.grad(
                     [g for g, _ in kept],
@@ -139,31 +134,6 @@ class CurvatureSignal:
         except CurvatureError as error:
             print(f"the curvature at step {step} could not be measured: {error}", flush=True)
             return None
-
-
-def check_twice(gradients: Iterable[torch.Tensor | None]) -> None:
-    """Raises CurvatureError where the graph of a gradient ends in an operation that has no second derivative.
-
-    torch itself takes such a derivative for zero when it is asked for parameters that it cannot reach.
-    """
-    waiting = [gradient.grad_fn for gradient in gradients if gradient is not None and gradient.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        name = node.name()
-        if "Error" in name or "NotImplemented" in name:
-            raise CurvatureError(f"{_CANNOT}: {name}, as of a function that is once_differentiable")
-        fresh = [following for following, _ in node.next_functions if following is not None and following not in seen]
-        seen.update(fresh)
-        waiting += fresh
-
-
-@contextmanager
-def _errors_named() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise CurvatureError(f"{_CANNOT}: {error}") from error
 
 
 def _random_unit(like: Sequence[torch.Tensor], seed: int) -> torch.Tensor:

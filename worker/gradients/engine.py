@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -63,6 +63,16 @@ class InPartsError(Exception):
     """
 
 
+class Direction(NamedTuple):
+    """What second derivatives are multiplied with: those of the Hessian, or of the Gauss-Newton matrix.
+
+    vector: one tensor per parameter, in the layout's order.
+    """
+
+    vector: Sequence[torch.Tensor]
+    is_gauss_newton: bool = False
+
+
 class Engine(Protocol):
     """Computes gradients of a task; `AnalyticEngine` and `TorchEngine` are the two."""
 
@@ -81,8 +91,12 @@ class Engine(Protocol):
     def refresh(self) -> None:
         """The bound parameters hold another version."""
 
-    def gradient(self, batch: Any, num_samples: int, into: list[torch.Tensor], *, add: bool) -> Measured:
+    def gradient(
+        self, batch: Any, num_samples: int, into: list[torch.Tensor], *, add: bool, direction: Direction | None = None
+    ) -> Measured:
         """Write (or add) the gradient of the batch's loss sum into one tensor per parameter, in the layout's order.
+
+        direction: the product of the loss sum's second derivatives with it is wanted instead.
 
         Raises InPartsError; the tensors hold nothing of use then.
         """

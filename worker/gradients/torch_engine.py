@@ -20,11 +20,12 @@ from worker.gradients.activations import Activations
 from worker.gradients.backend import Backend
 from worker.gradients.buffers import Buffers
 from worker.gradients.caches import Caches
-from worker.gradients.engine import LossError, Measured, Pending, Rehearsed, StateError, measure_metrics
+from worker.gradients.engine import Direction, LossError, Measured, Pending, Rehearsed, StateError, measure_metrics
 from worker.gradients.held import Held, as_real
 from worker.gradients.linear import write_directly
 from worker.gradients.losses import LossValue, loss_of
 from worker.gradients.modes import Modes
+from worker.gradients.products import CurvatureError, slope
 from worker.gradients.sink import GradientSink
 from worker.task.state import TaskState, roots
 
@@ -124,8 +125,18 @@ class TorchEngine:
         self._backend.refresh(self._on_device, self._flat)
         self._held.refresh()
 
-    def gradient(self, batch: Any, num_samples: int, into: list[torch.Tensor], *, add: bool) -> Measured:
-        """See Engine. Raises LossError, StateError, InPartsError."""
+    def gradient(
+        self, batch: Any, num_samples: int, into: list[torch.Tensor], *, add: bool, direction: Direction | None = None
+    ) -> Measured:
+        """See Engine. Raises LossError, StateError, InPartsError, and CurvatureError for a direction."""
+        if direction is None:
+            return self._gradient(batch, num_samples, into, add, None)
+        with _with_second_derivatives():
+            return self._gradient(batch, num_samples, into, add, direction)
+
+    def _gradient(
+        self, batch: Any, num_samples: int, into: list[torch.Tensor], add: bool, direction: Direction | None
+    ) -> Measured:
         self._start(training=True)
         self._sink.begin(into, add=add)
         found = self._loss(self._backend.batch(batch), num_samples, batch)
@@ -135,10 +146,12 @@ class TorchEngine:
             return Measured(0.0, 0.0, (0.0,) * len(self.logged or ()))
         if not value.requires_grad:
             raise LossError("the loss does not depend on any trainable parameter")
-        # Backward of factor * loss, as value.backward(factor) comes to after 20 us of checks.
-        _run_backward(
-            (value,), (self._factor(factor, value),), False, False, (), allow_unreachable=True, accumulate_grad=True
-        )
+        goal = value if direction is None else self._slope(found, direction)
+        if goal is not None:
+            # Backward of factor * goal, as goal.backward(factor) comes to after 20 us of checks.
+            _run_backward(
+                (goal,), (self._factor(factor, goal),), False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
         self._sink.finish()
         self.check_parameters()
         for name, parameter in self._unreached:
@@ -147,6 +160,14 @@ class TorchEngine:
         if self._is_on_host:
             return Measured(value.item() * factor, found.weight, self._logged(found))
         return Measured(0.0, found.weight, self._logged(found), Pending(value.detach(), factor))
+
+    def _slope(self, found: LossValue, direction: Direction) -> torch.Tensor | None:
+        """What has the product for its gradient; None where that is zero."""
+        vector = [part.to(self._backend.device) for part in direction.vector]
+        tied = [(vector[index], alias) for index, alias in self._aliases if alias.tensor.requires_grad]
+        tensors = [*self._parameters, *(alias.tensor for _, alias in tied)]
+        vector += [alias.over(part) for part, alias in tied]
+        return slope(found, tensors, vector, is_gauss_newton=direction.is_gauss_newton)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -241,13 +262,13 @@ class TorchEngine:
 
     @contextlib.contextmanager
     def differentiable_twice(self) -> Iterator[None]:
-        """As `frozen`, in operations that have second derivatives where torch has faster ones that have none."""
-        with (
-            self.frozen(),
-            torch.enable_grad(),
-            sdpa_kernel(SDPBackend.MATH),
-            torch.backends.cudnn.flags(enabled=False),
-        ):
+        """As `frozen`, in operations that have second derivatives where torch has faster ones that have none.
+
+        Raises CurvatureError for parameters that lie in others, whose part would be missing.
+        """
+        if any(alias.tensor.requires_grad for _, alias in self._aliases):
+            raise CurvatureError("the model has parameters that lie in the memory of others, so no single Hessian")
+        with self.frozen(), _with_second_derivatives():
             yield
 
     def _start(self, *, training: bool) -> None:
@@ -290,6 +311,13 @@ class TorchEngine:
                 self._factors.clear()
             self._factors[key] = torch.full_like(value, factor, requires_grad=False)
         return self._factors[key]
+
+
+@contextlib.contextmanager
+def _with_second_derivatives() -> Iterator[None]:
+    """Operations have them where torch has faster ones that have none."""
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+        yield
 
 
 def first_gradient(name: str) -> str:

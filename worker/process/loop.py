@@ -20,6 +20,7 @@ from ps.memory.segment import Segment
 from ps.parameters.layout import shards
 from ps.step.messages import Assign, Failure
 from ps.wire.address import ServerAddress
+from steepest.full_batch_spec import is_gauss_newton
 from steepest.task import AnalyticTask, Task
 from worker.gradients.analytic import AnalyticEngine
 from worker.gradients.backend import Backend
@@ -161,6 +162,7 @@ class WorkerLoop:
             self._compressor,
             signals_every=config.signals_every,
             curvature=self._curvature(batches),
+            is_gauss_newton=is_gauss_newton(config.spec.optimizer),
         )
 
     def _curvature(self, batches: Batches) -> CurvatureSignal | None:

@@ -39,6 +39,8 @@ def _peak(passes: Passes, indices: NDArray[np.int64]) -> int:
             passes.compute(indices)
             if passes.spec.telemetry.curvature_every:
                 passes.look_at_curvature(indices)
+            if passes.multiplies:
+                passes.multiply(indices)
     except TaskError:  # the same pass is fine without being watched
         return 0
     return int(memory.peak)

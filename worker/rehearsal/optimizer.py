@@ -22,7 +22,7 @@ from ps.numerics.whole_optimizer import (
 )
 from ps.parameters.description import ModelDescription
 from ps.parameters.layout import GroupRange, Layout, grouped
-from steepest.full_batch_spec import NewtonCgSpec
+from steepest.full_batch_spec import DIFFERENCES, NewtonCgSpec
 from steepest.optimizer_base import OptimizerSpec
 from steepest.optimizer_spec import ClassSpec
 from steepest.optimizer_state import StateKindError, counted, pack_state, unpack_state
@@ -92,7 +92,8 @@ def _check_full_batch(spec: TrainingJobSpec, layout: Layout, num_samples: int) -
         "clip": spec.clip != ClipSpec() and f"a clipped gradient is not the loss's, and {name} trusts it: leave it out",
         "optimizer.weight_decay": bool(spec.optimizer.weight_decay) and f"{name} takes none: add it to the loss",
         "optimizer.lr": is_newton and spec.optimizer.lr is not None and f"{name} finds its steps itself: leave it out",
-        "task.model": is_newton
+        "task.model": isinstance(spec.optimizer, NewtonCgSpec)
+        and spec.optimizer.products == DIFFERENCES
         and layout.dtype != torch.float64
         and f"{name} takes differences of gradients, for which float32 is too coarse: use float64 (model.double())",
         "on_nonfinite": spec.on_nonfinite != "fail" and f"{name} cannot skip a step; allowed: fail",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,14 +16,16 @@ from numpy.typing import NDArray
 from ps.job.config import layout_of
 from ps.parameters.description import ModelDescription
 from steepest.change_spec import samples_left_out
+from steepest.full_batch_spec import DIFFERENCES, NewtonCgSpec, is_gauss_newton
 from steepest.spec import TrainingJobSpec
 from steepest.task import AnalyticTask, Task
 from worker.data.sampler import Sampler
 from worker.data.sources import Source
 from worker.gradients.analytic import AnalyticEngine
 from worker.gradients.backend import CpuBackend
-from worker.gradients.curvature import CurvatureError, measure_curvature
-from worker.gradients.engine import Engine, InPartsError, LossError, Measured, StateError
+from worker.gradients.curvature import measure_curvature
+from worker.gradients.engine import Direction, Engine, InPartsError, LossError, Measured, StateError
+from worker.gradients.products import CurvatureError
 from worker.gradients.seeding import COMPUTE, DATA, EVALUATE, seed_all
 from worker.gradients.torch_engine import TorchEngine, written_to
 from worker.rehearsal.hidden_state import hidden_state
@@ -109,6 +112,12 @@ class Passes:
                 self.seed(seed)
                 return self.engine.gradient(batch, len(indices), views, add=False)
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether some steps of the job compute products of second derivatives."""
+        optimizer = self.spec.optimizer
+        return isinstance(optimizer, NewtonCgSpec) and optimizer.products != DIFFERENCES
+
     def look_at_curvature(self, indices: NDArray[np.int64]) -> None:
         """As telemetry does in some steps, with fewer products. Raises TaskError."""
         field = "telemetry.curvature_every"
@@ -124,6 +133,28 @@ class Passes:
                 measure_curvature(self.engine, batch, len(indices), self.layout, 0, products=2)
             except CurvatureError as error:
                 raise TaskError(field, f"{error}; leave it out") from error
+
+    def multiply(self, indices: NDArray[np.int64]) -> None:
+        """As a step of newton_cg with a direction does. Raises TaskError."""
+        field = "optimizer.products"
+        remedy = f"set {field}={DIFFERENCES}, which takes float64"
+        if not isinstance(self.engine, TorchEngine):
+            raise TaskError(field, f"an AnalyticTask has no second derivatives: {remedy}")
+        pairs = [p.name for p in self.model.parameters if p.is_complex]
+        if pairs:
+            raise TaskError(field, f"products are of real parameters, and {pairs[0]} is complex: {remedy}")
+        batch, views = self.fetch(indices), self.layout.views(self.gradient("any"))
+        ones = torch.ones(self.layout.numel, dtype=self.layout.dtype)
+        direction = Direction(self.layout.views(ones), is_gauss_newton(self.spec.optimizer))
+        with blamed(field, f"a product of second derivatives for {len(indices)} samples"):
+            for _ in range(2):  # a gradient that comes in parts is waited for the second time
+                self.seed()
+                try:
+                    with contextlib.suppress(InPartsError):
+                        self.engine.gradient(batch, len(indices), views, add=False, direction=direction)
+                        return
+                except CurvatureError as error:
+                    raise TaskError(field, f"{error}; {remedy}") from error
 
     def seed(self, seed: int | None = None, purpose: int = COMPUTE) -> None:
         """Seed for a pass, always for the same one unless another seed is given."""

@@ -17,6 +17,7 @@ from ps.job.config import layout_of
 from ps.job.environment import set_variables
 from steepest.change_spec import samples_left_out
 from steepest.errors import SpecError
+from steepest.full_batch_spec import DIFFERENCES, HESSIAN, NewtonCgSpec
 from steepest.spec import TrainingJobSpec, spec_from_dict
 from steepest.task import AnalyticTask, Task
 from worker.data.loader import LoaderData
@@ -44,7 +45,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         model = describe_model(task)
         check_fits(task, model, spec.precision, spec.placement.device)
         wishes = task.train_data.wishes.unless_set(request["set"]) if isinstance(task.train_data, LoaderData) else {}
-        spec = _with_wishes(spec, wishes)
+        spec = _with_products(_with_wishes(spec, wishes), task)
         most = None if spec.steps is None else spec.steps * spec.data.global_batch
         samples = num_samples(task.train_data, "train_data", most)
         if not spec.data.steps_per_epoch(samples):
@@ -68,6 +69,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": model.to_dict(),
         "data": wishes,
+        "products": spec.optimizer.products if isinstance(spec.optimizer, NewtonCgSpec) else "",
         "num_samples": samples,
         "num_evaluation_samples": evaluation,
         "metric_names": list(task.metrics),
@@ -88,6 +90,15 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         "peak_bytes": found.peak_bytes,
         "factors": factors,
     }
+
+
+def _with_products(spec: TrainingJobSpec, task: Task | AnalyticTask) -> TrainingJobSpec:
+    """The spec with what newton_cg multiplies by, where it does not say."""
+    optimizer = spec.optimizer
+    if not isinstance(optimizer, NewtonCgSpec) or optimizer.products is not None:
+        return spec
+    products = DIFFERENCES if isinstance(task, AnalyticTask) else HESSIAN
+    return spec.model_copy(update={"optimizer": optimizer.model_copy(update={"products": products})})
 
 
 def _loaded(spec: TrainingJobSpec, code: Path | None) -> Task | AnalyticTask:

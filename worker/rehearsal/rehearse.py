@@ -123,20 +123,20 @@ def rehearse(
         found.warnings += _advice_on_average(task, spec)
     # What passes left behind is a cache, or `_check_repeats` had refused it.
     found.caches = [name for name in differences(fresh, passes.hidden()) if ": " not in name]
-    _check_curvature(passes, indices)
+    _check_second_derivatives(passes, indices)
     samples, budget = len(whole), spec.memory.activation_budget
     if budget and not spec.memory.checkpoint_activations:
         found.recomputed = plan(passes, indices, samples)
     how = found.recomputed or spec.memory.checkpoint_activations
     _check_recomputing(passes, indices, how)
-    _check_curvature(passes, indices)
+    _check_second_derivatives(passes, indices)
     found.peak_bytes = peak_bytes(passes, indices, samples)
     if budget and not found.peak_bytes:
         raise TaskError(BUDGET, UNKNOWN)
     if budget and found.peak_bytes > budget:
         raise TaskError(BUDGET, too_much(found.peak_bytes, budget, samples, [how]))
     _check_compiling(passes, indices)
-    _check_curvature(passes, indices)
+    _check_second_derivatives(passes, indices)
     return found
 
 
@@ -256,10 +256,12 @@ def _check_recomputing(passes: Passes, indices: NDArray[np.int64], how: str) -> 
         )
 
 
-def _check_curvature(passes: Passes, indices: NDArray[np.int64]) -> None:
-    """It can be looked at with the model as it is by now."""
+def _check_second_derivatives(passes: Passes, indices: NDArray[np.int64]) -> None:
+    """The job can have those that it asks for, with the model as it is by now."""
     if passes.spec.telemetry.curvature_every:
         passes.look_at_curvature(indices)
+    if passes.multiplies:
+        passes.multiply(indices)
 
 
 def _check_compiling(passes: Passes, indices: NDArray[np.int64]) -> None:

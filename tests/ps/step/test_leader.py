@@ -363,3 +363,18 @@ def test_what_is_decided_is_finished_before_a_job_without_workers_is_cancelled()
     it.applied(0, 1, 0.0, 6.0)
     (save,) = of_kind(it.applied(1, 1, 0.0, 6.0)[1], Save)
     assert save.step == 1
+
+
+def test_a_direction_goes_to_all_that_train_and_to_nobody_else() -> None:
+    it = leader(evaluation_leaves=1, eval_every=1)
+    it.direction = b"12345678"
+    (first,) = of_kind(it.join("a", 0.0), Send)
+    assert first.assign.direction == b"12345678"
+    it.join("b", 0.1)
+    (again,) = of_kind(it.leave("a", 0.2), Send)  # what the one had goes to the other
+    assert (again.worker, again.assign.direction) == ("b", b"12345678")
+    (evaluation,) = of_kind(finish_step(it, [again]), Send)
+    assert (evaluation.assign.kind, evaluation.assign.direction) == (Round.EVALUATE, b"")
+    it.direction = b""
+    (following,) = of_kind(it.push("b", push(evaluation.assign), 3.0)[1], Send)
+    assert (following.assign.kind, following.assign.direction) == (Round.TRAIN, b"")
