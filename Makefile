@@ -10,6 +10,7 @@ PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS)
 endef
 
+TWO := -n 2 --dist loadfile --no-loadscope-reorder  # at once
 .PHONY: reference help demo gallery test test-full test-core coverage check format proto bench bench-full clean
 
 help:  ## what there is
@@ -31,10 +32,10 @@ gallery: $(INSTALLED)  ## run what docs/gallery.md shows, and rebuild the page (
 	$(BIN)/python examples/gallery/make.py
 
 test: $(INSTALLED)  ## the tests, without those that repeat others at more placements or run for long
-	$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile --no-loadscope-reorder --durations 10
+	$(BIN)/python -m pytest -m "not full" $(TWO) --durations 10
 
 test-full: $(INSTALLED)  ## all tests
-	$(BIN)/python -m pytest --durations 10
+	$(BIN)/python -m pytest $(TWO) --durations 10
 
 test-core: $(INSTALLED)  ## the pure part: no Ray, no gRPC
 	$(BIN)/python -m pytest -m "not cluster" tests/ps tests/worker tests/services tests/steepest

@@ -49,6 +49,8 @@ __all__ = [
 CHECKPOINT_SECONDS = 60.0
 DEFAULT_RATIO, DEFAULT_RANK, DEFAULT_PARTS = 0.01, 16, 8
 
+REVERSE, FORWARD, ESTIMATE, FINITE = "reverse", "forward", "forward_estimate", "finite"
+
 
 class TaskReference(SpecModel):
     """The user's function that builds a task, and the code it lives in."""
@@ -249,6 +251,11 @@ class TrainingJobSpec(SpecModel):
     precision: Literal["full", "bf16"] = Field(
         default="full",
         description="full, or bf16: the forward pass under autocast; parameters and gradients stay float32.",
+    )
+    derivative: Literal["reverse", "forward", "forward_estimate", "finite"] = Field(
+        default="reverse",
+        description="How a Task's gradient is computed: reverse (backpropagation), forward (forward mode, entry by "
+        "entry), forward_estimate (along one random direction), or finite (central differences, in float64).",
     )
     checkpoint_every: NonNegativeInt = Field(
         default=0,

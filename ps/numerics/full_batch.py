@@ -30,7 +30,7 @@ MOST_TRIALS = 25  # of a line search, as torch.optim.LBFGS has it
 MOST_PRODUCTS = 200  # with the Hessian, for one direction
 DIFFERENCE = 2.0**-26  # between two points whose gradients are subtracted, relative: the root of float64's precision
 SUFFICIENT = 1e-4  # how far a loss must fall, of what its slope promises
-ROUNDING = {torch.float64: 1e-14, torch.float32: 5e-6}  # of a loss: how little says nothing
+ROUNDING = 45.0  # of a loss, times the precision: how little says nothing
 DAMPED = 1.5  # times more damping, or less
 
 
@@ -122,7 +122,7 @@ class _NewtonCg:
         self._point = point
         self._by_differences = spec.products == "differences"
         self._damping = spec.damping
-        self._rounding = ROUNDING[point.dtype]
+        self._rounding = ROUNDING * torch.finfo(point.dtype).eps
 
     def iterate(self, function: _Function) -> None:
         """See _Kind: a direction, then halves of it until the loss falls."""

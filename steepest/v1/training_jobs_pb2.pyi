@@ -1533,6 +1533,7 @@ class TrainingJobSpec(_message.Message):
     ENVIRONMENT_FIELD_NUMBER: _builtins.int
     SECRETS_FIELD_NUMBER: _builtins.int
     REQUIREMENTS_FIELD_NUMBER: _builtins.int
+    DERIVATIVE_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Seed of everything random: initial parameters, order of the data, dropout, augmentation."""
     steps: _builtins.int
@@ -1557,6 +1558,10 @@ class TrainingJobSpec(_message.Message):
     """Compile the model by torch.compile, in every worker."""
     max_seconds: _builtins.float
     """End the job after so many seconds of training steps, with a checkpoint."""
+    derivative: _builtins.str
+    """How a Task's gradient is computed: reverse (backpropagation), forward (forward mode, entry by entry),
+    forward_estimate (along one random direction), or finite (central differences, in float64).
+    """
     @_builtins.property
     def task(self) -> Global___TaskReference:
         """The function that builds the task."""
@@ -1666,10 +1671,11 @@ class TrainingJobSpec(_message.Message):
         environment: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         secrets: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         requirements: _abc.Iterable[_builtins.str] | None = ...,
+        derivative: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_checkpoint_seconds", b"_checkpoint_seconds", "_compile", b"_compile", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_max_seconds", b"_max_seconds", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "average", b"average", "best", b"best", "checkpoint_every", b"checkpoint_every", "checkpoint_seconds", b"checkpoint_seconds", "clip", b"clip", "compile", b"compile", "compression", b"compression", "data", b"data", "epochs", b"epochs", "eval_every", b"eval_every", "health", b"health", "init_from", b"init_from", "init_strict", b"init_strict", "max_seconds", b"max_seconds", "memory", b"memory", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_checkpoint_seconds", b"_checkpoint_seconds", "_compile", b"_compile", "_derivative", b"_derivative", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_max_seconds", b"_max_seconds", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "average", b"average", "best", b"best", "checkpoint_every", b"checkpoint_every", "checkpoint_seconds", b"checkpoint_seconds", "clip", b"clip", "compile", b"compile", "compression", b"compression", "data", b"data", "derivative", b"derivative", "epochs", b"epochs", "eval_every", b"eval_every", "health", b"health", "init_from", b"init_from", "init_strict", b"init_strict", "max_seconds", b"max_seconds", "memory", b"memory", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_checkpoint_seconds", b"_checkpoint_seconds", "_compile", b"_compile", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_max_seconds", b"_max_seconds", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "average", b"average", "best", b"best", "changes", b"changes", "checkpoint_every", b"checkpoint_every", "checkpoint_seconds", b"checkpoint_seconds", "clip", b"clip", "compile", b"compile", "compression", b"compression", "data", b"data", "environment", b"environment", "epochs", b"epochs", "eval_every", b"eval_every", "health", b"health", "init_from", b"init_from", "init_strict", b"init_strict", "labels", b"labels", "max_seconds", b"max_seconds", "memory", b"memory", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "requirements", b"requirements", "schedule", b"schedule", "secrets", b"secrets", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_checkpoint_seconds", b"_checkpoint_seconds", "_compile", b"_compile", "_derivative", b"_derivative", "_epochs", b"_epochs", "_eval_every", b"_eval_every", "_init_from", b"_init_from", "_init_strict", b"_init_strict", "_max_seconds", b"_max_seconds", "_on_nonfinite", b"_on_nonfinite", "_precision", b"_precision", "_seed", b"_seed", "_steps", b"_steps", "average", b"average", "best", b"best", "changes", b"changes", "checkpoint_every", b"checkpoint_every", "checkpoint_seconds", b"checkpoint_seconds", "clip", b"clip", "compile", b"compile", "compression", b"compression", "data", b"data", "derivative", b"derivative", "environment", b"environment", "epochs", b"epochs", "eval_every", b"eval_every", "health", b"health", "init_from", b"init_from", "init_strict", b"init_strict", "labels", b"labels", "max_seconds", b"max_seconds", "memory", b"memory", "on_nonfinite", b"on_nonfinite", "optimizer", b"optimizer", "placement", b"placement", "precision", b"precision", "requirements", b"requirements", "schedule", b"schedule", "secrets", b"secrets", "seed", b"seed", "steps", b"steps", "sync", b"sync", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checkpoint_every: _TypeAlias = _typing.Literal["checkpoint_every"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_every: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every"]  # noqa: Y015
@@ -1677,6 +1683,8 @@ class TrainingJobSpec(_message.Message):
     _WhichOneofArgType__checkpoint_seconds: _TypeAlias = _typing.Literal["_checkpoint_seconds", b"_checkpoint_seconds"]  # noqa: Y015
     _WhichOneofReturnType__compile: _TypeAlias = _typing.Literal["compile"]  # noqa: Y015
     _WhichOneofArgType__compile: _TypeAlias = _typing.Literal["_compile", b"_compile"]  # noqa: Y015
+    _WhichOneofReturnType__derivative: _TypeAlias = _typing.Literal["derivative"]  # noqa: Y015
+    _WhichOneofArgType__derivative: _TypeAlias = _typing.Literal["_derivative", b"_derivative"]  # noqa: Y015
     _WhichOneofReturnType__epochs: _TypeAlias = _typing.Literal["epochs"]  # noqa: Y015
     _WhichOneofArgType__epochs: _TypeAlias = _typing.Literal["_epochs", b"_epochs"]  # noqa: Y015
     _WhichOneofReturnType__eval_every: _TypeAlias = _typing.Literal["eval_every"]  # noqa: Y015
@@ -1701,6 +1709,8 @@ class TrainingJobSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpoint_seconds) -> _WhichOneofReturnType__checkpoint_seconds | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__compile) -> _WhichOneofReturnType__compile | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__derivative) -> _WhichOneofReturnType__derivative | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epochs) -> _WhichOneofReturnType__epochs | None: ...
     @_typing.overload

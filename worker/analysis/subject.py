@@ -18,10 +18,11 @@ from steepest.task import AnalyticTask, Task
 from worker.analysis.question import Question
 from worker.gradients.analytic import AnalyticEngine
 from worker.gradients.backend import CpuBackend
-from worker.gradients.engine import Direction, InPartsError, Measured
+from worker.gradients.engine import Direction, InPartsError, LossError, Measured
 from worker.gradients.losses import LossValue
 from worker.gradients.products import CurvatureError, outputs_of
 from worker.gradients.seeding import COMPUTE, DATA, seed_all
+from worker.gradients.slopes import slope_of
 from worker.gradients.torch_engine import TorchEngine
 from worker.task.load import TaskError, initialize, load_task
 from worker.task.model import conduct_of, describe_model
@@ -93,26 +94,18 @@ class Subject:
 
         Raises TaskError for a task without torch, or an operation that has no forward derivative.
         """
-        from torch.autograd import forward_ad
-        from torch.nn.utils.stateless import _reparametrize_module
+        engine = self._torch_engine("forward mode")
+        found: list[LossValue] = []
 
-        self._torch_engine("forward mode")
-        views = zip(self.layout.parameters, self.layout.views(direction), strict=True)
+        def loss() -> LossValue:
+            found.append(self._forward(leaf))
+            return found[-1]
+
         try:
-            with forward_ad.dual_level(), contextlib.ExitStack() as stack:
-                tangents = {p.name: view for p, view in views}
-                for prefix, root in roots(self._torch_task):
-                    own = {
-                        name: forward_ad.make_dual(parameter.detach(), tangents[prefix + name])  # type: ignore[no-untyped-call]
-                        for name, parameter in root.named_parameters()
-                        if prefix + name in tangents
-                    }
-                    stack.enter_context(_reparametrize_module(root, own))
-                found = self._forward(leaf)
-                tangent = forward_ad.unpack_dual(found.value).tangent  # type: ignore[no-untyped-call]
-        except NotImplementedError as error:
-            raise TaskError("task.model", f"an operation of the model has no forward derivative: {error}") from error
-        return (0.0 if tangent is None else float(tangent)) * found.factor, found.weight
+            slope = slope_of(engine, loss, dict(enumerate(self.layout.views(direction))))
+        except LossError as error:
+            raise TaskError("task.model", str(error)) from error
+        return slope * found[-1].factor, found[-1].weight
 
     def hessian_product(self, leaf: int, vector: torch.Tensor) -> tuple[torch.Tensor, float]:
         """(Hessian of the loss sum times a vector, weight). vector: shape (layout.numel,).

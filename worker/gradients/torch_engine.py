@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.stateless import _reparametrize_module
 
 from ps.checkpoint.named_state import pack_buffers, unpack_buffers
 from ps.memory.segment import Segment, constant_start
@@ -160,6 +161,20 @@ class TorchEngine:
         if self._is_on_host:
             return Measured(value.item() * factor, found.weight, self._logged(found))
         return Measured(0.0, found.weight, self._logged(found), Pending(value.detach(), factor))
+
+    @contextlib.contextmanager
+    def with_parameters(self, values: Mapping[int, torch.Tensor]) -> Iterator[None]:
+        """Passes see these in the place of parameters, by index, and of what lies in their memory."""
+        named = {self._layout.parameters[index].name: value for index, value in values.items()}
+        for index, alias in self._aliases:
+            if index in values and alias.tensor.requires_grad:
+                named[alias.description.name] = alias.over(values[index])
+        with contextlib.ExitStack() as stack:
+            for prefix, root in roots(self._task):
+                own = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+                there = {name: own[name] for name, _ in root.named_parameters() if name in own}
+                stack.enter_context(_reparametrize_module(root, there, tie_weights=True))
+            yield
 
     def _slope(self, found: LossValue, direction: Direction) -> torch.Tensor | None:
         """What has the product for its gradient; None where that is zero."""

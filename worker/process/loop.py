@@ -32,6 +32,7 @@ from worker.gradients.curvature import CurvatureSignal
 from worker.gradients.engine import Engine, LossError, Rehearsed, StateError
 from worker.gradients.readers import Readers, Reading
 from worker.gradients.recompute import checkpoint_activations
+from worker.gradients.slopes import engine_of
 from worker.gradients.slots import Slots, num_slots
 from worker.gradients.torch_engine import TorchEngine
 from worker.process.exchange import Beside, Exchange
@@ -124,7 +125,8 @@ class WorkerLoop:
         if isinstance(task, AnalyticTask):
             self._engine: Engine = AnalyticEngine(task, self._layout)
         else:
-            self._engine = TorchEngine(
+            self._engine = engine_of(
+                config.spec.derivative,
                 task,
                 config.model,
                 self._layout,

@@ -24,6 +24,7 @@ from worker.data.loader import LoaderData
 from worker.data.streams import is_stream
 from worker.gradients.activations import Activations
 from worker.rehearsal.conduct import OtherConductError
+from worker.rehearsal.derivative import check_derivative
 from worker.rehearsal.fingerprint import fingerprint
 from worker.rehearsal.optimizer import check_optimizer
 from worker.rehearsal.rehearse import rehearse
@@ -55,6 +56,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         _check_changes(spec, task)
         factors = factors_of(task, spec, samples)
         check_optimizer(spec, model, layout_of(model, spec), samples)
+        check_derivative(spec, task, model)
         seen = fingerprint(task)
         fans = fan_in(task)
         activations = Activations(roots(task)).names if isinstance(task, Task) else ()
