@@ -9,6 +9,7 @@ from pydantic import Field
 from steepest.optimizer_base import TORCH, OptimizerSpec
 from steepest.spec_base import NonNegativeFloat, PositiveInt
 
+MOST_PRODUCTS = 200  # of newton_cg, for one step's direction
 HESSIAN, GAUSS_NEWTON, DIFFERENCES = "hessian", "gauss_newton", "differences"
 
 

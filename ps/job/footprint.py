@@ -13,7 +13,7 @@ from ps.numerics.tree import Node, maximal_nodes, parts_of_step
 from ps.parameters.layout import Layout, shards
 from ps.step.assignment import Dealer
 from ps.step.parts import redeal
-from steepest.full_batch_spec import LbfgsSpec, NewtonCgSpec
+from steepest.full_batch_spec import MOST_PRODUCTS, LbfgsSpec, NewtonCgSpec
 from steepest.optimizer_spec import (
     AdadeltaSpec,
     AdamaxSpec,
@@ -123,8 +123,8 @@ def explain_refusal(needed: Footprint, available: int) -> str:
 LBFGS_PAIRS = 100  # torch.optim's
 
 
-def state_tensors(spec: TrainingJobSpec) -> int:
-    """How many tensors of a parameter's size the optimizer keeps for it."""
+def state_tensors(spec: TrainingJobSpec, numel: int) -> int:
+    """How many tensors of a parameter's size the optimizer keeps for it, at most. numel: of all parameters."""
     match spec.optimizer:
         case AdamSpec(amsgrad=amsgrad) | AdamwSpec(amsgrad=amsgrad):
             return 3 if amsgrad else 2
@@ -135,7 +135,7 @@ def state_tensors(spec: TrainingJobSpec) -> int:
         case LbfgsSpec(history_size=pairs):
             return 2 * (pairs or LBFGS_PAIRS) + 8  # differences, and what its line search knows
         case NewtonCgSpec():
-            return 10  # of an iteration with some products; each further one has two
+            return 10 + min(numel, MOST_PRODUCTS)  # an iteration's products are kept, to make it again
         case MuonSpec() | ClassSpec():
             return 2  # AdamW's, of the parameters that Muon leaves to it; assumed, for a class
         case AdadeltaSpec() | AdamaxSpec() | NadamSpec() | RadamSpec() | RpropSpec():
@@ -167,7 +167,7 @@ def footprint(spec: TrainingJobSpec, layout: Layout, *, num_hosts: int) -> Footp
     copies = 1 if pull_codec(spec.compression, layout, spec.seed) is None else 2
     servers = _servers(spec, layout, places, sum(worker.pushed for worker in workers), copies)
     residuals = sum(worker.residuals for worker in workers)
-    checkpoint = (copies + state_tensors(spec) + spec.average.is_on) * layout.nbytes + residuals
+    checkpoint = (copies + state_tensors(spec, layout.numel) + spec.average.is_on) * layout.nbytes + residuals
     return Footprint(sum(p.numel for p in layout.parameters), servers, workers, checkpoint)
 
 
@@ -224,7 +224,7 @@ def _servers(
         shared = host in places.homes
         received = sum(count for other, count in sent.items() if other != host) + pushed / layout.nbytes
         elsewhere = layout.nbytes - here[host] if is_home else 0
-        state = (state_tensors(spec) + spec.average.is_on) * nbytes
+        state = (state_tensors(spec, layout.numel) + spec.average.is_on) * nbytes
         # The parameters are its worker's, too. The initial ones come as a gradient does, and signals are in float64.
         gpu = state
         if places.on_gpus and nbytes:

@@ -22,20 +22,25 @@ from torch import nn
 
 from ps.numerics.optimizer import StatePart, leave_out_dynamo
 from ps.parameters.layout import Shard
-from steepest.full_batch_spec import LbfgsSpec, NewtonCgSpec
+from steepest.full_batch_spec import MOST_PRODUCTS, LbfgsSpec, NewtonCgSpec
 from steepest.optimizer_base import OptimizerSpec
 from steepest.optimizer_state import pack_state, unpack_state
 
 MOST_TRIALS = 25  # of a line search, as torch.optim.LBFGS has it
-MOST_PRODUCTS = 200  # with the Hessian, for one direction
 DIFFERENCE = 2.0**-26  # between two points whose gradients are subtracted, relative: the root of float64's precision
 SUFFICIENT = 1e-4  # how far a loss must fall, of what its slope promises
 ROUNDING = 45.0  # of a loss, times the precision: how little says nothing
 DAMPED = 1.5  # times more damping, or less
 
 
+NOWHERE = torch.empty(0)
+
+
 class _Evaluation(NamedTuple):
-    """What is known of a point, or, with a direction, of the matrix there: `gradient` is their product then."""
+    """What is known of a point, or, with a direction, of the matrix there: `gradient` is their product then.
+
+    point: NOWHERE with a direction.
+    """
 
     point: torch.Tensor
     loss: float
@@ -237,7 +242,8 @@ class FullBatchOptimizer:
 
     def _go_on(self, loss: float, gradient: torch.Tensor) -> None:
         """Answer what was asked for."""
-        self._found.put(_Evaluation(self._point.detach().clone(), loss, gradient, self.direction))
+        point = self._point.detach().clone() if self.direction is None else NOWHERE
+        self._found.put(_Evaluation(point, loss, gradient, self.direction))
         self._wait()
 
     def _wait(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,6 +14,17 @@ from services.jobs.access import NEEDS, Access, Caller, Need, answering
 from services.jobs.audit import Call
 
 PREFIX = "trainingJobs/"
+
+
+def _each(caller: Caller, answers: Iterator[Any]) -> Iterator[Any]:
+    """The answers, for each of which the caller is known while it is made."""
+    while True:
+        with answering(caller):
+            try:
+                answer = next(answers)
+            except StopIteration:
+                return
+        yield answer
 
 
 class AccessInterceptor(grpc.ServerInterceptor):
@@ -45,8 +57,9 @@ class AccessInterceptor(grpc.ServerInterceptor):
         def stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
             def answer_many(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
                 with noted(request, context) as call:
-                    self._admit(need, request, context, call)
-                    yield from behaviour(request, context)
+                    caller = self._admit(need, request, context, call)
+                    with contextlib.closing(behaviour(request, context)) as answers:
+                        yield from _each(caller, answers)
 
             return answer_many
 

@@ -66,10 +66,8 @@ class AnalysisRoom:
             yield Refusal("task", self._what_happened(error))
 
     def _new_actor(self, index: int, node: str | None) -> Any:
-        # The first one says what it does while it answers. The others do one thing at a time.
         return AnalystActor.options(  # type: ignore[attr-defined]
             num_cpus=1,
-            max_concurrency=2 if index == 0 else 1,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
             runtime_env=self._fork_servers.runtime_env(node),
         ).remote()

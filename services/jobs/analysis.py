@@ -188,20 +188,26 @@ class Analyses:
         code = self._bundles.read(question.spec.task.code_bundle)
         if not self._one.acquire(blocking=False):
             raise ConflictError("another analysis is running on this service; try again when it is done")
+        found: dict[str, Any] = {}
         try:
             room = self._laboratory.analysis_room(processes)
-            on_cancel(room.release)
             try:
+                if on_cancel(room.release) is False:  # whoever asked has gone meanwhile
+                    return
                 yield from self._until_granted(room, processes)
                 for said in room.answer(question, code, secrets):
                     if isinstance(said, Refusal):
                         problem = f"{said.message}\n{said.traceback}".strip()
                         raise SpecError([Violation(said.field, problem)])
-                    yield said
+                    if isinstance(said, str):
+                        yield said
+                    else:
+                        found = said
             finally:
                 room.release()
         finally:
             self._one.release()
+        yield found  # when everything is given back, for whoever asks next
 
     def _until_granted(self, room: AnalysisRoom, processes: int) -> Iterator[str]:
         deadline = time.monotonic() + ROOM_SECONDS

@@ -294,10 +294,10 @@ def _check_names(spec: TrainingJobSpec, description: TaskDescription) -> None:
 
 def _check_messages(spec: TrainingJobSpec, description: TaskDescription) -> None:
     """Raises SpecError for what would not fit the message that it travels in."""
-    size = description.layout(spec).nbytes
+    size = description.layout(spec).nbytes + sum(tensor.nbytes for tensor in description.model.buffers)
     if description.products not in ("", DIFFERENCES) and size > MAX_MESSAGE_BYTES - MESSAGE_ROOM:
-        problem = f"a direction has {size / 2**30:.1f} GiB; at most 1 GiB of it can travel between processes"
-        raise SpecError([Violation("optimizer.products", f"{problem}: set {DIFFERENCES}, or take lbfgs")])
+        problem = f"a direction, with buffers, has {size / 2**30:.1f} GiB; at most 1 GiB can travel between processes"
+        raise SpecError([Violation("optimizer.products", f"{problem}: take lbfgs")])
     for what, tensors in (("frozen parameters", description.model.constants), ("buffers", description.model.buffers)):
         size = sum(tensor.nbytes for tensor in tensors)
         if size > MAX_MESSAGE_BYTES - MESSAGE_ROOM:

@@ -53,6 +53,29 @@ def test_the_bits_are_the_same_at_any_placement(way: str, tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.parametrize("way", ["forward", ESTIMATE])
+@pytest.mark.parametrize("how", ["no_grad", "held"])
+def test_a_gradient_that_is_not_that_of_backpropagation_is_refused(how: str, way: str) -> None:
+    with pytest.raises(RefusedError, match=r"gives a gradient that is \d+\.\d% off from backpropagation's") as refused:
+        rehearsed("tests.support.logistic:bootstrapped", steps=2, derivative=way, arguments={"how": how})
+    assert refused.value.field == "derivative"
+
+
+def test_parameters_that_the_loss_does_not_reach_stay_as_they_are(tmp_path: Path) -> None:
+    raw = {"steps": 3, "optimizer": {"name": "adamw", "lr": 0.1, "weight_decay": 0.5}, "data": {"global_batch": 101}}
+    task = "tests.support.logistic:partly_used"
+    states = [
+        run_here(submitted(tmp_path / way, task, derivative=way, **raw)).model
+        for way in ("reverse", "forward", ESTIMATE)
+    ]
+    first = load_task(
+        TaskReference(module=TASK.replace("tasks:regression", "logistic"), function="partly_used"), None, 0
+    )
+    for state in states:
+        assert torch.equal(state["unused.weight"], first.model.state_dict()["unused.weight"])
+        assert not torch.equal(state["line.weight"], first.model.state_dict()["line.weight"])
+
+
 @pytest.mark.parametrize(
     ("task", "raw", "said"),
     [

@@ -119,6 +119,8 @@ def test_the_bits_are_the_same_at_any_placement_and_after_a_restart(
         ("on_nonfinite", {"on_nonfinite": "skip"}),
         ("placement.servers", {"placement": {"servers": 2}}),
         ("optimizer.lr", {"optimizer": {"name": "newton_cg", "lr": 0.1}}),
+        ("best.patience", {"optimizer": {"name": "newton_cg"}, "best": {"patience": 3}, "eval_every": 1}),
+        ("average.name", {"optimizer": {"name": "newton_cg"}, "average": {"name": "ema"}}),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(field: str, changes: dict[str, Any]) -> None:
@@ -149,6 +151,21 @@ def test_products_that_cannot_be_had_are_refused(task: str, products: str, said:
     with pytest.raises(RefusedError) as refused:
         rehearsed(task, steps=5, optimizer={"name": "newton_cg", "products": products}, data={"global_batch": rows})
     assert re.match(said, f"{refused.value.field}: {refused.value}", re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("task", "field", "said"),
+    [
+        ("with_dropout", "optimizer.name", "draws random numbers"),
+        ("small_network", "data.shuffle", "shuffle=false"),
+    ],
+)
+@pytest.mark.parametrize("optimizer", ["lbfgs", "newton_cg"])
+def test_a_loss_that_is_another_in_every_step_is_refused(task: str, field: str, said: str, optimizer: str) -> None:
+    raw = {"optimizer": {"name": optimizer}, "data": {"global_batch": 101, "micro_batch": 17}}
+    with pytest.raises(RefusedError, match=said) as refused:
+        rehearsed(f"{TASK}:{task}", steps=5, **raw)
+    assert refused.value.field == field
 
 
 def test_what_multiplies_is_settled_at_submission(tmp_path: Path) -> None:

@@ -77,3 +77,49 @@ def small_network() -> steepest.Task:
     y = torch.sin(2 * x[:, :1]) * x[:, 1:2]
     model = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 1))
     return steepest.Task(model=model, loss=nn.MSELoss(), train_data=steepest.ArrayData(x, y))
+
+
+def with_dropout() -> steepest.Task:
+    """As small_network, with dropout instead of batch normalization."""
+    task = small_network()
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 1))
+    return steepest.Task(model=model, loss=task.loss, train_data=task.train_data)
+
+
+class Bootstrapped(nn.Module):
+    """Its loss is against what it says itself, through which no gradient is to go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(4, 1)
+
+
+def bootstrapped(how: str = "no_grad") -> steepest.Task:
+    """A loss whose gradient is stopped, or has a penalty on parameters that it holds itself."""
+    model, data = Bootstrapped(), small_network().train_data
+    held = list(model.parameters())
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        inputs, targets = batch
+        said = model.line(inputs)
+        if how == "held":
+            return functional.mse_loss(said, targets) + sum(p.square().sum() for p in held)
+        with torch.no_grad():
+            target = targets + 0.9 * model.line(inputs.flip(1))
+        return functional.mse_loss(said, target)
+
+    return steepest.Task(model=model, batch_loss=loss, train_data=data)
+
+
+class _PartlyUsed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.unused = nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.line(x)
+
+
+def partly_used() -> steepest.Task:
+    """Some of its parameters are not used."""
+    return steepest.Task(model=_PartlyUsed(), loss=nn.MSELoss(), train_data=small_network().train_data)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch.utils import _pytree
 
 from ps.parameters.layout import Layout, build_layout
+from steepest.spec import ESTIMATE, REVERSE
 from steepest.task import AnalyticTask, Task
 from worker.analysis.question import Question
 from worker.gradients.analytic import AnalyticEngine
@@ -22,7 +23,7 @@ from worker.gradients.engine import Direction, InPartsError, LossError, Measured
 from worker.gradients.losses import LossValue
 from worker.gradients.products import CurvatureError, outputs_of
 from worker.gradients.seeding import COMPUTE, DATA, seed_all
-from worker.gradients.slopes import slope_of
+from worker.gradients.slopes import engine_of, slope_of
 from worker.gradients.torch_engine import TorchEngine
 from worker.task.load import TaskError, initialize, load_task
 from worker.task.model import conduct_of, describe_model
@@ -56,7 +57,8 @@ class Subject:
         if isinstance(task, AnalyticTask):
             self._engine = AnalyticEngine(task, self.layout)
         else:
-            self._engine = TorchEngine(task, description, self.layout, self._backend)
+            way = REVERSE if question.freezes or spec.derivative == ESTIMATE else spec.derivative
+            self._engine = engine_of(way, task, description, self.layout, self._backend)
         self.flat = torch.zeros(self.layout.numel, dtype=torch.float64)
         self._engine.write_initial(self.flat)
         self._engine.bind(self.flat)

@@ -89,13 +89,38 @@ def _inner(left: Sequence[torch.Tensor | None], right: Sequence[torch.Tensor]) -
 
 
 def outputs_of(outputs: Any) -> list[torch.Tensor]:
-    """The tensors among a model's outputs that the loss can depend on. Raises CurvatureError without any."""
+    """The tensors among a model's outputs that the loss can depend on.
+
+    Raises CurvatureError without any, or when one of them is computed from another.
+    """
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     known = _pytree.tree_leaves(outputs if logits is None else logits)
     found = [value for value in known if isinstance(value, torch.Tensor) and value.requires_grad]
     if not found:
         raise CurvatureError(f"the model's outputs are not known, which this needs; {OUTPUTS}")
+    if len(found) > 1 and _depend(found):
+        raise CurvatureError(
+            "one of the model's outputs is computed from another, so derivatives by them are not those of independent "
+            "outputs: have the model return what the loss takes alone, or call that logits"
+        )
     return found
+
+
+def _depend(outputs: Sequence[torch.Tensor]) -> bool:
+    """Whether one is computed from another."""
+    ends = {output.grad_fn for output in outputs}
+    for output in outputs:
+        waiting = [output.grad_fn]
+        seen = set(waiting)
+        while waiting:
+            node = waiting.pop()
+            following = [] if node is None else [near for near, _ in node.next_functions if near is not None]
+            if any(near in ends for near in following):
+                return True
+            fresh = [near for near in following if near not in seen]
+            seen.update(fresh)
+            waiting += fresh
+    return False
 
 
 def check_twice(gradients: Iterable[torch.Tensor | None]) -> None:
@@ -120,5 +145,7 @@ def errors_named() -> Iterator[None]:
     """What torch raises meanwhile is a CurvatureError."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise CurvatureError(f"{_CANNOT}: {error}") from error

@@ -9,12 +9,15 @@ Wood, Torr 2022, "Gradients without backpropagation").
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ps.parameters.description import ModelDescription
 from ps.parameters.layout import Layout
@@ -23,8 +26,10 @@ from steepest.task import Task
 from worker.gradients.backend import Backend
 from worker.gradients.engine import Direction, LossError, Measured, Rehearsed
 from worker.gradients.losses import LossValue
+from worker.gradients.seeding import mix
 from worker.gradients.torch_engine import TorchEngine
 
+ALONG = 0x51  # keeps the seed of a direction apart from that of its pass
 DIFFERENCE = float(np.finfo(np.float64).eps) ** (1 / 3)  # of an entry: best for central differences, to its size
 
 
@@ -57,24 +62,24 @@ class SlopeEngine(TorchEngine):
         if direction is not None:
             return super().gradient(batch, num_samples, into, add=add, direction=direction)
         with torch.set_grad_enabled(self.evaluates_with_gradients):
-            draws = _Draws(self._is_on_cpu)
+            draws = _Draws(is_on_cpu=self._is_on_cpu)
 
             def loss() -> LossValue:
                 draws.again()
                 return self.forward(batch, num_samples)
 
-            found = loss()
-            slopes = [torch.zeros_like(p) for p in self.parameters]
-            if found.weight and found.factor:
-                slopes = self._estimate(loss) if self._way == ESTIMATE else self._entries(loss)
+            slopes = self._estimate(loss) if self._way == ESTIMATE else self._entries(loss)
+            found = loss()  # last, so that buffers are those of this point
         self.check_parameters()
+        empty = found.weight == 0 and (found.factor == 0 or not bool(torch.isfinite(found.value)))
         for index, (place, slope) in enumerate(zip(into, slopes, strict=True)):
-            total = slope.mul_(found.factor).to(place.dtype)
-            place.add_(total) if add else place.copy_(total)
+            total = torch.zeros_like(slope) if empty else slope.mul_(found.factor)
+            place.add_(total.to(place.dtype)) if add else place.copy_(total)
             if self._tell is not None:
                 self._tell(index)
-        loss_sum = found.value.item() * found.factor if found.weight else 0.0
-        return Measured(loss_sum, found.weight, self._logged(found))
+        if empty:  # the mean of nothing
+            return Measured(0.0, 0.0, (0.0,) * len(self.logged or ()))
+        return Measured(found.value.item() * found.factor, found.weight, self._logged(found))
 
     def _entries(self, loss: Callable[[], LossValue]) -> list[torch.Tensor]:
         """The derivative by each entry."""
@@ -105,14 +110,17 @@ class SlopeEngine(TorchEngine):
         return (high - low) / (upper - lower)
 
     def _estimate(self, loss: Callable[[], LossValue]) -> list[torch.Tensor]:
-        """Draws from the seed of the pass, and nothing that the pass itself draws from."""
-        generator = torch.Generator().manual_seed(torch.initial_seed())
-        directions = [
+        directions = self.directions()
+        slope = slope_of(self, loss, dict(enumerate(directions)))
+        return [direction.mul_(slope) for direction in directions]
+
+    def directions(self) -> list[torch.Tensor]:
+        """What an estimate is along, of each parameter: from the seed of the pass, but by other random numbers."""
+        generator = torch.Generator().manual_seed(mix(torch.initial_seed(), ALONG))
+        return [
             torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device, p.dtype)
             for p in self.parameters
         ]
-        slope = slope_of(self, loss, dict(enumerate(directions)))
-        return [direction.mul_(slope) for direction in directions]
 
 
 def engine_of(
@@ -133,7 +141,7 @@ def engine_of(
 def slope_of(engine: TorchEngine, loss: Callable[[], LossValue], directions: dict[int, torch.Tensor]) -> float:
     """The derivative of a loss's value along directions, by parameter, in forward mode. Raises LossError."""
     try:
-        with forward_ad.dual_level():
+        with forward_ad.dual_level(), _with_forward_derivatives():
             parameters = engine.parameters
             duals = {
                 index: forward_ad.make_dual(parameters[index].detach(), direction)  # type: ignore[no-untyped-call]
@@ -143,14 +151,28 @@ def slope_of(engine: TorchEngine, loss: Callable[[], LossValue], directions: dic
                 tangent = forward_ad.unpack_dual(loss().value).tangent  # type: ignore[no-untyped-call]
             return 0.0 if tangent is None else float(tangent)
     except NotImplementedError as error:
+        if not re.search(r"forward (mode )?AD", str(error)):  # the user's own
+            raise
         problem = f"an operation of the model has no forward derivative: {error}"
         raise LossError(f"{problem}; derivative=reverse needs none") from error
+
+
+@contextmanager
+def _with_forward_derivatives() -> Iterator[None]:
+    """Operations have them where torch has faster ones that have none."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(value=False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(value=fast)
 
 
 class _Draws:
     """What random generators are to draw, again and again."""
 
-    def __init__(self, is_on_cpu: bool) -> None:
+    def __init__(self, *, is_on_cpu: bool) -> None:
         self._torch = torch.get_rng_state()
         self._gpu = None if is_on_cpu else torch.cuda.get_rng_state()
         self._others = random.getstate(), np.random.get_state()  # which user code may draw from

@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 MAX_LINES = 2000  # said and not asked for; of more, the oldest are dropped
 
 
-@ray.remote
+@ray.remote(concurrency_groups={"saying": 1})  # type: ignore[call-overload]
 class AnalystActor:
-    """A process with the task of a question. One of them answers, and has the others work for it."""
+    """A process with the task of a question. One of them answers, and has the others work for it.
+
+    It says what it does from a thread beside; all else runs in the process's main thread, in turn.
+    """
 
     _subject: Subject
     _question: Question
@@ -62,6 +65,7 @@ class AnalystActor:
     def _keep(self, printed: Iterable[Printed]) -> None:
         self._lines.extend(line.text for line in printed)
 
+    @ray.method(concurrency_group="saying")
     def said(self) -> list[str]:
         """What it has done, and what the user's code has printed, since it was last asked."""
         self._output.flush(unfinished=False)

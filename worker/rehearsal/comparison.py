@@ -200,6 +200,23 @@ def _norm(gradient: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(gradient))
 
 
+def depends_on_the_cut(passes: Passes) -> bool:
+    """Whether a gradient in training mode changes with which samples share a micro-batch, as with batch statistics."""
+    samples = passes.sampler.indices(0, 0)[: 2 * MAX_PARTS]
+    if len(samples) < 4:  # two micro-batches of two
+        return False
+    half = len(samples) // 2
+    part, totals = passes.gradient("part"), (passes.gradient("total"), passes.gradient("reference"))
+    cuts = ((samples[:half], samples[half : 2 * half]), (samples[: 2 * half : 2], samples[1 : 2 * half : 2]))
+    for total, cut in zip(totals, cuts, strict=True):
+        total.zero_()
+        for indices in cut:
+            passes.compute(indices, part)
+            total.add_(part)
+    one, other = totals
+    return _norm(one - other) > tolerance_of(passes) * _norm(other) + 1e-7
+
+
 def _is_random(passes: Passes, indices: NDArray[np.int64]) -> bool:
     """Whether the loss draws numbers even in evaluation mode; then another cut of a step draws others."""
     return passes.compute(indices, seed=1).loss != passes.compute(indices, seed=2).loss

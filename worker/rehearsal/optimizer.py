@@ -97,7 +97,15 @@ def _check_full_batch(spec: TrainingJobSpec, layout: Layout, num_samples: int) -
         and layout.dtype != torch.float64
         and f"{name} takes differences of gradients, for which float32 is too coarse: use float64 (model.double())",
         "on_nonfinite": spec.on_nonfinite != "fail" and f"{name} cannot skip a step; allowed: fail",
-        "average.name": spec.average.is_lookahead and f"{name} finds its own way: allowed: none, ema, swa",
+        "best.patience": is_newton
+        and spec.best.patience is not None
+        and f"most steps of {name} stay at one point, whose evaluations are no better: leave it out",
+        "average.name": (
+            is_newton
+            and spec.average.is_on
+            and f"most steps of {name} stay at one point, which would count again and again: allowed: none"
+        )
+        or (spec.average.is_lookahead and f"{name} finds its own way: allowed: none, ema, swa"),
         "placement.servers": spec.placement.num_servers > 1 and f"{name} needs all parameters in one place; allowed: 1",
         "task.parameter_groups": any((g.lr_scale, g.weight_decay) != (1.0, None) for g in layout.groups)
         and f"{name} updates all parameters alike: groups may only freeze some",

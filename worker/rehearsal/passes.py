@@ -27,7 +27,6 @@ from worker.gradients.curvature import measure_curvature
 from worker.gradients.engine import Direction, Engine, InPartsError, LossError, Measured, StateError
 from worker.gradients.products import CurvatureError
 from worker.gradients.seeding import COMPUTE, DATA, EVALUATE, seed_all
-from worker.gradients.slopes import engine_of
 from worker.gradients.torch_engine import TorchEngine, written_to
 from worker.rehearsal.hidden_state import hidden_state
 from worker.rehearsal.words import some
@@ -65,7 +64,7 @@ class Passes:
             else:
                 state = TaskState.of(task)
                 self.frozen.update(state.constants)
-                self.engine = engine_of(spec.derivative, task, model, self.layout, self._backend, spec.precision)
+                self.engine = TorchEngine(task, model, self.layout, self._backend, spec.precision)
                 self._known = {id(place.tensor) for place in state.buffers.values()} | set(state.names())
         self.flat = torch.zeros(self.layout.numel, dtype=self.layout.dtype)
         self.engine.write_initial(self.flat)

@@ -20,8 +20,9 @@ from worker.gradients.losses import IGNORED
 from worker.gradients.recompute import RecomputeError, checkpoint_activations
 from worker.gradients.seeding import EVALUATE
 from worker.gradients.torch_engine import TorchEngine
-from worker.rehearsal.comparison import choose_counts, compare_parts, tolerance_of
+from worker.rehearsal.comparison import choose_counts, compare_parts, depends_on_the_cut, tolerance_of
 from worker.rehearsal.conduct import trainable, watch_first_pass
+from worker.rehearsal.derivative import compare_way
 from worker.rehearsal.hidden_state import differences
 from worker.rehearsal.memory import BUDGET, UNKNOWN, peak_bytes, plan, too_much
 from worker.rehearsal.passes import Passes, blamed
@@ -135,9 +136,17 @@ def rehearse(
         raise TaskError(BUDGET, UNKNOWN)
     if budget and found.peak_bytes > budget:
         raise TaskError(BUDGET, too_much(found.peak_bytes, budget, samples, [how]))
+    _check_what_it_asks_for(passes, indices, found)
+    return found
+
+
+def _check_what_it_asks_for(passes: Passes, indices: NDArray[np.int64], found: Rehearsal) -> None:
+    """Raises TaskError when something of the spec does not go with the task."""
     _check_compiling(passes, indices)
     _check_second_derivatives(passes, indices)
-    return found
+    compare_way(passes, indices)
+    if passes.spec.optimizer.is_full_batch:
+        _check_one_function(passes, indices)
 
 
 def _free_memory() -> int:
@@ -262,6 +271,26 @@ def _check_second_derivatives(passes: Passes, indices: NDArray[np.int64]) -> Non
         passes.look_at_curvature(indices)
     if passes.multiplies:
         passes.multiply(indices)
+
+
+def _check_one_function(passes: Passes, indices: NDArray[np.int64]) -> None:
+    """Raises TaskError when steps would not all be of the same function."""
+    name = passes.spec.optimizer.name
+    first, second = passes.gradient("part"), passes.gradient("total")
+    passes.compute(indices, first, seed=1)
+    passes.compute(indices, second, seed=2)
+    if not torch.equal(first, second) and not bool(torch.isnan(first).any()):
+        raise TaskError(
+            "optimizer.name",
+            f"{name} minimizes one function, and this loss draws random numbers (dropout, augmentation), others in "
+            "every step: have it draw none, or take another optimizer",
+        )
+    if passes.spec.data.shuffle and depends_on_the_cut(passes):
+        raise TaskError(
+            "data.shuffle",
+            f"{name} minimizes one function, and what the model returns for a sample depends on the others of its "
+            "micro-batch, which are shuffled: set data.shuffle=false",
+        )
 
 
 def _check_compiling(passes: Passes, indices: NDArray[np.int64]) -> None:

@@ -63,7 +63,7 @@ def test_the_state_is_what_torch_optim_keeps(name: str, extra: dict[str, object]
     optimizer = ShardOptimizer(spec.optimizer, shard, torch.zeros(shard.numel))
     optimizer.step(torch.ones(shard.numel), lr=0.1, divisor=1.0, coefficient=1.0, max_value=None)
     numel = sum(part.values.numel() for part in optimizer.export_state() if part.state not in SCALARS)
-    assert numel == state_tensors(spec) * sum(p.numel for p in LAYOUT.parameters)
+    assert numel == state_tensors(spec, LAYOUT.numel) * sum(p.numel for p in LAYOUT.parameters)
 
 
 def test_on_one_host_nothing_is_on_the_network_and_nobody_has_a_copy() -> None:

@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.registry import CollectorRegistry
 
 from services.api.server import GrpcServer
-from services.jobs.access import NEEDS, Access, Need
+from services.jobs.access import NEEDS, Access, Need, current_caller
 from services.jobs.audit import Audit
 from services.settings import Settings
 from services.store.store import Store
@@ -33,15 +33,22 @@ pytestmark = pytest.mark.cluster
 
 
 class _Answers(pb_grpc.TrainingJobServiceServicer):
-    """Answers every call with an empty message."""
+    """Answers every call with an empty message. callers: who was known to have made each call, as it was answered."""
+
+    def __init__(self) -> None:
+        self.callers: list[tuple[str, str]] = []
 
     def __getattribute__(self, name: str) -> Any:
         if name not in METHODS:
             return super().__getattribute__(name)
         method = METHODS[name]
-        answer = getattr(pb, method.output_type.name)
+
+        def answer() -> Any:
+            self.callers.append((name, current_caller().name))
+            return getattr(pb, method.output_type.name)()
+
         if method.server_streaming:
-            return lambda request, context: iter([answer()])
+            return lambda request, context: (answer() for _ in range(2))
         return lambda request, context: answer()
 
 
@@ -60,7 +67,8 @@ class _Served:
         self.server = GrpcServer(
             settings, Access(self.store, Audit(settings.audit_log)), CallMetrics(CollectorRegistry())
         )
-        self.server.start(_Answers())  # type: ignore[arg-type]
+        self.answers = _Answers()
+        self.server.start(self.answers)  # type: ignore[arg-type]
         self.channels: list[grpc.Channel] = []
 
     def code(self, method: str, job: str, token: str) -> grpc.StatusCode:
@@ -119,6 +127,15 @@ def test_the_matrix(served: _Served) -> None:
             assert served.code(method, job, tokens[role]) == expected, (method, job, role)
     served.store.tokens.revoke("me", 1.0)
     assert served.code("GetTrainingJob", "mine", tokens["submitter"]) == grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_who_calls_is_known_for_as_long_as_the_answer_takes(served: _Served) -> None:
+    token = served.store.tokens.create("root", "admin", 0.0)
+    for method in METHODS:
+        assert served.code(method, "mine", token) == grpc.StatusCode.OK
+    assert {caller for _, caller in served.answers.callers} == {"root"}
+    assert {method for method, _ in served.answers.callers} == METHODS.keys()
+    assert sum(method == "CheckGradients" for method, _ in served.answers.callers) == 2
 
 
 def test_a_revoked_token_does_not_open_the_service_again(tmp_path: Path) -> None:

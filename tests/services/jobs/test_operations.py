@@ -29,7 +29,7 @@ SPEC = spec_from_dict({"task": {"module": "t", "function": "f"}, "steps": 1, "op
 def test_a_direction_that_does_not_fit_a_message_is_refused() -> None:
     model = ModelDescription((TensorDescription("p", (300 << 20,), "float32"),), (), (), ())
     _check_messages(SPEC, TaskDescription(model, 1, 0, (), products="differences"))
-    with pytest.raises(SpecError, match=r"a direction has 1\.2 GiB; at most 1 GiB.*set differences"):
+    with pytest.raises(SpecError, match=r"a direction, with buffers, has 1\.2 GiB; at most 1 GiB.*take lbfgs"):
         _check_messages(SPEC, TaskDescription(model, 1, 0, (), products="hessian"))
 
 

@@ -127,3 +127,29 @@ def test_a_tied_model_has_no_single_hessian() -> None:
     engine, _, _ = engine_of(Tied)
     with pytest.raises(CurvatureError, match="memory of others"), engine.differentiable_twice():
         pass
+
+
+class Features(nn.Module):
+    """Returns its last features beside what it computes from them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(WIDTH, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = torch.tanh(self.into(x[:, 0]))
+        return self.out(features), features
+
+
+class OfFirst(nn.Module):
+    def forward(self, outputs: tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs[0], targets)
+
+
+def test_outputs_that_depend_on_each_other_have_no_gauss_newton_matrix() -> None:
+    engine, layout, batch = engine_of(Features, OfFirst())
+    vector = torch.ones(layout.numel, dtype=torch.float64)
+    into = layout.views(torch.zeros_like(vector))
+    with pytest.raises(CurvatureError, match="computed from another"):
+        engine.gradient(batch, 32, into, add=False, direction=Direction(layout.views(vector), is_gauss_newton=True))
+    engine.gradient(batch, 32, into, add=False, direction=Direction(layout.views(vector)))  # the Hessian is as ever

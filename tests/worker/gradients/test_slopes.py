@@ -16,7 +16,7 @@ from tests.worker.gradients.test_curvature import WIDTH, Attending
 from tests.worker.gradients.test_products import Tied, Unused
 from worker.gradients.backend import CpuBackend
 from worker.gradients.engine import LossError, Measured
-from worker.gradients.slopes import engine_of
+from worker.gradients.slopes import SlopeEngine, engine_of
 from worker.gradients.torch_engine import TorchEngine
 from worker.task.model import describe_model
 
@@ -33,7 +33,7 @@ class Shared(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = torch.tanh(self.again(torch.tanh(self.into(x[:, 0]))))
-        return self.out(hidden * torch.rand_like(hidden))
+        return self.out(hidden * torch.randn_like(hidden))
 
 
 class _NoForward(torch.autograd.Function):
@@ -95,6 +95,17 @@ def test_a_gradient_is_that_of_backpropagation(model: Callable[[], nn.Module], w
     assert torch.equal(torch.cat([view.reshape(-1) for view in again]), found)
 
 
+def test_an_estimate_is_along_other_numbers_than_the_pass_draws() -> None:
+    """E[(g v) v] is the gradient only where v is independent of g."""
+    (own, reverse), layout, batch = engines(Shared, ESTIMATE, REVERSE)
+    shares = []
+    for seed in range(600):
+        gradient, _ = passed(reverse, layout, batch, seed)
+        shares.append(float(passed(own, layout, batch, seed)[0] @ gradient / gradient.dot(gradient)))
+    found = torch.tensor(shares)
+    assert float(found.mean()) == pytest.approx(1.0, abs=4 * float(found.std()) / len(shares) ** 0.5)
+
+
 def test_an_estimate_is_the_gradient_in_expectation() -> None:
     (own, reverse), layout, batch = engines(Tied, ESTIMATE, REVERSE)
     gradient, _ = passed(reverse, layout, batch)
@@ -102,10 +113,9 @@ def test_an_estimate_is_the_gradient_in_expectation() -> None:
     shares = draws @ gradient / gradient.dot(gradient)
     assert float(shares.mean()) == pytest.approx(1.0, abs=4 * float(shares.std()) / len(shares) ** 0.5)
     assert 1.0 < float(shares.std()) < 2.0  # of a squared normal number: the root of 2
-    direction = torch.Generator().manual_seed(5)
-    vector = torch.cat(
-        [torch.randn(p.shape, generator=direction, dtype=torch.float64).reshape(-1) for p in own.parameters]
-    )
+    assert isinstance(own, SlopeEngine)
+    torch.manual_seed(5)
+    vector = torch.cat([direction.reshape(-1) for direction in own.directions()])
     torch.testing.assert_close(passed(own, layout, batch, 5)[0], gradient.dot(vector) * vector, rtol=1e-9, atol=1e-12)
 
 
@@ -121,3 +131,35 @@ def test_what_has_no_forward_derivative_says_so() -> None:
     (own,), layout, batch = engines(Backward, FORWARD)
     with pytest.raises(LossError, match=r"no forward derivative.*derivative=reverse"):
         passed(own, layout, batch)
+
+
+class Last(nn.Module):
+    """A buffer that follows the parameters, behind them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(WIDTH, 3)
+        self.register_buffer("seen", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.line(x[:, 0])
+        self.seen += out.detach().mean(0)
+        return out
+
+
+@pytest.mark.parametrize("way", [FORWARD, FINITE, ESTIMATE])
+def test_buffers_are_those_of_the_point(way: str) -> None:
+    (own, reverse), layout, batch = engines(Last, way, REVERSE)
+    for engine in (own, reverse):
+        passed(engine, layout, batch)
+    assert own.buffers() == reverse.buffers() is not None
+
+
+def test_a_micro_batch_that_weighs_nothing_counts_as_in_reverse() -> None:
+    (own, reverse), layout, _ = engines(Unused, FORWARD, REVERSE)
+    nothing = torch.zeros(0, 4, WIDTH, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
+    for engine in (own, reverse):
+        flat = torch.ones(layout.numel, dtype=torch.float64)
+        measured = engine.gradient(nothing, 0, layout.views(flat), add=True)
+        assert (measured.loss, measured.weight) == (0.0, 0.0)
+        assert all(torch.equal(view, torch.ones_like(view)) for view in layout.views(flat))
