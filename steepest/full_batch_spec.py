@@ -55,6 +55,11 @@ class NewtonCgSpec(OptimizerSpec):
     )
 
 
+def multiplies(optimizer: OptimizerSpec) -> bool:
+    """Whether some steps compute products of second derivatives with a direction."""
+    return isinstance(optimizer, NewtonCgSpec) and optimizer.products != DIFFERENCES
+
+
 def is_gauss_newton(optimizer: OptimizerSpec) -> bool:
     """Whether a step with a direction multiplies it with the Gauss-Newton matrix, rather than the Hessian."""
     return isinstance(optimizer, NewtonCgSpec) and optimizer.products == GAUSS_NEWTON

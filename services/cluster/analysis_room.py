@@ -22,7 +22,6 @@ from worker.process.analyst import AnalystActor
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
-ANSWER_SECONDS = 5.0
 
 
 class AnalysisRoom:
@@ -77,7 +76,7 @@ class AnalysisRoom:
         while True:
             done, _ = ray.wait(calls, num_returns=len(calls), timeout=POLL_SECONDS)
             if len(done) < len(calls):
-                ray.get(list(done))  # one that has failed is not waited for together with the others
+                ray.get(done)  # one that has failed is not waited for together with the others
             yield from ray.get(self._actors[0].said.remote())
             if len(done) == len(calls):
                 results: list[Any] = ray.get(calls)

@@ -58,7 +58,7 @@ class Subject:
             self._engine = AnalyticEngine(task, self.layout)
         else:
             way = REVERSE if question.freezes or spec.derivative == ESTIMATE else spec.derivative
-            self._engine = engine_of(way, task, description, self.layout, self._backend)
+            self._engine = engine_of(way)(task, description, self.layout, self._backend)
         self.flat = torch.zeros(self.layout.numel, dtype=torch.float64)
         self._engine.write_initial(self.flat)
         self._engine.bind(self.flat)

@@ -12,12 +12,12 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ps.parameters.description import ModelDescription
 from ps.parameters.layout import Layout
@@ -27,7 +27,7 @@ from worker.gradients.backend import Backend
 from worker.gradients.engine import Direction, LossError, Measured, Rehearsed
 from worker.gradients.losses import LossValue
 from worker.gradients.seeding import mix
-from worker.gradients.torch_engine import TorchEngine
+from worker.gradients.torch_engine import TorchEngine, plain_kernels
 
 ALONG = 0x51  # keeps the seed of a direction apart from that of its pass
 DIFFERENCE = float(np.finfo(np.float64).eps) ** (1 / 3)  # of an entry: best for central differences, to its size
@@ -48,7 +48,6 @@ class SlopeEngine(TorchEngine):
     ) -> None:
         super().__init__(task, model, layout, backend, precision, known)
         self._way = way
-        self._is_on_cpu = backend.device.type == "cpu"
         self._tell: Callable[[int], None] | None = None
 
     def watch(self, on_final: Callable[[int], None]) -> None:
@@ -62,7 +61,7 @@ class SlopeEngine(TorchEngine):
         if direction is not None:
             return super().gradient(batch, num_samples, into, add=add, direction=direction)
         with torch.set_grad_enabled(self.evaluates_with_gradients):
-            draws = _Draws(is_on_cpu=self._is_on_cpu)
+            draws = _Draws(is_on_host=self._is_on_host)
 
             def loss() -> LossValue:
                 draws.again()
@@ -123,19 +122,9 @@ class SlopeEngine(TorchEngine):
         ]
 
 
-def engine_of(
-    way: str,
-    task: Task,
-    model: ModelDescription,
-    layout: Layout,
-    backend: Backend,
-    precision: str = "full",
-    known: Rehearsed = Rehearsed(),  # noqa: B008  # immutable
-) -> TorchEngine:
-    """The engine that computes gradients in one of the spec's ways."""
-    if way == REVERSE:
-        return TorchEngine(task, model, layout, backend, precision, known)
-    return SlopeEngine(way, task, model, layout, backend, precision, known)
+def engine_of(way: str) -> Callable[..., TorchEngine]:
+    """What makes the engine that computes gradients in one of the spec's ways, of the arguments of a TorchEngine."""
+    return TorchEngine if way == REVERSE else partial(SlopeEngine, way)
 
 
 def slope_of(engine: TorchEngine, loss: Callable[[], LossValue], directions: dict[int, torch.Tensor]) -> float:
@@ -163,7 +152,7 @@ def _with_forward_derivatives() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(value=False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+        with plain_kernels():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(value=fast)
@@ -172,9 +161,9 @@ def _with_forward_derivatives() -> Iterator[None]:
 class _Draws:
     """What random generators are to draw, again and again."""
 
-    def __init__(self, *, is_on_cpu: bool) -> None:
+    def __init__(self, *, is_on_host: bool) -> None:
         self._torch = torch.get_rng_state()
-        self._gpu = None if is_on_cpu else torch.cuda.get_rng_state()
+        self._gpu = None if is_on_host else torch.cuda.get_rng_state()
         self._others = random.getstate(), np.random.get_state()  # which user code may draw from
 
     def again(self) -> None:

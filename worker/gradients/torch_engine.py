@@ -132,7 +132,7 @@ class TorchEngine:
         """See Engine. Raises LossError, StateError, InPartsError, and CurvatureError for a direction."""
         if direction is None:
             return self._gradient(batch, num_samples, into, add, None)
-        with _with_second_derivatives():
+        with torch.enable_grad(), plain_kernels():
             return self._gradient(batch, num_samples, into, add, direction)
 
     def _gradient(
@@ -283,7 +283,7 @@ class TorchEngine:
         """
         if any(alias.tensor.requires_grad for _, alias in self._aliases):
             raise CurvatureError("the model has parameters that lie in the memory of others, so no single Hessian")
-        with self.frozen(), _with_second_derivatives():
+        with self.frozen(), torch.enable_grad(), plain_kernels():
             yield
 
     def _start(self, *, training: bool) -> None:
@@ -329,9 +329,9 @@ class TorchEngine:
 
 
 @contextlib.contextmanager
-def _with_second_derivatives() -> Iterator[None]:
-    """Operations have them where torch has faster ones that have none."""
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+def plain_kernels() -> Iterator[None]:
+    """Attention and convolutions are computed by operations that have all derivatives, where torch has faster ones."""
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
         yield
 
 

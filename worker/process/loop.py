@@ -125,8 +125,7 @@ class WorkerLoop:
         if isinstance(task, AnalyticTask):
             self._engine: Engine = AnalyticEngine(task, self._layout)
         else:
-            self._engine = engine_of(
-                config.spec.derivative,
+            self._engine = engine_of(config.spec.derivative)(
                 task,
                 config.model,
                 self._layout,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ps.job.config import layout_of
 from ps.parameters.description import ModelDescription
-from steepest.full_batch_spec import DIFFERENCES, NewtonCgSpec
+from steepest.full_batch_spec import multiplies
 from steepest.spec import ESTIMATE, FINITE, FORWARD, REVERSE, TrainingJobSpec
 from steepest.task import AnalyticTask, Task
 from worker.gradients.backend import CpuBackend
@@ -31,7 +31,6 @@ def check_derivative(spec: TrainingJobSpec, task: Task | AnalyticTask, model: Mo
         return
     layout = layout_of(model, spec)
     numel = sum(p.numel for p in layout.parameters)
-    multiplies = isinstance(optimizer, NewtonCgSpec) and optimizer.products != DIFFERENCES
     problems = {
         "an AnalyticTask has a gradient of its own: leave it out": isinstance(task, AnalyticTask),
         f"every one of {numel:,} entries would take a pass of each micro-batch, and at most {MOST_NUMEL:,} may: take "
@@ -43,7 +42,9 @@ def check_derivative(spec: TrainingJobSpec, task: Task | AnalyticTask, model: Mo
             spec.memory.checkpoint_activations or spec.memory.activation_budget
         ),
         "compile is for backward passes, and none is made: leave one of the two out": spec.compile,
-        "newton_cg multiplies by backward passes: take reverse, or optimizer.products=differences": multiplies,
+        "newton_cg multiplies by backward passes: take reverse, or optimizer.products=differences": multiplies(
+            optimizer
+        ),
         f"{optimizer.name} trusts gradients, and an estimate is none: take reverse or forward": way == ESTIMATE
         and optimizer.is_full_batch,
     }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from steepest.full_batch_spec import multiplies
 from steepest.task import Task
 from worker.gradients.peak_memory import PeakMemory
 from worker.gradients.recompute import ALL, SQRT, RecomputeError, checkpoint_activations
@@ -39,7 +40,7 @@ def _peak(passes: Passes, indices: NDArray[np.int64]) -> int:
             passes.compute(indices)
             if passes.spec.telemetry.curvature_every:
                 passes.look_at_curvature(indices)
-            if passes.multiplies:
+            if multiplies(passes.spec.optimizer):
                 passes.multiply(indices)
     except TaskError:  # the same pass is fine without being watched
         return 0

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ps.job.config import layout_of
 from ps.parameters.description import ModelDescription
 from steepest.change_spec import samples_left_out
-from steepest.full_batch_spec import DIFFERENCES, NewtonCgSpec, is_gauss_newton
+from steepest.full_batch_spec import DIFFERENCES, is_gauss_newton
 from steepest.spec import TrainingJobSpec
 from steepest.task import AnalyticTask, Task
 from worker.data.sampler import Sampler
@@ -111,12 +111,6 @@ class Passes:
             except InPartsError:  # once: the engine waits for the rest from then on
                 self.seed(seed)
                 return self.engine.gradient(batch, len(indices), views, add=False)
-
-    @property
-    def multiplies(self) -> bool:
-        """Whether some steps of the job compute products of second derivatives."""
-        optimizer = self.spec.optimizer
-        return isinstance(optimizer, NewtonCgSpec) and optimizer.products != DIFFERENCES
 
     def look_at_curvature(self, indices: NDArray[np.int64]) -> None:
         """As telemetry does in some steps, with fewer products. Raises TaskError."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ps.numerics.whole_optimizer import evaluates_average
 from ps.parameters.description import ModelDescription
+from steepest.full_batch_spec import multiplies
 from steepest.spec import TrainingJobSpec
 from steepest.task import AnalyticTask, Task
 from worker.data.sources import source_of
@@ -136,11 +137,11 @@ def rehearse(
         raise TaskError(BUDGET, UNKNOWN)
     if budget and found.peak_bytes > budget:
         raise TaskError(BUDGET, too_much(found.peak_bytes, budget, samples, [how]))
-    _check_what_it_asks_for(passes, indices, found)
+    _check_what_it_asks_for(passes, indices)
     return found
 
 
-def _check_what_it_asks_for(passes: Passes, indices: NDArray[np.int64], found: Rehearsal) -> None:
+def _check_what_it_asks_for(passes: Passes, indices: NDArray[np.int64]) -> None:
     """Raises TaskError when something of the spec does not go with the task."""
     _check_compiling(passes, indices)
     _check_second_derivatives(passes, indices)
@@ -269,7 +270,7 @@ def _check_second_derivatives(passes: Passes, indices: NDArray[np.int64]) -> Non
     """The job can have those that it asks for, with the model as it is by now."""
     if passes.spec.telemetry.curvature_every:
         passes.look_at_curvature(indices)
-    if passes.multiplies:
+    if multiplies(passes.spec.optimizer):
         passes.multiply(indices)
 
 

@@ -65,7 +65,7 @@ def engines(model: Callable[[], nn.Module], *ways: str) -> tuple[list[TorchEngin
         task = steepest.Task(model=model().double(), loss=nn.CrossEntropyLoss(), train_data=steepest.ArrayData(*batch))
         description = describe_model(task)
         layout = build_layout(description)
-        engine = engine_of(way, task, description, layout, CpuBackend())
+        engine = engine_of(way)(task, description, layout, CpuBackend())
         flat = torch.zeros(layout.numel, dtype=torch.float64)
         engine.write_initial(flat)
         engine.bind(flat)
