@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from worker.analysis.subject import Subject
 from worker.analysis.team import Team, shares
 
-FIRST_STEP = 0.05  # of a difference, to the entry's size or the parameter's
-FIRST_STEP_AT_KINKS = 2e-4  # where the first ones disagree, for a ReLU may have turned in between
+# First steps of differences, to the entry's size or the parameter's. A derivative that differs by much of the tolerance
+# is found again from the next: a large step magnifies rounding less, and the least one avoids a kink that is near.
+FIRST_STEPS = (1e-3, 0.05, 1e-5)
 SHRINK, LEAST_ROWS, ROWS = 2.0, 3, 11  # of Ridders' tableau; small steps are for functions with kinks
 ROUNDING = 4 * float(np.finfo(np.float64).eps)  # of a value of the function, relative
 ENOUGH = 1e-9  # relative error at which no more steps are tried
 TOLERANCE = 1e-6
+MUCH = 0.1  # of the tolerance
 FLOOR = 1e-3  # of the largest derivative: errors of much smaller ones are taken relative to this
 ALL_ENTRIES = 2000  # of a parameter are looked at one by one; of a larger one, SOME and the LARGEST
 SOME, LARGEST = 64, 16
@@ -84,9 +86,8 @@ class _Ways:
             total += into
         return (total / weight).numpy()
 
-    def finite(self, direction: torch.Tensor, scale: float, *, kinks: bool = False) -> float:
-        """The derivative along a direction, by central differences. kinks: of steps so small that few are crossed."""
-        first = scale * (FIRST_STEP_AT_KINKS if kinks else FIRST_STEP)
+    def finite(self, direction: torch.Tensor, first: float) -> float:
+        """The derivative along a direction, by central differences of a first step and smaller ones."""
 
         def difference(step: float) -> float:
             high, low = self._loss(direction, step), self._loss(direction, -step)
@@ -132,9 +133,9 @@ def ridders(difference: Callable[[float], float], first: float, size: float) -> 
     return best
 
 
-def _derivative(ways: _Ways, method: str, direction: torch.Tensor, scale: float, *, kinks: bool = False) -> float:
+def _derivative(ways: _Ways, method: str, direction: torch.Tensor, step: float) -> float:
     if method == "finite":
-        return ways.finite(direction, scale, kinks=kinks)
+        return ways.finite(direction, step)
     if method == "forward":
         return ways.forward(direction)
     return float(ways.own() @ direction.numpy())
@@ -155,17 +156,15 @@ def _scale(subject: Subject, parameter: int, entry: int | None = None) -> float:
     return max(usual, abs(float(values[entry])) if entry is not None else 0.0, 1e-3)
 
 
-def check_entries(subject: Subject, asked: tuple[str, list[tuple[int, int]], bool], _shared: None) -> list[float]:
-    """Derivatives by some entries. asked: the method, (parameter, entry) of each, and whether there may be kinks."""
-    method, entries, kinks = asked
+def check_entries(subject: Subject, asked: tuple[str, list[tuple[int, int]], float], _shared: None) -> list[float]:
+    """Derivatives by some entries. asked: the method, (parameter, entry) of each, and one of FIRST_STEPS."""
+    method, entries, step = asked
     ways = _Ways(subject)
     if method == "own":
         gradient = ways.own()
         return [float(gradient[subject.layout.parameters[p].offset + entry]) for p, entry in entries]
     return [
-        _derivative(
-            ways, method, _unit(subject, p, np.array([entry]), np.ones(1)), _scale(subject, p, entry), kinks=kinks
-        )
+        _derivative(ways, method, _unit(subject, p, np.array([entry]), np.ones(1)), step * _scale(subject, p, entry))
         for p, entry in entries
     ]
 
@@ -185,13 +184,9 @@ def search_parameter(subject: Subject, asked: tuple[str, str, int, float], _shar
     def differ(entries: NDArray[np.int64], signs: NDArray[np.float64]) -> bool:
         direction = _unit(subject, parameter, entries, signs)
         scale = _scale(subject, parameter) / np.sqrt(len(entries))
-        for kinks in (False, True):
-            one = _derivative(ways, expected, direction, scale, kinks=kinks)
-            two = (
-                float(own @ direction.numpy())
-                if own is not None
-                else _derivative(ways, got, direction, scale, kinks=kinks)
-            )
+        for step in FIRST_STEPS:
+            one = _derivative(ways, expected, direction, step * scale)
+            two = float(own @ direction.numpy()) if own is not None else _derivative(ways, got, direction, step * scale)
             if abs(one - two) <= allowed:
                 return False
             if "finite" not in (expected, got):
@@ -244,20 +239,18 @@ def check_gradients(
     for done, (index, found) in enumerate(zip(large, searches, strict=True), start=1):
         say(f"searched {done} of {len(large)} large parameters")
         entries += [(index, entry) for entry in found if (index, entry) not in entries]
-    pairs = _compare(team, entries, (expected, got), say, kinks=False)
-    if "finite" in (expected, got):
-        doubtful = [pair for pair in pairs if pair.error(floor) > tolerance]
-        again = _compare(team, [(p.parameter, p.entry) for p in doubtful], (expected, got), say, kinks=True)
-        nearer = {
-            (new.parameter, new.entry): min(old, new, key=lambda p: p.error(floor))
-            for old, new in zip(doubtful, again, strict=True)
-        }
-        pairs = [nearer.get((pair.parameter, pair.entry), pair) for pair in pairs]
+    nearest: dict[tuple[int, int], Entry] = {}
+    doubtful = entries
+    for step in FIRST_STEPS if "finite" in (expected, got) else FIRST_STEPS[:1]:
+        for found in _compare(team, doubtful, (expected, got), say, step):
+            place = found.parameter, found.entry
+            nearest[place] = min(nearest.get(place, found), found, key=lambda pair: pair.error(floor))
+        doubtful = [place for place in doubtful if nearest[place].error(floor) > MUCH * tolerance]
     errors = {p.name: 0.0 for p in parameters}
-    for pair in pairs:
+    for pair in nearest.values():
         name = parameters[pair.parameter].name
         errors[name] = max(errors[name], pair.error(floor))
-    worst = max(pairs, key=lambda pair: pair.error(floor), default=None)
+    worst = max(nearest.values(), key=lambda pair: pair.error(floor), default=None)
     return Checked(errors, worst, len(entries), sum(p.numel for p in parameters), tolerance)
 
 
@@ -266,11 +259,10 @@ def _compare(
     entries: list[tuple[int, int]],
     methods: tuple[str, str],
     say: Callable[[str], None],
-    *,
-    kinks: bool,
+    step: float,
 ) -> list[Entry]:
     parts = shares(entries, max(1, min(len(entries), 8 * team.size)))
-    ways = (team.map(check_entries, [(method, list(part), kinks) for part in parts]) for method in methods)
+    ways = (team.map(check_entries, [(method, list(part), step) for part in parts]) for method in methods)
     found: list[Entry] = []
     for part, one, two in zip(parts, *ways, strict=True):
         found += [Entry(p, entry, e, g) for (p, entry), e, g in zip(part, one, two, strict=True)]

@@ -16,6 +16,7 @@ from torch.utils import _pytree
 from ps.parameters.layout import Layout, build_layout
 from steepest.spec import ESTIMATE, REVERSE
 from steepest.task import AnalyticTask, Task
+from worker.analysis.double import in_double
 from worker.analysis.question import Question
 from worker.gradients.analytic import AnalyticEngine
 from worker.gradients.backend import CpuBackend
@@ -30,6 +31,10 @@ from worker.task.model import conduct_of, describe_model
 from worker.task.state import roots
 
 _NEEDS_TORCH = "{} needs a task of torch; this is an AnalyticTask, whose gradient is all that is known"
+_NARROW = (
+    "the loss is of {}, though parameters and data are of float64: something in it converts to a type of its own, and "
+    "differences of rounded values tell nothing; convert to the type of the input instead, or compare with forward mode"
+)
 MAX_JACOBIAN_NUMEL = 250_000_000
 
 
@@ -71,11 +76,13 @@ class Subject:
         ]
 
     def loss(self, leaf: int) -> tuple[float, float]:
-        """(loss sum, weight) of a micro-batch."""
+        """(loss sum, weight) of a micro-batch. Raises TaskError for one that is not of float64."""
         if isinstance(self._engine, AnalyticEngine):
             return self.gradient(leaf, torch.zeros_like(self.flat))
         with torch.no_grad():
             found = self._forward(leaf)
+        if found.value.dtype != torch.float64:
+            raise TaskError("task.model", _NARROW.format(found.value.dtype))
         return float(found.value) * found.factor, found.weight
 
     def gradient(self, leaf: int, into: torch.Tensor) -> tuple[float, float]:
@@ -144,7 +151,7 @@ class Subject:
         engine = self._torch_engine("a Jacobian")
         raw = engine.train_source.batch(np.arange(num_samples, dtype=np.int64))
         seed_all(self._question.spec.seed, COMPUTE, 0, 0, backend=self._backend)
-        with _told(), engine.differentiable_twice():
+        with _told(), engine.differentiable_twice(), in_double():
             outputs = outputs_of(engine.forward(_pytree.tree_map(_double, raw), num_samples).outputs)
         flat = torch.cat([output.reshape(-1) for output in outputs])
         if len(flat) * self.layout.numel > MAX_JACOBIAN_NUMEL:
@@ -166,10 +173,10 @@ class Subject:
 
     @contextlib.contextmanager
     def _modes(self) -> Iterator[None]:
-        if self._question.freezes and isinstance(self._engine, TorchEngine):
-            with self._engine.frozen():
-                yield
-        else:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(in_double())
+            if self._question.freezes and isinstance(self._engine, TorchEngine):
+                stack.enter_context(self._engine.frozen())
             yield
 
     def _batch(self, leaf: int) -> Any:

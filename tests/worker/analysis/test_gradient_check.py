@@ -18,7 +18,7 @@ from worker.analysis import gradient_check
 from worker.analysis.gradient_check import as_json, check_gradients, ridders
 from worker.analysis.question import Question
 from worker.analysis.team import Team
-from worker.task.load import load_task
+from worker.task.load import TaskError, load_task
 from worker.task.model import describe_model
 
 TASKS = __name__
@@ -42,6 +42,31 @@ def convnet() -> steepest.Task:
         nn.Unflatten(1, (1, 6, 6)), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
     )
     return steepest.Task(model=model, loss=nn.CrossEntropyLoss(), train_data=data(36))
+
+
+class Casting(nn.Module):
+    """Names types of its own, as code for mixed precision does; way: for the logits."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self._way = way
+        self.inner = nn.Linear(6, 3)
+        self.raw = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.inner(x) * torch.softmax(self.raw, 0, dtype=torch.float32) + torch.zeros(3)
+        match self._way:
+            case "method":
+                return torch.tanh(logits.half()).float()
+            case "to":
+                return torch.fft.ifft(torch.fft.fft(logits.to(torch.bfloat16)).to(torch.complex64)).real
+            case "name":
+                return logits.type("torch.FloatTensor")
+        raise AssertionError(self._way)
+
+
+def casting(way: str) -> steepest.Task:
+    return steepest.Task(model=Casting(way), loss=nn.CrossEntropyLoss(), train_data=data(6))
 
 
 class _Wrong(torch.autograd.Function):
@@ -112,6 +137,20 @@ def test_right_gradients_pass(function: str) -> None:
     assert found.largest < 1e-7
     assert found.looked_at == found.total == sum(p.numel for p in its.subject.layout.parameters)
     assert set(found.errors) == {p.name for p in its.subject.layout.parameters}
+
+
+@pytest.mark.parametrize("way", ["method", "to"])
+def test_types_that_a_model_names_are_float64_meanwhile(way: str) -> None:
+    before = torch.get_default_dtype()
+    assert check_gradients(team("casting", way=way)).largest < 1e-7
+    assert check_gradients(team("casting", way=way), expected="forward", tolerance=1e-10).passed
+    assert torch.get_default_dtype() is before
+
+
+def test_a_loss_that_is_rounded_all_the_same_is_refused() -> None:
+    with pytest.raises(TaskError, match=r"the loss is of torch\.float32, though") as error:
+        check_gradients(team("casting", way="name"))
+    assert error.value.field == "task.model"
 
 
 @pytest.mark.parametrize("function", ["mlp", "convnet"])
