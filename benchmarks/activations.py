@@ -3,7 +3,7 @@
 A residual net of n layers, one step of it as a worker computes it, with all activations kept and with
 memory.checkpoint_activations = sqrt: a perceptron's layers, or convolutions with batch norm in blocks of two. Each
 measurement is a process of its own, and the two ways take turns. Memory is how far the process's peak goes beyond what
-it had before the step, gradients not counted.
+it had before the step, gradients not counted; how it grows with depth is told by the tensors alone, byte for byte.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from benchmarks.report import RESULTS, write_report
 from ps.parameters.layout import build_layout
 from services.cluster.allocator import allocator_environment
 from worker.gradients.backend import CpuBackend
+from worker.gradients.peak_memory import PeakMemory
 from worker.gradients.recompute import checkpoint_activations
 from worker.gradients.torch_engine import TorchEngine
 from worker.process.loop import keep_freed_memory, return_freed_memory
@@ -76,8 +78,16 @@ def _status(name: str) -> int:
     return int(found[1]) << 10
 
 
-def measure(kind: str, layers: int, how: str) -> tuple[int, float]:
-    """(bytes of activations, seconds of a step), the second step's."""
+class Measured(NamedTuple):
+    """Of a step. peak: of the process, in bytes. tensors: those of the pass at their peak, in bytes."""
+
+    peak: int
+    tensors: int
+    seconds: float
+
+
+def measure(kind: str, layers: int, how: str) -> Measured:
+    """Of three steps: the largest peak, and the median of the seconds."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     import_module("torch._dynamo")  # as torch's checkpointing does on its first call
@@ -100,7 +110,9 @@ def measure(kind: str, layers: int, how: str) -> tuple[int, float]:
         engine.gradient((inputs, inputs), len(inputs), layout.views(gradient), add=False)
         seconds.append(time.perf_counter() - began)
         peak = max(peak, _status("VmHWM") - before)
-    return peak, statistics.median(seconds)
+    with PeakMemory() as memory:
+        engine.gradient((inputs, inputs), len(inputs), layout.views(gradient), add=False)
+    return Measured(peak, memory.peak, statistics.median(seconds))
 
 
 def power(layers: Sequence[int], nbytes: Sequence[float]) -> float:
@@ -121,26 +133,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, default=RESULTS / "activations.json")
     options = parser.parse_args()
-    print("| layers | kept, MB | sqrt, MB | memory, times smaller | time, sqrt / kept | spread |")
-    print("|---|---|---|---|---|---|")
+    print("| layers | kept, MB | sqrt, MB | times smaller | tensors kept, MB | sqrt, MB | time, sqrt / kept | spread |")
+    print("|---|---|---|---|---|---|---|---|")
     rows = []
     os.environ.update(allocator_environment(os.environ))  # of the processes that measure, as workers have it
     for layers in options.layers:
-        found: dict[str, list[tuple[int, float]]] = {"": [], "sqrt": []}
+        found: dict[str, list[Measured]] = {"": [], "sqrt": []}
         for _ in range(options.rounds):
             for how, own in found.items():
                 with get_context("spawn").Pool(1) as pool:
                     own.append(pool.apply(measure, (options.kind, layers, how)))
-        kept, again = (statistics.median(peak for peak, _ in own) for own in found.values())
-        ratios = [two / one for (_, one), (_, two) in zip(*found.values(), strict=True)]
-        rows.append({"layers": layers, "kept": kept, "sqrt": again, "time": statistics.median(ratios)})
+        kept, again = (statistics.median(step.peak for step in own) for own in found.values())
+        tensors = [statistics.median(step.tensors for step in own) for own in found.values()]
+        ratios = [two.seconds / one.seconds for one, two in zip(*found.values(), strict=True)]
+        row = {"layers": layers, "kept": kept, "sqrt": again, "kept_tensors": tensors[0], "sqrt_tensors": tensors[1]}
+        rows.append({**row, "time": statistics.median(ratios)})
         print(
-            f"| {layers} | {kept / 1e6:.1f} | {again / 1e6:.1f} | {kept / again:.1f} | {statistics.median(ratios):.2f} "
-            f"| {min(ratios):.2f} to {max(ratios):.2f} |",
+            f"| {layers} | {kept / 1e6:.1f} | {again / 1e6:.1f} | {kept / again:.1f} | {tensors[0] / 1e6:.2f} "
+            f"| {tensors[1] / 1e6:.2f} | {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |",
             flush=True,
         )
-    powers = {how: power([row["layers"] for row in rows], [row[how] for row in rows]) for how in ("kept", "sqrt")}
-    print(f"what depends on n grows as n^{powers['kept']:.2f} kept, n^{powers['sqrt']:.2f} with sqrt")
+    depths = [row["layers"] for row in rows]
+    powers = {how: power(depths, [row[f"{how}_tensors"] for row in rows]) for how in ("kept", "sqrt")}
+    print(f"what depends on n of the tensors grows as n^{powers['kept']:.2f} kept, n^{powers['sqrt']:.2f} with sqrt")
     write_report(options.json, kind=options.kind, results=rows, powers=powers)
 
 

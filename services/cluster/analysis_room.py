@@ -33,10 +33,12 @@ class AnalysisRoom:
         self._actors: list[Any] = []
         self._started: list[Started] = []
         self._nodes: list[str | None] = []
+        self.is_held = False  # granted, and not given back
 
     def wait(self, seconds: float) -> bool:
         """Whether the room has been granted."""
-        return bool(self._group.wait(seconds))
+        self.is_held = bool(self._group.wait(seconds))
+        return self.is_held
 
     def answer(
         self, question: Question, code: bytes, secrets: Mapping[str, str]
@@ -95,5 +97,6 @@ class AnalysisRoom:
 
     def release(self) -> None:
         """Kill everything and give back the room; may be called again."""
+        self.is_held = False
         if ray.is_initialized():
             remove_placement_group(self._group)

@@ -38,6 +38,7 @@ class Cluster:
         self._ready = threading.Event()
         self._stop = threading.Event()
         self._problem = ""
+        self._analysis: AnalysisRoom | None = None
         self.fork_servers = ForkServers(forks)
         keeps = settings.keeps_jobs and settings.ray_address is not None
         identity = f"{settings.data_directory.resolve()} {settings.database_url}"
@@ -115,7 +116,8 @@ class Cluster:
             text = f"waiting for {_number(count, resource)}: the cluster has {total:g}"
             if total < count:
                 return f"{text} in all; add nodes, or use fewer workers"
-            by = f" by {', '.join(users)}" if users else ""
+            holders = [*users, *(["an analysis"] if self._analysis is not None and self._analysis.is_held else [])]
+            by = f" by {', '.join(holders)}" if holders else ""
             return f"{text}, {total - left:g} are in use{by}"
         return ""
 
@@ -130,9 +132,10 @@ class Cluster:
         return room if room.reserve(num_workers) else None
 
     def analysis_room(self, processes: int) -> AnalysisRoom:
-        """Ask for room for one analysis."""
+        """Ask for room for an analysis, of which there is one at a time."""
         self.wait_ready()
-        return AnalysisRoom(processes, self.fork_servers)
+        self._analysis = AnalysisRoom(processes, self.fork_servers)
+        return self._analysis
 
     def kept(self) -> list[str]:
         """Jobs that went on without a service; waits for a cluster that can have such."""

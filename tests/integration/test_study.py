@@ -163,6 +163,26 @@ def test_an_analysis_uses_hosts_of_the_cluster(tmp_path: Path) -> None:
         check = client.check_gradients(f"{TASKS}:regression")
         assert check.passed
         assert client.check_gradients(f"{TASKS}:regression", processes=2) == check
+        _waits_for_an_analysis(client)
+
+
+def _waits_for_an_analysis(client: Client) -> None:
+    """A job without room, for an analysis that holds all of it, says so, and has it when that ends."""
+    stays = client.submit(f"{TASKS}:stays_in_float64", steps=2)
+    stays.wait()
+    begun = threading.Event()
+    with Client(client.address) as other:
+        waiting = threading.Thread(
+            target=_ask,
+            args=(other.job(stays.name), lambda text: begun.set() if text.startswith("in ") else None),
+            kwargs={"processes": 2},
+        )
+        waiting.start()
+        assert begun.wait(60)
+        job = client.submit(f"{TASKS}:regression", steps=2)
+        until(lambda: "2 are in use by an analysis" in job.get().reason)
+    waiting.join()
+    assert job.wait().step == 2
 
 
 def test_what_it_prints_is_shown_and_a_death_is_explained(submit: Callable[..., Job]) -> None:
@@ -197,9 +217,9 @@ def test_an_analysis_that_nobody_waits_for_ends(submit: Callable[..., Job], clie
     until(lambda: _answers(client))
 
 
-def _ask(job: Job, say: Callable[[str], None]) -> None:
+def _ask(job: Job, say: Callable[[str], None], processes: int = 1) -> None:
     with contextlib.suppress(Exception):  # its client is closed meanwhile
-        job.curvature(samples=10, say=say)
+        job.curvature(samples=10 if processes == 1 else 100, processes=processes, say=say)
 
 
 def _answers(client: Client) -> bool:
