@@ -174,14 +174,7 @@ class Client:
             tolerance=tolerance,
             processes=processes,
         )
-        try:
-            for update in self._stub.CheckGradients(request):
-                if update.WhichOneof("update") == "check":
-                    return check_from_proto(update.check)
-                say(update.progress)
-        except grpc.RpcError as error:
-            raise self.translate(error) from None
-        raise ServiceUnavailableError("the service ended the check without a result")
+        return check_from_proto(self.result(self._stub.CheckGradients(request), say))
 
     def job(self, name: str) -> Job:
         """A handle for a job by name or id. Asks nothing of the service."""
@@ -219,6 +212,18 @@ class Client:
                 if pause is None or time.monotonic() + pause > ends:
                     raise self.translate(error) from None
                 time.sleep(pause)
+
+    def result(self, updates: Iterator[Any], say: Callable[[str], None]) -> Any:
+        """The last message of an analysis, whose progress is said before it."""
+        try:
+            for update in updates:
+                kind = update.WhichOneof("update")
+                if kind != "progress":
+                    return getattr(update, kind)
+                say(update.progress)
+        except grpc.RpcError as error:
+            raise self.translate(error) from None
+        raise ServiceUnavailableError("the service ended the analysis without a result")
 
     def translate(self, error: grpc.RpcError) -> SteepestError:
         """The error of this package that a gRPC error stands for."""

@@ -225,14 +225,7 @@ class Job:
         """
         numbers = {"top": top, "samples": samples, "processes": processes, "jacobian": jacobian}
         request = pb.MeasureCurvatureRequest(name=self.name, step=step, matrix=matrix, **numbers)
-        try:
-            for update in self._stub.MeasureCurvature(request):
-                if update.WhichOneof("update") == "curvature":
-                    return curvature_from_proto(update.curvature)
-                say(update.progress)
-        except grpc.RpcError as error:
-            raise self._client.translate(error) from None
-        raise ServiceUnavailableError("the service ended the measurement without a result")
+        return curvature_from_proto(self._client.result(self._stub.MeasureCurvature(request), say))
 
     def history(self, first_step: int = 0, *, signals: bool = False) -> Iterator[dict[str, Any]]:
         """The records of all steps, as the .proto file names their fields.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import sys
@@ -76,7 +77,14 @@ class _Command(TyperCommand):
                     p for p in typer.main.get_command(_connecting).params if p.name != "help"
                 ]
                 break
-        super().__init__(name, params=params, **settings)
+        text = inspect.cleandoc(settings.pop("help", None) or "")
+        super().__init__(name, params=params, help="\n\n".join(map(_unwrapped, text.split("\n\n"))), **settings)
+
+
+def _unwrapped(paragraph: str) -> str:
+    """As one line, which the help wraps to the terminal; not what is indented, or a command in each line."""
+    lines = paragraph.split("\n")
+    return paragraph if any(line.startswith((" ", "steepest ")) for line in lines) else " ".join(lines)
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

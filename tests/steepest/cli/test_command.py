@@ -63,6 +63,13 @@ def test_every_command_has_help(command: str) -> None:
     assert "Usage" in shown.stdout
 
 
+def test_help_wraps_to_the_terminal_and_not_as_the_source_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    lines = [line.strip() for line in run("check-gradients", "--help").stdout.splitlines()]
+    [paragraph] = [line for line in lines if line.startswith("own is what training uses")]
+    assert "forward is forward-mode differentiation" in paragraph
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     (tmp_path / "train.py").write_text("def f(hidden=3): ...\n")
