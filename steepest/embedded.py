@@ -21,20 +21,24 @@ if TYPE_CHECKING:
     from steepest.spec import TrainingJobSpec
 
 
-PROBE_SECONDS = 120.0
-
-
 def describe_task(bundle: Bundle, spec: TrainingJobSpec) -> tuple[TrainingJobSpec, TaskDescription]:
     """(the spec with what the task settles, what a rehearsal found), starting nothing but that.
 
-    Raises SpecError for what a service would refuse.
+    Secrets are those of STEEPEST_SECRETS_DIR. Raises SpecError for what any service would refuse.
     """
     from services.cluster.fork_server import REHEARSAL, ForkServer
+    from services.jobs.agreement import check_agreement
+    from services.jobs.secret_files import SecretFiles
     from services.jobs.task_probe import TaskProbe
+    from services.settings import Settings
 
+    directory = os.environ.get("STEEPEST_SECRETS_DIR")
+    secrets = SecretFiles(Path(directory) if directory else None).of(spec, owner="")
     with _unpacked(bundle, spec) as code, contextlib.closing(ForkServer([REHEARSAL])) as forks:
-        description = TaskProbe(forks).describe(spec, code, PROBE_SECONDS)
-    return description.completed(spec), description
+        description = TaskProbe(forks).describe(spec, code, Settings.probe_timeout_seconds, secrets)
+    spec = description.completed(spec)
+    check_agreement(spec, description)
+    return spec, description
 
 
 @contextlib.contextmanager
@@ -44,7 +48,8 @@ def _unpacked(bundle: Bundle, spec: TrainingJobSpec) -> Iterator[Path | None]:
     from services.jobs.packages import with_packages
     from services.settings import Settings
 
-    code = with_packages(bundle.data, spec.requirements, seconds=PROBE_SECONDS, max_bytes=Settings.max_code_bytes).code
+    seconds, max_bytes = Settings.probe_timeout_seconds, Settings.max_code_bytes
+    code = with_packages(bundle.data, spec.requirements, seconds=seconds, max_bytes=max_bytes).code
     with tempfile.TemporaryDirectory(prefix="steepest-code-") as directory:
         yield unpack_code(code, Path(directory)) if code else None
 

@@ -9,16 +9,14 @@ import shutil
 import threading
 import time
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from typing import Protocol
 
 from ps.checkpoint.files import MODEL, newest_verified
-from ps.compression.choose import compression_problem
 from ps.job.footprint import explain_refusal, footprint
 from ps.parameters.layout import choose_num_servers
 from ps.step.messages import Printed
-from ps.wire.connection import MAX_MESSAGE_BYTES
 from services.jobs.access import current_caller
+from services.jobs.agreement import check_agreement
 from services.jobs.code_bundles import CodeStore
 from services.jobs.job_log import JobLog
 from services.jobs.running import Running
@@ -28,11 +26,9 @@ from services.settings import Settings
 from services.store.lifecycle import ENDED, JobState, check_verb
 from services.store.store import JobRow, Result, Store
 from steepest.errors import ChangedError, ConflictError, SpecError, Violation
-from steepest.full_batch_spec import DIFFERENCES
 from steepest.jobs import MAX_PRIORITY, SUBMISSION
 from steepest.spec import TrainingJobSpec, spec_from_dict
 
-MESSAGE_ROOM = 1 << 20  # for what else is in a message
 ENDING_SECONDS = 5.0  # that the processes of a job may take to end when it is to be deleted
 _JOB_ID = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
@@ -84,19 +80,9 @@ class Operations:
             raise ConflictError(f"training_job_id: {job!r} is taken; choose another --name")
         owner = current_caller().name
         spec, description, packages = self.rehearse(spec, owner)
-        _check_messages(spec, description)
-        _check_best(spec, description)
-        _check_decay(spec, description)
-        _check_names(spec, description)
+        check_agreement(spec, description)
         self._check_device(spec)
-        problem = compression_problem(spec.compression, description.layout(spec))
-        if problem:
-            raise SpecError([Violation("compression.name", f"{spec.compression.name!r}: {problem}")])
         spec = self._place(spec, description)
-        total_steps = spec.total_steps(description.num_samples)
-        if spec.schedule.warmup_steps >= total_steps:
-            problem = f"{spec.schedule.warmup_steps} leaves nothing of the {total_steps} steps of the job"
-            raise SpecError([Violation("schedule.warmup_steps", problem)])
         new = JobRow(
             id=job,
             request_id=request_id,
@@ -106,7 +92,7 @@ class Operations:
             reason="created",
             workers=spec.placement.workers,
             incarnation=0,
-            total_steps=total_steps,
+            total_steps=spec.total_steps(description.num_samples),
             created=time.time(),
             ended=None,
             result=Result(),
@@ -261,48 +247,6 @@ class Operations:
                     controller.ask("scale", workers)
         self._wake.set()
         return self._store.get(job)
-
-
-def _check_best(spec: TrainingJobSpec, description: TaskDescription) -> None:
-    """Raises SpecError when there is no such metric."""
-    if not spec.best.is_on:
-        return
-    metrics = ["loss", *description.metric_names] if description.num_evaluation_samples else []
-    if spec.best.metric_name not in metrics:
-        problem = f"{spec.best.metric_name!r} is not evaluated by the task; there are: {', '.join(metrics) or 'none'}"
-        raise SpecError([Violation("best.metric", problem)])
-
-
-def _check_decay(spec: TrainingJobSpec, description: TaskDescription) -> None:
-    """Raises SpecError for a group that asks for a weight decay of an optimizer without one."""
-    if spec.optimizer.name == "rprop" and any(group.weight_decay for group in description.model.groups):
-        problem = "'rprop' has no weight decay, and a parameter group of the task sets one"
-        raise SpecError([Violation("optimizer.name", problem)])
-
-
-def _check_names(spec: TrainingJobSpec, description: TaskDescription) -> None:
-    """Raises SpecError for a pattern that no parameter has a name of, and for parameters that agc does not know."""
-    if spec.clip.agc is not None and any(p.is_complex for p in description.model.parameters):
-        raise SpecError([Violation("clip.agc", "the model has complex parameters, whose units it does not know")])
-    names = [p.name for p in description.model.parameters]
-    for pattern in spec.clip.agc.exclude if spec.clip.agc is not None else ():
-        if not any(fnmatchcase(name, pattern) for name in names):
-            shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
-            problem = f"{pattern!r} is the name of no parameter; there are: {shown}"
-            raise SpecError([Violation("clip.agc.exclude", problem)])
-
-
-def _check_messages(spec: TrainingJobSpec, description: TaskDescription) -> None:
-    """Raises SpecError for what would not fit the message that it travels in."""
-    size = description.layout(spec).nbytes + sum(tensor.nbytes for tensor in description.model.buffers)
-    if description.products not in ("", DIFFERENCES) and size > MAX_MESSAGE_BYTES - MESSAGE_ROOM:
-        problem = f"a direction, with buffers, has {size / 2**30:.1f} GiB; at most 1 GiB can travel between processes"
-        raise SpecError([Violation("optimizer.products", f"{problem}: take lbfgs")])
-    for what, tensors in (("frozen parameters", description.model.constants), ("buffers", description.model.buffers)):
-        size = sum(tensor.nbytes for tensor in tensors)
-        if size > MAX_MESSAGE_BYTES - MESSAGE_ROOM:
-            problem = f"its {what} are {size / 2**30:.1f} GiB; at most 1 GiB of them can travel between processes"
-            raise SpecError([Violation("task.model", problem)])
 
 
 def _slug(text: str) -> str:

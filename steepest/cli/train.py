@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from services.service import Service
     from steepest.client import Job
 
+LONG = 1000  # epochs of a task that is checked without a length, which leaves room for any warm-up
+
 
 def train_embedded(request: Submission, output: Path | None) -> JobInfo:
     """Run one job to its end. Raises SpecError before anything is started where it can be told."""
@@ -69,7 +71,7 @@ def plan(request: Submission) -> Footprint:
 
 def check(request: Submission) -> dict[str, Any]:
     """What a rehearsal finds of a task. Raises SpecError for one that a service would refuse."""
-    length = {} if {"steps", "epochs"} & request.spec.keys() else {"epochs": 1}
+    length = {} if {"steps", "epochs"} & request.spec.keys() else {"epochs": LONG}
     bundle, spec = check_submission(request.task, request.arguments, {**request.spec, **length})
     spec, found = describe_task(bundle, spec)
     trainable = sum(p.numel for p in found.model.parameters)

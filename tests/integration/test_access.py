@@ -251,6 +251,26 @@ def test_tokens_are_made_listed_and_revoked(tmp_path: Path) -> None:
     assert (row["name"], row["role"], row["revoked"] is not None) == ("eve", "submitter", True)
 
 
+def test_tokens_are_those_of_the_service_with_the_same_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "steepest.toml").write_text(f'data_dir = "{tmp_path / "of-the-file"}"\n')
+    made = ("token", "create", "--config", str(tmp_path / "steepest.toml"))
+    assert run(*made, "ann").returncode == 0
+    assert "ann" in run("token", "list", "--data-dir", str(tmp_path / "of-the-file")).stdout
+    monkeypatch.setenv("STEEPEST_DATA_DIR", str(tmp_path / "of-the-environment"))
+    assert run(*made, "bob").returncode == 0
+    assert "bob" in run("token", "list").stdout
+    assert "ann" not in run("token", "list").stdout
+    assert "no setting of that name" in run("token", "list", "--config", str(_misspelt(tmp_path))).stderr
+
+
+def _misspelt(directory: Path) -> Path:
+    path = directory / "misspelt.toml"
+    path.write_text('data_directory = "kept"\n')
+    return path
+
+
 @pytest.mark.full
 def test_a_service_takes_its_settings_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "steepest.toml").write_text(

@@ -197,6 +197,25 @@ def test_check_says_what_was_understood(wide: Path) -> None:
     assert "(idle_workers)" in told.stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--set", "best.metric=accuracy"], "best.metric"),
+        (["--warmup-steps", "9", "--steps", "9"], "schedule.warmup_steps"),
+        (["--set", "clip.agc.clipping=0.01", "--set", "clip.agc.exclude=head*"], "clip.agc.exclude"),
+        (["--secret", "KEY=hub"], "secrets.KEY"),
+    ],
+)
+def test_check_refuses_what_does_not_agree_with_the_task(wide: Path, options: list[str], words: str) -> None:
+    refused = run("check", "wide.py:task", "--arg", "width=10", *options, directory=wide)
+    assert refused.returncode == 2, refused.stdout
+    assert words in refused.stderr
+
+
+def test_check_without_a_length_has_room_for_a_warm_up(wide: Path) -> None:
+    assert run("check", "wide.py:task", "--arg", "width=10", "--warmup-steps", "9", directory=wide).returncode == 0
+
+
 def test_check_refuses_what_a_service_would(wide: Path) -> None:
     (wide / "bad.py").write_text(
         "import steepest, torch\n"
