@@ -98,7 +98,7 @@ class Service:
         return "the service is stopping" if self._closing.is_set() else self.cluster.not_ready
 
     def stop(self) -> None:
-        """Stop everything. Running jobs go on from their last checkpoint when a service next starts here."""
+        """Stop. Jobs on an existing cluster go on; others do from their checkpoint when a service next starts here."""
         self._closing.set()
         self._grpc.stop()
         self._http.stop()

@@ -5,6 +5,8 @@ SteepestError
 ├── JobFailedError      a job that was waited for ended FAILED or CANCELLED
 ├── NotFoundError       no such job
 ├── ConflictError       the request does not fit the job's state, or the id is taken
+│   └── ChangedError    the job is not any more as the request's etag says
+├── OutOfRangeError     there is nothing yet at the place that a stream is to begin at
 ├── UnauthenticatedError    the service needs a token, and there is none, or one that it does not know
 ├── PermissionDeniedError   the token may not do that
 ├── TooManyCallsError       the caller asks more often than the service lets one

@@ -37,7 +37,8 @@ class OptimizerSpec(SpecModel):
     )
     weight_decay: NonNegativeFloat | None = Field(
         default=None,
-        description="Weight decay; decoupled for adamw, adafactor and muon, an L2 penalty for the others.",
+        description="Weight decay; decoupled for adamw, adafactor and muon, an L2 penalty for the others; not for "
+        "rprop, lbfgs and newton_cg.",
         json_schema_extra=TORCH,
     )
     decay_biases_and_norms: bool = Field(

@@ -72,7 +72,7 @@ class DataSpec(SpecModel):
     micro_batch: PositiveInt | None = Field(
         default=None,
         description="Samples of one gradient computation, the unit that is dealt to workers.",
-        json_schema_extra={"default_text": "so many that `placement.max_workers` have one each"},
+        json_schema_extra={"default_text": "so many that placement.max_workers have one each"},
     )
     accumulate: PositiveInt | None = Field(
         default=None, description="Micro-batches of a step, whose gradients are added up; instead of their size."

@@ -77,7 +77,7 @@ class Task:
         loss: an object with `.loss`, a dict with "loss", or a tuple that begins with it.
     loss_weight: `loss_weight(batch)` -> what the mean that the loss returns is over, where that is not the samples: the
         number of targets that count, say. Losses over classes of torch.nn need none.
-    train_data, eval_data: a map-style torch Dataset, or ArrayData.
+    train_data, eval_data: a torch Dataset, IterableDataset or DataLoader, ArrayData, ParquetData or TarData.
     metrics: name -> `metric(outputs, targets)` -> mean over the samples, on eval_data. outputs: `model(inputs)`. For a
         model that returns its loss: `metric(what the model returned, batch)`.
     collate: list of samples -> batch; default: torch.utils.data.default_collate. Not for ArrayData.

@@ -13,7 +13,9 @@ class TelemetrySpec(SpecModel):
     """What is kept of every step."""
 
     every: PositiveInt = Field(
-        default=1, description="Keep the record of every so many steps in the history, and of those that stand out."
+        default=1,
+        description="Keep the record of every so many steps, and of those that stand out, with what was measured in "
+        "them; health rules look at what is kept.",
     )
     parameter_norms: bool = Field(default=True, description="Keep the gradient norm of each parameter in the records.")
     signals_every: NonNegativeInt = Field(

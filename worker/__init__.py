@@ -1,4 +1,5 @@
 """The workers: load the user's task, fetch its data, compute gradients and exchange them with the servers.
 
-Rooms, each importing only rooms to its right: process -> gradients -> task, data. All may import `ps`.
+Rooms, each importing only rooms to its right: process -> analysis, rehearsal -> gradients -> task, data.
+All may import `ps`.
 """

@@ -60,7 +60,7 @@ class Controller(threading.Thread):
         self.job_name = job.row.name
         self.spec = job.spec
         self.total_steps = job.row.total_steps
-        self.totals = Totals()
+        self.totals = Totals(job.spec.telemetry.every)
         history = JobHistory(settings.history_of(job.row.id))
         self.ledger = Ledger(store, history, job.health, job.row, job.spec, job.description.num_samples)
         self.description = job.description
@@ -332,8 +332,7 @@ class Controller(threading.Thread):
         is_kept = self.ledger.note_report(self._incarnation, report)
         if report.records and is_kept:
             life.leader.acknowledge(report.records[-1].step)
-        if report.newest is not None:
-            self.totals.count(report.records or [report.newest])
+        self.totals.count(report.records)
         if report.printed:
             self._log.append(report.printed)
         for worker, change in report.members:

@@ -13,8 +13,13 @@ from steepest.bottleneck import COLUMNS, PARTS, step_parts
 
 @dataclass
 class Totals:
-    """Counts since the service last began to run the job. parts: seconds of steps, by part."""
+    """Counts since the service last began to run the job.
 
+    every: the record of one step in so many comes; each stands for those up to the next. parts: seconds of steps, by
+    part.
+    """
+
+    every: int = 1
     steps: int = 0
     samples: int = 0
     clipped: int = 0
@@ -24,14 +29,15 @@ class Totals:
     step_seconds: Histogram = field(default_factory=Histogram)
 
     def count(self, records: list[StepRecord]) -> None:
-        """Add the steps of some records."""
-        self.steps += len(records)
-        self.samples += sum(r.samples for r in records)
-        self.clipped += sum(r.clipped for r in records)
+        """Add the steps of some records. Every one that was skipped is among them."""
         self.skipped += sum(r.skipped for r in records)
-        if records:
-            columns = {name: np.array([getattr(record, name) for record in records]) for name in COLUMNS}
+        usual = [record for record in records if record.step % self.every == 0]
+        self.steps += self.every * len(usual)
+        self.samples += self.every * sum(r.samples for r in usual)
+        self.clipped += self.every * sum(r.clipped for r in usual)
+        if usual:
+            columns = {name: np.array([getattr(record, name) for record in usual]) for name in COLUMNS}
             for part, seconds in step_parts(columns).items():
-                self.parts[part] += float(seconds.sum())
-        for record in records:
+                self.parts[part] += self.every * float(seconds.sum())
+        for record in usual:
             self.step_seconds.observe(record.step_seconds)

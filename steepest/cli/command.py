@@ -137,8 +137,10 @@ def _submitted(job: Job, *, watch: bool, as_json: bool) -> None:
 @app.command(rich_help_panel="Train")
 def replay(
     job: JobName,
-    name: Annotated[str, Option(metavar="NAME", help="Of the new job.")] = "",
-    workers: Annotated[int | None, Option(min=1, help="Other than it had; never changes the result.")] = None,
+    name: Annotated[str, Option(metavar="NAME", help="Id of the new job; chosen by the service when not given.")] = "",
+    workers: Annotated[
+        int | None, Option(min=1, help="Number of workers, if it is to be another; never changes the result.")
+    ] = None,
     watch: Annotated[bool, Option("--watch", help="Show progress until the job ends.")] = False,
     server: Server = DEFAULT_SERVER,
     as_json: Json = False,
@@ -291,7 +293,10 @@ def priority(
     server: Server = DEFAULT_SERVER,
     as_json: Json = False,
 ) -> None:
-    """Have a job wait before those of less priority. Running jobs are left alone."""
+    """Have a job wait before those of less priority.
+
+    Running jobs are left alone, but for elastic ones, and where the service has steepest serve --preemption.
+    """
     _steer(job, server, "set_priority", as_json=as_json, priority=value)
 
 

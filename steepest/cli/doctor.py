@@ -18,7 +18,10 @@ def doctor(
     ray_address: Annotated[str | None, Option(help="An existing Ray cluster to look at, too.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what of this machine, cluster and service works, and how to mend what does not; exit code 1 if something."""
+    """Say what of this machine, cluster and service works, and how to mend what does not.
+
+    Exit code 1 if something does not.
+    """
     from steepest.doctor import examine
 
     findings = examine(server, ray_address)

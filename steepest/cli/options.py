@@ -16,7 +16,12 @@ from typer import Option
 from steepest.errors import SpecError, Violation
 from steepest.spec_fields import describe_fields, put_field
 
-_PLACE, _TRAIN, _STEP, _TASK = "Placement (never changes the result)", "Training", "Optimizer", "Task"
+_PLACE, _TRAIN, _STEP, _TASK = (
+    "Placement (how many workers and servers never changes the result)",
+    "Training",
+    "Optimizer",
+    "Task",
+)
 
 
 _INT, _FLOAT = "INTEGER", "FLOAT"
@@ -75,7 +80,13 @@ def _parameters() -> list[inspect.Parameter]:
     """All options of a job as Typer takes them."""
     described = {info.path: info for info in describe_fields()}
     options: dict[str, tuple[Any, Any]] = {
-        "name": (Annotated[str, Option(help="Id of the job; chosen by the service when not given.")], "")
+        "name": (
+            Annotated[
+                str,
+                Option(help="Id of the job; of a sweep, whose trials are NAME-0 and so on."),
+            ],
+            "",
+        )
     }
     for name, (path, panel, metavar) in _OPTIONS.items():
         info = described[path]

@@ -145,7 +145,7 @@ def report(
 def trace(
     job: JobOrDirectory,
     output: Annotated[Path, Option(help="JSON file to write, for https://ui.perfetto.dev or chrome://tracing.")],
-    steps: Annotated[str, Option(help="FIRST:LAST, as 100:200; all without it.")] = ":",
+    steps: Annotated[str, Option(help="FIRST:LAST, as 100:200, or 100: and :200.")] = ":",
     server: Server = DEFAULT_SERVER,
 ) -> None:
     """Write where the time of a job's steps went as a trace."""

@@ -102,7 +102,7 @@ BAR, ENDED_SHOWN, PRINTED_WIDTH = 8, 5, 140
 
 @app.command(rich_help_panel="Watch")
 def top(
-    seconds: Annotated[float, Option(min=0.2, max=60.0, help="Between two looks.")] = 1.0,
+    seconds: Annotated[float, Option(min=0.2, max=60.0, help="Seconds between two looks.")] = 1.0,
     once: Annotated[bool, Option("--once", help="Look once.")] = False,
     server: Server = DEFAULT_SERVER,
     as_json: Json = False,

@@ -53,7 +53,10 @@ def sweep(
     parallel: Annotated[int, Option(min=1, max=64, help="Trials at a time.", rich_help_panel=_SWEEP)] = 4,
     metric: Annotated[
         str,
-        Option(help="Of the evaluation; loss falls back to that of the last training step.", rich_help_panel=_SWEEP),
+        Option(
+            help="What trials are compared by in their evaluations; loss: else of the last step.",
+            rich_help_panel=_SWEEP,
+        ),
     ] = "loss",
     maximize: Annotated[
         bool, Option("--maximize", help="More of the metric is better.", rich_help_panel=_SWEEP)

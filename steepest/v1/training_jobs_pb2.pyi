@@ -432,7 +432,9 @@ class OptimizerSpec(_message.Message):
     dampening: _builtins.float
     """Dampening of the momentum, for sgd and momentum."""
     weight_decay: _builtins.float
-    """Weight decay; decoupled for adamw, adafactor and muon, an L2 penalty for the others."""
+    """Weight decay; decoupled for adamw, adafactor and muon, an L2 penalty for the others; not for rprop, lbfgs and
+    newton_cg.
+    """
     eps: _builtins.float
     """Term added to the denominator, for adagrad, adadelta, rmsprop and the kinds of Adam."""
     alpha: _builtins.float
@@ -1275,7 +1277,9 @@ class TelemetrySpec(_message.Message):
     HISTOGRAMS_EVERY_FIELD_NUMBER: _builtins.int
     CURVATURE_EVERY_FIELD_NUMBER: _builtins.int
     every: _builtins.int
-    """Keep the record of every so many steps in the history, and of those that stand out."""
+    """Keep the record of every so many steps, and of those that stand out, with what was measured in them; health rules
+    look at what is kept.
+    """
     parameter_norms: _builtins.bool
     """Keep the gradient norm of each parameter in the records."""
     signals_every: _builtins.int

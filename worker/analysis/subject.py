@@ -188,11 +188,6 @@ class Subject:
         seed_all(seed, COMPUTE, 0, leaf, backend=self._backend)
         return self._batches[leaf]
 
-    @property
-    def _torch_task(self) -> Task:
-        assert isinstance(self._task, Task)  # noqa: S101  # asked only where the engine is torch's
-        return self._task
-
     def _torch_engine(self, what: str) -> TorchEngine:
         if not isinstance(self._engine, TorchEngine):
             raise TaskError("task", _NEEDS_TORCH.format(what))

@@ -1,4 +1,4 @@
 """Finds the user's function, calls it, and describes and checks the task it returns.
 
-`load` calls it, `model` describes it, `probe` does both in a process of its own at submission.
+`load` calls it, `model` describes it. Imports nothing of `worker`; `worker.rehearsal` does both at submission.
 """
