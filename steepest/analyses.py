@@ -23,7 +23,8 @@ class GradientCheck:
     """Whether two ways to a gradient agree.
 
     max_relative_error: the largest; of each parameter in `parameters`. worst: where that is; None without parameters.
-    entries_compared: one by one; all `entries` were compared along random directions.
+    entries_compared: one by one; of the `entries` of large parameters all were compared along random directions. kinks:
+    derivatives where the loss has one, and any value between the one-sided ones is right.
     """
 
     passed: bool
@@ -33,6 +34,7 @@ class GradientCheck:
     parameters: dict[str, float]
     entries_compared: int
     entries: int
+    kinks: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that --json prints."""

@@ -82,6 +82,8 @@ class CheckRequest:
             if getattr(self, name) not in ("", *METHODS):
                 problem = f"{getattr(self, name)!r}: there is no such way to a gradient; allowed: {', '.join(METHODS)}"
                 raise SpecError([Violation(name, problem)])
+        if (self.got or OWN) == (self.expected or FINITE):
+            raise SpecError([Violation("got", f"{self.got or OWN!r} is what is expected, too; choose two ways")])
         if self.tolerance and not LEAST_TOLERANCE <= self.tolerance <= 1.0:
             raise SpecError([Violation("tolerance", f"{self.tolerance:g}; allowed: {LEAST_TOLERANCE:g} to 1")])
         _check_processes(self.processes)
@@ -151,6 +153,7 @@ class Analyses:
             description.model,
             min(spec.data.micro_batch_size, description.num_samples),
             got=asked.got or OWN,
+            **_known(description),
             expected=asked.expected or FINITE,
             tolerance=asked.tolerance or DEFAULT_TOLERANCE,
         )
@@ -171,6 +174,7 @@ class Analyses:
             asked.samples or min(description.num_samples, DEFAULT_SAMPLES),
             str(written.path / MODEL),
             top=asked.top or DEFAULT_TOP,
+            **_known(description),
             matrix=asked.matrix or HESSIAN,
             jacobian=asked.jacobian,
         )
@@ -218,3 +222,8 @@ class Analyses:
             yield missing
             if time.monotonic() > deadline:
                 raise ConflictError(f"there is no room for the analysis: {missing}; ask for fewer processes, or later")
+
+
+def _known(description: TaskDescription) -> dict[str, Any]:
+    """What a rehearsal found out that a question has, under its names."""
+    return {name: getattr(description, name) for name in ("evaluates_with_gradients", "caches", "loss_counts")}

@@ -56,6 +56,8 @@ def check_gradients(
     for name, method in (("--got", got), ("--expected", expected)):
         if method not in METHODS:
             fail(f"{name} {method}: there is no such way to a gradient; allowed: {', '.join(METHODS)}")
+    if got == expected:
+        fail(f"--got {got} --expected {expected}: these are one and the same; choose two")
     request = submission(task, options)
     with _embedded(processes) if server is None else client_of(server) as client:
         found = client.check_gradients(
@@ -124,8 +126,9 @@ def _show_check(found: GradientCheck, expected: str, got: str) -> None:
     verdict = "they agree" if found.passed else "they do NOT agree"
     console.print(
         f"{verdict}: largest relative error {found.max_relative_error:.2e}, allowed {found.tolerance:g}; "
-        f"{found.entries_compared:,} of {found.entries:,} derivatives compared one by one, all of them along "
-        "random directions",
+        f"{found.entries_compared:,} of {found.entries:,} derivatives compared one by one"
+        + (", all of them along random directions" if found.entries_compared < found.entries else "")
+        + (f"; {found.kinks:,} at kinks, where any value between the one-sided ones is right" if found.kinks else ""),
         highlight=False,
     )
 

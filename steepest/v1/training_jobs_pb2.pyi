@@ -2845,12 +2845,15 @@ class GradientCheck(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     ENTRIES_COMPARED_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
+    KINKS_FIELD_NUMBER: _builtins.int
     passed: _builtins.bool
     max_relative_error: _builtins.float
     tolerance: _builtins.float
     entries_compared: _builtins.int
-    """Derivatives that were compared one by one; all of them were along random directions."""
+    """Derivatives that were compared one by one. Those of large parameters were all compared along random directions."""
     entries: _builtins.int
+    kinks: _builtins.int
+    """Derivatives at kinks of the loss, where any value between the one-sided ones is right."""
     @_builtins.property
     def worst(self) -> Global___Derivative:
         """Where they differ most; absent without parameters."""
@@ -2869,10 +2872,11 @@ class GradientCheck(_message.Message):
         parameters: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         entries_compared: _builtins.int = ...,
         entries: _builtins.int = ...,
+        kinks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["worst", b"worst"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "entries_compared", b"entries_compared", "max_relative_error", b"max_relative_error", "parameters", b"parameters", "passed", b"passed", "tolerance", b"tolerance", "worst", b"worst"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "entries_compared", b"entries_compared", "kinks", b"kinks", "max_relative_error", b"max_relative_error", "parameters", b"parameters", "passed", b"passed", "tolerance", b"tolerance", "worst", b"worst"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,8 +2,8 @@
 
 Central differences are extrapolated to a step of zero (Ridders 1982, "Accurate computation of F'(x)", as in Numerical
 Recipes, section 5.7): the step that gives the least error is found for every entry. Of a large parameter some entries
-are looked at one by one, and all of them together: along directions of random signs, an error of any entry shows, and
-is found by halves.
+are looked at one by one, and all of them together: along random directions, an error of any entry shows, and is found
+by halves.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from worker.analysis.subject import Subject
 from worker.analysis.team import Team, shares
+from worker.task.load import TaskError
 
 # First steps of differences, to the entry's size or the parameter's. A derivative that differs by much of the tolerance
 # is found again from the next: a large step magnifies rounding less, and the least one avoids a kink that is near.
@@ -27,6 +28,7 @@ ROUNDING = 4 * float(np.finfo(np.float64).eps)  # of a value of the function, re
 ENOUGH = 1e-9  # relative error at which no more steps are tried
 TOLERANCE = 1e-6
 MUCH = 0.1  # of the tolerance
+KINK = 1e-3  # by how much one-sided derivatives differ at a kink, relative to the larger one
 FLOOR = 1e-3  # of the largest derivative: errors of much smaller ones are taken relative to this
 ALL_ENTRIES = 2000  # of a parameter are looked at one by one; of a larger one, SOME and the LARGEST
 SOME, LARGEST = 64, 16
@@ -34,12 +36,13 @@ DIRECTIONS = 2
 
 
 class Entry(NamedTuple):
-    """A derivative by one entry of one parameter, in two ways."""
+    """A derivative by one entry of one parameter, in two ways. unsure: how far both can be told."""
 
     parameter: int
     entry: int
     expected: float
     got: float
+    unsure: float
 
     def error(self, floor: float) -> float:
         """Relative, to no less than `floor`."""
@@ -50,13 +53,17 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check found. errors: the largest relative one of each parameter, by name. worst: None without entries."""
+    """What a check found. errors: the largest relative one of each parameter, by name. worst: None without entries.
+
+    kinks: how many derivatives are at one, where any value between the one-sided ones is right.
+    """
 
     errors: dict[str, float]
     worst: Entry | None
     looked_at: int
     total: int
     tolerance: float
+    kinks: int = 0
 
     @property
     def largest(self) -> float:
@@ -86,7 +93,7 @@ class _Ways:
             total += into
         return (total / weight).numpy()
 
-    def finite(self, direction: torch.Tensor, first: float) -> float:
+    def finite(self, direction: torch.Tensor, first: float) -> Found:
         """The derivative along a direction, by central differences of a first step and smaller ones."""
 
         def difference(step: float) -> float:
@@ -94,6 +101,17 @@ class _Ways:
             return (high - low) / (2 * step)
 
         return ridders(difference, first, self.size)
+
+    def sides(self, direction: torch.Tensor, step: float) -> tuple[float, float]:
+        """The derivatives to either side of the point along a direction, the smaller one first."""
+        here = self._loss(direction, 0.0)
+
+        def side(sign: float) -> float:
+            far, near = ((self._loss(direction, sign * s) - here) / (sign * s) for s in (step, step / 2))
+            return 2 * near - far
+
+        low, high = sorted((side(-1.0), side(1.0)))
+        return low, high
 
     def _loss(self, direction: torch.Tensor, step: float) -> float:
         flat = self.subject.flat
@@ -110,7 +128,14 @@ class _Ways:
         return sum(derivative for derivative, _ in sums) / sum(weight for _, weight in sums)
 
 
-def ridders(difference: Callable[[float], float], first: float, size: float) -> float:
+class Found(NamedTuple):
+    """A derivative, and an estimate of its error."""
+
+    value: float
+    error: float = 0.0
+
+
+def ridders(difference: Callable[[float], float], first: float, size: float) -> Found:
     """The limit of a central difference as its step goes to zero, from the steps whose error is estimated least.
 
     size: of the function's values, whose rounding a small step magnifies.
@@ -130,22 +155,26 @@ def ridders(difference: Callable[[float], float], first: float, size: float) -> 
                 best, error = row[column], estimate
         if index >= LEAST_ROWS and error <= max(ENOUGH * abs(best), 2 * rounding):
             break
-    return best
+    return Found(best, error)
 
 
-def _derivative(ways: _Ways, method: str, direction: torch.Tensor, step: float) -> float:
+def _derivative(ways: _Ways, method: str, direction: torch.Tensor, step: float) -> Found:
     if method == "finite":
         return ways.finite(direction, step)
     if method == "forward":
-        return ways.forward(direction)
-    return float(ways.own() @ direction.numpy())
+        return Found(ways.forward(direction))
+    return Found(float(ways.own() @ direction.numpy()))
 
 
-def _unit(subject: Subject, parameter: int, entries: NDArray[np.int64], signs: NDArray[np.float64]) -> torch.Tensor:
+def _along(subject: Subject, parameter: int, entries: NDArray[np.int64], by: NDArray[np.float64]) -> torch.Tensor:
     direction = torch.zeros_like(subject.flat)
     offset = subject.layout.parameters[parameter].offset
-    direction[torch.from_numpy(offset + entries)] = torch.from_numpy(signs)
+    direction[torch.from_numpy(offset + entries)] = torch.from_numpy(by)
     return direction
+
+
+def _unit(subject: Subject, parameter: int, entry: int) -> torch.Tensor:
+    return _along(subject, parameter, np.array([entry]), np.ones(1))
 
 
 def _scale(subject: Subject, parameter: int, entry: int | None = None) -> float:
@@ -156,21 +185,26 @@ def _scale(subject: Subject, parameter: int, entry: int | None = None) -> float:
     return max(usual, abs(float(values[entry])) if entry is not None else 0.0, 1e-3)
 
 
-def check_entries(subject: Subject, asked: tuple[str, list[tuple[int, int]], float], _shared: None) -> list[float]:
+def check_entries(subject: Subject, asked: tuple[str, list[tuple[int, int]], float], _shared: None) -> list[Found]:
     """Derivatives by some entries. asked: the method, (parameter, entry) of each, and one of FIRST_STEPS."""
     method, entries, step = asked
     ways = _Ways(subject)
     if method == "own":
         gradient = ways.own()
-        return [float(gradient[subject.layout.parameters[p].offset + entry]) for p, entry in entries]
+        return [Found(float(gradient[subject.layout.parameters[p].offset + entry])) for p, entry in entries]
     return [
-        _derivative(ways, method, _unit(subject, p, np.array([entry]), np.ones(1)), step * _scale(subject, p, entry))
-        for p, entry in entries
+        _derivative(ways, method, _unit(subject, p, entry), step * _scale(subject, p, entry)) for p, entry in entries
     ]
 
 
+def sides_of(subject: Subject, entries: list[tuple[int, int]], _shared: None) -> list[tuple[float, float]]:
+    """The one-sided derivatives by some entries, (parameter, entry) of each; the smaller one first."""
+    ways, step = _Ways(subject), FIRST_STEPS[-1]
+    return [ways.sides(_unit(subject, p, entry), step * _scale(subject, p, entry)) for p, entry in entries]
+
+
 def search_parameter(subject: Subject, asked: tuple[str, str, int, float], _shared: None) -> list[int]:
-    """Entries of one parameter whose derivatives differ, found by halves along directions of random signs.
+    """Entries of one parameter whose derivatives differ, found by halves along random directions.
 
     asked: two methods, the parameter, and the difference that counts.
     """
@@ -181,32 +215,34 @@ def search_parameter(subject: Subject, asked: tuple[str, str, int, float], _shar
     generator = np.random.default_rng(parameter)
     found: list[int] = []
 
-    def differ(entries: NDArray[np.int64], signs: NDArray[np.float64]) -> bool:
-        direction = _unit(subject, parameter, entries, signs)
+    def differ(entries: NDArray[np.int64], by: NDArray[np.float64]) -> bool:
+        direction = _along(subject, parameter, entries, by)
         scale = _scale(subject, parameter) / np.sqrt(len(entries))
-        for step in FIRST_STEPS:
+        for step in FIRST_STEPS if "finite" in (expected, got) else FIRST_STEPS[:1]:
             one = _derivative(ways, expected, direction, step * scale)
-            two = float(own @ direction.numpy()) if own is not None else _derivative(ways, got, direction, step * scale)
-            if abs(one - two) <= allowed:
+            two = (
+                Found(float(own @ direction.numpy()))
+                if own is not None
+                else _derivative(ways, got, direction, step * scale)
+            )
+            if abs(one.value - two.value) <= max(allowed, one.error + two.error):
                 return False
-            if "finite" not in (expected, got):
-                break
         return True
 
-    def search(entries: NDArray[np.int64], signs: NDArray[np.float64]) -> None:
+    def search(entries: NDArray[np.int64], by: NDArray[np.float64]) -> None:
         if len(entries) == 1:
             found.append(int(entries[0]))
             return
         middle = len(entries) // 2
         for half in (slice(None, middle), slice(middle, None)):
-            if len(found) < LARGEST and differ(entries[half], signs[half]):
-                search(entries[half], signs[half])
+            if len(found) < LARGEST and differ(entries[half], by[half]):
+                search(entries[half], by[half])
 
     everything = np.arange(numel, dtype=np.int64)
     for _ in range(DIRECTIONS):
-        signs = generator.choice([-1.0, 1.0], numel)
-        if not found and differ(everything, signs):
-            search(everything, signs)
+        by = generator.standard_normal(numel)  # errors of the same size do not cancel, as along signs
+        if not found and differ(everything, by):
+            search(everything, by)
     return found
 
 
@@ -235,7 +271,8 @@ def check_gradients(
         some = {*generator.choice(placed.numel, SOME, replace=False).tolist()}
         some |= {*np.argsort(views[index])[-LARGEST:].tolist()}
         entries += [(index, entry) for entry in sorted(some)]
-    searches = team.map(search_parameter, [(expected, got, index, tolerance * largest) for index in large])
+    limits = {index: MUCH * tolerance * max(float(views[index].max()), FLOOR * largest) for index in large}
+    searches = team.map(search_parameter, [(expected, got, index, limit) for index, limit in limits.items()])
     for done, (index, found) in enumerate(zip(large, searches, strict=True), start=1):
         say(f"searched {done} of {len(large)} large parameters")
         entries += [(index, entry) for entry in found if (index, entry) not in entries]
@@ -246,12 +283,52 @@ def check_gradients(
             place = found.parameter, found.entry
             nearest[place] = min(nearest.get(place, found), found, key=lambda pair: pair.error(floor))
         doubtful = [place for place in doubtful if nearest[place].error(floor) > MUCH * tolerance]
+    doubtful = [place for place, pair in nearest.items() if pair.error(floor) > tolerance]
+    kinks = 0
+    if "finite" in (expected, got) and doubtful:
+        kinks = _smooth_over(team, nearest, doubtful, floor, is_expected=expected == "finite")
+        doubtful = [place for place in doubtful if nearest[place].error(floor) > tolerance]
+        if doubtful and all(_is_unsure(nearest[place]) for place in doubtful):
+            p, entry = doubtful[0]
+            problem = (
+                f"central differences of a loss of {_Ways(subject).size:.3g} do not tell the derivative by "
+                f"{parameters[p].name}{subject.index_of(p, entry).tolist()} to {tolerance:g}"
+            )
+            raise TaskError(
+                "tolerance", f"{problem}, only to {nearest[doubtful[0]].unsure:.1g}; compare with forward mode"
+            )
     errors = {p.name: 0.0 for p in parameters}
     for pair in nearest.values():
         name = parameters[pair.parameter].name
         errors[name] = max(errors[name], pair.error(floor))
     worst = max(nearest.values(), key=lambda pair: pair.error(floor), default=None)
-    return Checked(errors, worst, len(entries), sum(p.numel for p in parameters), tolerance)
+    return Checked(errors, worst, len(entries), sum(p.numel for p in parameters), tolerance, kinks)
+
+
+def _is_unsure(pair: Entry) -> bool:
+    return abs(pair.expected - pair.got) <= pair.unsure
+
+
+def _smooth_over(
+    team: Team,
+    nearest: dict[tuple[int, int], Entry],
+    doubtful: list[tuple[int, int]],
+    floor: float,
+    *,
+    is_expected: bool,
+) -> int:
+    """Take for right what lies between the one-sided derivatives at a kink; how many there are."""
+    parts = shares(doubtful, max(1, min(len(doubtful), 8 * team.size)))
+    kinks = 0
+    for part, found in zip(parts, team.map(sides_of, [list(part) for part in parts]), strict=True):
+        for place, (low, high) in zip(part, found, strict=True):
+            pair = nearest[place]
+            other = pair.got if is_expected else pair.expected
+            width = high - low
+            if width > KINK * max(abs(low), abs(high), floor) and low - KINK * width <= other <= high + KINK * width:
+                nearest[place] = pair._replace(expected=other, got=other)
+                kinks += 1
+    return kinks
 
 
 def _compare(
@@ -265,7 +342,10 @@ def _compare(
     ways = (team.map(check_entries, [(method, list(part), step) for part in parts]) for method in methods)
     found: list[Entry] = []
     for part, one, two in zip(parts, *ways, strict=True):
-        found += [Entry(p, entry, e, g) for (p, entry), e, g in zip(part, one, two, strict=True)]
+        found += [
+            Entry(p, entry, e.value, g.value, e.error + g.error)
+            for (p, entry), e, g in zip(part, one, two, strict=True)
+        ]
         say(f"compared {len(found)} of {len(entries)} derivatives")
     return found
 
@@ -288,4 +368,5 @@ def as_json(checked: Checked, subject: Subject) -> dict[str, Any]:
         "parameters": checked.errors,
         "entries_compared": checked.looked_at,
         "entries": checked.total,
+        "kinks": checked.kinks,
     }

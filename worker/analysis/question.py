@@ -17,8 +17,8 @@ class Question:
     """A task at one point.
 
     model: as a rehearsal described it. num_samples: of the training data that are looked at, from the first one on.
-    weights: a model.safetensors to take the parameters from; nothing: the task's own. freezes: dropout is off, and
-    batch statistics are constant.
+    weights: a model.safetensors to take the parameters from; nothing: the task's own. evaluates_with_gradients, caches,
+    loss_counts: as a JobConfig has them. freezes: dropout is off, and batch statistics are constant.
     """
 
     freezes: ClassVar[bool] = False
@@ -26,6 +26,9 @@ class Question:
     model: ModelDescription
     num_samples: int
     weights: str = ""
+    evaluates_with_gradients: bool = False
+    caches: tuple[str, ...] = ()
+    loss_counts: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,14 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch.utils import _pytree
 
+from ps.parameters.description import ModelDescription
 from ps.parameters.layout import Layout, build_layout
 from steepest.spec import ESTIMATE, REVERSE
 from steepest.task import AnalyticTask, Task
-from worker.analysis.double import in_double
+from worker.analysis.double import in_double, widened
 from worker.analysis.question import Question
 from worker.gradients.analytic import AnalyticEngine
 from worker.gradients.backend import CpuBackend
-from worker.gradients.engine import Direction, InPartsError, LossError, Measured
+from worker.gradients.engine import Direction, InPartsError, LossError, Measured, Rehearsed
 from worker.gradients.losses import LossValue
 from worker.gradients.products import CurvatureError, outputs_of
 from worker.gradients.seeding import COMPUTE, DATA, seed_all
@@ -28,13 +29,9 @@ from worker.gradients.slopes import engine_of, slope_of
 from worker.gradients.torch_engine import TorchEngine
 from worker.task.load import TaskError, initialize, load_task
 from worker.task.model import conduct_of, describe_model
-from worker.task.state import roots
+from worker.task.state import TaskState
 
 _NEEDS_TORCH = "{} needs a task of torch; this is an AnalyticTask, whose gradient is all that is known"
-_NARROW = (
-    "the loss is of {}, though parameters and data are of float64: something in it converts to a type of its own, and "
-    "differences of rounded values tell nothing; convert to the type of the input instead, or compare with forward mode"
-)
 MAX_JACOBIAN_NUMEL = 250_000_000
 
 
@@ -54,16 +51,17 @@ class Subject:
         if question.freezes and isinstance(task, AnalyticTask):
             raise TaskError("task", _NEEDS_TORCH.format("curvature"))
         initialize(task, question.weights or spec.init_from, strict=bool(question.weights) or spec.init_strict)
-        task = _doubled(task)
+        description = _wide(describe_model(task, conduct_of(question.model, task)))
+        task = _in_float64(task)
         self._task = task
-        description = describe_model(task, conduct_of(question.model, task))
         self.layout: Layout = build_layout(description)
         self._engine: AnalyticEngine | TorchEngine
         if isinstance(task, AnalyticTask):
             self._engine = AnalyticEngine(task, self.layout)
         else:
             way = REVERSE if question.freezes or spec.derivative == ESTIMATE else spec.derivative
-            self._engine = engine_of(way)(task, description, self.layout, self._backend)
+            known = Rehearsed(question.evaluates_with_gradients, question.caches, counts=question.loss_counts)
+            self._engine = engine_of(way)(task, description, self.layout, self._backend, known=known)
         self.flat = torch.zeros(self.layout.numel, dtype=torch.float64)
         self._engine.write_initial(self.flat)
         self._engine.bind(self.flat)
@@ -76,14 +74,12 @@ class Subject:
         ]
 
     def loss(self, leaf: int) -> tuple[float, float]:
-        """(loss sum, weight) of a micro-batch. Raises TaskError for one that is not of float64."""
+        """(loss sum, weight) of a micro-batch."""
         if isinstance(self._engine, AnalyticEngine):
             return self.gradient(leaf, torch.zeros_like(self.flat))
-        with torch.no_grad():
+        with torch.set_grad_enabled(self._engine.evaluates_with_gradients):
             found = self._forward(leaf)
-        if found.value.dtype != torch.float64:
-            raise TaskError("task.model", _NARROW.format(found.value.dtype))
-        return float(found.value) * found.factor, found.weight
+        return found.value.item() * found.factor, found.weight
 
     def gradient(self, leaf: int, into: torch.Tensor) -> tuple[float, float]:
         """(loss sum, weight) of a micro-batch; the gradient of the sum goes to `into`, shape (layout.numel,)."""
@@ -160,9 +156,10 @@ class Subject:
             )
             raise TaskError("jacobian", f"{problem}; ask for fewer samples")
         rows = torch.zeros(len(flat), self.layout.numel, dtype=torch.float64)
-        for row, output in zip(rows, flat, strict=True):
-            found = torch.autograd.grad(output, engine.parameters, retain_graph=True, allow_unused=True)
-            self._write(row, found)
+        with in_double():  # what is computed again
+            for row, output in zip(rows, flat, strict=True):
+                found = torch.autograd.grad(output, engine.parameters, retain_graph=True, allow_unused=True)
+                self._write(row, found)
         return rows.numpy()
 
     def _forward(self, leaf: int) -> LossValue:
@@ -207,17 +204,35 @@ def _told() -> Iterator[None]:
 
 
 def _double(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.to(torch.float64)
-    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
-        return value.astype(np.float64)
-    return value
+    if isinstance(value, np.ndarray):
+        return value.astype({"f": np.float64, "c": np.complex128}.get(value.dtype.kind, value.dtype))
+    return widened(value)
 
 
-def _doubled(task: Task | AnalyticTask) -> Task | AnalyticTask:
+def _wide(model: ModelDescription) -> ModelDescription:
+    """The same model in float64."""
+    parameters = (
+        dataclasses.replace(p, dtype="float64", held="complex128" if p.is_complex else "") for p in model.parameters
+    )
+    return dataclasses.replace(model, parameters=tuple(parameters))
+
+
+def _in_float64(task: Task | AnalyticTask) -> Task | AnalyticTask:
+    """The same task. Tensors over the memory of others stay there."""
     if isinstance(task, AnalyticTask):
         wide = {name: np.asarray(value, np.float64) for name, value in task.parameters.items()}
         return dataclasses.replace(task, parameters=wide)
-    for _, root in roots(task):
-        root.to(torch.float64)
+    state = TaskState.of(task)
+    with torch.no_grad():
+        for parameter in [*state.parameters.values(), *state.constants.values()]:
+            parameter.data = widened(parameter.data)
+        for place in state.buffers.values():
+            if place.tensor is not None:
+                place.bind(widened(place.tensor))
+        for alias in state.aliases.values():
+            view = alias.over(state.parameters[alias.description.of].data)
+            if alias.place is None:
+                alias.tensor.data = view
+            else:
+                alias.place.bind(view)
     return task

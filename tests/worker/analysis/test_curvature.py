@@ -47,6 +47,27 @@ def valley() -> steepest.Task:
     return steepest.Task(model=Point(), batch_loss=lambda model, batch: model(batch[0]), train_data=rows)
 
 
+def labelled() -> steepest.Task:
+    """A model whose loss is the mean over the labels that count; of half of the samples nearly none do."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(5, 3)
+
+        def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": nn.functional.cross_entropy(self.inner(inputs).flatten(0, 1), labels.flatten())}
+
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {"inputs": torch.randn(6, 5, generator=generator), "labels": torch.randint(0, 3, (6,), generator=generator)}
+        for _ in range(8)
+    ]
+    for row in rows[:4]:
+        row["labels"][1:] = -100
+    return steepest.Task(model=Net(), train_data=rows)
+
+
 def once() -> steepest.Task:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -60,12 +81,14 @@ def once() -> steepest.Task:
     return steepest.Task(model=Net(), loss=nn.MSELoss(), train_data=rows)
 
 
-def team(function: str, samples: int, size: int = 1, micro_batch: int = 32, **arguments: Any) -> Team:
+def team(
+    function: str, samples: int, size: int = 1, micro_batch: int = 32, loss_counts: str = "", **arguments: Any
+) -> Team:
     reference = {"module": TASKS, "function": function, "arguments": arguments}
     data = {"global_batch": micro_batch, "micro_batch": micro_batch}
     spec = spec_from_dict({"task": reference, "epochs": 1, "data": data})
     model = describe_model(load_task(spec.task, None, spec.seed))
-    question = CurvatureQuestion(spec, model, samples, top=5, matrix="hessian", jacobian=0)
+    question = CurvatureQuestion(spec, model, samples, top=5, matrix="hessian", jacobian=0, loss_counts=loss_counts)
     return local_team(question, size)
 
 
@@ -115,6 +138,15 @@ def moved(own: nn.Module, its: Team) -> nn.Module:
     for placed, view in zip(layout.parameters, layout.views(its.subject.flat), strict=True):
         own.get_parameter(placed.name).data.copy_(view)
     return own
+
+
+def test_the_loss_is_the_mean_over_what_counts_however_it_is_cut() -> None:
+    (loss, whole), (again, parts) = (
+        team("labelled", 8, micro_batch=n, loss_counts="labels").gradient() for n in (8, 4)
+    )
+    assert again == pytest.approx(loss, rel=1e-12)
+    assert parts == pytest.approx(whole, rel=1e-12, abs=1e-15)
+    assert team("labelled", 8, micro_batch=4).gradient()[0] != pytest.approx(loss, rel=1e-3)  # the samples' mean
 
 
 def test_gauss_newton_products_are_those_of_the_dense_matrix() -> None:
