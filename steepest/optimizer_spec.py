@@ -283,12 +283,17 @@ class ClassSpec(OptimizerSpec):
 
 
 def _kind(raw: Any) -> str:
-    name = str(raw["name"] if isinstance(raw, Mapping) else raw.name)
+    name = str(raw["name"] if isinstance(raw, Mapping) else getattr(raw, "name", raw))
     return CLASS if ":" in name else name
 
 
 def _named(raw: Any) -> Any:
-    """The default optimizer where none is named; a null, as job files and older databases have it, is no value."""
+    """The default optimizer where none is named; a name alone is that one with its defaults.
+
+    A null, as job files and older databases have it, is no value.
+    """
+    if isinstance(raw, str):
+        return {"name": raw}
     if not isinstance(raw, Mapping):
         return raw
     return {"name": DEFAULT_OPTIMIZER, **{key: value for key, value in raw.items() if value is not None}}

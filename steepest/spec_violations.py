@@ -33,15 +33,37 @@ def violation(error: dict[str, Any], root: type[BaseModel]) -> Violation:
             own += "; what else the class takes goes into options" if optimizer is ClassSpec else ""
             return Violation(path, f"no such field of {name}; allowed: {own}")
         case "extra_forbidden":
-            parent = root
-            for part in loc[:-1]:
-                if part.isdigit():  # of a list
-                    continue
-                annotation = parent.model_fields[part].annotation
-                annotation = next(iter(get_args(annotation)), None) if get_origin(annotation) is tuple else annotation
-                parent = annotation if isinstance(annotation, type) else parent
-            return Violation(path, f"no such field; allowed: {', '.join(parent.model_fields)}")
+            parent = _model_at(root, loc[:-1])
+            meant = _homes(root, loc[-1]) if parent is root else []
+            hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+            return Violation(path, f"no such field{hint}; allowed: {', '.join(parent.model_fields)}")
+        case "model_type":
+            fields = ", ".join(_model_at(root, loc).model_fields)
+            return Violation(path, f"{error['input']!r} is no table of fields; it takes {fields}")
         case "missing":
             return Violation(path, "is required")
     message = error["msg"].replace("Input should be", "must be")
     return Violation(path, f"{error['input']!r} {message[:1].lower()}{message[1:]}")
+
+
+def _model_at(root: type[BaseModel], loc: list[str]) -> type[BaseModel]:
+    """The class of the part of the spec at a path."""
+    parent = root
+    for part in loc:
+        if part.isdigit():  # of a list
+            continue
+        annotation = parent.model_fields[part].annotation
+        if get_origin(annotation) is tuple:
+            annotation = next(iter(get_args(annotation)), None)
+        own = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type)]
+        parent = next((each for each in own if issubclass(each, BaseModel)), parent)
+    return parent
+
+
+def _homes(root: type[BaseModel], name: str) -> list[str]:
+    """Paths of fields of this name in the parts of the spec."""
+    found = ["optimizer"] if any(name in optimizer.model_fields for optimizer in OPTIMIZERS.values()) else []
+    for part, field in root.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += [part] if name in field.annotation.model_fields else []
+    return [f"{part}.{name}" for part in found]

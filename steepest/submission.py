@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from steepest.bundle import MAX_DATA_BYTES, Bundle, bundle_task
+from steepest.errors import SpecError, Violation
 from steepest.spec import TrainingJobSpec, spec_from_dict
 
 
@@ -14,6 +15,9 @@ def check_submission(
     task: str, arguments: Mapping[str, Any], spec: Mapping[str, Any]
 ) -> tuple[Bundle, TrainingJobSpec]:
     """All that can be told of a submission without a service. Raises SpecError."""
+    if not isinstance(task, str):
+        problem = f"{task!r} is no text; name the function as 'path/to/file.py:function' or 'package.module:function'"
+        raise SpecError([Violation("task", problem)])
     optimizer = spec.get("optimizer")
     name = str(optimizer.get("name", "")) if isinstance(optimizer, Mapping) else ""
     bundle = bundle_task(task, also=name.partition(":")[0] if ":" in name else "")

@@ -41,7 +41,10 @@ def _check_best(spec: TrainingJobSpec, description: TaskDescription) -> None:
     """Raises SpecError when there is no such metric."""
     if not spec.best.is_on:
         return
-    metrics = ["loss", *description.metric_names] if description.num_evaluation_samples else []
+    if not description.num_evaluation_samples:
+        problem = "the best checkpoint, and patience, go by evaluations, and the task has no eval_data"
+        raise SpecError([Violation("best", problem)])
+    metrics = ["loss", *description.metric_names]
     if spec.best.metric_name not in metrics:
         problem = f"{spec.best.metric_name!r} is not evaluated by the task; there are: {', '.join(metrics) or 'none'}"
         raise SpecError([Violation("best.metric", problem)])

@@ -19,6 +19,7 @@ from steepest.spec import (
     TrainingJobSpec,
     spec_from_dict,
 )
+from steepest.submission import check_submission
 
 TASK = {"module": "train", "function": "digits"}
 
@@ -62,6 +63,11 @@ def spec(**raw: Any) -> TrainingJobSpec:
         ({"steps": None}, "spec", ["steps, epochs", "neither"]),
         ({"epochs": 3}, "spec", ["steps = 10", "epochs = 3", "exactly one"]),
         ({"stesp": 3}, "stesp", ["no such field", "steps"]),
+        ({"lr": 0.1}, "lr", ["did you mean optimizer.lr?"]),
+        ({"workers": 2}, "workers", ["did you mean placement.workers?"]),
+        ({"schedule": "cosine"}, "schedule", ["'cosine' is no table of fields", "name, warmup_steps"]),
+        ({"clip": {"agc": 3}}, "clip.agc", ["3 is no table of fields", "clipping"]),
+        ({"optimizer": 3}, "optimizer.name", ["'3' is not an optimizer"]),
         ({"sync": {"mode": "async"}}, "sync.mode", ["async", "sync"]),
         ({"sync": {"staleness": 2}}, "sync.staleness", ["2", "less than or equal to 0"]),
     ],
@@ -184,3 +190,13 @@ def test_parts_are_nodes_of_the_tree_and_no_more_than_asked_for(num_micro_batche
     assert size.bit_count() == 1
     assert -(-num_micro_batches // size) <= parts
     assert size == 1 or -(-num_micro_batches // (size // 2)) > parts
+
+
+def test_a_name_alone_is_an_optimizer_with_its_defaults() -> None:
+    raw = {"task": {"module": "m", "function": "f"}, "steps": 1}
+    assert spec_from_dict({**raw, "optimizer": "adam"}) == spec_from_dict({**raw, "optimizer": {"name": "adam"}})
+
+
+def test_a_task_that_is_no_text_is_refused() -> None:
+    with pytest.raises(SpecError, match="is no text; name the function as"):
+        check_submission(print, {}, {"steps": 1})  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import steepest
 from tests.support.brought_base import NUM_SAMPLES, WIDTH, Line, inputs, sums, task_of
+from tests.support.brought_losses import *  # noqa: F403
 from tests.support.brought_parameters import *  # noqa: F403  # all are found under this module's name
 from tests.support.brought_state import *  # noqa: F403
 from tests.support.brought_types import *  # noqa: F403

@@ -6,6 +6,7 @@ a function of (seed, epoch) alone. A position that was read a while ago is read 
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -21,6 +22,7 @@ from worker.data.randomness import OwnRandomness, epoch_seed
 
 KEPT_STEPS = 3
 READ_AT_ONCE = 32
+COUNT_SECONDS = 60.0  # that a stream may take to be read once at submission
 
 
 def is_stream(data: Any) -> bool:
@@ -33,8 +35,9 @@ def is_stream(data: Any) -> bool:
 def count(data: Any, most: int | None) -> int:
     """How many samples a stream has; with `most`, no more than so many are read.
 
-    Raises DataError for one that can be read only once.
+    Raises DataError for one that can be read only once, or that does not end in time.
     """
+    deadline = time.monotonic() + COUNT_SECONDS
     with OwnRandomness(0).used():
         iterator = iter(data)
         if iterator is data:
@@ -50,6 +53,11 @@ def count(data: Any, most: int | None) -> int:
             found += 1
             if found == most:
                 break
+            if time.monotonic() > deadline:
+                raise DataError(
+                    f"it has not ended after {found:,} samples and {COUNT_SECONDS:.0f} s of reading: give the job "
+                    "steps instead of epochs, or give the data a __len__"
+                )
         return found
 
 

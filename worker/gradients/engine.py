@@ -52,6 +52,10 @@ class LossError(Exception):
     """The user's loss function returned something that is not a loss. The message says what is wrong."""
 
 
+class MetricError(LossError):
+    """A metric of the user's returned something that is no number."""
+
+
 class StateError(Exception):
     """User code changed something that a worker must not keep for itself. The message says what, and what to do."""
 
@@ -126,14 +130,15 @@ class Engine(Protocol):
 def measure_metrics(
     metrics: Mapping[str, Callable[[Any, Any], Any]], outputs: Any, targets: Any, num_samples: int
 ) -> tuple[float, ...]:
-    """Each metric's sum over the samples. Raises LossError for one that returns no number."""
+    """Each metric's sum over the samples. Raises MetricError for one that returns no number."""
     values = []
     for name, metric in metrics.items():
         value = metric(outputs, targets)
         try:
             values.append(float(value) * num_samples)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise LossError(f"the metric {name!r} must return a number; it returned {type(value).__name__}") from error
+            kind = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise MetricError(f"the metric {name!r} must return a number, the mean; it returned {kind}") from error
     return tuple(values)
 
 

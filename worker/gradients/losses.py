@@ -144,6 +144,11 @@ def _is_weight(value: Any) -> bool:
     """Raises LossError for a tensor that may be a weight or the output for one sample."""
     if not isinstance(value, torch.Tensor):
         return isinstance(value, numbers.Number | np.generic)
+    if value.numel() == 1 and value.requires_grad:
+        raise LossError(
+            "batch_loss returned two values that depend on parameters, and the second would be the weight of the "
+            "first: return their sum, or the second as a number to be logged, (loss, {name: value.item()})"
+        )
     if value.dim() == 1 and value.numel() == 1:
         raise LossError(
             "batch_loss returned a tensor of shape (1,) beside the loss, which may be a weight or the output for one "

@@ -83,6 +83,7 @@ class TorchEngine:
         self.activations: Activations | None = Activations(roots(task))
         self._modes = Modes(modules)
         self._is_frozen = False
+        self.scale = 1.0  # of what backward begins from; gradients are as many times as large
         self._caches = Caches(roots(task), known.caches)
         self._flat = torch.empty(0)
         self._on_device = torch.empty(0)
@@ -151,7 +152,13 @@ class TorchEngine:
         if goal is not None:
             # Backward of factor * goal, as goal.backward(factor) comes to after 20 us of checks.
             _run_backward(
-                (goal,), (self._factor(factor, goal),), False, False, (), allow_unreachable=True, accumulate_grad=True
+                (goal,),
+                (self._factor(factor * self.scale, goal),),
+                False,
+                False,
+                (),
+                allow_unreachable=True,
+                accumulate_grad=True,
             )
         self._sink.finish()
         self.check_parameters()

@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils import _pytree
 
+from steepest.spec import REVERSE
 from steepest.task import Task
 from worker.data.streams import is_stream
 from worker.gradients.losses import COUNTS, IGNORED, loss_of
 from worker.gradients.torch_engine import TorchEngine
 from worker.rehearsal.passes import Passes
+from worker.rehearsal.words import same
 from worker.task.load import TaskError
 
 QUICK_SECONDS = 0.2  # a micro-batch that takes less is compared over whole steps, several times
@@ -39,6 +42,8 @@ _NOT_COMPARED = (
     "the task cannot take a batch larger than a micro-batch, so it could not be checked that a step in several "
     "micro-batches gives what it gives in one"
 )
+
+SCALE = 256.0  # of losses that backward begins from, to see whether gradients follow
 
 Parts = Sequence[NDArray[np.int64]]
 
@@ -65,6 +70,7 @@ def compare_parts(passes: Passes) -> Compared:
 
     Raises TaskError when loss or gradient differ, but for what couples the samples of a batch or draws numbers.
     """
+    _check_weight(passes, passes.sampler.indices(0, 0)[: 2 * MAX_PARTS])
     data, task, engine = passes.spec.data, passes.task, passes.engine
     found = Compared()
     if data.num_micro_batches == 1 or passes.num_samples <= data.micro_batch_size:
@@ -159,15 +165,16 @@ def _compare(passes: Passes, parts: Parts, found: Compared) -> str | None:
     total.zero_()
     losses, weight, norms = [], 0.0, 0.0
     began = time.perf_counter()
-    for indices in parts:
-        measured = passes.compute(indices, part)
+    batches, joined = _fetched(passes, parts)
+    for indices, batch in zip(parts, batches, strict=True):
+        measured = passes.compute(indices, part, batch=batch)
         losses.append(measured.loss)
         weight += measured.weight
         norms += _norm(part)
         total.add_(part)
     middle = time.perf_counter()
     try:
-        together = passes.compute(np.concatenate(parts), reference)
+        together = passes.compute(np.concatenate(parts), reference, batch=joined)
     except TaskError:
         found.warnings.append(("not_compared", _NOT_COMPARED))
         return None
@@ -193,6 +200,82 @@ def _compare(passes: Passes, parts: Parts, found: Compared) -> str | None:
         "Return (sum, weight) from batch_loss, or give the task loss_weight(batch), what the mean is over: the "
         "number of targets that count, say. A loss that compares the samples of a batch with each other needs the "
         f"step in one piece: micro_batch = {passes.spec.data.global_batch}"
+    )
+
+
+def _fetched(passes: Passes, parts: Parts) -> tuple[list[Any], Any]:
+    """The batch of each part, and that of all: None, to be fetched, unless samples are others every time."""
+    batches = [passes.fetch(indices) for indices in parts]
+    if same(passes.fetch(parts[0], seed=1), passes.fetch(parts[0], seed=2)):
+        return batches, None
+    return batches, _joined(batches, [len(indices) for indices in parts])
+
+
+def _joined(batches: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """One batch of several, whose tensors all have a row for each sample; None for others."""
+    flat = [_pytree.tree_flatten(batch) for batch in batches]
+    leaves = [own for own, _ in flat]
+    if any(structure != flat[0][1] for _, structure in flat):
+        return None
+    for own, size in zip(leaves, sizes, strict=True):
+        if not all(isinstance(leaf, torch.Tensor) and leaf.dim() and len(leaf) == size for leaf in own):
+            return None
+    columns = list(zip(*leaves, strict=True))
+    if any(len({leaf.shape[1:] for leaf in column}) > 1 for column in columns):
+        return None
+    return _pytree.tree_unflatten([torch.cat(column) for column in columns], flat[0][1])
+
+
+def _check_weight(passes: Passes, indices: NDArray[np.int64]) -> None:
+    """Raises TaskError for a weight of the user's own that is not that of the parts, added up."""
+    task, engine = passes.task, passes.engine
+    own = isinstance(task, Task) and (task.batch_loss is not None or task.loss_weight is not None)
+    if not own or not isinstance(engine, TorchEngine) or len(indices) < 2:
+        return
+    parts = np.array_split(indices, 2)
+    with engine.frozen():
+        batches, joined = _fetched(passes, parts)
+        if joined is None and not same(passes.fetch(parts[0], seed=1), passes.fetch(parts[0], seed=2)):
+            return
+        try:
+            weights = [passes.compute(i, batch=batch).weight for i, batch in zip(parts, batches, strict=True)]
+            whole = passes.compute(np.concatenate(parts), batch=joined).weight
+        except TaskError:  # not with batches of this size
+            return
+    if math.isclose(sum(weights), whole, rel_tol=1e-6):
+        return
+    what = "batch_loss returned" if isinstance(task, Task) and task.loss_weight is None else "loss_weight gave"
+    halves = " and ".join(f"{weight:.6g}" for weight in weights)
+    raise TaskError(
+        "task.batch_loss" if isinstance(task, Task) and task.batch_loss is not None else "task.loss_weight",
+        f"{what} {whole:.6g} as the weight of {sum(map(len, parts))} samples and {halves} for their halves; a weight "
+        "is what the loss sum is divided by, and adds up. To have a number logged, return (loss, {name: number}); for "
+        "a mean over something else, in steps that are one micro-batch, return the mean alone",
+    )
+
+
+def check_linear(passes: Passes, indices: NDArray[np.int64]) -> None:
+    """Raises TaskError for a backward pass whose gradient does not follow the loss, as one that clips does not."""
+    engine = passes.engine
+    if not isinstance(engine, TorchEngine) or passes.spec.derivative != REVERSE:
+        return
+    small, large = passes.gradient("part"), passes.gradient("total")
+    try:
+        for engine.scale, into in ((1 / SCALE, small), (SCALE, large)):
+            passes.compute(indices, into)
+    finally:
+        engine.scale = 1.0
+    large.div_(SCALE)
+    small.mul_(SCALE)
+    size, off = max(_norm(small), _norm(large)), _norm(large.sub_(small))
+    if not np.isfinite([size, off]).all() or off <= tolerance_of(passes) * size + 1e-7:
+        return
+    raise TaskError(
+        "task.model",
+        f"from a loss that is {SCALE**2:g} times as large, backward gives a gradient that is not, by {off / size:.1%}: "
+        "a hook or an autograd.Function changes gradients on their way, as by clipping them, or the loss function "
+        "calls backward itself. Workers go backward from sums of losses, so this would not be what a loop over batches "
+        "does. Clip by the job's clip.norm, clip.value or clip.agc, and add up losses instead of calling backward",
     )
 
 
@@ -222,11 +305,10 @@ def _is_random(passes: Passes, indices: NDArray[np.int64]) -> bool:
     return passes.compute(indices, seed=1).loss != passes.compute(indices, seed=2).loss
 
 
-def _outputs(passes: Passes, task: Task, parts: Parts) -> list[tuple[Any, Any]]:
+def _outputs(passes: Passes, task: Task, batches: Sequence[Any]) -> list[tuple[Any, Any]]:
     """(outputs, targets) of the model for each batch."""
     found = []
-    for part in parts:
-        *inputs, targets = passes.fetch(part)
+    for *inputs, targets in batches:
         passes.seed()
         with torch.no_grad():
             found.append((task.model(*inputs), targets))
@@ -235,19 +317,20 @@ def _outputs(passes: Passes, task: Task, parts: Parts) -> list[tuple[Any, Any]]:
 
 def _couples(passes: Passes, task: Task, parts: Parts) -> bool:
     """Whether the model's outputs for a sample depend on the others in its batch, as with batch norm."""
-    apart = [outputs for outputs, _ in _outputs(passes, task, parts)]
-    whole = _outputs(passes, task, [np.concatenate(parts)])[0][0]
+    batches, joined = _fetched(passes, parts)
+    together = passes.fetch(np.concatenate(parts)) if joined is None else joined
+    *apart, whole = [outputs for outputs, _ in _outputs(passes, task, [*batches, together])]
     if not all(isinstance(outputs, torch.Tensor) for outputs in [whole, *apart]):
         return False
-    joined = torch.cat(apart)
+    both = torch.cat(apart)
     tolerance = tolerance_of(passes)
-    return joined.shape != whole.shape or not torch.allclose(joined, whole, rtol=tolerance, atol=tolerance)
+    return both.shape != whole.shape or not torch.allclose(both, whole, rtol=tolerance, atol=tolerance)
 
 
 def _adds_up(passes: Passes, task: Task, parts: Parts) -> bool:
     """Whether the loss alone, of the outputs that the model gives for micro-batches, is a mean by the weights."""
     weighed = loss_of(replace(task, model=_Given()))
-    found = _outputs(passes, task, parts)
+    found = _outputs(passes, task, [passes.fetch(part) for part in parts])
     whole = torch.cat([outputs for outputs, _ in found]), torch.cat([targets for _, targets in found])
     sizes = [len(part) for part in parts]
     with torch.no_grad():

@@ -24,7 +24,7 @@ from worker.data.sources import Source
 from worker.gradients.analytic import AnalyticEngine
 from worker.gradients.backend import CpuBackend
 from worker.gradients.curvature import measure_curvature
-from worker.gradients.engine import Direction, Engine, InPartsError, LossError, Measured, StateError
+from worker.gradients.engine import Direction, Engine, InPartsError, LossError, Measured, MetricError, StateError
 from worker.gradients.products import CurvatureError
 from worker.gradients.seeding import COMPUTE, DATA, EVALUATE, seed_all
 from worker.gradients.torch_engine import TorchEngine, written_to
@@ -86,10 +86,10 @@ class Passes:
             self._gradients[name] = torch.zeros(self.layout.numel, dtype=self.layout.dtype)
         return self._gradients[name]
 
-    def fetch(self, indices: NDArray[np.int64], source: Source | None = None) -> Any:
+    def fetch(self, indices: NDArray[np.int64], source: Source | None = None, seed: int | None = None) -> Any:
         """The batch of some samples of the training data. Raises TaskError."""
         with blamed("task.train_data", f"fetching the samples {some(indices)} of train_data"):
-            seed_all(self.spec.seed, DATA, 0, 0, backend=self._backend)
+            seed_all(self.spec.seed if seed is None else seed, DATA, 0, 0, backend=self._backend)
             self.fetched = (source or self.engine.train_source).batch(indices)
             return self.fetched
 
@@ -100,9 +100,13 @@ class Passes:
         *,
         what: str = "the first micro-batch",
         seed: int | None = None,
+        batch: Any = None,
     ) -> Measured:
-        """Forward and backward; the gradient of the loss sum goes to `into`. Raises TaskError."""
-        batch = self.alter(self.fetch(indices), indices)
+        """Forward and backward; the gradient of the loss sum goes to `into`. Raises TaskError.
+
+        batch: of these samples, where it has been fetched.
+        """
+        batch = self.alter(self.fetch(indices) if batch is None else batch, indices)
         views = self.layout.views(self.gradient("any") if into is None else into)
         with blamed("task", f"forward and backward of {what} ({len(indices)} samples)"):
             self.seed(seed)
@@ -200,7 +204,8 @@ def blamed(field: str, what: str) -> Iterator[None]:
     except (TaskError, InPartsError):
         raise
     except LossError as error:
-        raise TaskError("task.loss" if field == "task" else field, str(error)) from error
+        found = "task.metrics" if isinstance(error, MetricError) else "task.loss"
+        raise TaskError(found if field == "task" else field, str(error)) from error
     except StateError as error:
         raise TaskError("task.model", str(error)) from error
     except Exception as error:

@@ -21,7 +21,13 @@ from worker.gradients.losses import IGNORED
 from worker.gradients.recompute import RecomputeError, checkpoint_activations
 from worker.gradients.seeding import EVALUATE
 from worker.gradients.torch_engine import TorchEngine
-from worker.rehearsal.comparison import choose_counts, compare_parts, depends_on_the_cut, tolerance_of
+from worker.rehearsal.comparison import (
+    check_linear,
+    choose_counts,
+    compare_parts,
+    depends_on_the_cut,
+    tolerance_of,
+)
 from worker.rehearsal.conduct import trainable, watch_first_pass
 from worker.rehearsal.derivative import compare_way
 from worker.rehearsal.hidden_state import differences
@@ -143,6 +149,7 @@ def rehearse(
 
 def _check_what_it_asks_for(passes: Passes, indices: NDArray[np.int64]) -> None:
     """Raises TaskError when something of the spec does not go with the task."""
+    check_linear(passes, indices)
     _check_compiling(passes, indices)
     _check_second_derivatives(passes, indices)
     compare_way(passes, indices)

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import itertools
 from collections import namedtuple
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 import steepest
+from worker.data import streams
+from worker.data.loader import DataError
 from worker.data.sources import ArraySource, DatasetSource, source_of, to_device
 
 INDICES = np.array([3, 0, 2])
@@ -74,3 +79,14 @@ def test_any_nesting_moves_to_a_device() -> None:
     assert moved["a"][1] == "text"
     assert isinstance(moved["b"], Pair)
     assert moved["b"].y[0].device.type == "meta"
+
+
+def test_a_stream_without_an_end_is_not_counted_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless(IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return itertools.count()
+
+    monkeypatch.setattr(streams, "COUNT_SECONDS", 0.05)
+    with pytest.raises(DataError, match=r"has not ended after [\d,]+ samples.*give the job steps instead of epochs"):
+        streams.count(Endless(), None)
+    assert streams.count(Endless(), 5) == 5

@@ -81,10 +81,43 @@ def test_what_would_go_wrong_is_refused_with_cause_and_cure(
 
 
 @pytest.mark.parametrize(
+    ("function", "arguments", "field", "said"),
+    [
+        ("clamped_gradients", {}, "task.model", r"65536 times as large.*a hook.*clip\.value"),
+        ("odd_loss", {"kind": "backward"}, "task.model", r"calls backward itself.*add up losses"),
+        (
+            "odd_loss",
+            {"kind": "accuracy"},
+            "task.batch_loss",
+            r"as the weight of 16 samples.*\(loss, \{name: number\}\)",
+        ),
+        ("odd_loss", {"kind": "item"}, "task.batch_loss", r"and adds up"),
+        ("odd_loss", {"kind": "two"}, "task.loss", r"two values that depend on parameters.*return their sum"),
+        ("odd_loss", {"kind": "metric"}, "task.metrics", r"'error' must return a number.*tensor of shape \[64\]"),
+    ],
+)
+def test_what_is_no_loop_over_batches_is_refused_in_one_piece_too(
+    function: str, arguments: dict[str, Any], field: str, said: str
+) -> None:
+    with pytest.raises(RefusedError, match=f"(?s){said}") as refused:
+        rehearsed(f"{BROUGHT}:{function}", arguments=arguments, epochs=3, data={"micro_batch": 64})
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.001, 0.5])
+def test_a_loss_that_is_no_mean_is_found_in_samples_that_are_others_every_time(noise: float) -> None:
+    with pytest.raises(RefusedError, match="not a mean over the samples"):
+        rehearsed(f"{BROUGHT}:padded", arguments={"noise": noise}, epochs=1)
+
+
+def test_samples_that_are_others_every_time_are_no_coupling() -> None:
+    assert not rehearsed(f"{BROUGHT}:padded", arguments={"noise": 0.5, "counted": True}, epochs=1).warnings
+
+
+@pytest.mark.parametrize(
     ("function", "raw"),
     [
         ("contrastive", {"data": {"micro_batch": 64}}),
-        ("clamped_gradients", {"data": {"micro_batch": 64}}),
         ("ignored_targets", {"data": {"micro_batch": 64}, "arguments": {"kind": "own"}}),
         ("last_batch_of_one", {"data": {"global_batch": 65, "micro_batch": 13}}),
         ("plain_line", {}),
