@@ -25,6 +25,9 @@ def odd_loss(kind: str) -> steepest.Task:
                 return loss, (errors < 1.0).float().mean()
             case "item":
                 return loss, loss.item()
+            case "drawn":
+                counts = torch.rand(errors.shape) < 0.5
+                return errors[counts].sum(), counts.sum()
             case "two":
                 return loss, errors.abs().mean()
         return loss

@@ -110,6 +110,10 @@ def test_a_loss_that_is_no_mean_is_found_in_samples_that_are_others_every_time(n
         rehearsed(f"{BROUGHT}:padded", arguments={"noise": noise}, epochs=1)
 
 
+def test_a_weight_that_is_drawn_is_accepted() -> None:
+    assert rehearsed(f"{BROUGHT}:odd_loss", arguments={"kind": "drawn"}, epochs=1, data={"micro_batch": 64}).weight
+
+
 def test_samples_that_are_others_every_time_are_no_coupling() -> None:
     assert not rehearsed(f"{BROUGHT}:padded", arguments={"noise": 0.5, "counted": True}, epochs=1).warnings
 
