@@ -100,6 +100,7 @@ class Service:
     def stop(self) -> None:
         """Stop. Jobs on an existing cluster go on; others do from their checkpoint when a service next starts here."""
         self._closing.set()
+        self._forks.end_commands()  # a rehearsal may take minutes, and its call would be waited for
         self._grpc.stop()
         self._http.stop()
         self._retention.stop()

@@ -30,6 +30,7 @@ from typing import Any
 
 from services.cluster import fork_client
 from services.cluster.allocator import allocator_environment
+from steepest.errors import ServiceUnavailableError
 
 REHEARSAL = "worker.rehearsal.rehearse"
 # What a worker, a server or a rehearsal imports in the course of its life. Not the actors: Ray draws an identifier for
@@ -224,6 +225,7 @@ class ForkServer:
         self._starting = threading.Lock()
         self._news = threading.Condition()
         self._statuses: dict[int, int | None] = {}  # of its forks: None while they run
+        self._takes_commands = True
 
     @property
     def pid(self) -> int:
@@ -242,18 +244,30 @@ class ForkServer:
         """Run a command (see `fork_client.ask`) in a fork; its wait status. Starts the server if it does not run.
 
         Raises OSError when it cannot be started, and its subclass TimeoutError when the command, which is killed then,
-        does not end in time.
+        does not end in time; ServiceUnavailableError after `end_commands`.
         """
         self.start()
         pid = fork_client.ask(self._name, command, streams)
         if not pid:
             raise OSError("the fork server does not answer")
         with self._news:
-            if self._news.wait_for(lambda: self._statuses.get(pid) is not None, timeout_seconds):
-                return self._statuses[pid] or 0
+            has_ended = self._news.wait_for(
+                lambda: self._statuses.get(pid) is not None or not self._takes_commands, timeout_seconds
+            )
+            status = self._statuses.get(pid)
+        if status is not None:
+            return status
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
+        if has_ended:
+            raise ServiceUnavailableError("the service is stopping")
         raise TimeoutError(f"process {pid} did not end within {timeout_seconds:g} s")
+
+    def end_commands(self) -> None:
+        """Have no more of them, and kill those that run."""
+        with self._news:
+            self._takes_commands = False
+            self._news.notify_all()
 
     def start_early(self) -> None:
         """Begin to start the server, so that who first needs it waits less."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 
 from services.cluster import fork_client
 from services.cluster.fork_server import ForkServer
+from steepest.errors import ServiceUnavailableError
 from tests.support.service import until
 
 pytestmark = pytest.mark.cluster
@@ -198,6 +200,24 @@ def test_a_module_runs_in_a_fork_and_its_end_is_told(server: ForkServer, tmp_pat
         assert time.monotonic() - began < 20
     assert "usage" in (tmp_path / "out").read_text()
     until(lambda: not psutil.Process(server.pid).children())
+
+
+def test_commands_end_with_the_service_that_waits_for_them(tmp_path: Path) -> None:
+    server = ForkServer([])
+    try:
+        with Path(os.devnull).open("r+b") as nothing:
+            streams = (nothing.fileno(),) * 3
+            with ThreadPoolExecutor() as pool:
+                waiting = pool.submit(server.run, [str(_sleeper(tmp_path))], streams, 600.0)
+                until(lambda: server.pid and psutil.Process(server.pid).children())
+                server.end_commands()
+                with pytest.raises(ServiceUnavailableError, match="the service is stopping"):
+                    waiting.result(20)
+            until(lambda: not psutil.Process(server.pid).children())
+            with pytest.raises(ServiceUnavailableError):
+                server.run([str(_sleeper(tmp_path))], streams, 600.0)
+    finally:
+        server.close()
 
 
 def _sleeper(directory: Path) -> Path:
