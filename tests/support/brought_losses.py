@@ -25,6 +25,8 @@ def odd_loss(kind: str) -> steepest.Task:
                 return loss, (errors < 1.0).float().mean()
             case "item":
                 return loss, loss.item()
+            case "unused":
+                return loss, {"loss": loss.item()}
             case "drawn":
                 counts = torch.rand(errors.shape) < 0.5
                 return errors[counts].sum(), counts.sum()
@@ -37,7 +39,8 @@ def odd_loss(kind: str) -> steepest.Task:
         metrics = {"error": lambda outputs, targets: (outputs - targets).square()[:, 0]}
         model = nn.Linear(WIDTH, 1)
         return steepest.Task(model=model, loss=nn.MSELoss(), train_data=data, eval_data=data, metrics=metrics)
-    return steepest.Task(model=nn.Linear(WIDTH, 1), batch_loss=batch_loss, train_data=data)
+    metrics = {"error": lambda outputs, targets: 0.0} if kind == "unused" else {}
+    return steepest.Task(model=nn.Linear(WIDTH, 1), batch_loss=batch_loss, train_data=data, metrics=metrics)
 
 
 class _Padded(Dataset[tuple[torch.Tensor, torch.Tensor]]):

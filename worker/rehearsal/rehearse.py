@@ -180,6 +180,9 @@ def _advice(passes: Passes, price: float) -> list[tuple[str, str]]:
     if unreached:
         shown = ", ".join(unreached[:3]) + (f" and {len(unreached) - 3} more" if len(unreached) > 3 else "")
         found.append(("unreached_parameters", f"the loss does not depend on {shown}: not trained"))
+    if isinstance(task, Task) and task.metrics and task.eval_data is None:
+        problem = f"{', '.join(task.metrics)}: metrics are of evaluations, and the task has no eval_data"
+        found.append(("metrics_without_data", problem))
     halves = sorted({p.held for p in passes.model.parameters if p.held and not p.is_complex})
     if halves:
         found.append(("float32_masters", _MASTERS.format(" and ".join(halves))))

@@ -110,6 +110,12 @@ def test_a_loss_that_is_no_mean_is_found_in_samples_that_are_others_every_time(n
         rehearsed(f"{BROUGHT}:padded", arguments={"noise": noise}, epochs=1)
 
 
+def test_metrics_without_data_to_evaluate_are_warned_of() -> None:
+    [(code, message)] = rehearsed(f"{BROUGHT}:odd_loss", arguments={"kind": "unused"}, epochs=1).warnings
+    assert code == "metrics_without_data"
+    assert "error: metrics are of evaluations" in message
+
+
 def test_a_weight_that_is_drawn_is_accepted() -> None:
     assert rehearsed(f"{BROUGHT}:odd_loss", arguments={"kind": "drawn"}, epochs=1, data={"micro_batch": 64}).weight
 
