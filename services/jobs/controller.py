@@ -11,10 +11,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from itertools import takewhile
 from queue import Empty, SimpleQueue
 
 from ps.checkpoint.files import Written, newest_verified
 from ps.job.config import JobConfig
+from ps.step.effects import Phase
 from ps.wire.address import ServerAddress
 from services.cluster.kept_life import KeptLife
 from services.cluster.processes import Exit, ExitKind, named
@@ -22,7 +24,7 @@ from services.jobs import policy
 from services.jobs.blame import nonfinite
 from services.jobs.inbox import Asked, Detach, Event, Reported, ServerEnded, WorkerEnded, WorkerStarted
 from services.jobs.job_log import JobLog
-from services.jobs.leader_client import LeaderClient, Report
+from services.jobs.leader_client import LeaderClient, PhaseReport, Report
 from services.jobs.ledger import Ledger
 from services.jobs.life import Assignment, Life, ends_of
 from services.jobs.rollback import discard_after
@@ -329,36 +331,37 @@ class Controller(threading.Thread):
         if report.number <= self.ledger.result.reports and report.number:
             life.leader.seen(report.number)  # by the service before this one
             return
-        is_kept = self.ledger.note_report(self._incarnation, report)
-        if report.records and is_kept:
+        first = list(takewhile(lambda p: p.phase in (Phase.WAITING, Phase.WORKING), report.phases))
+        self._on_phases(first)  # a rule pauses, or sends back, only a job that runs
+        if self.ledger.note_report(self._incarnation, report) and report.records:
             life.leader.acknowledge(report.records[-1].step)
         self.totals.count(report.records)
         if report.printed:
             self._log.append(report.printed)
         for worker, change in report.members:
             self._on_member(worker, change)
-        for phase in report.phases:
+        self._on_phases(report.phases[len(first) :])
+        self._act_on_findings()
+        self.ledger.note_result(reports=report.number)
+        if self.ledger.is_stale or not report.is_of_steps_only:
+            self._publish()
+        life.leader.seen(report.number)
+
+    def _on_phases(self, phases: list[PhaseReport]) -> None:
+        for phase in phases:
             failure = phase.failure
-            traceback = "" if failure is None else failure.traceback
             if failure is not None and failure.reason.startswith("nonfinite"):
                 self.ledger.note_finding(nonfinite(failure, phase.worker))
                 if self.ledger.culprit is not None:
                     continue
-            state = self.ledger.state
-            for decision in policy.on_phase(
-                phase.phase, phase.reason, traceback, state, pause_wanted=self._pause_wanted
-            ):
+            said = phase.reason, "" if failure is None else failure.traceback
+            for decision in policy.on_phase(phase.phase, *said, self.ledger.state, pause_wanted=self._pause_wanted):
                 if isinstance(decision, policy.End):
                     self._end(decision)
                 elif isinstance(decision, policy.GiveBack):
                     self._give_back(decision.state)
                 else:
                     self.ledger.move(decision.state, decision.reason)
-        self._act_on_findings()
-        self.ledger.note_result(reports=report.number)
-        if self.ledger.is_stale or not report.is_of_steps_only:
-            self._publish()
-        life.leader.seen(report.number)
 
     def _act_on_findings(self) -> None:
         while not self.ledger.wanted.empty():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -111,9 +112,15 @@ class StandInLeader:
     def close(self) -> None:
         self.closed = True
 
-    def report(self, *phases: Phase, steps: Sequence[int] = (), members: Sequence[tuple[str, str]] = ()) -> None:
+    def report(
+        self,
+        *phases: Phase,
+        steps: Sequence[int] = (),
+        members: Sequence[tuple[str, str]] = (),
+        loss: Callable[[int], float] = lambda step: 1.5,
+    ) -> None:
         records = [
-            StepRecord(s, 0.0, 1.5, 0.1, 4.0, 4, 2.0, 1.0, 0.5, True, False, 1, 0.1, 0.1, 0.0, 0.0) for s in steps
+            StepRecord(s, 0.0, loss(s), 0.1, 4.0, 4, 2.0, 1.0, 0.5, True, False, 1, 0.1, 0.1, 0.0, 0.0) for s in steps
         ]
         reports = [PhaseReport(phase, f"said {phase}", 0, None) for phase in phases]
         self._on_report(Report(records, records[-1] if records else None, [], [], list(members), reports, []))
@@ -122,7 +129,15 @@ class StandInLeader:
 class Play:
     """A controller, its room and its leaders, one for each life."""
 
-    def __init__(self, directory: Path, *, workers: int = 2, restarts: int = 3, grace: float = 20.0) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        workers: int = 2,
+        restarts: int = 3,
+        grace: float = 20.0,
+        actions: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.store = Store(f"sqlite:///{directory / 'jobs.db'}")
         self.settings = Settings(data_directory=directory, cancel_grace_seconds=grace)
         self.history = JobHistory(self.settings.history_of("j"))
@@ -131,6 +146,7 @@ class Play:
                 "task": {"module": "m", "function": "f"},
                 "steps": 100,
                 "placement": {"workers": workers, "max_worker_restarts": restarts},
+                "health": {"actions": dict(actions)},
             }
         )
         model = ModelDescription((TensorDescription("w", (3,), "float32"),), (), (("w", "w"),))
@@ -295,6 +311,19 @@ def test_a_pause_during_recovery_holds_when_the_job_is_back(play: Callable[..., 
     until(lambda: it.state == JobState.PAUSED)
     it.controller.ask("resume")
     until(lambda: ("resume", "") in it.leader.commands)
+
+
+def test_a_rule_acts_on_the_first_report_too(play: Callable[..., Play]) -> None:
+    """It says that the leader works, and what its steps were: the job runs by then, and is paused."""
+    it = play(actions={"diverging": "pause"})
+    for name, (on_start, _) in list(it.room.workers.items()):
+        on_start(Started(7, "node-b"))
+        it.leader.report(members=[(name, "joined")])
+    it.leader.report(Phase.WAITING, Phase.WORKING, steps=range(40), loss=lambda step: 1.0 if step < 5 else 100.0)
+    until(lambda: ("pause", "") in it.leader.commands)
+    assert it.state == JobState.PAUSING
+    it.leader.report(Phase.PAUSED)
+    until(lambda: it.state == JobState.PAUSED)
 
 
 def test_scaling_starts_and_retires_workers(play: Callable[..., Play]) -> None:
