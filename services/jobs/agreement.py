@@ -46,7 +46,7 @@ def _check_best(spec: TrainingJobSpec, description: TaskDescription) -> None:
         raise SpecError([Violation("best", problem)])
     metrics = ["loss", *description.metric_names]
     if spec.best.metric_name not in metrics:
-        problem = f"{spec.best.metric_name!r} is not evaluated by the task; there are: {', '.join(metrics) or 'none'}"
+        problem = f"{spec.best.metric_name!r} is not evaluated by the task; there are: {', '.join(metrics)}"
         raise SpecError([Violation("best.metric", problem)])
 
 
