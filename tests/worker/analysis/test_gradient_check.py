@@ -80,34 +80,22 @@ def casting(way: str) -> steepest.Task:
 
 
 class _Wrong(torch.autograd.Function):
-    """The identity, whose gradient is off by a ten-thousandth in one entry."""
+    """The identity, whose gradient is off by a ten-thousandth in one entry, or has that and the next one swapped."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, entry: int) -> torch.Tensor:
-        ctx.entry = entry
+    def forward(ctx: Any, weight: torch.Tensor, entry: int, swaps: bool) -> torch.Tensor:
+        ctx.entry, ctx.swaps = entry, swaps
         return weight.clone()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         wrong = gradients[0].clone()
-        wrong.view(-1)[ctx.entry] *= 1 + 1e-4
-        return wrong, None
-
-
-class _Swapped(torch.autograd.Function):
-    """The identity, with the gradients of two neighbouring entries in each other's place."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, entry: int) -> torch.Tensor:
-        ctx.entry = entry
-        return weight.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        wrong = gradients[0].clone()
-        two = slice(ctx.entry, ctx.entry + 2)
-        wrong.view(-1)[two] = gradients[0].reshape(-1)[two].flip(0)
-        return wrong, None
+        if ctx.swaps:
+            two = slice(ctx.entry, ctx.entry + 2)
+            wrong.view(-1)[two] = gradients[0].reshape(-1)[two].flip(0)
+        else:
+            wrong.view(-1)[ctx.entry] *= 1 + 1e-4
+        return wrong, None, None
 
 
 class _Planted(nn.Module):
@@ -115,10 +103,10 @@ class _Planted(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(outputs, inputs) / math.sqrt(inputs))
         self._entry = entry
-        self._function = _Swapped if swaps else _Wrong
+        self._swaps = swaps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self._function.apply(self.weight, self._entry).T
+        return x @ _Wrong.apply(self.weight, self._entry, self._swaps).T
 
 
 class Unusual(nn.Module):
